@@ -1,0 +1,37 @@
+# Only Python >= 3.10 and make are needed: each target does its own set-up, once.
+#   make demo    convert the embedded models and verify the results
+#   make test    ruff, mypy and the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# The models of the tests are small: one thread for each of pytest's workers is fastest.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint slow clean
+
+demo: $(STAMP)
+	$(BIN)/normconvert demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
+
+# The long tests as well (minutes each).
+slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# Installed again when the dependencies change.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "normconvert needs Python 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

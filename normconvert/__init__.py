@@ -1,0 +1,31 @@
+"""normconvert converts the normalisation layers of trained models, exactly where that is possible.
+
+>>> import normconvert
+>>> report = normconvert.convert("gpt2", "out/")  # doctest: +SKIP
+>>> model = normconvert.load("out/")  # doctest: +SKIP
+
+Importing the package is cheap: torch, transformers and timm are imported when they are needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import Report, convert, inspect
+    from .loading import load
+    from .verify import verify
+
+_WHERE = {"convert": "api", "inspect": "api", "Report": "api", "verify": "verify", "load": "loading"}
+
+__all__ = ["Report", "__version__", "convert", "inspect", "load", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'normconvert' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

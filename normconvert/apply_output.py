@@ -1,0 +1,152 @@
+"""The output folder: complete or not there at all (invariant I5), with every other file of the source."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import InputError
+
+# Weights in any format: the converted ones replace them, the others would be stale.
+WEIGHT_PATTERNS = (
+    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index.json", "*.bin.index.json",
+)  # fmt: skip
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+
+
+@contextmanager
+def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        out: the folder to be.
+        source: the folder or file being read, which ``out`` must not touch.
+        overwrite: an ``out`` that exists may be replaced, but only after the new one is complete.
+
+    Raises:
+        InputError: ``out`` exists, or overlaps with the source, or cannot be made.
+    """
+    out = Path(out)
+    check_output(out, source, overwrite)
+    target = out.resolve()
+    made = _make_parents(target.parent)
+    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
+        yield staging
+        _replace(staging, target)
+    except BaseException:  # Ctrl-C too: nothing half-way may stay
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_output(out: Path, source: Path | None, overwrite: bool = False) -> None:
+    """Refuse an output that would destroy something; callable before any work is done.
+
+    Raises:
+        InputError: see :func:`staged_output`.
+    """
+    target = out.resolve()
+    if source is not None:
+        origin = source.resolve()
+        if target == origin:
+            raise InputError(f"{out}: the output is the source itself; name another folder")
+        if origin.is_relative_to(target) and (source.is_dir() or target.exists()):
+            raise InputError(f"{out}: the source {source} lies inside the output; name another folder")
+        if source.is_dir() and target.is_relative_to(origin):
+            raise InputError(f"{out}: the output lies inside the source {source}; name another folder")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{out}: exists and is a file; name a folder")
+    if target.is_dir() and not overwrite and any(target.iterdir()):
+        raise InputError(f"{out}: exists and is not empty; name another folder or pass --overwrite")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make missing parents; returns those made, innermost first, to be removed again on failure."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror or error}") from error
+    return missing
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Rename into place; an old output steps aside first and comes back if that fails."""
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    aside = target.parent / f".{target.name}.old-{os.getpid()}"
+    os.rename(target, aside)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:
+    """Copy every file that is not weights: contents only, no times or permissions.
+
+    Returns:
+        Names copied, and names left out because they are links that lead out of the folder.
+    """
+    in_cache = folder.parent.name == "snapshots"  # the hub's cache, where every file is a link
+    copied, refused = [], []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        for name in sorted(names):
+            path = Path(root) / name
+            relative = path.relative_to(folder)
+            if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
+                continue
+            if not in_cache and not path.resolve().is_relative_to(folder.resolve()):
+                refused.append(str(relative))
+                continue
+            (out / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / relative)
+            copied.append(str(relative))
+    return copied, refused
+
+
+def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json's data with ``changes``: dotted key -> value."""
+    edited: dict[str, Any] = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = edited
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return edited
+
+
+def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A copy of config.json's data whose dtype entries, where there are any, say ``dtype``."""
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            edited[key] = dtype
+        else:
+            edited[key] = set_dtype(value, dtype) if isinstance(value, dict) else value
+    return edited
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON as transformers does: two spaces, a newline at the end; key order as given."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

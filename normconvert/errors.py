@@ -1,0 +1,33 @@
+"""Errors a user can act on. Each carries the exit status that the command line ends with."""
+
+from __future__ import annotations
+
+
+class NormConvertError(Exception):
+    """Base of every error raised on purpose: one clear line saying what was expected, found, and what to do."""
+
+    exit_status = 2
+
+
+class InputError(NormConvertError):
+    """The input or the usage is at fault (exit status 2): a missing path, a corrupt file, an unknown option value."""
+
+    exit_status = 2
+
+
+class FidelityError(NormConvertError):
+    """The converted checkpoint does not compute what the original computes (exit status 1)."""
+
+    exit_status = 1
+
+
+class NothingToConvert(NormConvertError):
+    """No norm (or, with ``require_all``, not every norm) could be converted (exit status 3)."""
+
+    exit_status = 3
+
+
+class TraceError(NormConvertError):
+    """The model could not be traced, so nothing can be proved about it (exit status 3)."""
+
+    exit_status = 3

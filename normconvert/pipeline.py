@@ -1,0 +1,39 @@
+"""Model on the meta device -> plan: trace it with probes, find its streams, ask the rewrite."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .errors import TraceError
+from .plan import Plan
+from .probes import trace_inputs_candidates
+from .rewrites.centring import Options
+from .rewrites.rmsnorm import plan_rmsnorm
+from .tracing import Graph, trace
+
+
+def trace_model(model: nn.Module) -> Graph:
+    """Trace ``model`` with the first probe inputs that it accepts.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
+    """
+    first: TraceError | None = None
+    for inputs in trace_inputs_candidates(model):
+        try:
+            return trace(model, inputs)
+        except TraceError as error:
+            first = first or error
+    raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
+
+
+def plan_model(model: nn.Module, options: Options | None = None) -> Plan:
+    """The plan that converts ``model`` (on the meta device) to RMSNorm.
+
+    Raises:
+        TraceError: see :func:`trace_model`.
+    """
+    return plan_rmsnorm(trace_model(model), options or Options())

@@ -1,0 +1,249 @@
+"""Which arguments to give a model, and with what sizes: the likely guess first, then others."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from normconvert.errors import TraceError
+from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, feature_count
+from normconvert.probes.facts import Facts, Sizes
+from normconvert.probes.specs import Spec, materialise
+
+SIGNAL_ARGUMENTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "image", "audio_values", "image_pixel_values")
+
+COMPANIONS: dict[str, tuple[str, ...]] = {
+    "pixel_values": ("image_grid_thw", "grid_thw", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
+    "pixel_values_videos": ("video_grid_thw",),
+    "hidden_states": ("grid_thw",),
+    "past_values": ("past_time_features", "future_time_features", "static_categorical_features"),
+    "states": ("actions", "rewards", "returns_to_go", "timesteps"),
+    "visual_feats": ("visual_pos",),
+}
+"""Argument -> arguments without which it makes no sense, where forward takes them."""
+
+SIZES: tuple[Sizes, ...] = (
+    Sizes(),
+    Sizes(layout=1),
+    Sizes(layout=2),
+    Sizes(layout=3),
+    Sizes(length=16, image=224, samples=16000, frames=256),
+    Sizes(length=64, image=256, samples=16000, frames=1024),
+    Sizes(length=128, image=384, samples=48000, frames=3000),
+    Sizes(batch=1),
+    Sizes(batch=1, length=64, image=512, samples=80000, frames=1024),
+)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One way to call the model: argument -> Spec or plain value, and what it was made from."""
+
+    specs: dict[str, Any]
+    names: list[str]
+    sizes: Sizes
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether the model is timm's (they all carry the configuration of their weights)."""
+    return (hasattr(model, "pretrained_cfg") or hasattr(model, "default_cfg")) and not hasattr(model, "main_input_name")
+
+
+def _timm_specs(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
+    """timm's ``forward(x)``: an image of the size that the patch embedding fixes, else of the pretrained size."""
+    settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    channels, *side = settings.get("input_size") or (3, 224, 224)
+    for module in model.modules():
+        if (fixed := getattr(module, "img_size", None)) is not None:
+            side = [fixed, fixed] if isinstance(fixed, int) else list(fixed)
+            break
+    else:
+        if sizes.image is None and not settings.get("fixed_input_size") and min(side) > 224:
+            side = [224, 224]
+    if sizes.image:
+        side = [sizes.image, sizes.image]
+    channels = getattr(model, "in_chans", None) or channels
+    return {"x": Spec((sizes.batch, int(channels), *(int(s) for s in side)), "image")}
+
+
+def argument_sets(facts: Facts) -> Iterator[list[str]]:
+    """Sets of argument names, the fullest first."""
+    names = facts.parameters
+    chosen = list(dict.fromkeys([*facts.required, *facts.main]))
+    unknown = [name for name in facts.required if name not in BUILDERS]
+    if unknown:
+        raise TraceError(
+            f"cannot trace {type(facts.model).__name__}: no example is known for its required argument {unknown[0]!r}"
+        )
+    text = "input_ids" in names
+    signals = [name for name in SIGNAL_ARGUMENTS if name in names]
+    full = list(chosen)
+    if text:
+        full.append("input_ids")
+    if signals and not any(name in full for name in signals):
+        full.append(signals[0])
+    if "decoder_input_ids" in names:
+        full.append("decoder_input_ids")
+    full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
+    if not full:
+        full = [name for name in ("x", "inputs", "inputs_embeds", "past_values", "states", *names) if name in names and name in BUILDERS][:1]
+        full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
+    if not full:
+        raise TraceError(f"cannot trace {type(facts.model).__name__}: no example is known for any of its arguments")
+    sets = [full]
+    if text and signals:
+        sets.append([name for name in full if name not in signals and not any(name in COMPANIONS.get(s, ()) for s in signals)])
+        sets.append([name for name in full if name not in ("input_ids", "decoder_input_ids")])
+    for extra in (["image_sizes"], ["bbox"], ["attention_mask"], ["encoder_hidden_states"], ["future_values"], ["bbox", "image"], ["pixel_mask"], ["visual_feats", "visual_pos"]):
+        if all(name in names and name not in full for name in extra):
+            sets.append([*full, *extra])
+    if "inputs_embeds" in names and not text:
+        sets.append(["inputs_embeds"])
+    seen: set[tuple[str, ...]] = set()
+    for option in sets:
+        option = list(dict.fromkeys(option))
+        if option and set(facts.required) <= set(option) and tuple(option) not in seen:
+            seen.add(tuple(option))
+            yield option
+
+
+def specs_for(facts: Facts, names: list[str], sizes: Sizes) -> dict[str, Any]:
+    """One guess: argument -> Spec or plain value, placeholders for signals set among the token ids."""
+    specs = {name: BUILDERS[name](facts, sizes) for name in names}
+    specs = {name: spec for name, spec in specs.items() if spec is not None}
+    if isinstance(specs.get("input_ids"), Spec):
+        specs["input_ids"] = _with_placeholders(facts, specs)
+    return specs
+
+
+def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
+    """The text's Spec with as many placeholder tokens a row as the signals have features."""
+    text: Spec = specs["input_ids"]
+    tokens: dict[int, int] = {}
+    for signal, attributes in PLACEHOLDERS.items():
+        token = facts.number(*attributes, default=-1)
+        if token < 0:
+            continue
+        count = 0
+        if signal in specs:
+            count = feature_count(facts, signal, on_meta(facts.model, specs)) // text.shape[0]
+        tokens[token] = max(count, tokens.get(token, 0))
+    extra = sum(tokens.values())
+    high = max(text.high, *(t + 1 for t in tokens)) if tokens else text.high
+    return replace(text, shape=(*text.shape[:-1], text.shape[-1] + extra), tokens=tokens, high=high) if tokens else text
+
+
+def switches(facts: Facts) -> dict[str, Any]:
+    """Arguments that keep caches out of the outputs. A config is told as well, for models that look only there."""
+    for config in facts.configs():
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+    return {name: False for name in ("use_cache", "use_mems") if name in facts.parameters}
+
+
+def specs(model: nn.Module, names: list[str], sizes: Sizes) -> dict[str, Any]:
+    """Argument -> Spec or plain value, for the named arguments and sizes."""
+    if is_timm(model):
+        return _timm_specs(model, sizes)
+    facts = Facts(model)
+    return {**specs_for(facts, names, sizes), **switches(facts)}
+
+
+def guesses(model: nn.Module) -> Iterator[Guess]:
+    """All guesses, the likely first, no two alike."""
+    seen: set[str] = set()
+    for names in [["x"]] if is_timm(model) else argument_sets(Facts(model)):
+        for sizes in SIZES:
+            guess = specs(model, names, sizes)
+            if repr(guess) not in seen:
+                seen.add(repr(guess))
+                yield Guess(guess, names, sizes)
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating parameter (float32 if it has none)."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def on_meta(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
+    """Specs as meta tensors, signals in the model's dtype; other values as they are."""
+    dtype = floating_dtype(model)
+    return {name: _meta(value, dtype) if isinstance(value, Spec) else value for name, value in specs.items()}
+
+
+def _meta(spec: Spec, dtype: torch.dtype) -> Tensor:
+    sample = materialise(replace(spec, shape=(1,) * len(spec.shape), tokens={}) if spec.kind not in ("given", "boxes") else spec, torch.Generator())
+    return torch.empty(spec.shape, dtype=dtype if sample.is_floating_point() else sample.dtype, device="meta")
+
+
+def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
+    """``yes`` if forward runs on these meta inputs, ``maybe`` if only an unknown value stops it, else why not.
+
+    It runs in the fake mode that `torch.export` uses, since models ask whether they are being traced.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    try:
+        with torch.no_grad(), mode:
+            fake = {name: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            model(**fake)
+    except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException):
+        return "maybe"
+    except Exception as error:  # whatever a wrong guess makes a model raise
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return "yes"
+
+
+def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
+    """Guesses that forward takes (``yes``), then those that only an unknown value stops (``maybe``), else the first.
+
+    Args:
+        model: on the meta device or any other; nothing is computed.
+        most: how many to give.
+
+    Raises:
+        TraceError: no guess can be made at all.
+    """
+    first: tuple[Guess, str] | None = None
+    maybe: list[tuple[Guess, str]] = []
+    given = 0
+    for guess in guesses(model):
+        with quiet():
+            answer = accepts(model, on_meta(model, guess.specs))
+        first = first or (guess, answer)
+        if answer == "yes":
+            yield guess, answer
+            given += 1
+            if given == most:
+                return
+        elif answer == "maybe":
+            maybe.append((guess, answer))
+    if first is None:
+        raise TraceError(f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for")
+    maybe = maybe[: most - given]
+    yield from maybe
+    if not given and not maybe:
+        yield first
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Wrong guesses are expected: keep what torch logs about them off the user's screen."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

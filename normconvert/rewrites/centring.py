@@ -1,0 +1,249 @@
+"""Which values of the streams can be made mean-free, by which edits, and where a centring operation pays.
+
+Writers are linear, so P(Wx + b) = (PW)x + Pb: a stream is mean-free once every tensor that writes into it is centred
+(arXiv 2305.14858, section 3). That may be done to a stream without leaks only, and to a tensor only if all its readers
+are such streams. What cannot be centred *taints* what is made of it, until a centring operation cleans it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from ..channels import Place, shape_of
+from ..streams import Analysis, Made, Spot, Stream, operation, spans
+from ..tracing import MARK, module_path
+
+MarkKey = tuple[str, str, str]
+"""Module path, ``input`` or ``output``, and which one of them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user allows.
+
+    Attributes:
+        tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
+        min_gain: how many norms a centring operation must win.
+        allow_shifted_outputs: the per-token mean of returned hidden states may change.
+        fold: move the norms' weight and bias into the linear maps that read them.
+    """
+
+    tied: str = "center"
+    min_gain: int = 3
+    allow_shifted_outputs: bool = False
+    fold: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A layer scale that folds into the writers before it: their spots, and the parameter that becomes one."""
+
+    writers: tuple[Spot, ...]
+    factor: Spot
+
+
+@dataclass
+class Centring:
+    """The outcome: mean-free spots, the tensors to edit, the layer scales to fold, the centring operations to insert."""
+
+    clean: set[Spot] = field(default_factory=set)
+    usable: list[Stream] = field(default_factory=list)
+    editable: set[Spot] = field(default_factory=set)
+    untied: set[Spot] = field(default_factory=set)
+    blocked: dict[Spot, fx.Node] = field(default_factory=dict)
+    scales: dict[Spot, Scale] = field(default_factory=dict)
+    inserted: list[MarkKey] = field(default_factory=list)
+
+
+def leaks_of(stream: Stream, options: Options) -> list[Any]:
+    """The leaks that forbid changing the mean of this stream."""
+    return [leak for leak in stream.leaks if not (leak.code == "returned" and options.allow_shifted_outputs)]
+
+
+def centre_streams(analysis: Analysis, options: Options) -> Centring:
+    """Decide for all streams of the graph."""
+    result = Centring(usable=[s for s in analysis.streams if not leaks_of(s, options)])
+    usable = {spot for stream in result.usable for spot in stream.members}
+    places: dict[fx.Node, set[Place]] = defaultdict(set)
+    for node, place in usable:
+        places[node].add(place)
+    for stream in result.usable:
+        for spot, made in stream.members.items():
+            if made.how == "parameter":
+                reader = analysis.uses(spot, usable.__contains__)
+                if reader is None and len(places[spot[0]]) == 1:
+                    result.editable.add(spot)
+                else:
+                    result.blocked[spot] = reader if reader is not None else spot[0]
+            elif made.how == "scale" and (scale := _resolve_scale(analysis, spot, made)) is not None:
+                result.scales[spot] = scale
+    if options.tied == "untie":
+        result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
+    marks = _marks(analysis, usable)
+    for stream in result.usable:
+        _insert(analysis, stream, result, options, marks)
+    return result
+
+
+def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
+    """Whether a tied table can be split in two: an embedding on one side, one linear map on the other, two names."""
+    parameter = analysis.graph.parameters[spot[0]]
+    readers = [u for u in spot[0].users if not u.name.startswith("_assert")]
+    names = {f"{module_path(u)}.weight" for u in readers}
+    return len(readers) == 2 and names == set(parameter.aliases) and len(names) == 2 and reader in readers
+
+
+def _resolve_scale(analysis: Analysis, spot: Spot, made: Made) -> Scale | None:
+    """gamma * (Wx + b) = (diag(gamma) W) x + gamma b, if nobody else sees Wx + b, W, b or gamma."""
+    value, factor = made.parts
+    inner = analysis.grow(value)
+    if inner.norms or any(leak.reader is not spot[0] for leak in inner.leaks):
+        return None
+    if any(leak.code != "product" for leak in inner.leaks):
+        return None
+    if any(m.how not in ("parameter", "sum") or m.constant for m in inner.members.values()):
+        return None
+    writers = tuple(s for s, m in inner.members.items() if m.how == "parameter")
+    if any(analysis.uses(s, inner.members.__contains__) is not None for s in writers):
+        return None
+    chain = analysis.grow(factor)  # from the factor back to its parameter
+    leaves = [s for s, m in chain.members.items() if m.how == "parameter"]
+    if len(leaves) != 1 or any(m.how not in ("parameter", "sum") or m.constant for m in chain.members.values()):
+        return None
+    leaf = leaves[0]
+    if not (spans(leaf) and all(n == 1 or d == leaf[1].dim for d, n in enumerate(shape_of(leaf[0])))):
+        return None
+    node: fx.Node = leaf[0]
+    while node is not factor[0]:  # a chain of one reader each, and no other arithmetic on the way
+        readers = [u for u in node.users if not u.name.startswith("_assert")]
+        if len(readers) != 1 or not _is_move(analysis, readers[0], node):
+            return None
+        node = readers[0]
+    if [u for u in node.users if not u.name.startswith("_assert")] != [spot[0]]:
+        return None
+    return Scale(writers, leaf)
+
+
+def _is_move(analysis: Analysis, node: fx.Node, source: fx.Node) -> bool:
+    """Whether the node only reshapes or casts: it has no other operand and no number that it multiplies by."""
+    name = str(node.target)
+    moves = ("view", "reshape", "unsqueeze", "squeeze", "to.", "_to_copy", "type_as", "expand", "detach", "mark")
+    return any(f".{m}" in name for m in moves) and all(
+        n is source or n not in analysis.graph.parameters for n in node.all_input_nodes
+    )
+
+
+def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
+    """Places where a centring operation may stand: at every call the value is a usable stream's, on the same axis."""
+    spots: dict[fx.Node, list[Place]] = defaultdict(list)
+    for node, place in usable:
+        if node.target is MARK:
+            spots[node].append(place)
+    found: dict[MarkKey, list[Spot]] = defaultdict(list)
+    bad: set[MarkKey] = set()
+    for node in analysis.graph.nodes:
+        if node.target is not MARK:
+            continue
+        key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
+        places = spots.get(node, [])
+        if len(places) != 1 or not spans((node, places[0])):
+            bad.add(key)
+        else:
+            found[key].append((node, places[0]))
+    axes = {key: {axis_of(s) for s in calls} for key, calls in found.items()}
+    return {key: calls for key, calls in found.items() if key not in bad and len(axes[key]) == 1}
+
+
+def axis_of(spot: Spot) -> int:
+    """The channel dimension counted from the end."""
+    return spot[1].dim - len(shape_of(spot[0]))
+
+
+def _insert(
+    analysis: Analysis, stream: Stream, result: Centring, options: Options, marks: dict[MarkKey, list[Spot]]
+) -> None:
+    """Find the mean-free spots of one stream, inserting centring operations greedily where they win enough norms."""
+    key_of = {spot: key for key, calls in marks.items() for spot in calls}
+    dependents: dict[Spot, list[Spot]] = defaultdict(list)
+    for spot, made in stream.members.items():
+        for part in made.parts if made.how == "sum" else ():
+            dependents[part].append(spot)
+    clean = result.clean
+
+    def is_clean(spot: Spot, also: set[Spot]) -> bool:
+        made = stream.members[spot]
+        if made.how == "parameter":
+            return spot in result.editable or spot in result.untied
+        if made.how == "scale":
+            return spot in result.scales
+        if made.how != "sum" or made.constant:
+            return False
+        return all(part in clean or part in also for part in made.parts)
+
+    inserted = set(result.inserted)
+    for spot in stream.members:
+        if key_of.get(spot) in inserted or is_clean(spot, set()):
+            clean.add(spot)
+    norms_at: dict[Spot, int] = defaultdict(int)
+    for norm, spot in stream.norms:
+        norms_at[spot] += norm.module is not None
+
+    def flips(key: MarkKey) -> set[Spot]:
+        """The spots that a centring operation here makes mean-free."""
+        work = [s for s in marks[key] if s in stream.members and s not in clean]
+        new = set(work)
+        while work:
+            for spot in dependents[work.pop()]:
+                if spot not in clean and spot not in new and is_clean(spot, new):
+                    new.add(spot)
+                    work.append(spot)
+        return new
+
+    while dirty := sum(count for spot, count in norms_at.items() if spot not in clean):
+        best: tuple[int, MarkKey, set[Spot]] | None = None
+        for key in dict.fromkeys(key_of[s] for s in stream.members if s in key_of and s not in clean):
+            new = flips(key)
+            gain = sum(norms_at[s] for s in new)
+            own = options.tied == "center" and any(s[0] in _embedding_marks(s, result) for s in marks[key])
+            if gain >= (1 if own else options.min_gain) and gain > (best[0] if best else 0):
+                best = (gain, key, new)
+                if gain == dirty:
+                    break
+        if best is None:
+            return
+        result.inserted.append(best[1])
+        clean |= best[2]
+
+
+def _embedding_marks(spot: Spot, result: Centring) -> set[fx.Node]:
+    """The mark itself, if it is the output of the module that looks up a tied embedding."""
+    node = spot[0]
+    if node.args[2] != "output":
+        return set()
+    tied = {s[0] for s in result.blocked}
+    at = node
+    while isinstance(at, fx.Node) and at.op == "call_function" and module_path(at) == node.args[1]:
+        if any(n in tied for n in at.all_input_nodes):
+            return {node}
+        at = at.args[0]  # type: ignore[assignment]
+    return set()
+
+
+def root_of_taint(stream: Stream, result: Centring, spot: Spot) -> str:
+    """Why the value at ``spot`` is not mean-free: the first thing behind it that cannot be centred, in words."""
+    while True:
+        made = stream.members[spot]
+        if made.how == "parameter":
+            reader = result.blocked.get(spot)
+            return f"the parameter `{spot[0].name}`, which {operation(reader)} reads too" if reader else "a parameter"
+        if made.how == "scale":
+            return f"{operation(spot[0])}, a scale by channel that cannot be folded"
+        if made.how == "opaque":
+            return made.reason
+        if made.constant:
+            return f"{operation(spot[0])}, which adds the same number to all channels"
+        spot = next(part for part in made.parts if part not in result.clean)

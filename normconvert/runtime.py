@@ -1,0 +1,359 @@
+"""RMSNorm, and the loader that puts it in place: what a converted checkpoint needs to run.
+
+This file is shipped verbatim inside transformers outputs as ``modeling_normconvert.py``. It therefore imports torch,
+lazily transformers, and no other file of the package. Any architecture works without code of its own, since a converted
+class is made on demand from the class that ``config.json`` names::
+
+    AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
+
+asks this module for, say, ``GPT2LMHeadModel``; the module's ``__getattr__`` answers with a subclass of the library's
+class of that name whose constructor applies the module edits found in the config. The subclass keeps the name, so that
+whatever looks at class names (pipelines, weight renaming, ``architectures`` in a saved config) sees the architecture.
+
+An edit is plain data, a row with ``op`` naming a function of :data:`MODULE_EDITS`. No ``state_dict`` key changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONFIG_KEY = "normconvert"
+"""The key of config.json that holds ``{"format", "architecture", "modules"}``."""
+REMOTE_FILE = "modeling_normconvert.py"
+"""The name of this file inside an output."""
+
+SHORTCUT_BELOW_NUMBERS = 1 << 14
+"""CPU, float32 or float64: below this many numbers in the input a fused LayerNorm beats any chain of kernels."""
+
+_FUSED_RMS = ("cuda", "xpu", "mps")
+"""Devices whose ``F.rms_norm`` is one kernel in eager mode; elsewhere it is a chain of small ones."""
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset) + bias, the mean taken over one axis.
+
+    The sum of squares is accumulated in float32 for 16-bit inputs, in the input's dtype otherwise; the result has the
+    input's dtype and is rounded to it once. This covers norms that cast to float32 by themselves.
+
+    Args:
+        size: length of the normalised axis.
+        eps: added to the mean square.
+        axis: the normalised axis of the input; -1 for (..., size), -3 for images (batch, size, height, width).
+        offset: added to the weight (1.0 where the checkpoint stores weight - 1).
+        weight: shape (size,), or for axis -1 any shape that broadcasts against the input's last axes; None: ones.
+        bias: like ``weight``; None: zeros.
+        weight_name: name the weight is registered under.
+        bias_name: name the bias is registered under.
+        mean_free: the caller has proved that inputs have mean zero along the axis. RMSNorm and LayerNorm are then the
+            same function, and a fused LayerNorm kernel is used where it is the faster one. ``train()`` takes the
+            promise back: training moves the weights that the proof was about.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1e-5,
+        *,
+        axis: int = -1,
+        offset: float = 0.0,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        weight_name: str = "weight",
+        bias_name: str = "bias",
+        mean_free: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalized_shape = (size,)
+        self.eps = self.variance_epsilon = eps
+        self.axis, self.offset, self.mean_free = axis, offset, mean_free
+        self.weight_name, self.bias_name = weight_name, bias_name
+        self.register_parameter(weight_name, weight)
+        self.register_parameter(bias_name, bias)
+        self.elementwise_affine = weight is not None
+
+    def train(self, mode: bool = True) -> RMSNorm:
+        """Set the mode; training ends ``mean_free``, since it moves the weights that the proof was about."""
+        self.mean_free = self.mean_free and not mode
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        shown = [str(self.normalized_shape[0]), f"eps={self.eps}"]
+        shown += [f"axis={self.axis}"] if self.axis != -1 else []
+        shown += [f"offset={self.offset}"] if self.offset else []
+        shown += [f"weight={self._parameters[self.weight_name] is not None}"]
+        shown += [f"bias={self._parameters[self.bias_name] is not None}"]
+        return ", ".join(shown + (["mean_free=True"] if self.mean_free else []))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` of any float dtype along ``axis``; same shape and dtype out."""
+        weight, bias = self._affine(self.weight_name, input.ndim), self._affine(self.bias_name, input.ndim)
+        if weight is not None and self.offset:
+            weight = weight + self.offset
+        return self._kernel(input, weight, bias)(input, weight, bias, self.axis, self.eps)
+
+    def _affine(self, name: str, ndim: int) -> Tensor | None:
+        """The weight or bias, shaped to broadcast along the normalised axis."""
+        value: Tensor | None = getattr(self, name)
+        if value is None or value.ndim != 1:
+            return value
+        trailing = ndim - 1 - self.axis % ndim
+        return value.reshape(-1, *[1] * trailing) if trailing else value
+
+    def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Kernel:
+        """The fastest kernel that computes this norm; measured by tools/bench_norm.py."""
+        fused = self.axis in (-1, x.ndim - 1) and all(
+            v is None or (v.shape == self.normalized_shape and v.dtype == x.dtype) for v in (weight, bias)
+        )
+        if torch.compiler.is_compiling():
+            # Exporters know the one operator (ONNX has RMSNormalization); a compiler fuses the formula.
+            return _fused_rms if fused and torch.compiler.is_exporting() else _formula
+        if fused and self.mean_free and not torch.is_grad_enabled() and _layer_norm_is_faster(x, bias):
+            return _layer_norm
+        if fused and x.device.type in _FUSED_RMS:
+            return _fused_rms
+        return _formula if torch.is_grad_enabled() else _in_place
+
+
+Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor]
+"""(x, weight + offset, bias, axis, eps) -> y, shape and dtype of x."""
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: float32 for 16-bit inputs, the input's own otherwise."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
+    """The definition, operation by operation: what autograd differentiates and a compiler fuses."""
+    wide = x.to(_wide(x))
+    y = wide * torch.rsqrt(wide.square().mean(axis, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
+    """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
+    scale = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=_wide(x))
+    y = x * scale.square_().mul_(1.0 / x.shape[axis]).add_(eps).rsqrt_()
+    if weight is not None:
+        y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype), out=y)
+    elif bias is not None:
+        y = y.add_(bias)
+    return y.to(x.dtype)
+
+
+def _fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
+    """torch's own RMSNorm, last axis only."""
+    if bias is None:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    y = F.rms_norm(x, x.shape[-1:], None, eps)
+    return y + bias if weight is None else torch.addcmul(bias, y, weight)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
+    """The same function where the input's mean is zero, last axis only."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _layer_norm_is_faster(x: Tensor, bias: Tensor | None) -> bool:
+    if x.device.type == "cpu":
+        return x.element_size() == 2 or x.numel() < SHORTCUT_BELOW_NUMBERS
+    return bias is not None  # one kernel instead of two
+
+
+class Center:
+    """x - mean(x) along an axis, as a forward hook or a forward pre-hook of a module; picklable, copyable, stateless.
+
+    Args:
+        side: ``output`` or ``input``.
+        key: where the tensor is. Output: "" the output itself, "0" an index of a tuple or list, a name of a mapping.
+            Input: "0" a positional argument, a name a keyword argument.
+        axis: the axis to centre.
+    """
+
+    def __init__(self, side: str, key: str, axis: int) -> None:
+        self.side, self.key, self.axis = side, key, axis
+
+    def __call__(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """As a forward hook: (module, args, output). As a pre-hook with keywords: (module, args, kwargs)."""
+        if self.side == "output":
+            return _replace_in(rest, self.key, self.axis)
+        if self.key.isdigit() and int(self.key) < len(args):
+            return _replace_in(args, self.key, self.axis), rest
+        return args, _replace_in(rest, self.key, self.axis)
+
+    def __repr__(self) -> str:
+        return f"Center({self.side!r}, key={self.key!r}, axis={self.axis})"
+
+
+def center(x: Tensor, axis: int = -1) -> Tensor:
+    """x - mean(x) along ``axis``; the difference is rounded to the dtype of x once."""
+    return (x - x.mean(axis, keepdim=True, dtype=_wide(x))).to(x.dtype)
+
+
+def _replace_in(value: Any, key: str, axis: int) -> Any:
+    """A copy of ``value`` with the tensor at ``key`` centred."""
+    if key == "":
+        return center(value, axis)
+    if isinstance(value, (tuple, list)):
+        items = list(value)
+        items[int(key)] = center(items[int(key)], axis)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    value = value.copy() if type(value) is dict else value
+    value[key] = center(value[key], axis)
+    return value
+
+
+def _get(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"module edit: {type(model).__name__} has no module {path!r}; is it another model?") from None
+
+
+_HOOKS = [name for name in vars(nn.Identity()) if "_hooks" in name]
+
+
+def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put a norm of this file where another one stands, on the same parameters."""
+    path, kind = edit["path"], edit["kind"]
+    if kind not in NORMS:
+        raise ValueError(f"module edit: unknown norm {kind!r}; this file is older than the checkpoint")
+    old = _get(model, path)
+    names = {name for name in (edit.get("weight"), edit.get("bias")) if name}
+    found = {name for name, value in old.named_parameters() if value is not None}
+    inner = [name for name, child in old.named_children() if not isinstance(child, nn.Identity)]
+    if found != names or inner:
+        raise ValueError(
+            f"module edit: {path!r} ({type(old).__name__}) holds {sorted(found | set(inner))}, "
+            f"expected {sorted(names)}: it is not a plain norm"
+        )
+    weight, bias = edit.get("weight"), edit.get("bias")
+    new = NORMS[kind](
+        int(edit["size"]),
+        float(edit["eps"]),
+        axis=int(edit.get("axis", -1)),
+        offset=float(edit.get("offset", 0.0)),
+        weight=getattr(old, weight) if weight else None,
+        bias=getattr(old, bias) if bias else None,
+        weight_name=weight or "weight",
+        bias_name=bias or "bias",
+        mean_free=bool(edit.get("mean_free", False)),
+    )
+    new.training = old.training
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Centre one input or output of a module."""
+    hook = Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1)))
+    module = _get(model, edit["path"])
+    if hook.side == "output":
+        module.register_forward_hook(hook)
+    else:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm}
+MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {"replace": _replace, "center": _center}
+
+
+def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
+    """Apply the rows of a plan to a model, in place and in order. No ``state_dict`` key changes.
+
+    Args:
+        model: the original architecture; on any device, with or without weights.
+        edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset"}`` and
+            ``{"op": "center", "path", "side", "key", "axis"}``.
+
+    Raises:
+        ValueError: a row names a module the model lacks, a module that is more than a norm, or an unknown operation.
+    """
+    for edit in edits:
+        if edit["op"] not in MODULE_EDITS:
+            raise ValueError(f"module edit: unknown operation {edit['op']!r}; this file is older than the checkpoint")
+        MODULE_EDITS[edit["op"]](model, edit)
+
+
+def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The edits of a config's section as they apply to ``model``, which may be another head on the converted model.
+
+    For another class than the converted one, paths gain or lose the base model's prefix, and norms of absent heads drop
+    out: a norm left as it was is always right. A centring without its place is not, so then nothing is edited at all.
+    """
+    edits = [dict(edit) for edit in section["modules"]]
+    if section.get("architecture") == type(model).__name__:
+        return edits
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    for edit in edits:
+        path = edit["path"]
+        candidates = [p for p in (path, path.removeprefix(prefix), prefix + path) if p in present]
+        edit["path"] = candidates[0] if candidates else None
+    if any(edit["path"] is None and edit["op"] != "replace" for edit in edits):
+        return []
+    return [edit for edit in edits if edit["path"] is not None]
+
+
+_CLASSES: dict[str, type] = {}
+
+
+def converted_class(base: type) -> type:
+    """The subclass of a transformers model class that applies the edits of its config when it is built.
+
+    It keeps the name of ``base`` and belongs to this module, where pickle finds it again.
+    """
+    name = base.__name__
+    if name in _CLASSES and _CLASSES[name].__mro__[1] is base:
+        return _CLASSES[name]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        apply_module_edits(self, edits_for(self, getattr(config, CONFIG_KEY)))
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True) and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REMOTE_FILE).write_bytes(Path(__file__).read_bytes())
+        base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+
+    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
+    body |= {"__init__": __init__, "save_pretrained": save_pretrained}
+    # The library answers these by looking at the module that holds the class; the base class's module is the one meant.
+    # A class that counts as custom code would be loaded without the library's renaming and merging of weights.
+    for method in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):
+        if hasattr(base, method):
+            body[method] = staticmethod(getattr(base, method))
+    # GenerationMixin among the direct bases keeps the Auto classes from making yet another subclass, unknown to pickle.
+    mixin = [kind for kind in base.__mro__ if kind.__name__ == "GenerationMixin"]
+    _CLASSES[name] = type(name, (base, *mixin), body)
+    return _CLASSES[name]
+
+
+def __getattr__(name: str) -> Any:
+    """``modeling_normconvert.GPT2LMHeadModel``: the converted class of a transformers class."""
+    if name in _CLASSES:
+        return _CLASSES[name]
+    if not name.startswith("_"):
+        import transformers
+
+        base = getattr(transformers, name, None)
+        if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
+            return converted_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,96 @@
+"""Models on the Hugging Face hub, through huggingface_hub: its cache, token, endpoint, offline mode, progress bar."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+from normconvert.errors import InputError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+# Never wanted: weights of other frameworks, training states, pictures and other bulk.
+SKIPPED = (
+    "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite", "*.ot", "*.gguf", "*.ckpt", "*.npz", "*.npy", "*.mlmodel",
+    "*.mlpackage/*", "*.tar", "*.gz", "*.zip", "*.parquet", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.mp4", "*.wav",
+    "onnx/*", "coreml/*", "openvino/*", "runs/*", "*.pt", "*.pth", "training_args.bin", "optimizer.*", "*.engine",
+)  # fmt: skip
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """The files to download: safetensors if there are any, else pickles; and everything small.
+
+    Only weights in the root are taken: those in subfolders are other variants of the model.
+    """
+    safe = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    pickles = [n for n in names if n.endswith((".bin", ".pth", ".pt")) and "/" not in n and "training" not in n]
+    # A repository may hold the same weights under several names (model.safetensors, model.fp16.safetensors).
+    safe = [n for n in safe if n == "model.safetensors" or re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)] or safe
+    weights = safe or pickles
+    small = [
+        n for n in names
+        if not n.endswith((".safetensors", ".bin")) and not any(fnmatch(n, pattern) for pattern in SKIPPED)
+    ]  # fmt: skip
+    return sorted({*small, *weights})
+
+
+def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder in the hub's cache that holds the model, and its commit.
+
+    Raises:
+        InputError: not found, gated, no access, offline and not cached, no network.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        names = _list_files(repo, revision)
+        # Without a listing (offline, or cached by another tool) whatever is cached is taken and checked later.
+        patterns = wanted_files(names) if names else None
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=names is None
+        )
+    except errors.GatedRepoError as error:
+        raise InputError(f"{name}: a gated model: ask for access on the hub, then log in or set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{repo}: the hub has no revision {revision!r} of it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name}: no such folder, and no such model on the hub (or it is private: set HF_TOKEN)"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{name}: no such folder, and not a valid hub id") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{name}: no such folder, and not in the hub's cache while the hub is offline or cannot be reached"
+        ) from error
+    except Exception as error:
+        raise InputError(f"{name}: download failed: {_first_line(error)}") from error
+    commit = Path(folder).name
+    return Path(folder), commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
+
+
+def _list_files(repo: str, revision: str | None) -> list[str] | None:
+    """Names of all files of a revision; None if the hub cannot be asked."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+            return [sibling.rfilename for sibling in info.siblings or []]
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+            raise
+        except Exception:  # no network, hub down: the cache may do
+            pass
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(repo, revision=revision)
+    except Exception:  # not cached, or cached without its listing
+        return None
+    return [entry.path for entry in tree]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

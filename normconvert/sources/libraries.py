@@ -1,0 +1,168 @@
+"""What the two libraries do differently, side by side: describe, build, map names, load."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError
+from normconvert.sources.safetensors_file import FLOATING
+from normconvert.sources.source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model without them is broken
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How checkpoint tensors become model tensors; the attributes as in :class:`Source`."""
+
+    name_map: dict[str, str]
+    one_to_one: bool
+    buffers: frozenset[str]
+    tied: tuple[tuple[str, ...], ...]
+
+
+def describe(source: Source) -> Source:
+    """Fill in ``architecture`` (and, for a bare file, ``config``)."""
+    if source.library == "timm":
+        from normconvert.sources import timm_models
+
+        return timm_models.describe(source)
+    from normconvert.sources import transformers_models
+
+    return transformers_models.describe(source)
+
+
+def build_skeleton(source: Source) -> nn.Module:
+    """See :meth:`Source.skeleton`."""
+    import torch
+
+    if source.library == "timm":
+        from normconvert.sources import timm_models
+
+        model = timm_models.build_meta(source)
+    else:
+        from normconvert.sources import transformers_models
+
+        model = transformers_models.build_meta(source)
+    return model.to(torch.device("meta")).eval()
+
+
+def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
+    """See :meth:`Source.load`."""
+    if source.library == "timm":
+        from normconvert.sources import timm_models
+
+        return timm_models.load(source, dtype).eval()
+    from normconvert.sources import transformers_models
+
+    return transformers_models.load(source, dtype).eval()
+
+
+def map_names(source: Source) -> Mapping:
+    """Map checkpoint names to the model's, as the library does when it loads.
+
+    Raises:
+        InputError: a tensor the model needs is missing, or one has another shape than the model expects.
+    """
+    model = build_skeleton(source)
+    state = model.state_dict(keep_vars=True)
+    tied = tied_groups(state)
+    buffers = frozenset(name for name, _ in model.named_buffers())
+    if source.library == "timm":
+        from normconvert.sources import timm_models
+
+        name_map, one_to_one, found = timm_models.rename(source, state)
+    else:
+        from normconvert.sources import transformers_models
+
+        name_map, one_to_one, found, more_tied = transformers_models.rename(source, model, state)
+        tied = tied_groups(state, more_tied)
+    _check_missing(source, model, state, found, tied, buffers)
+    if one_to_one:
+        _check_shapes(source, name_map, state)
+    return Mapping(name_map, one_to_one, buffers, tied)
+
+
+def tied_groups(
+    state: dict[str, torch.Tensor], declared: dict[str, str] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of state dict names that are one tensor, by identity or as the library declares (target -> source)."""
+    root = {name: name for name in state}
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        root[name] = root[first.setdefault(id(tensor), name)]
+    for target, origin in (declared or {}).items():
+        if target in root and origin in root:
+            old, new = root[target], root[origin]
+            root = {name: new if r == old else r for name, r in root.items()}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, r in root.items():
+        groups[r].append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _check_missing(
+    source: Source,
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    found: Iterable[str],
+    tied: tuple[tuple[str, ...], ...],
+    buffers: frozenset[str],
+) -> None:
+    present = set(found)
+    for group in tied:
+        if present.intersection(group):
+            present.update(group)
+    allowed = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    missing = [
+        name for name in state
+        if name not in present
+        and (name not in buffers or name.endswith(STATISTICS))
+        and not any(pattern.search(name) for pattern in allowed)
+    ]  # fmt: skip
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"{source.reference}: the weights do not fit {source.architecture}: "
+            f"tensors {', '.join(missing[:3])}{more} are missing ({len(present)} of {len(state)} found)"
+        )
+
+
+def _check_shapes(source: Source, name_map: dict[str, str], state: dict[str, torch.Tensor]) -> None:
+    for name, target in name_map.items():
+        info, expected = source.tensors[name], state[target]
+        if info.shape != tuple(expected.shape):
+            raise InputError(
+                f"{source.reference}: tensor {name} has shape {list(info.shape)}, "
+                f"{source.architecture} expects {list(expected.shape)}"
+            )
+        if expected.is_floating_point() and info.dtype not in FLOATING:
+            raise InputError(
+                f"{source.reference}: tensor {name} is {info.dtype} where {source.architecture} expects floats: "
+                "quantised checkpoints are not supported"
+            )
+
+
+def load_tokenizer(source: Source) -> Any | None:
+    """See :meth:`Source.tokenizer`."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    if source.folder is None or source.library != "transformers":
+        return None
+    if not any((source.folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    with suppress(Exception):  # a missing optional package must not stop a conversion that needs no text
+        return AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
+        )
+    return None

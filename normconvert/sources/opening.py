@@ -1,0 +1,142 @@
+"""From what the user typed to a checked :class:`Source`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import InputError
+from normconvert.sources.checkpoint import PICKLES, find_weights, load_json, majority_dtype, read_checkpoint
+from normconvert.sources.hub import HUB_ID, download
+from normconvert.sources.source import RECORD_FILE, Source
+
+DEMOS = Path(__file__).parent.parent / "demos"
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+
+
+def open_source(
+    reference: str, *, revision: str | None = None, arch: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """Open a checkpoint: find its files, check them, and map its tensors to the model's names. No weight is read.
+
+    Args:
+        reference: a folder (transformers or timm), a weight file, a hub id (``name``, ``org/name``, ``…@revision``)
+            or ``demo:NAME``.
+        revision: branch, tag or commit on the hub.
+        arch: ``timm:NAME``, the architecture of files that have no config.json.
+        trust_remote_code: allow code that comes with the checkpoint to run.
+
+    Raises:
+        InputError: anything that is wrong with the reference or the files, in one line.
+    """
+    path, commit = _locate(reference, revision)
+    if path.is_dir():
+        return _open_folder(reference, path, commit, arch, trust_remote_code)
+    if arch is None:
+        beside = path.parent / "config.json"
+        hint = f"pass its folder {path.parent}" if beside.is_file() else "pass --arch timm:NAME"
+        raise InputError(f"{path}: a bare weight file does not say its architecture: {hint}")
+    return _finish(reference, None, path, {}, arch, None, commit, trust_remote_code)
+
+
+def _locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder or file that ``reference`` means, and its commit if it comes from the hub."""
+    if reference.startswith("demo:"):
+        return _demo(reference.removeprefix("demo:")), None
+    path = Path(reference).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+            raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
+        return path, None
+    name, _, at = reference.partition("@")
+    if not HUB_ID.fullmatch(name) or name.endswith(WEIGHT_SUFFIXES) or (at and revision and at != revision):
+        if at and revision:
+            raise InputError(f"{reference}: two revisions, {at} and {revision}: give one")
+        raise InputError(f"{reference}: no such file or folder, and not a hub id (name or org/name)")
+    return download(name, at or revision)
+
+
+def _demo(name: str) -> Path:
+    folder = DEMOS / name
+    known = sorted(path.parent.name for path in DEMOS.glob("*/config.json"))
+    if name not in known:
+        raise InputError(f"demo:{name}: no such demo: expected one of {', '.join(known) or '(none installed)'}")
+    return folder
+
+
+def _open_folder(reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool) -> Source:
+    config_file = folder / "config.json"
+    if not config_file.is_file() and arch is None:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
+        raise InputError(f"{folder}: not a checkpoint: no config.json (found {found}); bare weights need --arch")
+    config = load_json(config_file) if config_file.is_file() and arch is None else {}
+    record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
+    _refuse_quantised(folder, config)
+    weights = find_weights(folder, config, library_of(config, arch))
+    return _finish(reference, folder, weights, config, arch, record, commit, trust)
+
+
+def _finish(
+    reference: str,
+    folder: Path | None,
+    weights: Path,
+    config: dict[str, Any],
+    arch: str | None,
+    record: dict[str, Any] | None,
+    commit: str | None,
+    trust: bool,
+) -> Source:
+    from normconvert.sources.libraries import describe, map_names
+
+    library = library_of(config, arch)
+    checkpoint = read_checkpoint(weights, trusted_links=_in_hub_cache(weights.parent))
+    try:
+        dtype = majority_dtype(checkpoint.tensors)
+    except InputError as error:
+        raise InputError(f"{weights}: {error}") from error
+    source = Source(
+        reference=reference, library=library, folder=folder, config=config,
+        architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
+        dtype=dtype, trust_remote_code=trust, record=record, revision=commit, pickled=checkpoint.pickled,
+    )  # fmt: skip
+    source = describe(source)
+    mapping = map_names(source)
+    return replace(
+        source, name_map=mapping.name_map, one_to_one=mapping.one_to_one, buffers=mapping.buffers, tied=mapping.tied
+    )
+
+
+def library_of(config: dict[str, Any], arch: str | None) -> str:
+    """Which library a config.json or ``--arch`` belongs to.
+
+    Raises:
+        InputError: neither says.
+    """
+    if arch is not None:
+        if not arch.startswith("timm:") or arch == "timm:":
+            raise InputError(f"--arch {arch}: expected timm:NAME, e.g. timm:vit_small_patch16_224")
+        return "timm"
+    if "architecture" in config and "model_type" not in config:
+        return "timm"
+    if "model_type" in config or "architectures" in config:
+        return "transformers"
+    raise InputError("config.json names no architecture: expected model_type (transformers) or architecture (timm)")
+
+
+def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        quantisation = part.get("quantization_config")
+        if quantisation:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+            raise InputError(
+                f"{folder}: quantised checkpoint ({method or 'quantization_config in config.json'}): "
+                "convert the original weights, quantise afterwards"
+            )
+
+
+def _in_hub_cache(folder: Path) -> bool:
+    """Whether this is a snapshot folder of the hub's cache, whose files are links made by huggingface_hub."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -1,0 +1,124 @@
+"""What the pipeline knows of a checkpoint before it reads a single weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+RECORD_FILE = "normconvert.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one checkpoint tensor lies.
+
+    Attributes:
+        name: name in the checkpoint.
+        file: the file that holds it.
+        dtype: safetensors dtype name, e.g. ``F32``.
+        shape: its shape.
+        start: first byte in ``file``; -1 for pickles, which have no fixed place.
+        end: one past the last byte in ``file``; -1 for pickles.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int = -1
+    end: int = -1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been opened and checked, with its tensors mapped to the model's names.
+
+    Attributes:
+        reference: what the user typed.
+        library: ``transformers`` or ``timm``.
+        folder: the folder with all files; None for a bare weight file.
+        config: config.json; for a bare file the one that describes the architecture the user named.
+        architecture: class name (transformers) or model name (timm).
+        tensors: checkpoint name -> where it lies, in file order.
+        name_map: checkpoint name -> name in ``model.state_dict()``; a stray tensor is absent.
+        one_to_one: False if the library merges, splits or reshapes tensors when it loads them.
+        dtype: dtype of the majority of the floating elements.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        record: parsed normconvert.json if normconvert wrote this folder.
+        buffers: model names that are buffers: these may hold infinities (masks).
+        tied: groups of model names that are one parameter.
+        revision: commit on the hub the files come from.
+        described: ``config`` was made from ``--arch``, not read from the folder.
+        pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
+    """
+
+    reference: str
+    library: str
+    folder: Path | None
+    config: dict[str, Any]
+    architecture: str
+    tensors: dict[str, TensorInfo]
+    name_map: dict[str, str]
+    one_to_one: bool
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+    record: dict[str, Any] | None = None
+    buffers: frozenset[str] = frozenset()
+    tied: tuple[tuple[str, ...], ...] = ()
+    revision: str | None = None
+    described: bool = False
+    pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files in order of first use."""
+        return list(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether the weights lie in a pickle (.bin, .pth, .pt), read with ``weights_only=True``."""
+        return bool(self.pickled)
+
+    def skeleton(self) -> nn.Module:
+        """The plain architecture with its head on the meta device, in eval mode; no weight is read.
+
+        Raises:
+            InputError: the library cannot build the architecture.
+        """
+        from normconvert.sources.libraries import build_skeleton
+
+        return build_skeleton(self)
+
+    def load(self, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
+        """The model with its weights, loaded by the library itself, in eval mode.
+
+        Args:
+            dtype: dtype of all floating parameters; None: the checkpoint's own.
+            device: where to put it.
+
+        Raises:
+            InputError: the library refuses the files.
+        """
+        from normconvert.sources.libraries import load_model
+
+        return load_model(self, dtype or self.dtype).to(device)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by its checkpoint name, mapped from the file where the format allows it.
+
+        The tensor is a private copy-on-write view: writing to it never reaches the file.
+        """
+        from normconvert.sources.safetensors_file import map_tensor
+
+        return self.pickled[name] if name in self.pickled else map_tensor(self.tensors[name])
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer in the folder; None if there is none or it cannot be built here."""
+        from normconvert.sources.libraries import load_tokenizer
+
+        return load_tokenizer(self)

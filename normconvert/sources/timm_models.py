@@ -1,0 +1,114 @@
+"""Checkpoints of timm: folder or bare weights, skeleton, names, loading."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from normconvert.errors import InputError
+from normconvert.sources.source import Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RANDOM_INIT = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "bernoulli_", "exponential_"})
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Skips random initialisation, which costs seconds and is overwritten by the checkpoint."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in RANDOM_INIT and args and isinstance(args[0], torch.Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def describe(source: Source) -> Source:
+    """Fill in the architecture; for weights without config.json also the configuration that says the same.
+
+    Raises:
+        InputError: timm has no such model.
+    """
+    import timm
+
+    name = source.architecture or str(source.config.get("architecture"))
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), 3, cutoff=0.4)
+        raise InputError(
+            f"{source.reference}: timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}"
+        )
+    source = replace(source, architecture=name)
+    return source if source.config else replace(source, config=_bare_config(source), described=True)
+
+
+def _bare_config(source: Source) -> dict[str, Any]:
+    """A config.json as timm writes it, with the number of classes that the weights have."""
+    import timm
+    from timm.models import filter_pretrained_cfg
+
+    name = source.architecture.split(".")[0]
+    with torch.device("meta"):
+        model = timm.create_model(source.architecture, pretrained=False)
+    known = dict(getattr(model, "pretrained_cfg", {}))
+    pretrained = filter_pretrained_cfg(known, remove_source=True, remove_null=True)
+    pretrained.pop("architecture", None)
+    classifier = pretrained.get("classifier")
+    classes = getattr(model, "num_classes", 0)
+    if isinstance(classifier, str):
+        head = source.tensors.get(f"{classifier}.weight")
+        classes = head.shape[0] if head and head.shape else 0
+    pretrained["num_classes"] = classes
+    config = {"architecture": name, "num_classes": classes, "num_features": getattr(model, "num_features", None)}
+    return {k: v for k, v in config.items() if v is not None} | {"pretrained_cfg": pretrained}
+
+
+def _create(source: Source, **options: Any) -> nn.Module:
+    """timm's own factory; a folder is read by timm (``local-dir:``), a bare file is described by ``source.config``."""
+    import timm
+
+    try:
+        if not source.described:
+            model: nn.Module = timm.create_model(f"local-dir:{source.folder}", pretrained=False, **options)
+        else:
+            classes = source.config["num_classes"]
+            model = timm.create_model(source.architecture, pretrained=False, num_classes=classes, **options)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
+    return model
+
+
+def build_meta(source: Source) -> nn.Module:
+    """The model on the meta device; models that compute on tensors while they are built are built on the CPU."""
+    try:
+        with torch.device("meta"):
+            return _create(source)
+    except InputError:
+        with _NoRandomInit():
+            return _create(source)
+
+
+def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, str], bool, set[str]]:
+    """timm's names are the model's names. Returns the map, whether it is one to one, and the names found."""
+    name_map = {name: name for name in source.tensors if name in state}
+    return name_map, True, set(name_map)
+
+
+def load(source: Source, dtype: torch.dtype) -> nn.Module:
+    """timm's factory, then the weights."""
+    with _NoRandomInit():
+        model = _create(source)
+    model = model.to(dtype)
+    weights = {target: source.read(name) for name, target in source.name_map.items()}
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{source.reference}: timm cannot load it: {str(error).splitlines()[-1].strip()}") from error
+    return model

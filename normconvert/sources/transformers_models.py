@@ -1,0 +1,200 @@
+"""Checkpoints of transformers: class, skeleton, names, loading, all as transformers 5 does it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError
+from normconvert.sources.source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+OWN_MODULE = "modeling_normconvert."  # the runtime file shipped with outputs: not foreign code
+
+
+def describe(source: Source) -> Source:
+    """Fill in the class name.
+
+    Raises:
+        InputError: transformers has no such class or model type, or it needs code from the checkpoint.
+    """
+    return replace(source, architecture=_model_class(source, _config(source)).__name__)
+
+
+def _remote_classes(source: Source) -> dict[str, str]:
+    auto_map = source.config.get("auto_map") or {}
+    return {k: v for k, v in auto_map.items() if isinstance(v, str) and not v.startswith(OWN_MODULE)}
+
+
+def _needs_trust(source: Source, what: str) -> InputError:
+    return InputError(
+        f"{source.reference}: {what} is code that comes with the checkpoint; read it, then pass --trust-remote-code"
+    )
+
+
+def _config(source: Source) -> Any:
+    """The config object; code from the checkpoint runs only if trusted and needed."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = source.config.get("model_type")
+    remote = _remote_classes(source)
+    if "AutoConfig" in remote and not source.trust_remote_code and model_type not in CONFIG_MAPPING:
+        raise _needs_trust(source, f"the configuration {remote['AutoConfig']}")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
+            )
+    except Exception as error:
+        if model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise InputError(
+                f"{source.reference}: transformers does not know model_type {model_type!r}{hint}"
+            ) from error
+        raise InputError(f"{source.reference}: config.json is not valid: {first_line(error)}") from error
+
+
+def _model_class(source: Source, config: Any) -> type[nn.Module]:
+    import torch
+    import transformers
+
+    names = source.config.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    remote = _remote_classes(source)
+    if name is None and not (set(remote) - {"AutoConfig"}):
+        try:
+            with quiet(), torch.device("meta"):
+                return type(transformers.AutoModel.from_config(config))
+        except Exception as error:
+            raise InputError(f"{source.reference}: no class for this config.json: {first_line(error)}") from error
+    found = getattr(transformers, name, None) if name else None
+    native = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    if source.trust_remote_code:
+        for key, reference in remote.items():
+            if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
+                return _remote_class(source, reference)
+    if native:
+        assert isinstance(found, type)
+        return found
+    if set(remote) - {"AutoConfig"} and not source.trust_remote_code:
+        raise _needs_trust(source, f"the model class {name or next(iter(remote.values()))}")
+    near = difflib.get_close_matches(str(name), [n for n in dir(transformers) if "For" in n or "Model" in n], 3)
+    hint = f"; nearest: {', '.join(near)}" if near else ""
+    raise InputError(f"{source.reference}: transformers {transformers.__version__} has no model class {name}{hint}")
+
+
+def _remote_class(source: Source, reference: str) -> type[nn.Module]:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        with quiet():
+            found: type[nn.Module] = get_class_from_dynamic_module(
+                reference, source.folder, local_files_only=True
+            )
+    except Exception as error:
+        raise InputError(f"{source.reference}: its own code failed ({reference}): {first_line(error)}") from error
+    return found
+
+
+def build_meta(source: Source) -> nn.Module:
+    """The model on the meta device with tied weights tied; initialisation costs nothing there."""
+    import torch
+    from transformers import initialization
+
+    config = _config(source)
+    model_class: Any = _model_class(source, config)
+    try:
+        with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+            model: nn.Module = model_class._from_config(config, dtype=source.dtype)
+    except Exception as error:
+        raise InputError(
+            f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
+        ) from error
+    return model
+
+
+def rename(
+    source: Source, model: Any, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, str], bool, set[str], dict[str, str]]:
+    """Checkpoint names -> model names, as ``convert_and_load_state_dict_in_model`` does it (transformers 5).
+
+    Returns:
+        The map, whether it is one to one, the model names that get a value, and declared ties (target -> source).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    prefix = model.base_model_prefix
+    name_map: dict[str, str] = {}
+    found: set[str] = set()
+    one_to_one = True
+    # The order matters: some renamings are switched on by a name seen before.
+    for name in sorted(source.tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue  # a stray tensor: unused by the model
+        if pattern is not None:
+            one_to_one = False
+            first, *others = by_pattern[pattern].target_patterns
+            found.update(target.replace(first, other) for other in others)
+        found.add(target)
+        name_map[name] = target
+    ordered = {name: name_map[name] for name in source.tensors if name in name_map}
+    return ordered, one_to_one, found, dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def load(source: Source, dtype: torch.dtype) -> nn.Module:
+    """``from_pretrained`` of the plain class on the source's folder."""
+    model_class: Any = _model_class(source, _config(source))
+    try:
+        with quiet():
+            model, info = model_class.from_pretrained(
+                source.folder, config=_config(source), dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:
+        raise InputError(f"{source.reference}: transformers cannot load it: {first_line(error)}") from error
+    errors = info.get("conversion_errors") or info.get("error_msgs")
+    if errors:
+        raise InputError(f"{source.reference}: transformers cannot load it: {first_line(ValueError(str(errors)))}")
+    assert hasattr(model, "eval")
+    loaded: nn.Module = model
+    return loaded
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers while it works for us."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for messages of one line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

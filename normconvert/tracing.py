@@ -1,0 +1,236 @@
+"""Model -> Graph: torch.export on the meta device, with module boundaries marked in the graph.
+
+No weight is read and no kernel runs. Two things are added to what ``torch.export`` gives:
+
+- *marks*: identity operations at the inputs and outputs of modules, so that a place where a centring operation may be
+  put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
+- *flattening*: regions such as autocast or no_grad, which export keeps as sub-graphs, are inlined, and in-place
+  operations are made functional, so that the analysis sees one list of pure operations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import TraceError
+
+
+@torch.library.custom_op("normconvert::mark", mutates_args=())
+def mark(x: Tensor, path: str, side: str, key: str) -> Tensor:
+    """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+MARK = torch.ops.normconvert.mark.default
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model that the graph reads.
+
+    Attributes:
+        name: its name in ``state_dict`` (the first one, if several names share the tensor).
+        aliases: all its names.
+        stored: whether a checkpoint holds it; False for non-persistent buffers and constants made while tracing.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    stored: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced model.
+
+    Attributes:
+        nodes: operations in execution order (ATen, functional, on meta tensors).
+        parameters: placeholder node -> the tensor it stands for.
+        outputs: node -> names of the model outputs it is.
+        modules: module path -> module on the meta device.
+        inputs: names of the traced inputs, for messages.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    parameters: Mapping[fx.Node, Parameter]
+    outputs: Mapping[fx.Node, tuple[str, ...]]
+    modules: Mapping[str, nn.Module]
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
+    """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs`` (meta tensors).
+
+    Raises:
+        TraceError: torch.export cannot trace the model; the message names the operation and the line that stopped it.
+    """
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), _marked(model):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (), dict(inputs), strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    except Exception as error:  # torch.export raises many kinds; all mean the same to the user
+        raise TraceError(_why(error)) from error
+    module = program.graph_module
+    _inline_regions(module)
+    return Graph(
+        nodes=tuple(module.graph.nodes),
+        parameters=_parameters(model, program, module.graph),
+        outputs=_outputs(program, module.graph),
+        modules=dict(model.named_modules(remove_duplicate=False)),
+    )
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that ran ``node``; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(next(reversed(stack.values()))[0]) if stack else ""
+
+
+@contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if not path or not (any(True for _ in module.children()) or any(True for _ in module.parameters(False))):
+                continue
+            pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
+            stack.callback(pre.remove)
+            post = module.register_forward_hook(_mark_outputs(path))
+            stack.callback(post.remove)
+        yield
+
+
+def _markable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+
+
+def _mark_inputs(path: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
+        return new_args, new_kwargs
+
+    return hook
+
+
+def _mark_outputs(path: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _markable(output):
+            return mark(output, path, "output", "")
+        if type(output) in (tuple, list):
+            return type(output)(mark(a, path, "output", str(i)) if _markable(a) else a for i, a in enumerate(output))
+        if isinstance(output, dict):  # transformers' ModelOutput among them
+            for key, value in list(output.items()):
+                if _markable(value):
+                    output[key] = mark(value, path, "output", str(key))
+        return output
+
+    return hook
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _why(error: BaseException) -> str:
+    """One line for a person: the first sentence of the error and the line of model code that raised it."""
+    text = str(error).strip()
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "normconvert" not in code.co_filename:
+            where = f" ({code.co_filename.rsplit('site-packages/', 1)[-1]}:{frame.tb_lineno}, in {code.co_name})"
+        frame = frame.tb_next
+    return f"the model could not be traced: {type(error).__name__}: {first[:300]}{where}"
+
+
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Replace autocast and grad-mode regions by their contents: neither changes what is computed on this device."""
+    while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _REGIONS]:
+        for region in regions:
+            position = next(i for i, a in enumerate(region.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+            body = getattr(module, region.args[position].target)
+            holders = [n for n in body.graph.nodes if n.op == "placeholder"]
+            mapping: dict[fx.Node, Any] = dict(zip(holders, region.args[position + 1 :], strict=True))
+            for name, sub in body.named_children():  # regions within regions
+                fresh = f"{region.name}_{name}"
+                setattr(module, fresh, sub)
+                for node in body.graph.nodes:
+                    if node.op == "get_attr" and node.target == name:
+                        node.target = fresh
+            with module.graph.inserting_before(region):
+                results = module.graph.graph_copy(body.graph, mapping)
+            results = results[0] if isinstance(results, tuple) and body_output_is_nested(body) else results
+            for user in list(region.users):
+                if isinstance(results, (tuple, list)) and user.target is not None and "getitem" in str(user.target):
+                    user.replace_all_uses_with(results[user.args[1]])
+                    module.graph.erase_node(user)
+            if region.users:
+                region.replace_all_uses_with(results)
+            module.graph.erase_node(region)
+
+
+def body_output_is_nested(body: fx.GraphModule) -> bool:
+    """Whether a region's output node wraps its results in one more tuple."""
+    value = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    return isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (tuple, list))
+
+
+def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node, Parameter]:
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    unstored = set(signature.non_persistent_buffers)
+    constants = signature.inputs_to_lifted_tensor_constants
+    groups: dict[int, list[str]] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        groups.setdefault(id(tensor), []).append(name)
+    aliases = {name: tuple(group) for group in groups.values() for name in group}
+    found: dict[fx.Node, Parameter] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in names:
+            all_names = aliases.get(names[node.name], (names[node.name],))
+            found[node] = Parameter(all_names[0], all_names, names[node.name] not in unstored)
+        elif node.name in constants:
+            found[node] = Parameter(constants[node.name], (constants[node.name],), stored=False)
+    return found
+
+
+def _outputs(program: Any, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """Names of the user's outputs, as paths in the nested output (``logits``, ``encoder_last_hidden_state``, ``0``)."""
+    specs = [s for s in program.graph_signature.output_specs]
+    flat = next(n for n in graph.nodes if n.op == "output").args[0]
+    user = [value for spec, value in zip(specs, flat, strict=True) if spec.kind.name == "USER_OUTPUT"]
+    spec = program.call_spec.out_spec
+    try:
+        keyed, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(user))), spec))
+        labels = [pytree.keystr(path).strip("[].'\"") or "output" for path, _ in keyed]
+    except Exception:  # an output class that cannot be rebuilt: number the outputs
+        labels = [str(i) for i in range(len(user))]
+    names: dict[fx.Node, tuple[str, ...]] = {}
+    for label, value in zip(labels, user, strict=False):
+        if isinstance(value, fx.Node):
+            names[value] = (*names.get(value, ()), label)
+    return names

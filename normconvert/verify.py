@@ -1,0 +1,419 @@
+"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what users feel.
+
+- *Algebra*: the plan applied to float64 copies of the weights, against the original in float64.
+- *Rounding*: the stored result in its dtype against that float64 truth, divided by the original's own such error.
+- *What users feel*: top-1 agreement, KL divergence, loss difference on text, in the dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.diverge import first_divergence, watch_means
+from normconvert.edits import apply_edits
+from normconvert.errors import InputError
+from normconvert.fidelity import (
+    Distance,
+    Fidelity,
+    Outputs,
+    agreement,
+    distance,
+    flatten,
+    is_shifted,
+    next_token_loss,
+    ratio,
+    scores,
+)
+from normconvert.plan import Plan
+from normconvert.probes import Probe, verification_inputs
+
+TOLERANCE = 1e-10
+FLOAT32_TOLERANCE = 1e-5
+"""For models that cast a norm's input to float32 whatever their dtype: there float32's rounding is the limit."""
+ROUNDING_TOLERANCE = 2.0
+STORAGE_UNITS = 32.0
+"""Two arbitrary checkpoints may differ by this many units of the coarser storage dtype."""
+
+ModelOrMaker = nn.Module | Callable[[], nn.Module]
+"""A model, or a function that makes it when its turn comes, so that few are in memory at once."""
+
+
+@dataclass
+class Run:
+    """One model's outputs on all probes; `failures` says why a probe could not be run."""
+
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def tolerance_for(plan: Plan | None) -> float:
+    """1e-10, or what float32 allows for a model that casts its norms' inputs to float32."""
+    return FLOAT32_TOLERANCE if plan is not None and plan.float32_norms else TOLERANCE
+
+
+def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the float64 model with the plan's tensor edits and module edits applied.
+
+    Args:
+        truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
+        plan: names of tensors as in ``truth.state_dict()``.
+
+    Raises:
+        InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
+    """
+    from normconvert.runtime import apply_module_edits
+
+    model = copy.deepcopy(truth)
+    source = named_tensors(truth)
+
+    def lookup(name: str) -> Tensor:
+        if name not in source:
+            raise InputError(f"the plan names the tensor {name!r}, which the model does not have: is it another model's?")
+        return source[name].to(torch.float64)
+
+    target = named_tensors(model)
+    for name, edits in plan.tensors.items():
+        untied = bool(edits) and edits[0]["op"] == "copy"
+        old = source[name] if name in source else (torch.empty(0) if untied else lookup(name))
+        try:
+            value = apply_edits(old, edits, lookup).to(old.device)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
+        if untied or name not in target:
+            _set_parameter(model, name, value)
+        else:
+            target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
+    try:
+        apply_module_edits(model, plan.modules)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the plan does not fit the model: {error}") from error
+    return model.eval()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, tied ones under each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the name a Parameter of its own."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0) -> Run:
+    """All probes through a model, in eval mode and without gradients.
+
+    Args:
+        model: on any device, any floating dtype.
+        probes: CPU inputs; floating ones are rounded to `dtype` first, so that every model sees the same values.
+        dtype: that of the checkpoint under test.
+        seed: for models that draw random numbers even in eval mode.
+    """
+    model.eval()
+    sample = next(iter(model.parameters()), torch.empty(0))
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    run = Run()
+    for probe in probes:
+        inputs = {name: _cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                output = model(**inputs)
+            except Exception as error:  # a probe that the original cannot take is skipped, with its reason
+                run.failures[probe.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                continue
+        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
+    return run
+
+
+def _cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(through).to(to).to(device) if value.is_floating_point() else value.to(device)
+
+
+def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> dict[tuple[str, str], Distance]:
+    """(probe, output) -> how far the two are apart; inf where only one of them has the output."""
+    result = {}
+    for probe, outputs in expected.outputs.items():
+        other = found.outputs.get(probe, {})
+        for name in dict.fromkeys([*outputs, *other]):
+            if name in outputs and name in other:
+                result[probe, name] = distance(other[name], outputs[name], shifted=is_shifted(name, shifted))
+            else:
+                result[probe, name] = Distance(math.inf, 1.0)
+    return result
+
+
+def compare_models(
+    original: nn.Module,
+    converted: nn.Module,
+    probes: Sequence[Probe],
+    *,
+    outputs_shift_allowed: bool = False,
+    seed: int = 0,
+) -> dict[tuple[str, str], float]:
+    """Relative errors of every output of every probe that the original can run, {(probe, output): ||y'-y|| / ||y||}.
+
+    Args:
+        original, converted: both in float64 for the algebra.
+        outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
+    """
+    runs = [run_model(model, probes, dtype=torch.float32, seed=seed) for model in (original, converted)]
+    shifted = frozenset(name for out in runs[0].outputs.values() for name in out) if outputs_shift_allowed else frozenset()
+    return {key: d.relative for key, d in compare_runs(runs[0], runs[1], shifted).items()}
+
+
+def _take(model: ModelOrMaker) -> nn.Module:
+    return model if isinstance(model, nn.Module) else model()
+
+
+def verify_models(
+    *,
+    truth: ModelOrMaker,
+    algebra: ModelOrMaker | Callable[[nn.Module], nn.Module] | None,
+    original: ModelOrMaker,
+    converted: ModelOrMaker,
+    probes: Sequence[Probe],
+    tolerance: float = TOLERANCE,
+    rounding_tolerance: float = ROUNDING_TOLERANCE,
+    converted_norms: Sequence[str] = (),
+    shifted_outputs: set[str] | frozenset[str] = frozenset(),
+    plan: Plan | None = None,
+    seed: int = 0,
+) -> Fidelity:
+    """The three figures for one conversion.
+
+    Args:
+        truth: the original's weights in float64.
+        algebra: the plan applied to them in float64; None replays `plan`, or skips this figure (0.0) if that is None.
+        original, converted: the checkpoints in the dtype they are used in.
+        probes: as :func:`normconvert.probes.verification_inputs` makes them.
+        tolerance: for the algebra; see :func:`tolerance_for`.
+        converted_norms: module paths, for ``mean_over_rms``.
+        shifted_outputs: outputs whose per-token mean may change; compared with it removed.
+        plan: replayed if `algebra` is None.
+        seed: for models that draw random numbers even in eval mode.
+
+        Models may be given as functions that make them; then at most two of them are in memory at once.
+
+    Raises:
+        InputError: the original runs on none of the probes.
+    """
+    shifted = frozenset(shifted_outputs)
+    first = _take(original)
+    dtype = next((p.dtype for p in first.parameters() if p.is_floating_point()), torch.float32)
+    original_run = run_model(first, probes, dtype=dtype, seed=seed)
+    probes = [probe for probe in probes if probe.name in original_run.outputs]
+    if not probes:
+        reason = next(iter(original_run.failures.values()), "there are no probes")
+        raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
+    del first
+
+    second = _take(converted)
+    with watch_means(second, converted_norms) as means:
+        converted_run = run_model(second, probes, dtype=dtype, seed=seed)
+    del second
+
+    true_model = _take(truth)
+    truth_run = run_model(true_model, probes, dtype=dtype, seed=seed)
+    algebra_distances: dict[tuple[str, str], Distance] = {}
+    worst_module = None
+    if algebra is not None or plan is not None:
+        edited = algebra_model(true_model, plan) if algebra is None and plan is not None else _take(algebra)  # type: ignore[arg-type]
+        algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
+        algebra_distances = compare_runs(truth_run, algebra_run, shifted)
+        worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
+        if not algebra_distances[worst].relative <= tolerance:
+            probe = next(p for p in probes if p.name == worst[0])
+            worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
+        del edited
+    del true_model
+
+    original_errors = compare_runs(truth_run, original_run, shifted)
+    converted_errors = compare_runs(truth_run, converted_run, shifted)
+    same, positions, divergence = _felt(original_run, converted_run)
+    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in original_run.failures.items()]
+    rows += [
+        {
+            "probe": key[0],
+            "output": key[1],
+            "algebra": algebra_distances[key].relative if key in algebra_distances else None,
+            "original_error": original_errors[key].relative if key in original_errors else None,
+            "converted_error": error.relative,
+        }
+        for key, error in converted_errors.items()
+    ]
+    fidelity = Fidelity(
+        algebra=max((d.relative for d in algebra_distances.values()), key=_rank, default=0.0),
+        rounding=worst_ratio(original_errors, converted_errors, torch.finfo(dtype).eps),
+        top1=same / positions if positions else 1.0,
+        kl=divergence / positions if positions else 0.0,
+        loss_difference=_loss_difference(probes, original_run, converted_run),
+        mean_over_rms=max(means.values(), default=None),
+        worst_module=worst_module,
+        probes=rows,
+        tolerance=tolerance,
+        rounding_tolerance=rounding_tolerance,
+    )
+    return judge(fidelity, converted_run)
+
+
+def _rank(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any]:
+    sample = next(p for p in model.parameters() if p.is_floating_point())
+    return {name: _cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
+
+
+def worst_ratio(
+    original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
+) -> float | None:
+    """For each output the root mean square of the relative errors over the probes, converted / original; the largest."""
+    names = dict.fromkeys(name for _, name in converted)
+    ratios = []
+    for name in names:
+        sums = [
+            math.sqrt(sum(_rank(d.relative) ** 2 for (_, n), d in side.items() if n == name) / max(len(side), 1))
+            for side in (converted, original)
+        ]
+        ratios.append(ratio(sums[0], sums[1], eps))
+    return max(ratios, key=_rank, default=None)
+
+
+def _felt(original: Run, converted: Run) -> tuple[int, int, float]:
+    """(positions with the same top class, positions, summed KL) over all probes."""
+    same, positions, divergence = 0, 0, 0.0
+    for probe, outputs in original.outputs.items():
+        a, b = scores(outputs), scores(converted.outputs.get(probe, {}))
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        found = agreement(a, b)
+        same, positions, divergence = same + found[0], positions + found[1], divergence + found[2]
+    return same, positions, divergence
+
+
+def _loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> float | None:
+    differences = []
+    for probe in probes:
+        if probe.name.startswith("text") and probe.name in converted.outputs:
+            a = next_token_loss(original.outputs[probe.name], probe.inputs)
+            b = next_token_loss(converted.outputs[probe.name], probe.inputs)
+            if a is not None and b is not None:
+                differences.append(b - a)
+    return sum(differences) / len(differences) if differences else None
+
+
+def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
+    """The verdict: one reason for each figure out of its tolerance."""
+    reasons = []
+    if not fidelity.algebra <= fidelity.tolerance:  # also catches NaN
+        at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
+        reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")
+    if fidelity.rounding is not None and not fidelity.rounding <= fidelity.rounding_tolerance:
+        reasons.append(
+            f"rounding errors are {fidelity.rounding:.3g} times the original's (allowed {fidelity.rounding_tolerance:g})"
+        )
+    for probe, why in (converted.failures if converted is not None else {}).items():
+        reasons.append(f"the converted model cannot run probe {probe!r}, which the original runs: {why}")
+    return replace(fidelity, passed=not reasons, reasons=reasons)
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> Fidelity:
+    """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
+
+    If `b` was written by normconvert, its plan is replayed on `a`'s weights in float64: that is held to 1e-10. For
+    any other pair the algebra compares `b` with `a` in float64 as they are stored; since storing alone rounds, the
+    tolerance there is 32 units (eps) of the coarser storage dtype.
+
+    Args:
+        a, b: paths or names as :func:`normconvert.sources.open_source` takes them.
+        device: where to run.
+        dtype: to run both in; None takes that of `b`'s files.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+        seed: of the probes.
+
+    Raises:
+        InputError: a checkpoint cannot be read, or the two are of different architectures or shapes.
+    """
+    from normconvert.sources import open_source
+
+    first = open_source(str(a), trust_remote_code=trust_remote_code)
+    second = open_source(str(b), trust_remote_code=trust_remote_code)
+    plan = _plan(second.record) if first.record is None else None
+    used = dtype or second.dtype
+    _same_model(first.architecture, second.architecture, str(a), str(b))
+    original = _loader(first, used, device)()
+    if plan is None:
+        _same_shapes(original, _loader(second, used, device), str(a), str(b))
+    coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
+    return verify_models(
+        truth=_loader(first, torch.float64, device),
+        algebra=None if plan is not None else _loader(second, torch.float64, device),
+        original=original,
+        converted=_loader(second, used, device),
+        probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
+        tolerance=tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser,
+        converted_norms=[verdict.path for verdict in plan.converted] if plan is not None else (),
+        plan=plan,
+        seed=seed,
+    )
+
+
+def _plan(record: Mapping[str, Any] | None) -> Plan | None:
+    if record is None or not record.get("plan"):
+        return None
+    try:
+        return Plan.from_json(record["plan"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"normconvert.json cannot be read: {error}") from error
+
+
+def _loader(source: Any, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
+    """Makes the model of a checkpoint: through the plan's module edits if normconvert wrote it, else as the library does."""
+
+    def load() -> nn.Module:
+        if source.record is not None and source.folder is not None:
+            from normconvert.loading import load as load_converted
+
+            return load_converted(source.folder, dtype=dtype, device=device)
+        model: nn.Module = source.load(dtype=dtype, device=device)
+        return model
+
+    return load
+
+
+def _same_model(a: str, b: str, path_a: str, path_b: str) -> None:
+    if a != b:
+        raise InputError(f"expected two checkpoints of one model, found {a} in {path_a} and {b} in {path_b}")
+
+
+def _same_shapes(original: nn.Module, make: Callable[[], nn.Module], path_a: str, path_b: str) -> None:
+    """Raise on the first tensor that only one has, or that has another shape."""
+    a, b = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (original, make()))
+    for name in dict.fromkeys([*a, *b]):
+        if a.get(name) != b.get(name):
+            raise InputError(
+                f"expected two checkpoints of one model, but {name!r} is {a.get(name, 'missing')} in {path_a} "
+                f"and {b.get(name, 'missing')} in {path_b}"
+            )

@@ -1,0 +1,23 @@
+"""What every test shares: few threads, and no progress bars in the captured output."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, and inherited by subprocesses. The models are small, and pytest's workers share the cores.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test must not depend on those that ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,339 @@
+"""The norm and the module edits: right in every mode torch runs modules in, and without side effects on the model."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normconvert import runtime
+from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center
+
+EPS = 1e-3  # large, so that a forgotten epsilon shows
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
+
+def mean_free(*shape: int, axis: int = -1, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(*shape, dtype=torch.float64)
+    return (x - x.mean(axis, keepdim=True)).to(dtype)
+
+
+def norm(size: int = 48, dtype: torch.dtype = torch.float64, bias: bool = True, **options: Any) -> RMSNorm:
+    return RMSNorm(
+        size,
+        EPS,
+        weight=nn.Parameter(torch.randn(size)),
+        bias=nn.Parameter(torch.randn(size)) if bias else None,
+        **options,
+    ).to(dtype)
+
+
+def definition(x: Tensor, module: RMSNorm) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset) + bias in float64."""
+    axis = module.axis % x.ndim
+    shape = [-1] + [1] * (x.ndim - 1 - axis)
+    x = x.double()
+    y = x / (x.square().mean(axis, keepdim=True) + module.eps).sqrt()
+    y = y * (module.weight.double().reshape(shape) + module.offset)
+    return y if module.bias is None else y + module.bias.double().reshape(shape)
+
+
+def distance(y: Tensor, truth: Tensor) -> float:
+    return float((y.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("shape", "axis"), [((2, 5, 48), -1), ((48,), -1), ((2, 48, 3, 4), -3), ((2, 48, 3, 4), 1)])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0}, {"bias": False}, {"mean_free": True}])
+@pytest.mark.parametrize("mode", ["eager", "autograd", "compiled", "exported"])
+def test_every_kernel_computes_the_definition(
+    dtype: torch.dtype, shape: tuple[int, ...], axis: int, options: dict[str, Any], mode: str
+) -> None:
+    module = norm(dtype=dtype, axis=axis, **options)
+    x = mean_free(*shape, axis=axis, dtype=dtype)
+    truth = definition(x, module)
+    run: Any = module
+    if mode == "compiled":
+        run = torch.compile(module, fullgraph=True, backend="eager")
+    if mode == "exported":
+        run = torch.export.export(module, (x,), strict=False).module()
+    with torch.set_grad_enabled(mode == "autograd"):
+        y = run(x)
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    assert distance(y, truth) < TOLERANCE[dtype]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kernel", [runtime._in_place, runtime._formula, runtime._fused_rms])
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
+def test_the_kernels_do_not_need_a_mean_free_input(kernel: runtime.Kernel, affine: tuple[bool, bool]) -> None:
+    """RMSNorm stays RMSNorm when training or an adapter shifts the stream."""
+    x = torch.randn(3, 48, dtype=torch.float64) + 2
+    weight, bias = (torch.randn(48, dtype=torch.float64) if has else None for has in affine)
+    truth = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+    truth = truth if weight is None else truth * weight
+    truth = truth if bias is None else truth + bias
+    with torch.no_grad():
+        assert distance(kernel(x, weight, bias, -1, EPS), truth) < 1e-15
+
+
+def test_sixteen_bit_inputs_accumulate_in_float32() -> None:
+    x = torch.full((1, 4096), 60000.0, dtype=torch.float16)  # the sum of squares overflows float16 at once
+    x[:, ::2] *= -1
+    module = RMSNorm(4096, EPS)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert torch.equal(module(x), x.sign())
+
+
+def test_large_and_tiny_float32_inputs_are_exact_too() -> None:
+    module = norm(dtype=torch.float32)
+    for scale in (1e-4, 1e4):
+        x = mean_free(3, 48, dtype=torch.float32) * scale
+        with torch.no_grad():
+            assert distance(module(x), definition(x, module)) < 2e-7
+
+
+def test_the_layer_norm_shortcut_needs_the_promise_and_ends_with_training() -> None:
+    x = torch.randn(2, 48)
+    affine = (torch.ones(48), torch.zeros(48))
+    with torch.no_grad():
+        assert norm(dtype=torch.float32)._kernel(x, *affine) is runtime._in_place
+        promised = norm(dtype=torch.float32, mean_free=True)
+        assert promised.eval()._kernel(x, *affine) is runtime._layer_norm
+        assert promised.train()._kernel(x, *affine) is runtime._in_place
+        assert promised.eval()._kernel(x, *affine) is runtime._in_place
+
+
+def test_gradients_are_those_of_the_definition() -> None:
+    for axis, shape in ((-1, (3, 6)), (-3, (2, 6, 2, 2))):
+        module = norm(6, axis=axis, offset=0.5)
+        x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(module, (x,))
+
+
+def test_it_does_not_write_to_its_input_or_parameters() -> None:
+    module = norm(dtype=torch.float32)
+    x = torch.randn(64, 48)
+    before = [t.clone() for t in (x, *module.parameters())]
+    with torch.no_grad():
+        module(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *module.parameters()), strict=True))
+
+
+def test_autocast_keeps_the_norm_in_the_dtype_of_its_input() -> None:
+    block = nn.Sequential(nn.Linear(48, 48), norm(dtype=torch.float32), nn.Linear(48, 48))
+    x = torch.randn(4, 48)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert distance(block(x), block.double()(x.double())) < 2e-2
+        block.float()
+
+
+def test_export_keeps_one_norm_operator() -> None:
+    program = torch.export.export(norm(dtype=torch.float32, bias=False), (torch.randn(2, 48),))
+    assert "rms_norm" in " ".join(str(node.target) for node in program.graph.nodes)
+
+
+def test_print_shows_the_norm() -> None:
+    assert repr(norm(offset=1.0, axis=-3)) == "RMSNorm(48, eps=0.001, axis=-3, offset=1.0, weight=True, bias=True)"
+
+
+# -- module edits ---------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block whose second norm is the very same module as another block's."""
+
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.shared = shared
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.shared(self.norm(x)))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.LayerNorm(8)
+        self.blocks = nn.ModuleList([Block(shared), Block(shared)])
+        self.last = nn.LayerNorm(8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def row(path: str, **change: Any) -> dict[str, Any]:
+    plain = {"op": "replace", "path": path, "kind": "rmsnorm", "size": 8, "eps": 1e-5, "axis": -1}
+    return {**plain, "weight": "weight", "bias": "bias", "offset": 0.0, "upcast": False, **change}
+
+
+def test_replacing_keeps_parameters_names_mode_and_sharing() -> None:
+    model = Net().eval()
+    state = model.state_dict(keep_vars=True)
+    apply_module_edits(model, [row("blocks.0.norm"), row("blocks.1.shared"), row("last", bias=None)])
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[name] is state[name] for name in state)
+    first, second = model.get_submodule("blocks.0"), model.get_submodule("blocks.1")
+    assert isinstance(first.shared, RMSNorm)
+    assert first.shared is second.shared
+    assert isinstance(second.norm, nn.LayerNorm)  # not in the plan
+    assert not any(module.training for module in model.modules())
+    assert model.last.bias is None
+    assert model.last.normalized_shape == (8,)
+    assert model.last.eps == 1e-5
+
+
+def test_a_hook_on_a_norm_survives_its_replacement() -> None:
+    model = Net()
+    seen: list[str] = []
+    model.last.register_forward_hook(lambda *_: seen.append("hook"))
+    apply_module_edits(model, [row("last", bias=None)])
+    model(torch.randn(2, 8))
+    assert seen == ["hook"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (row("blocks.7.norm"), "no module 'blocks.7.norm'"),
+        (row("blocks.0"), "not a plain norm"),
+        (row("last"), "not a plain norm"),  # the plan says bias, the module has none
+        ({"op": "explode", "path": "last"}, "unknown operation 'explode'"),
+        (row("last", bias=None, kind="cube"), "unknown norm 'cube'"),
+    ],
+)
+def test_an_edit_that_does_not_fit_the_model_is_refused(edit: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_module_edits(Net(), [edit])
+
+
+class Wires(nn.Module):
+    """Takes and returns tensors in every way a hook must cope with."""
+
+    def forward(self, x: Tensor, *, hidden: Tensor | None = None, how: str = "") -> Any:
+        y = x if hidden is None else x + hidden
+        return {"": y, "tuple": (y, 1), "list": [1, y], "dict": {"h": y}}[how]
+
+
+@pytest.mark.parametrize(("how", "key"), [("", ""), ("tuple", "0"), ("list", "1"), ("dict", "h")])
+def test_centring_reaches_every_form_of_output(how: str, key: str) -> None:
+    model = nn.Sequential(Wires())
+    apply_module_edits(model, [{"op": "center", "path": "0", "side": "output", "key": key, "axis": -1}])
+    x = torch.randn(2, 8, dtype=torch.float64)
+    out = model[0](x, how=how)
+    tensor = out if how == "" else out["h"] if how == "dict" else out[int(key)]
+    assert torch.equal(tensor, x - x.mean(-1, keepdim=True))
+    assert type(out) is type(Wires()(x, how=how))
+
+
+def test_centring_reaches_model_outputs_by_name() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class Encoder(nn.Module):
+        def forward(self, x: Tensor) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=x)
+
+    model = nn.Sequential(Encoder())
+    apply_module_edits(model, [{"op": "center", "path": "0", "side": "output", "key": "last_hidden_state", "axis": -1}])
+    x = torch.randn(2, 8)
+    out = model(x)
+    assert torch.equal(out.last_hidden_state, center(x))
+    assert torch.equal(out[0], center(x))
+
+
+@pytest.mark.parametrize("key", ["0", "x"])
+def test_centring_an_input_works_however_it_is_passed(key: str) -> None:
+    model = nn.Sequential(Wires())
+    apply_module_edits(model, [{"op": "center", "path": "0", "side": "input", "key": key, "axis": 1}])
+    x, other = torch.randn(2, 8, 3), torch.randn(2, 8, 3)
+    call = model[0](x, hidden=other) if key == "0" else model[0](x=x, hidden=other)
+    assert torch.equal(call, x - x.mean(1, keepdim=True) + other)
+
+
+def test_an_input_that_is_not_there_is_an_error_not_a_shift() -> None:
+    model = nn.Sequential(Wires())
+    apply_module_edits(model, [{"op": "center", "path": "0", "side": "input", "key": "hidden", "axis": -1}])
+    with pytest.raises(KeyError, match="hidden"):
+        model[0](torch.randn(2, 8))
+
+
+def test_centring_rounds_once() -> None:
+    x = (torch.randn(64, 768) + 3).to(torch.bfloat16)
+    exact = x.double() - x.double().mean(-1, keepdim=True)
+    assert torch.equal(center(x), exact.to(torch.bfloat16))
+
+
+def edited() -> nn.Module:
+    model = Net().double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    rows = [row(f"blocks.{i}.norm") for i in range(2)] + [row("blocks.0.shared"), row("last", bias=None)]
+    hook = {"op": "center", "path": "blocks.0", "side": "output", "key": "", "axis": -1}
+    apply_module_edits(model, [*rows, hook])
+    return model
+
+
+def test_an_edited_model_survives_copying_pickling_and_saving() -> None:
+    model = edited()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    with torch.no_grad():
+        for other in copies:
+            assert torch.equal(other(x), model(x))
+            next(other.parameters()).add_(1)
+            assert not torch.equal(other(x), model(x))  # a copy, not a view
+
+
+def test_an_edited_model_compiles_into_one_graph_and_exports() -> None:
+    model = edited()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        truth = model(x)
+        assert distance(torch.compile(model, fullgraph=True, backend="aot_eager")(x), truth) < 1e-14
+        assert distance(torch.export.export(model, (x,), strict=False).module()(x), truth) < 1e-14
+
+
+def test_half_keeps_epsilon_and_centring() -> None:
+    model = edited()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        truth = model(x)
+        assert distance(model.half()(x.half()), truth) < 1e-2
+
+
+def test_the_runtime_file_needs_nothing_but_torch() -> None:
+    """It is shipped alone: any other import would break every output."""
+    import ast
+
+    tree = ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    allowed = {"__future__", "collections", "pathlib", "typing", "torch", "transformers"}
+    assert {name.split(".")[0] for name in imported} <= allowed
+
+
+def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:
+    assert set(MODULE_EDITS) == {"replace", "center"}
+    assert repr(Center("output", "0", -1)) == "Center('output', key='0', axis=-1)"

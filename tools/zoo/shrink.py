@@ -1,0 +1,257 @@
+"""Make a configuration of transformers small without knowing the model.
+
+One idea: divide every width of the whole tree of configurations (text, vision, backbone, ...) by the *same* ratio and
+leave the number of heads and groups alone. Whatever must be equal stays equal, whatever must divide still divides, and
+a head becomes smaller by the ratio. Depth, experts, vocabulary and image size are cut by tables of key names below.
+
+A configuration is rebuilt from its constructor with overrides only, so that values derived there (layer types, rotary
+tables, total depths) are derived anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+LAYERS = re.compile(
+    r"(num_|n_)?(\w+_)?(layers?|depth|num_layers_per_stack)(_num|_per_block)?|n_layer|(encoder|decoder)_num_layers|l_layers|"
+    r"num_(dense_|encoder_|decoder_)?blocks|num_hidden_layers|num_spatial_layers|num_temporal_layers"
+)
+NOT_LAYERS = re.compile(
+    r"vision_feature_layer|feature_layer|conditional_layer|num_feat_extract_layers|num_conv_layers|n_mels_layer|max_depth|"
+    r"min_depth|encode_proj_layers|.*_every_n_layers|num_kv_shared_layers|max_window_layers|num_nextn_predict_layers|"
+    r"iou_head_depth|.*num_lstm_layers|num_residual_layers|look_.*|no_rope_layers?|n_layers_per_attn.*|num_dense_layers|"
+    r"spatial_vision_layer|num_adapter_layers|.*depth_estimation.*|use_.*|speech_decoder_postnet_layers"
+)
+DEPTHS = {"depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers_per_stage", "n_attn_blocks"}
+"""Lists of depths, one a stage: each is cut to one block (two for the first, so that one stage has a repeated block)."""
+INDEX_LISTS = re.compile(
+    r"_?out_indices|backbone_out_indices|out_index|.*_(indexes|indices)|extract_layers|encoder_layer_indices|reassemble_layers|"
+    r"vision_feature_layers?|cross_attention_layers|target_layer_ids|spatial_target_layers"
+)
+"""Lists of layer numbers; the depth is kept as large as the list is long, and the list is renumbered."""
+
+WIDTHS = re.compile(
+    r"\w*(hidden|embed|embedding|embeds|intermediate|inner|ffn|feedforward|d_model|d_ff|d_inner|d_kv|d_embed|dim|dims|width|widths|"
+    r"n_embd|n_inner|rank|head_dim|head_size|channels?|filters|proj_size|project|projection|units|kv_channels|latent|"
+    r"feature_size|bottleneck|hidden_sizes|model_size|lru_width|adapter|output_size|num_pos_feats|state_size)\w*|dim|d_\w+|"
+    r"projection_size|entity_emb_size|upsample_groups|query_pre_attn_scalar|backbone_channel_list|\w*rotary_dim|factor_size"
+)
+NOT_WIDTHS = re.compile(
+    r".*(num_channels|image|patch_size|kernel|stride|vocab|num_embeddings|position_embeddings|pos_embeddings|(?<!upsample)_groups|layers?$|heads|"
+    r"max_|num_position|conv_dim_kernel|tokens|window|dilation|codebook_size|num_hidden|ratio|multiplier|expand|expansion|factor|"
+    r"frequency|topk|top_k|rope_feat|positions|in_channels$|input_channels|audio_channels|embedding_length|chunk|buckets|"
+    r"mask_time|mask_feature|num_mel|mel_dim|mel_bins|n_mels|temperature|act_dim|state_dim|xpath|per_second|query_dim|type_vocab|"
+    r"spec_size|visual_pos_dim|_id$|_ids$|_index$|indices|indexes|depth|num_blocks|d_conv|capacity|seq_length|seq_len|"
+    r"dropout|num_stages|num_labels|num_attention|pixel|background_size|feat_strides|dim_bbox$).*"
+)
+EXPERTS = re.compile(r"(n_routed|num_local|moe_num|num|n)_experts|moe_num_primary_experts|num_moe_experts")
+EXPERTS_USED = re.compile(r"(num_)?experts_per_(tok|token)|moe_topk|moe_k|moe_top_k|num_selected_experts|moe_router_topk|ffn_moe_top_k|top_k_experts|num_experts_per_token")
+EXPERT_GROUPS = {"n_group", "topk_group", "num_expert_group"}
+VOCABULARIES = re.compile(r"(\w+_)?vocab_size|num_embeds|entity_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab")
+NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_size|vocab_size_per_layer_input")
+TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index|\w+_token_id")
+IMAGE_SIZES = {"image_size", "img_size"}
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much to shrink: ``ratio`` divides widths, ``depth``/``vocabulary``/``images`` switch the other tables on."""
+
+    ratio: int
+    depth: bool
+    vocabulary: bool
+    images: bool
+
+    def __str__(self) -> str:
+        parts = [f"widths/{self.ratio}"] if self.ratio > 1 else []
+        parts += [k for k in ("depth", "vocabulary", "images") if getattr(self, k)]
+        return ", ".join(parts) or "none"
+
+
+LEVELS = (
+    Level(8, True, True, True),
+    Level(4, True, True, True),
+    Level(8, True, True, False),
+    Level(4, True, True, False),
+    Level(8, True, False, False),
+    Level(2, True, True, False),
+    Level(1, True, True, False),
+    Level(8, False, False, False),
+    Level(1, True, False, False),
+    Level(1, False, True, False),
+    Level(1, False, False, False),
+)
+"""Tried in this order until one builds; the last is the default configuration."""
+
+
+def shrink(config: Any, level: Level, required: Iterable[str] = ()) -> Any:
+    """A smaller configuration of the same class.
+
+    Args:
+        config: a ``transformers.PretrainedConfig``.
+        level: one of :data:`LEVELS`.
+        required: keys that the constructor must be given, though their default is None.
+
+    Raises:
+        Exception: what the configuration's own checks raise when the smaller values do not fit together.
+    """
+    if level == LEVELS[-1]:
+        return copy.deepcopy(config)
+    tree = _tree(config)
+    depth = 2
+    if level.depth:
+        lists = [len(set(v)) for c in tree for k, v in _values(c) if INDEX_LISTS.fullmatch(k) and _is_list(v)]
+        depth = min(max([2, *lists]), 4)
+    return _rebuild(config, level, depth, _token_map(tree) if level.vocabulary else None, frozenset(required))
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    ids: dict[int, int]
+    size: int
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "model_type") and hasattr(value, "to_dict")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(type(v) is int for v in value)
+
+
+def _values(config: Any) -> list[tuple[str, Any]]:
+    return list(vars(config).items())
+
+
+def _tree(config: Any) -> list[Any]:
+    found = [config]
+    for _, value in _values(config):
+        if _is_config(value):
+            found += _tree(value)
+    return found
+
+
+def _token_map(tree: list[Any]) -> _Tokens:
+    """New numbers for special tokens: small ones keep theirs, large ones follow from 101 on."""
+    large: set[int] = set()
+    for config in tree:
+        for key, value in _values(config):
+            if TOKEN_IDS.fullmatch(key):
+                large |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int and v > 100}
+    ids = {old: 101 + i for i, old in enumerate(sorted(large))}
+    return _Tokens(ids, 160 if len(ids) < 50 else 320)
+
+
+def _rebuild(
+    config: Any, level: Level, depth: int, tokens: _Tokens | None, required: frozenset[str] = frozenset()
+) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    overrides: dict[str, Any] = {}
+    for key, value in _values(config):
+        if _is_config(value):
+            overrides[key] = _rebuild(value, level, depth, tokens)
+            continue
+        small = _small(key, value, config, level, depth, tokens)
+        if small is not None and small != value:
+            overrides[key.removeprefix("_") if key == "_out_indices" else key] = small
+        elif key in fields and not _is_default(fields[key], value) and _is_plain(value):
+            # A value that the parent configuration chose for this part.
+            overrides[key] = value
+        elif key in required:
+            overrides[key] = value
+    if "out_indices" in overrides:
+        overrides["out_features"] = None
+    _mend(config, overrides, level)
+    return type(config)(**overrides)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, (list, tuple)) and len(value) <= 4)
+
+
+def _is_default(field: Any, value: Any) -> bool:
+    if field.default is None or field.name in ("out_features", "_out_features", "stage_names"):
+        return True  # derived by the constructor: let it derive again
+    return bool(field.default == value) or field.default is dataclasses.MISSING
+
+
+def _small(key: str, value: Any, config: Any, level: Level, depth: int, tokens: _Tokens | None) -> Any:
+    """The smaller value for one key, or None to leave it."""
+    if isinstance(value, bool) or value is None or isinstance(value, (str, float, dict)):
+        return None
+    if level.depth:
+        if type(value) is int and LAYERS.fullmatch(key) and not NOT_LAYERS.fullmatch(key):
+            return min(value, depth)
+        if key in DEPTHS and _is_list(value):
+            return type(value)(min(v, 2 if i == 0 else 1) for i, v in enumerate(value))
+        if key == "depth" and _is_list(value):  # cvt: a stage needs more blocks than its number
+            return type(value)(min(v, i + 1) for i, v in enumerate(value))
+        if INDEX_LISTS.fullmatch(key) and _is_list(value) and not DEPTHS & vars(config).keys() and min(value) >= 0:
+            return _renumbered(value, depth)
+    if level.vocabulary and tokens is not None:
+        if TOKEN_IDS.fullmatch(key):
+            if type(value) is int:
+                return tokens.ids.get(value)
+            if _is_list(value):
+                return type(value)(tokens.ids.get(v, v) for v in value)
+        if type(value) is int and VOCABULARIES.fullmatch(key) and not NOT_VOCABULARIES.fullmatch(key):
+            return min(value, tokens.size)
+    if level.ratio > 1 or level.depth:
+        if type(value) is int and EXPERTS.fullmatch(key):
+            return min(value, 4)
+        if type(value) is int and EXPERTS_USED.fullmatch(key):
+            return min(value, 2)
+        if key in EXPERT_GROUPS and type(value) is int:
+            return min(value, 1)
+    if level.images and key in IMAGE_SIZES:
+        return _image(value, getattr(config, "patch_size", None))
+    if level.ratio > 1 and WIDTHS.fullmatch(key) and not NOT_WIDTHS.fullmatch(key):
+        return _divided(value, level.ratio)
+    return None
+
+
+def _renumbered(value: Any, depth: int) -> Any:
+    """Layer numbers within a stack of ``depth``: as many distinct ones as fit, in the order given."""
+    order = sorted(set(value))
+    start = 1 if min(value) > 0 and len(order) < depth else 0
+    return type(value)(min(start + order.index(v), depth - 1) for v in value)
+
+
+def _divided(value: Any, ratio: int) -> Any:
+    if type(value) is int:
+        return value // ratio if value >= 32 and value % ratio == 0 else None
+    if isinstance(value, (list, tuple)) and value:
+        parts = [_divided(v, ratio) for v in value]
+        return type(value)(v if p is None else p for v, p in zip(value, parts, strict=True))
+    return None
+
+
+def _image(value: Any, patch: Any) -> Any:
+    """Four patches a side for plain patches; 64 pixels where a hierarchy halves the resolution again and again."""
+    patch = patch[0] if isinstance(patch, (list, tuple)) and patch else patch
+    side = patch * 4 if isinstance(patch, int) and patch >= 7 else 64
+    if type(value) is int:
+        return min(value, side)
+    if _is_list(value):
+        return type(value)(min(v, side) for v in value)
+    return None
+
+
+def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
+    """What follows from the shrunken values and is not derived by constructors."""
+    ratio = level.ratio
+    kinds = getattr(config, "attention_types", None)
+    if level.depth and kinds and "num_layers" in overrides:  # gpt_neo: [[["global", "local"], 12]]
+        overrides["attention_types"] = [[kinds[0][0], 1]]
+    if level.depth and getattr(config, "merge_index", 0):  # seggpt: before the first layer whose output is used
+        overrides["merge_index"] = 0
+    rope = getattr(config, "rope_parameters", None)
+    if ratio > 1 and isinstance(rope, dict):
+        section = rope.get("mrope_section")
+        if section and all(v % ratio == 0 for v in section):
+            overrides["rope_parameters"] = {**rope, "mrope_section": [v // ratio for v in section]}

@@ -1,0 +1,166 @@
+"""Every model type of the installed transformers, small, with its task head."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tools.zoo.case import Case, Skipped, make_case
+from tools.zoo.shrink import LEVELS, Level, shrink
+
+HEADS = (
+    "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "MASKED_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "CAUSAL_LM",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "DEPTH_ESTIMATION",
+    "SEMANTIC_SEGMENTATION",
+    "OBJECT_DETECTION",
+    "ZERO_SHOT_OBJECT_DETECTION",
+    "VIDEO_CLASSIFICATION",
+    "CTC",
+    "AUDIO_CLASSIFICATION",
+    "SEQUENCE_CLASSIFICATION",
+    "TOKEN_CLASSIFICATION",
+    "QUESTION_ANSWERING",
+    "VISUAL_QUESTION_ANSWERING",
+    "MULTIMODAL_LM",
+    "UNIVERSAL_SEGMENTATION",
+    "KEYPOINT_DETECTION",
+    "TIME_SERIES_PREDICTION",
+    "TEXT_TO_SPECTROGRAM",
+    "TEXT_TO_WAVEFORM",
+    None,  # the base model
+    "PRETRAINING",
+    "MASK_GENERATION",
+    "AUDIO_TOKENIZATION",
+    "IMAGE_TO_IMAGE",
+    "IMAGE",
+    "BACKBONE",
+)
+"""Tasks in order of preference; a type takes the class of the first task that lists it.
+
+Whole models come before parts: an encoder-decoder before its decoder as a causal language model, a text-image model
+before its image tower, and an encoder's masked language model (what its checkpoints are) before a causal one.
+"""
+
+RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1],
+          "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features": ["stage4"]}}
+
+REQUIRED: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 6, "context_length": 12},
+    "informer": {"prediction_length": 6, "context_length": 12},
+    "time_series_transformer": {"prediction_length": 6, "context_length": 12},
+    "conditional_detr": DETR,
+    "dab-detr": DETR,
+    "deformable_detr": {"use_timm_backbone": False, "backbone_config": RESNET},
+    "detr": DETR,
+    "table-transformer": DETR,
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "ministral": {"head_dim": 128},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "wav2vec2-conformer": {"vocab_size": 32},
+}
+"""Values without which a type's own default configuration does not build (they are None or name a file to download)."""
+
+CLASSES = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    "upernet": "UperNetForSemanticSegmentation",
+}
+"""Types whose task table names a part of the model first."""
+
+
+def transformers_types() -> list[str]:
+    """Every model type, sorted."""
+    from transformers import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys())
+
+
+@functools.cache
+def model_classes() -> dict[str, tuple[str, ...]]:
+    """Model type -> names of its classes, the preferred one first."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    classes: dict[str, list[str]] = {}
+    for head in HEADS:
+        table = getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES" if head else "MODEL_MAPPING_NAMES", {})
+        for model_type, name in table.items():
+            classes.setdefault(model_type, []).extend([name] if isinstance(name, str) else name)
+    return {k: tuple(dict.fromkeys(v)) for k, v in classes.items()}
+
+
+def transformers_case(model_type: str, first_level: int = 0) -> tuple[Case, int]:
+    """The smallest build of one model type.
+
+    Args:
+        model_type: a key of ``CONFIG_MAPPING``.
+        first_level: index into ``LEVELS`` to begin at; a caller that found the model built but not runnable goes on
+            from the next.
+
+    Returns:
+        The case, and the index of the level it was built at.
+
+    Raises:
+        Skipped: nothing builds, with the reason of the default configuration; or the model is too large.
+    """
+    import transformers
+
+    names = model_classes().get(model_type)
+    if not names:
+        raise Skipped("no model class of its own (a part of another model's configuration)")
+    name = CLASSES.get(model_type, names[0])
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise Skipped(f"class {name} is not exported")
+    try:
+        config = transformers.CONFIG_MAPPING[model_type](**REQUIRED.get(model_type, {}))
+    except Exception as error:
+        raise Skipped(f"default configuration: {_line(error)}") from error
+    reason = Skipped("no level of shrinking builds")
+    for index, level in enumerate(LEVELS):
+        if index < first_level:
+            continue
+        try:
+            return make_case(model_type, "transformers", str(level), _constructor(cls, config, level)), index
+        except Skipped as error:
+            reason = error
+        except Exception as error:  # any library error: the next level may do, and the last one's says why not
+            reason = Skipped(f"{cls.__name__}: {_line(error)}")
+    raise reason
+
+
+def _constructor(cls: Any, config: Any, level: Level) -> Any:
+    def construct() -> nn.Module:
+        # A configuration is mutated by some constructors, so each model gets its own.
+        model: nn.Module = cls(shrink(config, level, REQUIRED.get(config.model_type, {})))
+        return model
+
+    return construct
+
+
+def transformers_models() -> Iterator[Case]:
+    """Every model type that builds; the ones that do not are passed over (``transformers_case`` says why)."""
+    for model_type in transformers_types():
+        try:
+            yield transformers_case(model_type)[0]
+        except Skipped:
+            continue
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(text)[:160] if text else ''}"
