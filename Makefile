@@ -7,9 +7,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 # The models of the tests are small: one thread for each of pytest's workers is fastest.
-export OMP_NUM_THREADS ?= 1
+test slow: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test lint slow clean
+.DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	$(BIN)/normconvert demo
@@ -29,9 +30,10 @@ slow: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "normconvert needs Python 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing normconvert and what it needs into $(VENV): some minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

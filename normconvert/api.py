@@ -262,7 +262,9 @@ def _refuse_if_pointless(report: Report, require_all: bool) -> None:
     if not plan.converted:
         raise NothingToConvert(f"{report.source}: none of {report.total} norms can be converted:{reasons}")
     if require_all and plan.kept:
-        raise NothingToConvert(f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}")
+        raise NothingToConvert(
+            f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}"
+        )
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:

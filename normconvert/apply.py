@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normconvert.apply_layout import Layout, OutFile, OutTensor, index_bytes, make_layout
+from normconvert.apply_layout import Layout, OutFile, OutTensor, can_stream, index_bytes, make_layout
 from normconvert.apply_loaded import save_loaded
 from normconvert.apply_output import copy_other_files, edit_config, set_dtype, staged_output, write_json
 from normconvert.apply_scan import SourceReader, check_finite, is_finite
@@ -29,7 +30,7 @@ from normconvert.sources.safetensors_file import read_tensor, torch_dtype
 Progress = Callable[[str, int, int], None]
 """Called with the tensor being written, the bytes done and the bytes in all."""
 
-BLOCK = 1 << 19  # elements edited at a time: 4 MiB in float64, which stays in the cache
+BLOCK = 1 << 17  # elements edited at a time: 1 MiB in float64, which stays in the cache
 COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
 
 # Which dimension of a tensor an edit needs whole; along the others it may be applied block by block.
@@ -148,7 +149,7 @@ def _write_weights(
         if target not in source.buffers and not source.is_pickle
     ]  # fmt: skip
     with SourceReader(files, parameters, hash_source) as reader:
-        if source.one_to_one:
+        if can_stream(source, plan):
             layout = make_layout(source, plan, dtype, max_shard_size)
             notes += layout.notes
             Writer(source, layout, reader, progress).write(folder)
@@ -168,7 +169,7 @@ def _write_weights(
 
 def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
     """config.json: the source's bytes unless something changes."""
-    if not source.config or not (plan.config or dtype or source.described or not source.one_to_one):
+    if not source.config or not (plan.config or dtype or source.described or not can_stream(source, plan)):
         return
     config: Mapping[str, Any] = source.config
     if dtype is not None:
@@ -191,9 +192,10 @@ class Writer:
             InputError: a weight is NaN or infinite, or overflows the output's dtype.
             OSError: the disk is full, and the like.
         """
-        for file in self._layout.files:
-            with (folder / file.name).open("wb", buffering=0) as handle:
-                self._write_file(handle.fileno(), file)
+        with _one_thread():
+            for file in self._layout.files:
+                with (folder / file.name).open("wb", buffering=0) as handle:
+                    self._write_file(handle.fileno(), file)
 
     def _write_file(self, fd: int, file: OutFile) -> None:
         _write_all(fd, memoryview(file.header), 0)
@@ -274,6 +276,17 @@ class Writer:
         self._done += n
         if self._progress is not None:
             self._progress(name, self._done, self._total)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share out: threads would only wait for each other (measured: 10 x slower when busy)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _block_dimension(tensor: OutTensor, shape: tuple[int, ...]) -> int | None:

@@ -20,6 +20,7 @@ from normconvert.sources.safetensors_file import DTYPES, FLOATING, read_header, 
 
 PICKLE_SHARD = 5 * 10**9  # the shard size for sources that are pickles; safetensors keep theirs
 SINGLE = "model.safetensors"
+REFERENCES = ("by", "weight", "from")  # keys of an edit that name another tensor
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,19 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
+def can_stream(source: Source, plan: Plan) -> bool:
+    """Whether no tensor that the plan edits or reads is one that the library makes by merging or splitting."""
+    if source.one_to_one:
+        return True
+    names = {*plan.tensors, *(name for group in plan.aliases.values() for name in group)}
+    names |= {str(row[key]) for rows in plan.tensors.values() for row in rows for key in REFERENCES if key in row}
+    return not source.is_pickle and not names & source.merged and names <= set(origins_of(source, plan))
+
+
 def origins_of(source: Source, plan: Plan) -> dict[str, str]:
     """Model name -> checkpoint name, through tied names where the files hold another one of a group."""
-    origins = {target: name for name, target in reversed(source.name_map.items())}
+    plain = {name: target for name, target in source.name_map.items() if target not in source.merged}
+    origins = {target: name for name, target in reversed(plain.items())}
     groups = [*source.tied, *([key, *names] for key, names in plan.aliases.items())]
     for group in groups:
         held = next((origins[name] for name in group if name in origins), None)
@@ -217,9 +228,11 @@ def _shards(
 
 
 def _indexed(source: Source) -> bool:
-    return source.folder is not None and (source.folder / f"{SINGLE}.index.json").is_file() and not (
-        source.folder / SINGLE
-    ).is_file()
+    return (
+        source.folder is not None
+        and (source.folder / f"{SINGLE}.index.json").is_file()
+        and not (source.folder / SINGLE).is_file()
+    )
 
 
 def _out_file(source: Source, name: str, tensors: list[OutTensor]) -> OutFile:

@@ -52,7 +52,9 @@ def mean_over_rms(x: Tensor, axis: int) -> float:
     """Largest |mean|/rms along `axis`; positions that are all zero count as 0."""
     x = x.detach().double()
     rms = x.square().mean(axis).sqrt()
-    share = torch.where(rms > 0, x.mean(axis).abs() / rms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(rms))
+    share = torch.where(
+        rms > 0, x.mean(axis).abs() / rms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(rms)
+    )
     finite = share[torch.isfinite(share)]
     return float(finite.max()) if finite.numel() else 0.0
 

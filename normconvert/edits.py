@@ -38,6 +38,7 @@ def _center(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 
 def _vector(view: Tensor, dim: int, vector: Tensor) -> Tensor:
+    """``vector`` shaped to broadcast along ``dim`` of ``view``."""
     shape = [1] * view.ndim
     shape[dim] = view.shape[dim]
     return vector.reshape(shape)
@@ -53,7 +54,7 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """b <- b + W v: a norm's bias v moving through the linear map W (v along ``axis`` of W) into the bias b."""
     weight, vector = lookup(edit["weight"]), lookup(edit["by"])
-    product = torch.tensordot(weight, vector, dims=([int(edit["axis"])], [0]))
+    product: Tensor = torch.tensordot(weight, vector, dims=([int(edit["axis"])], [0]))
     return x + product.reshape(x.shape)
 
 

@@ -180,7 +180,13 @@ def next_token_loss(outputs: Outputs, inputs: Mapping[str, Any]) -> float | None
     """Mean next-token loss in nats; None if there are no logits over the vocabulary for every token."""
     logits = outputs.get("logits")
     ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-    if logits is None or not isinstance(ids, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape or ids.shape[1] < 2:
+    if (
+        logits is None
+        or not isinstance(ids, Tensor)
+        or logits.ndim != 3
+        or logits.shape[:2] != ids.shape
+        or ids.shape[1] < 2
+    ):
         return None
     if int(ids.max()) >= logits.shape[-1]:
         return None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .channels import Place, carry_back, carry_forward, name_of, shape_of, terms_of
+from .channels import name_of, terms_of
+from .places import Place, carry_back, carry_forward, shape_of
 from .tracing import MARK, Graph, module_path
 
 
@@ -191,7 +192,9 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
             parameter = graph.parameters.get(node)
             names = parameter.aliases if parameter is not None else ()
             prefix = f"{path}."
-            return next((n[len(prefix) :] for n in names if n.startswith(prefix) and "." not in n[len(prefix) :]), None), offset
+            return next(
+                (n[len(prefix) :] for n in names if n.startswith(prefix) and "." not in n[len(prefix) :]), None
+            ), offset
         if name_of(node) == "aten.add" and isinstance(node.args[1], (int, float)):
             offset += float(node.args[1])
         elif name_of(node) not in ("aten.to", "aten.type_as", "aten.view", "aten.reshape", "aten.detach"):
@@ -247,9 +250,9 @@ def _variance(node: Any) -> tuple[fx.Node, int] | None:
     if outer is None:
         return None
     square, dim = outer
-    if name_of(square) == "aten.pow" and square.args[1] == 2:
-        base = square.args[0]
-    elif name_of(square) in ("aten.mul", "aten.square") and square.args[0] is square.args[-1]:
+    if (name_of(square) == "aten.pow" and square.args[1] == 2) or (
+        name_of(square) in ("aten.mul", "aten.square") and square.args[0] is square.args[-1]
+    ):
         base = square.args[0]
     else:
         return None

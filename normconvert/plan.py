@@ -82,6 +82,8 @@ class Plan:
         data = dict(data)
         found = data.pop("format", None)
         if found != FORMAT:
-            raise ValueError(f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert")
+            raise ValueError(
+                f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert"
+            )
         data["verdicts"] = [Verdict(**v) for v in data.get("verdicts", [])]
         return cls(**data)

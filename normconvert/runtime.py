@@ -28,8 +28,13 @@ CONFIG_KEY = "normconvert"
 REMOTE_FILE = "modeling_normconvert.py"
 """The name of this file inside an output."""
 
-SHORTCUT_BELOW_NUMBERS = 1 << 14
-"""CPU, float32 or float64: below this many numbers in the input a fused LayerNorm beats any chain of kernels."""
+LAYER_NORM_BELOW = {False: 32_000, True: 1_500_000}
+"""CPU, float32 and float64: with fewer numbers in the input, a fused LayerNorm beats any chain of kernels; the key says
+whether there is a weight or bias to apply. In 16 bits it always does. Measured by tools/bench_norm.py."""
+MEAN_LIMIT = 1e-2
+"""Largest |mean|/rms of an input that still counts as mean-free (16-bit weights leave about 1e-3)."""
+MEAN_CHECK_EVERY = 256
+"""Calls between two looks at the mean of the input."""
 
 _FUSED_RMS = ("cuda", "xpu", "mps")
 """Devices whose ``F.rms_norm`` is one kernel in eager mode; elsewhere it is a chain of small ones."""
@@ -51,8 +56,8 @@ class RMSNorm(nn.Module):
         weight_name: name the weight is registered under.
         bias_name: name the bias is registered under.
         mean_free: the caller has proved that inputs have mean zero along the axis. RMSNorm and LayerNorm are then the
-            same function, and a fused LayerNorm kernel is used where it is the faster one. ``train()`` takes the
-            promise back: training moves the weights that the proof was about.
+            same function, and a fused LayerNorm kernel is used where it is the faster one. The proof is about the
+            converted weights: ``train()`` ends it, and so does an input seen with another mean (adapters, say).
     """
 
     def __init__(
@@ -71,14 +76,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.normalized_shape = (size,)
         self.eps = self.variance_epsilon = eps
-        self.axis, self.offset, self.mean_free = axis, offset, mean_free
+        self.axis, self.offset, self.mean_free, self.calls = axis, offset, mean_free, 0
         self.weight_name, self.bias_name = weight_name, bias_name
         self.register_parameter(weight_name, weight)
         self.register_parameter(bias_name, bias)
         self.elementwise_affine = weight is not None
 
     def train(self, mode: bool = True) -> RMSNorm:
-        """Set the mode; training ends ``mean_free``, since it moves the weights that the proof was about."""
+        """Set the mode; training ends ``mean_free``, since it moves the weights the proof was about."""
         self.mean_free = self.mean_free and not mode
         return super().train(mode)
 
@@ -108,14 +113,21 @@ class RMSNorm(nn.Module):
 
     def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Kernel:
         """The fastest kernel that computes this norm; measured by tools/bench_norm.py."""
+        if torch.jit.is_tracing() or _transforms_active():  # type: ignore[attr-defined]
+            return _formula
         fused = self.axis in (-1, x.ndim - 1) and all(
             v is None or (v.shape == self.normalized_shape and v.dtype == x.dtype) for v in (weight, bias)
         )
         if torch.compiler.is_compiling():
             # Exporters know the one operator (ONNX has RMSNormalization); a compiler fuses the formula.
             return _fused_rms if fused and torch.compiler.is_exporting() else _formula
-        if fused and self.mean_free and not torch.is_grad_enabled() and _layer_norm_is_faster(x, bias):
-            return _layer_norm
+        if type(x) not in (Tensor, nn.Parameter):
+            return _formula
+        if fused and self.mean_free and not torch.is_grad_enabled() and _layer_norm_is_faster(x, weight, bias):
+            if self.calls % MEAN_CHECK_EVERY == 0:
+                self.mean_free = bool((x.mean(-1).abs() <= MEAN_LIMIT * x.square().mean(-1).sqrt()).all())
+            self.calls += 1
+            return _layer_norm if self.mean_free else _in_place
         if fused and x.device.type in _FUSED_RMS:
             return _fused_rms
         return _formula if torch.is_grad_enabled() else _in_place
@@ -123,6 +135,10 @@ class RMSNorm(nn.Module):
 
 Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor]
 """(x, weight + offset, bias, axis, eps) -> y, shape and dtype of x."""
+
+
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+"""Whether vmap or grad of torch.func is at work: values cannot be looked at then, nor results be written in place."""
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -165,10 +181,10 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _layer_norm_is_faster(x: Tensor, bias: Tensor | None) -> bool:
-    if x.device.type == "cpu":
-        return x.element_size() == 2 or x.numel() < SHORTCUT_BELOW_NUMBERS
-    return bias is not None  # one kernel instead of two
+def _layer_norm_is_faster(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    if x.device.type != "cpu":
+        return False
+    return x.element_size() == 2 or x.numel() < LAYER_NORM_BELOW[weight is not None or bias is not None]
 
 
 class Center:
@@ -231,7 +247,7 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         raise ValueError(f"module edit: unknown norm {kind!r}; this file is older than the checkpoint")
     old = _get(model, path)
     names = {name for name in (edit.get("weight"), edit.get("bias")) if name}
-    found = {name for name, value in old.named_parameters() if value is not None}
+    found = set(old.state_dict(keep_vars=True))
     inner = [name for name, child in old.named_children() if not isinstance(child, nn.Identity)]
     if found != names or inner:
         raise ValueError(

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .channels import NEUTRAL, Operand, Place, Term, carry_back, carry_forward, name_of, shape_of, terms_of, varies
+from .channels import NEUTRAL, name_of, terms_of, varies
 from .norms import Norm, reads_centred
+from .places import Operand, Place, Term, carry_back, carry_forward, shape_of
 from .tracing import Graph, module_path
 
 Spot = tuple[fx.Node, Place]
@@ -157,7 +158,9 @@ class Analysis:
                 return Made("opaque", reason=f"a product that differs by channel, {operation(node)}")
         return Made("sum", tuple(parts), constant)
 
-    def _layer_scale(self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]) -> Made | None:
+    def _layer_scale(
+        self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]
+    ) -> Made | None:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
             return None

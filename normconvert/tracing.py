@@ -120,7 +120,9 @@ def _markable(value: object) -> bool:
 
 
 def _mark_inputs(path: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
         new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
         return new_args, new_kwargs

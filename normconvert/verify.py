@@ -7,26 +7,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normconvert.diverge import first_divergence, watch_means
-from normconvert.edits import apply_edits
 from normconvert.errors import InputError
 from normconvert.fidelity import (
     Distance,
     Fidelity,
-    Outputs,
     agreement,
     distance,
-    flatten,
     is_shifted,
     next_token_loss,
     ratio,
@@ -34,6 +30,9 @@ from normconvert.fidelity import (
 )
 from normconvert.plan import Plan
 from normconvert.probes import Probe, verification_inputs
+from normconvert.running import Run, algebra_model, cast, run_model
+
+__all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify", "verify_models"]
 
 TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-5
@@ -46,100 +45,9 @@ ModelOrMaker = nn.Module | Callable[[], nn.Module]
 """A model, or a function that makes it when its turn comes, so that few are in memory at once."""
 
 
-@dataclass
-class Run:
-    """One model's outputs on all probes; `failures` says why a probe could not be run."""
-
-    outputs: dict[str, Outputs] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
 def tolerance_for(plan: Plan | None) -> float:
     """1e-10, or what float32 allows for a model that casts its norms' inputs to float32."""
     return FLOAT32_TOLERANCE if plan is not None and plan.float32_norms else TOLERANCE
-
-
-def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of the float64 model with the plan's tensor edits and module edits applied.
-
-    Args:
-        truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
-        plan: names of tensors as in ``truth.state_dict()``.
-
-    Raises:
-        InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
-    """
-    from normconvert.runtime import apply_module_edits
-
-    model = copy.deepcopy(truth)
-    source = named_tensors(truth)
-
-    def lookup(name: str) -> Tensor:
-        if name not in source:
-            raise InputError(f"the plan names the tensor {name!r}, which the model does not have: is it another model's?")
-        return source[name].to(torch.float64)
-
-    target = named_tensors(model)
-    for name, edits in plan.tensors.items():
-        untied = bool(edits) and edits[0]["op"] == "copy"
-        old = source[name] if name in source else (torch.empty(0) if untied else lookup(name))
-        try:
-            value = apply_edits(old, edits, lookup).to(old.device)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
-        if untied or name not in target:
-            _set_parameter(model, name, value)
-        else:
-            target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
-    try:
-        apply_module_edits(model, plan.modules)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the plan does not fit the model: {error}") from error
-    return model.eval()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, tied ones under each of their names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the name a Parameter of its own."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-
-def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0) -> Run:
-    """All probes through a model, in eval mode and without gradients.
-
-    Args:
-        model: on any device, any floating dtype.
-        probes: CPU inputs; floating ones are rounded to `dtype` first, so that every model sees the same values.
-        dtype: that of the checkpoint under test.
-        seed: for models that draw random numbers even in eval mode.
-    """
-    model.eval()
-    sample = next(iter(model.parameters()), torch.empty(0))
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    run = Run()
-    for probe in probes:
-        inputs = {name: _cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                output = model(**inputs)
-            except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-                run.failures[probe.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-                continue
-        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
-    return run
-
-
-def _cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(through).to(to).to(device) if value.is_floating_point() else value.to(device)
 
 
 def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> dict[tuple[str, str], Distance]:
@@ -166,11 +74,15 @@ def compare_models(
     """Relative errors of every output of every probe that the original can run, {(probe, output): ||y'-y|| / ||y||}.
 
     Args:
-        original, converted: both in float64 for the algebra.
+        original: in float64 for the algebra.
+        converted: likewise.
+        probes: as :func:`normconvert.probes.verification_inputs` makes them.
+        seed: for models that draw random numbers even in eval mode.
         outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
     """
     runs = [run_model(model, probes, dtype=torch.float32, seed=seed) for model in (original, converted)]
-    shifted = frozenset(name for out in runs[0].outputs.values() for name in out) if outputs_shift_allowed else frozenset()
+    names = {name for outputs in runs[0].outputs.values() for name in outputs}
+    shifted = frozenset(names if outputs_shift_allowed else ())
     return {key: d.relative for key, d in compare_runs(runs[0], runs[1], shifted).items()}
 
 
@@ -181,7 +93,7 @@ def _take(model: ModelOrMaker) -> nn.Module:
 def verify_models(
     *,
     truth: ModelOrMaker,
-    algebra: ModelOrMaker | Callable[[nn.Module], nn.Module] | None,
+    algebra: ModelOrMaker | None,
     original: ModelOrMaker,
     converted: ModelOrMaker,
     probes: Sequence[Probe],
@@ -197,9 +109,11 @@ def verify_models(
     Args:
         truth: the original's weights in float64.
         algebra: the plan applied to them in float64; None replays `plan`, or skips this figure (0.0) if that is None.
-        original, converted: the checkpoints in the dtype they are used in.
+        original: the original checkpoint in the dtype it is used in.
+        converted: the converted one in that dtype.
         probes: as :func:`normconvert.probes.verification_inputs` makes them.
         tolerance: for the algebra; see :func:`tolerance_for`.
+        rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
         shifted_outputs: outputs whose per-token mean may change; compared with it removed.
         plan: replayed if `algebra` is None.
@@ -230,7 +144,7 @@ def verify_models(
     algebra_distances: dict[tuple[str, str], Distance] = {}
     worst_module = None
     if algebra is not None or plan is not None:
-        edited = algebra_model(true_model, plan) if algebra is None and plan is not None else _take(algebra)  # type: ignore[arg-type]
+        edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
         algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
         algebra_distances = compare_runs(truth_run, algebra_run, shifted)
         worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
@@ -275,13 +189,13 @@ def _rank(value: float) -> float:
 
 def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any]:
     sample = next(p for p in model.parameters() if p.is_floating_point())
-    return {name: _cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
+    return {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
 
 
 def worst_ratio(
     original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
 ) -> float | None:
-    """For each output the root mean square of the relative errors over the probes, converted / original; the largest."""
+    """For each output the root mean square of the relative errors over the probes, converted/original; the largest."""
     names = dict.fromkeys(name for _, name in converted)
     ratios = []
     for name in names:
@@ -323,9 +237,8 @@ def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
         at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
         reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")
     if fidelity.rounding is not None and not fidelity.rounding <= fidelity.rounding_tolerance:
-        reasons.append(
-            f"rounding errors are {fidelity.rounding:.3g} times the original's (allowed {fidelity.rounding_tolerance:g})"
-        )
+        allowed = f"(allowed {fidelity.rounding_tolerance:g})"
+        reasons.append(f"rounding errors are {fidelity.rounding:.3g} times the original's {allowed}")
     for probe, why in (converted.failures if converted is not None else {}).items():
         reasons.append(f"the converted model cannot run probe {probe!r}, which the original runs: {why}")
     return replace(fidelity, passed=not reasons, reasons=reasons)
@@ -347,7 +260,8 @@ def verify(
     tolerance there is 32 units (eps) of the coarser storage dtype.
 
     Args:
-        a, b: paths or names as :func:`normconvert.sources.open_source` takes them.
+        a: the original: a path or a name as :func:`normconvert.sources.open_source` takes it.
+        b: the one to check, likewise.
         device: where to run.
         dtype: to run both in; None takes that of `b`'s files.
         trust_remote_code: whether code that comes with a checkpoint may run.
@@ -390,7 +304,7 @@ def _plan(record: Mapping[str, Any] | None) -> Plan | None:
 
 
 def _loader(source: Any, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
-    """Makes the model of a checkpoint: through the plan's module edits if normconvert wrote it, else as the library does."""
+    """Makes the model of a checkpoint: with the plan's module edits if normconvert wrote it, else as the library does."""
 
     def load() -> nn.Module:
         if source.record is not None and source.folder is not None:

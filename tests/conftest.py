@@ -13,8 +13,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A busy machine is no failure; the same examples each time in CI, new ones at home.
+settings.register_profile(
+    "normconvert", deadline=None, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("normconvert")
 
 
 @pytest.fixture(autouse=True)

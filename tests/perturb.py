@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-NORM_WORDS = ("norm", "ln_", "layer_norm", "bn")
-
 
 def _is_norm(module: nn.Module) -> bool:
     """A module that holds a vector named ``weight`` and is named after a norm, or has running statistics."""
@@ -26,8 +24,8 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     """Randomise every parameter and running statistic in place, the same for the same seed.
 
     Norm weights become 1 + 0.3 n, all biases 0.3 n, other vectors (layer scales, tokens) 0.3 n around what they are,
-    matrices keep their scale (at least 0.02) with noise a quarter of it and an offset that differs by channel, so that
-    no mean is zero by chance; running variances are positive. Other buffers (masks, rotary tables) stay as they are.
+    matrices get noise of their scale (at least 0.5/sqrt(columns)) and an offset that differs by channel, so that no
+    mean is zero by chance; running variances are positive. Other buffers (masks, rotary tables) stay as they are.
 
     Args:
         model: on the CPU, any floating dtype. Tied parameters are changed once.
@@ -66,7 +64,8 @@ def _parameter(module: nn.Module, name: str, old: Tensor, noise: Tensor) -> Tens
     if old.ndim <= 1:
         scale = float(old.abs().mean()) if old.numel() else 0.0
         return old.clamp(-3.0, 3.0) + 0.3 * noise * max(min(scale, 1.0), 0.1)
-    scale = min(max(float(old.std()) if old.numel() > 1 else 0.0, 0.02), 1.0)
+    width = old.numel() / old.shape[0]
+    scale = min(max(float(old.std()) if old.numel() > 1 else 0.0, 0.02, 0.5 * width**-0.5), 1.0)
     old = old.clamp(-10.0 * scale, 10.0 * scale)
     rows = noise.flatten(1)[:, :1].reshape(-1, *[1] * (old.ndim - 1))  # an offset that differs by output channel
-    return old + scale * (0.25 * noise + 0.1 * rows)
+    return old + scale * (noise + 0.3 * rows)

@@ -16,7 +16,7 @@ from normconvert import runtime
 from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center
 
 EPS = 1e-3  # large, so that a forgotten epsilon shows
-TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 
 
 def mean_free(*shape: int, axis: int = -1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -25,13 +25,8 @@ def mean_free(*shape: int, axis: int = -1, dtype: torch.dtype = torch.float64) -
 
 
 def norm(size: int = 48, dtype: torch.dtype = torch.float64, bias: bool = True, **options: Any) -> RMSNorm:
-    return RMSNorm(
-        size,
-        EPS,
-        weight=nn.Parameter(torch.randn(size)),
-        bias=nn.Parameter(torch.randn(size)) if bias else None,
-        **options,
-    ).to(dtype)
+    weight, shift = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(size)) if bias else None
+    return RMSNorm(size, EPS, weight=weight, bias=shift, **options).to(dtype)
 
 
 def definition(x: Tensor, module: RMSNorm) -> Tensor:
@@ -40,17 +35,13 @@ def definition(x: Tensor, module: RMSNorm) -> Tensor:
     shape = [-1] + [1] * (x.ndim - 1 - axis)
     x = x.double()
     y = x / (x.square().mean(axis, keepdim=True) + module.eps).sqrt()
-    y = y * (module.weight.double().reshape(shape) + module.offset)
-    return y if module.bias is None else y + module.bias.double().reshape(shape)
+    weight, bias = module.get_parameter("weight").double(), module._parameters["bias"]
+    y = y * (weight.reshape(shape) + module.offset)
+    return y if bias is None else y + bias.double().reshape(shape)
 
 
 def distance(y: Tensor, truth: Tensor) -> float:
     return float((y.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -107,7 +98,7 @@ def test_large_and_tiny_float32_inputs_are_exact_too() -> None:
 
 
 def test_the_layer_norm_shortcut_needs_the_promise_and_ends_with_training() -> None:
-    x = torch.randn(2, 48)
+    x = mean_free(2, 48, dtype=torch.float32)
     affine = (torch.ones(48), torch.zeros(48))
     with torch.no_grad():
         assert norm(dtype=torch.float32)._kernel(x, *affine) is runtime._in_place
@@ -115,6 +106,30 @@ def test_the_layer_norm_shortcut_needs_the_promise_and_ends_with_training() -> N
         assert promised.eval()._kernel(x, *affine) is runtime._layer_norm
         assert promised.train()._kernel(x, *affine) is runtime._in_place
         assert promised.eval()._kernel(x, *affine) is runtime._in_place
+
+
+def test_the_shortcut_notices_an_input_that_is_not_mean_free() -> None:
+    """Adapters or other weights can shift the stream after the conversion; one call in many looks."""
+    module = norm(dtype=torch.float32, mean_free=True).eval()
+    shifted = torch.randn(2, 48) + 1
+    with torch.no_grad():
+        assert distance(module(shifted), definition(shifted, module)) < 2e-7
+        assert not module.mean_free
+        module = norm(dtype=torch.float32, mean_free=True).eval()
+        module(mean_free(2, 48, dtype=torch.float32))
+        for _ in range(runtime.MEAN_CHECK_EVERY):
+            y = module(shifted)
+        assert distance(y, definition(shifted, module)) < 2e-7
+
+
+@pytest.mark.parametrize("promise", [True, False])
+def test_it_works_under_vmap_and_jit_trace(promise: bool) -> None:
+    module = norm(mean_free=promise).eval()
+    x = mean_free(5, 2, 48)
+    with torch.no_grad():
+        truth = definition(x, module)
+        assert distance(torch.func.vmap(module)(x), truth) < 1e-15
+        assert distance(torch.jit.trace(module, (x,), check_trace=False)(x), truth) < 1e-15
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -193,13 +208,14 @@ def test_replacing_keeps_parameters_names_mode_and_sharing() -> None:
     assert list(after) == list(state)
     assert all(after[name] is state[name] for name in state)
     first, second = model.get_submodule("blocks.0"), model.get_submodule("blocks.1")
-    assert isinstance(first.shared, RMSNorm)
+    assert {type(module).__name__ for module in (first.shared, second.shared, first.norm)} == {"RMSNorm"}
     assert first.shared is second.shared
     assert isinstance(second.norm, nn.LayerNorm)  # not in the plan
     assert not any(module.training for module in model.modules())
-    assert model.last.bias is None
-    assert model.last.normalized_shape == (8,)
-    assert model.last.eps == 1e-5
+    last: Any = model.last
+    assert last.bias is None
+    assert last.normalized_shape == (8,)
+    assert last.eps == 1e-5
 
 
 def test_a_hook_on_a_norm_survives_its_replacement() -> None:

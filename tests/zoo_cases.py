@@ -107,6 +107,7 @@ WHISPER: dict[str, Any] = {
     "begin_suppress_tokens": None,
 }
 
+# fmt: off
 TRANSFORMERS: list[Row] = [
     ("gpt2", "GPT2LMHeadModel", GPT, COMPLETE),
     ("gpt_neo", "GPTNeoForCausalLM", {**TOKENS, "hidden_size": 48, "num_layers": 2, "num_heads": 3, "window_size": 4,
@@ -156,11 +157,13 @@ TRANSFORMERS: list[Row] = [
     ("deit_distilled", "DeiTForImageClassificationWithTeacher", VISION, COMPLETE),
     ("dinov2", "Dinov2Model", {**VISION, "mlp_ratio": 2}, COMPLETE),
     ("dinov2_classifier", "Dinov2ForImageClassification", {**VISION, "mlp_ratio": 2, "use_swiglu_ffn": True}, COMPLETE),
-    ("dinov2_with_registers", "Dinov2WithRegistersModel", {**VISION, "mlp_ratio": 2, "num_register_tokens": 3}, COMPLETE),
+    ("dinov2_with_registers", "Dinov2WithRegistersModel", {**VISION, "mlp_ratio": 2, "num_register_tokens": 3},
+     COMPLETE),
     ("dinov3_vit", "DINOv3ViTModel", {**VISION, "num_register_tokens": 3}, COMPLETE),
     ("beit", "BeitForImageClassification", {**VISION, "layer_scale_init_value": 0.1,
      "use_relative_position_bias": True}, COMPLETE),
-    ("data2vec_vision", "Data2VecVisionForImageClassification", {**VISION, "use_relative_position_bias": True}, COMPLETE),
+    ("data2vec_vision", "Data2VecVisionForImageClassification", {**VISION, "use_relative_position_bias": True},
+     COMPLETE),
     ("segformer", "SegformerForImageClassification", {**STAGES, "sr_ratios": [4, 2, 1, 1]}, COMPLETE),
     ("segformer_semantic", "SegformerForSemanticSegmentation", {**DEPTH, "sr_ratios": [4, 2, 1, 1]}, COMPLETE),
     ("yolos", "YolosForObjectDetection", {**VISION, "image_size": [32, 40], "num_detection_tokens": 4}, COMPLETE),
@@ -169,8 +172,10 @@ TRANSFORMERS: list[Row] = [
     ("ijepa", "IJepaModel", VISION, COMPLETE),
     ("dpt", "DPTForDepthEstimation", {**VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
      "neck_hidden_sizes": [12, 16, 20, 24], "fusion_hidden_size": 12, "is_hybrid": False, "image_size": 32}, COMPLETE),
-    ("pvt_v2", "PvtV2ForImageClassification", {**STAGES, "sr_ratios": [4, 2, 1, 1], "mlp_ratios": [2, 2, 2, 2]}, COMPLETE),
-    ("mobilevit", "MobileViTForImageClassification", {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 12, 16, 20, 24, 28, 64],
+    ("pvt_v2", "PvtV2ForImageClassification", {**STAGES, "sr_ratios": [4, 2, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
+     COMPLETE),
+    ("mobilevit", "MobileViTForImageClassification", {"hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 12, 16,
+     20, 24, 28, 64],
      "num_attention_heads": 4, "image_size": 64, "num_labels": 5}, COMPLETE),
     ("glpn", "GLPNForDepthEstimation", {**DEPTH, "sr_ratios": [4, 2, 1, 1], "decoder_hidden_size": 16}, COMPLETE),
     ("clip_text", "CLIPTextModelWithProjection", {**DECODER, "projection_dim": 24}, COMPLETE),
@@ -211,10 +216,12 @@ TRANSFORMERS: list[Row] = [
     ("openai_gpt", "OpenAIGPTLMHeadModel", GPT, NONE, "Post-LN"),
     ("llama", "LlamaForCausalLM", GQA, NONE, "nothing to do: RMSNorm already"),
 ]
+# fmt: on
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 VIT16 = "vit_tiny_patch16_224"
 
+# fmt: off
 TIMM: list[Row] = [
     ("timm_vit_token", VIT16, VIT, COMPLETE),
     ("timm_vit_avg_fc_norm", VIT16, {**VIT, "global_pool": "avg", "fc_norm": True, "class_token": False}, COMPLETE),
@@ -237,7 +244,8 @@ TIMM: list[Row] = [
     ("timm_mobilevit", "mobilevit_xxs", {"num_classes": 5}, COMPLETE),
     ("timm_vit_relpos", "vit_relpos_small_patch16_224", VIT, COMPLETE),
     ("timm_vit_srelpos", "vit_srelpos_small_patch16_224", VIT, COMPLETE),
-    ("timm_vit_hybrid", "vit_tiny_r_s16_p8_224", {"embed_dim": 48, "depth": 2, "num_classes": 5, "img_size": 32}, COMPLETE),
+    ("timm_vit_hybrid", "vit_tiny_r_s16_p8_224", {"embed_dim": 48, "depth": 2, "num_classes": 5, "img_size": 32},
+     COMPLETE),
     # partly
     ("timm_hiera", "hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 2, 1, 1), "num_classes": 5,
      "mask_unit_size": (4, 4), "q_pool": 2}, PARTIAL, "a norm that shares a block with max pooling stays"),
@@ -259,12 +267,16 @@ TIMM: list[Row] = [
     ("timm_convnext", "convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40), "num_classes": 5}, NONE,
      "the depthwise convolution before each norm writes each channel alone"),
 ]
+# fmt: on
 
 IMAGE_SIDES = {"timm_crossvit": 240, "timm_pvt_v2": 64, "timm_mobilevit": 64, "timm_focalnet": 64, "timm_convnext": 64}
 """Sides of the square images for models that do not fix one by ``img_size``."""
 
 
-FIXED_ARGUMENTS = {"mixer_s32_224": ("mlp_mixer", "_create_mixer"), "focalnet_tiny_srf": ("focalnet", "_create_focalnet")}
+FIXED_ARGUMENTS = {
+    "mixer_s32_224": ("mlp_mixer", "_create_mixer"),
+    "focalnet_tiny_srf": ("focalnet", "_create_focalnet"),
+}
 """Models whose public constructor fixes the sizes: timm module and its function that leaves them open."""
 
 

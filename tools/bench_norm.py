@@ -4,8 +4,8 @@
 
 The kernels of one cell run interleaved, round by round, so that whatever else the machine does hits them alike; a row
 shows LayerNorm's median time and every kernel's median ratio to LayerNorm in the same round (below 1 is faster). The
-last lines give, for each dtype, from how many numbers on RMSNorm's own kernel beats LayerNorm: the constant
-``SHORTCUT_BELOW_NUMBERS`` of the runtime comes from there.
+last lines give from how many numbers in the input on RMSNorm's own kernel beats LayerNorm: the runtime's constants
+``LAYER_NORM_BELOW`` come from there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def main() -> None:
                         flush=True,
                     )
     for dtype in options.dtype:
-        print(f"{dtype}: in_place beats layer_norm from {crossing(rows, dtype)} numbers on")
+        for affine in AFFINE:
+            print(f"{dtype}, {affine}: in_place beats layer_norm from {crossing(rows, dtype, affine)} numbers on")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
@@ -98,9 +99,8 @@ def cell(options: argparse.Namespace, dtype: torch.dtype, size: int, tokens: int
             if turn:  # the first round warms up
                 times[name].append(elapsed)
     base = times["layer_norm"]
-    ratio = {
-        n: statistics.median(a / b for a, b in zip(t, base, strict=True)) for n, t in times.items() if t is not base
-    }
+    del times["layer_norm"]
+    ratio = {name: statistics.median(a / b for a, b in zip(t, base, strict=True)) for name, t in times.items()}
     return {
         "device": options.device, "dtype": str(dtype).removeprefix("torch."), "size": size, "tokens": tokens,
         "affine": affine, "layer_norm_us": statistics.median(base) * 1e6, "ratio": ratio,
@@ -119,15 +119,16 @@ def clock(run: Callable[[], object], repeats: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / repeats
 
 
-def crossing(rows: list[dict[str, Any]], dtype: str) -> int | None:
-    """The smallest input from which on the median ratio over sizes and affine kinds stays below 1."""
-    by_numbers: dict[int, list[float]] = {}
-    for row in rows:
-        if row["dtype"] == dtype and "in_place" in row["ratio"]:
-            by_numbers.setdefault(row["size"] * row["tokens"], []).append(row["ratio"]["in_place"])
+def crossing(rows: list[dict[str, Any]], dtype: str, affine: str) -> int | None:
+    """The smallest input from which on in_place is the faster one at every larger size; None if there is none."""
+    ratios = {
+        row["size"] * row["tokens"]: row["ratio"]["in_place"]
+        for row in rows
+        if (row["dtype"], row["affine"]) == (dtype, affine) and "in_place" in row["ratio"]
+    }
     best = None
-    for numbers in sorted(by_numbers, reverse=True):
-        if statistics.median(by_numbers[numbers]) >= 1:
+    for numbers in sorted(ratios, reverse=True):
+        if ratios[numbers] >= 1:
             break
         best = numbers
     return best

@@ -36,7 +36,11 @@ def ids(length: int = 0, rows: int = 0) -> Builder:
 
     def build(facts: Facts, sizes: Sizes) -> Spec:
         low = min(3, facts.vocabulary - 1)
-        return Spec((rows or sizes.batch, length or sizes.length), "ids", low, facts.vocabulary)
+        shape: tuple[int, ...] = (rows or sizes.batch, length or sizes.length)
+        books = facts.number("num_codebooks")
+        if books > 1 and sizes.layout in (1, 2):  # one id a codebook, with or without one for the text
+            shape = (*shape, books + 2 - sizes.layout)
+        return Spec(shape, "ids", low, facts.vocabulary)
 
     return build
 
@@ -53,7 +57,9 @@ def decoder_ids(facts: Facts, sizes: Sizes) -> Spec:
     books = facts.number("num_codebooks", part="decoder", default=1)
     vocabulary = facts.number("vocab_size", part="decoder", default=facts.vocabulary)
     if books > 1:
-        shape: tuple[int, ...] = (sizes.batch * books, length) if sizes.layout % 2 == 0 else (sizes.batch, length, books)
+        shape: tuple[int, ...] = (
+            (sizes.batch * books, length) if sizes.layout % 2 == 0 else (sizes.batch, length, books)
+        )
     else:
         shape = (sizes.batch, length)
     return Spec(shape, "ids", low, min(vocabulary, facts.vocabulary) if books == 1 else vocabulary)
@@ -112,6 +118,9 @@ def mels(facts: Facts) -> int:
 def features(facts: Facts, sizes: Sizes) -> Spec:
     """A spectrogram: (batch, mels, frames) where a convolution over time comes first, (batch, frames, mels) elsewhere."""
     bins = mels(facts)
+    first = facts.first(nn.Linear)
+    if sizes.layout == 3 and first is not None:  # several spectrogram frames stacked into one
+        return Spec((sizes.batch, sizes.frames or 64, first.in_features), "audio")
     positions = facts.number("max_source_positions", part="audio")
     conv = facts.first(nn.Conv1d)
     over_time = conv is not None and conv.in_channels == bins
@@ -145,7 +154,9 @@ def series(facts: Facts, sizes: Sizes) -> Spec:
     """Past values (batch, time) or (batch, time, channels)."""
     width = facts.number("num_input_channels", "input_size", default=1)
     three = facts.number("num_input_channels") or width > 1
-    shape = (sizes.batch, history(facts), width) if bool(three) != (sizes.layout == 1) else (sizes.batch, history(facts))
+    shape = (
+        (sizes.batch, history(facts), width) if bool(three) != (sizes.layout == 1) else (sizes.batch, history(facts))
+    )
     return Spec(shape, "float")
 
 
@@ -183,11 +194,25 @@ def packed_or_hidden(facts: Facts, sizes: Sizes) -> Spec:
     return Spec((sizes.batch, sizes.length, facts.number("hidden_size", "d_model")), "float")
 
 
+def flattened(facts: Facts, sizes: Sizes) -> Spec:
+    """(batch, patches, 2 + values): row and column of the patch come first, so values stay in [0, 1)."""
+    values = (
+        facts.number("patch_embed_hidden_size", part="vision")
+        or facts.channels * facts.number("patch_size", default=16) ** 2
+    )
+    return Spec((sizes.batch, 9, 2 + values), "positive")
+
+
 def patch_count(facts: Facts) -> int:
     """Patches of an image."""
     height, across = facts.image_size or (64, 64)
     side = facts.number("patch_size", part="vision", default=16)
     return (height // side) * (across // side)
+
+
+def _time(spec: Spec, facts: Facts) -> int:
+    """The length of a spectrogram's time axis."""
+    return next((n for n in spec.shape[1:] if n != mels(facts)), mels(facts))
 
 
 # Arguments that carry the model's real input. A row may return a Spec or a plain value.
@@ -219,7 +244,9 @@ BUILDERS: dict[str, Builder] = {
     "past_time_features": time_features(history),
     "future_time_features": time_features(horizon),
     "future_values": lambda f, s: Spec((s.batch, horizon(f), *series(f, s).shape[2:]), "float"),
-    "static_categorical_features": lambda f, s: Spec((s.batch, max(f.number("num_static_categorical_features"), 1)), "int", 0, 1),
+    "static_categorical_features": lambda f, s: Spec(
+        (s.batch, max(f.number("num_static_categorical_features"), 1)), "int", 0, 1
+    ),
     "static_real_features": lambda f, s: Spec((s.batch, max(f.number("num_static_real_features"), 1)), "float"),
     "past_values_padding": lambda f, s: Spec((s.batch, history(f)), "zeros"),
     "freq": lambda f, s: Spec((s.batch, 1), "int", 0, 3),
@@ -228,9 +255,11 @@ BUILDERS: dict[str, Builder] = {
     "visual_pos": hidden(width("visual_pos_dim", default=4), "positive"),
     "query_embeds": hidden(width("hidden_size")),
     "noise_embeds": hidden(width("hidden_size")),
-    "encoder_hidden_states": hidden(width("encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", "d_model")),
+    "encoder_hidden_states": hidden(
+        width("encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", "d_model")
+    ),
     "latents": lambda f, s: Spec((s.batch, f.number("hidden_size", "codebook_dim"), 8), "float"),
-    "flattened_patches": lambda f, s: Spec((s.batch, 9, f.number("patch_embed_hidden_size", "hidden_size", part="vision")), "float"),
+    "flattened_patches": flattened,
     "states": hidden(width("state_dim")),
     "actions": hidden(width("act_dim")),
     "rewards": lambda f, s: Spec((s.batch, s.length, 1), "float"),
@@ -239,7 +268,7 @@ BUILDERS: dict[str, Builder] = {
     "attention_mask": like_text("ones"),
     "token_type_ids": like_text("zeros"),
     "langs": like_text("zeros"),
-    "input_features_mask": lambda f, s: Spec((s.batch, s.frames or 64), "ones"),
+    "input_features_mask": lambda f, s: Spec((s.batch, _time(features(f, s), f)), "ones"),
     "feature_attention_mask": lambda f, s: Spec((s.batch, features(f, s).shape[-1]), "ones"),
     "pixel_mask": lambda f, s: Spec((s.batch, *image(f, s).shape[-2:]), "ones"),
     "pixel_attention_mask": lambda f, s: Spec((s.batch, patch_count(f)), "ones"),
@@ -250,7 +279,7 @@ BUILDERS: dict[str, Builder] = {
     "image_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[list(image(f, s).shape[-2:])] * s.batch),
     "spatial_shapes": lambda f, s: Spec((s.batch, 2), "given", value=[[4, 4]] * s.batch),
     "pixel_position_ids": lambda f, s: Spec((s.batch, 16, 2), "int", 0, 4),
-    "encoder_outputs": lambda f, s: None,
+    "image_attention_mask": lambda f, s: Spec((s.batch, s.length, 2), "ones"),
     "x": image,
     "inputs": lambda f, s: ids()(f, s),
 }
@@ -263,7 +292,11 @@ def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:
         if function is None:
             continue
         with contextlib.suppress(Exception), torch.no_grad():
-            accepted = {key: value for key, value in inputs.items() if key.startswith(("pixel", "image", "video", "input_f", "input_v", "feature", "spatial"))}
+            accepted = {
+                key: value
+                for key, value in inputs.items()
+                if key.startswith(("pixel", "image", "video", "input_f", "input_v", "feature", "spatial"))
+            }
             return _rows(function(**accepted))
     return facts.number("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "image_seq_len")
 

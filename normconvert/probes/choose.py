@@ -22,7 +22,15 @@ from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, feature_count
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec, materialise
 
-SIGNAL_ARGUMENTS = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "image", "audio_values", "image_pixel_values")
+SIGNAL_ARGUMENTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+    "input_values",
+    "image",
+    "audio_values",
+    "image_pixel_values",
+)
 
 COMPANIONS: dict[str, tuple[str, ...]] = {
     "pixel_values": ("image_grid_thw", "grid_thw", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
@@ -39,11 +47,13 @@ SIZES: tuple[Sizes, ...] = (
     Sizes(layout=1),
     Sizes(layout=2),
     Sizes(layout=3),
-    Sizes(length=16, image=224, samples=16000, frames=256),
-    Sizes(length=64, image=256, samples=16000, frames=1024),
-    Sizes(length=128, image=384, samples=48000, frames=3000),
+    Sizes(length=16, image=224, samples=15360, frames=200),
+    Sizes(length=64, image=256, samples=15360, frames=1024),
+    Sizes(length=128, image=336, samples=48000, frames=3000),
     Sizes(batch=1),
-    Sizes(batch=1, length=64, image=512, samples=80000, frames=1024),
+    Sizes(image=384),
+    Sizes(image=448),
+    Sizes(batch=1, length=64, image=512, samples=80640, frames=1024),
 )
 
 
@@ -90,7 +100,7 @@ def argument_sets(facts: Facts) -> Iterator[list[str]]:
     text = "input_ids" in names
     signals = [name for name in SIGNAL_ARGUMENTS if name in names]
     full = list(chosen)
-    if text:
+    if text and "inputs" not in full:
         full.append("input_ids")
     if signals and not any(name in full for name in signals):
         full.append(signals[0])
@@ -98,15 +108,32 @@ def argument_sets(facts: Facts) -> Iterator[list[str]]:
         full.append("decoder_input_ids")
     full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
     if not full:
-        full = [name for name in ("x", "inputs", "inputs_embeds", "past_values", "states", *names) if name in names and name in BUILDERS][:1]
+        full = [
+            name
+            for name in ("x", "inputs", "inputs_embeds", "past_values", "states", *names)
+            if name in names and name in BUILDERS
+        ][:1]
         full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
     if not full:
         raise TraceError(f"cannot trace {type(facts.model).__name__}: no example is known for any of its arguments")
     sets = [full]
     if text and signals:
-        sets.append([name for name in full if name not in signals and not any(name in COMPANIONS.get(s, ()) for s in signals)])
+        sets.append(
+            [name for name in full if name not in signals and not any(name in COMPANIONS.get(s, ()) for s in signals)]
+        )
         sets.append([name for name in full if name not in ("input_ids", "decoder_input_ids")])
-    for extra in (["image_sizes"], ["bbox"], ["attention_mask"], ["encoder_hidden_states"], ["future_values"], ["bbox", "image"], ["pixel_mask"], ["visual_feats", "visual_pos"]):
+    for extra in (
+        ["image_sizes"],
+        ["input_features_mask"],
+        ["image_attention_mask"],
+        ["bbox"],
+        ["attention_mask"],
+        ["encoder_hidden_states"],
+        ["future_values"],
+        ["bbox", "image"],
+        ["pixel_mask"],
+        ["visual_feats", "visual_pos"],
+    ):
         if all(name in names and name not in full for name in extra):
             sets.append([*full, *extra])
     if "inputs_embeds" in names and not text:
@@ -184,7 +211,10 @@ def on_meta(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meta(spec: Spec, dtype: torch.dtype) -> Tensor:
-    sample = materialise(replace(spec, shape=(1,) * len(spec.shape), tokens={}) if spec.kind not in ("given", "boxes") else spec, torch.Generator())
+    sample = materialise(
+        replace(spec, shape=(1,) * len(spec.shape), tokens={}) if spec.kind not in ("given", "boxes") else spec,
+        torch.Generator(),
+    )
     return torch.empty(spec.shape, dtype=dtype if sample.is_floating_point() else sample.dtype, device="meta")
 
 
@@ -196,7 +226,10 @@ def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
         with torch.no_grad(), mode:
-            fake = {name: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            fake = {
+                name: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v
+                for name, v in inputs.items()
+            }
             model(**fake)
     except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException):
         return "maybe"
@@ -230,7 +263,9 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
         elif answer == "maybe":
             maybe.append((guess, answer))
     if first is None:
-        raise TraceError(f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for")
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for"
+        )
     maybe = maybe[: most - given]
     yield from maybe
     if not given and not maybe:

@@ -25,7 +25,7 @@ class Sizes:
     batch: int = 2
     length: int = 7
     image: int | None = None
-    samples: int = 4000
+    samples: int = 3840
     frames: int | None = None
     layout: int = 0
 

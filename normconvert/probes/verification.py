@@ -123,7 +123,9 @@ def _make(model: nn.Module, guess: Guess, recipe: Recipe, generator: torch.Gener
     """The recipe's inputs; None if the model cannot take it."""
     facts = Facts(model)
     length = recipe.length or guess.sizes.length
-    limit = facts.number("max_position_embeddings", "n_positions", "max_target_positions", part="text", default=LONGEST * 2)
+    limit = facts.number(
+        "max_position_embeddings", "n_positions", "max_target_positions", part="text", default=LONGEST * 2
+    )
     if length > LONGEST // 2:
         length = min(length, max(limit // 2, 1))
     if guess.sizes.length > 7:  # the model wants long texts
@@ -134,7 +136,9 @@ def _make(model: nn.Module, guess: Guess, recipe: Recipe, generator: torch.Gener
     if guess.sizes.batch == 1:
         sizes = replace(sizes, batch=1)
     made = specs(model, guess.names, sizes)
-    inputs = {name: _value(value, recipe, generator) if isinstance(value, Spec) else value for name, value in made.items()}
+    inputs = {
+        name: _value(value, recipe, generator) if isinstance(value, Spec) else value for name, value in made.items()
+    }
     if recipe.padding is not None:
         if is_timm(model) or "attention_mask" not in facts.parameters or "input_ids" not in inputs:
             return None

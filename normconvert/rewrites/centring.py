@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ..channels import Place, shape_of
+from ..places import Place, shape_of
 from ..streams import Analysis, Made, Spot, Stream, operation, spans
 from ..tracing import MARK, module_path
 

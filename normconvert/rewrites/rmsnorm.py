@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from ..channels import shape_of
 from ..norms import Norm, find_norms
 from ..plan import Plan, Verdict
-from ..streams import Analysis, Leak, Spot, Stream, described, operation
+from ..streams import Analysis, Leak, Spot, Stream, operation
 from ..tracing import Graph, module_path
 from .centring import Centring, MarkKey, Options, axis_of, centre_streams, leaks_of, root_of_taint
 
@@ -128,7 +127,7 @@ def _needed(
             made, node = stream.members[at], at[0]
             key = tuple(node.args[1:4]) if node.op == "call_function" and len(node.args) == 4 else None
             if key in inserted and "mark" in str(node.target):
-                used[key] = axis_of(at)  # type: ignore[index]
+                used[key] = axis_of(at)
             elif made.how == "sum":
                 work += made.parts
             else:
@@ -195,6 +194,3 @@ def _notes(
     if any(n.float32 for n in converted):
         notes.append("the norms cast their input to float32, so float32's rounding limits the algebra's test")
     return notes
-
-
-__all__ = ["Options", "described", "plan_rmsnorm", "shape_of"]

@@ -25,7 +25,7 @@ class Mapping:
     """How checkpoint tensors become model tensors; the attributes as in :class:`Source`."""
 
     name_map: dict[str, str]
-    one_to_one: bool
+    merged: frozenset[str]
     buffers: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
 
@@ -80,21 +80,18 @@ def map_names(source: Source) -> Mapping:
     if source.library == "timm":
         from normconvert.sources import timm_models
 
-        name_map, one_to_one, found = timm_models.rename(source, state)
+        name_map, merged = timm_models.rename(source, state)
     else:
         from normconvert.sources import transformers_models
 
-        name_map, one_to_one, found, more_tied = transformers_models.rename(source, model, state)
+        name_map, merged, more_tied = transformers_models.rename(source, model, state)
         tied = tied_groups(state, more_tied)
-    _check_missing(source, model, state, found, tied, buffers)
-    if one_to_one:
-        _check_shapes(source, name_map, state)
-    return Mapping(name_map, one_to_one, buffers, tied)
+    _check_missing(source, model, state, merged.union(name_map.values()), tied, buffers)
+    _check_shapes(source, {name: target for name, target in name_map.items() if target not in merged}, state)
+    return Mapping(name_map, merged, buffers, tied)
 
 
-def tied_groups(
-    state: dict[str, torch.Tensor], declared: dict[str, str] | None = None
-) -> tuple[tuple[str, ...], ...]:
+def tied_groups(state: dict[str, torch.Tensor], declared: dict[str, str] | None = None) -> tuple[tuple[str, ...], ...]:
     """Groups of state dict names that are one tensor, by identity or as the library declares (target -> source)."""
     root = {name: name for name in state}
     first: dict[int, str] = {}

@@ -105,7 +105,12 @@ def _finish(
     source = describe(source)
     mapping = map_names(source)
     return replace(
-        source, name_map=mapping.name_map, one_to_one=mapping.one_to_one, buffers=mapping.buffers, tied=mapping.tied
+        source,
+        name_map=mapping.name_map,
+        one_to_one=not mapping.merged,
+        buffers=mapping.buffers,
+        tied=mapping.tied,
+        merged=mapping.merged,
     )
 
 

@@ -52,6 +52,7 @@ class Source:
         record: parsed normconvert.json if normconvert wrote this folder.
         buffers: model names that are buffers: these may hold infinities (masks).
         tied: groups of model names that are one parameter.
+        merged: model names whose values the library makes by merging, splitting or reshaping checkpoint tensors.
         revision: commit on the hub the files come from.
         described: ``config`` was made from ``--arch``, not read from the folder.
         pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
@@ -70,6 +71,7 @@ class Source:
     record: dict[str, Any] | None = None
     buffers: frozenset[str] = frozenset()
     tied: tuple[tuple[str, ...], ...] = ()
+    merged: frozenset[str] = frozenset()
     revision: str | None = None
     described: bool = False
     pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)

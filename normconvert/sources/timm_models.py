@@ -95,10 +95,9 @@ def build_meta(source: Source) -> nn.Module:
             return _create(source)
 
 
-def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, str], bool, set[str]]:
-    """timm's names are the model's names. Returns the map, whether it is one to one, and the names found."""
-    name_map = {name: name for name in source.tensors if name in state}
-    return name_map, True, set(name_map)
+def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, str], frozenset[str]]:
+    """timm's names are the model's names. Returns the map, and the model names made by reshaping."""
+    return {name: name for name in source.tensors if name in state}, frozenset()
 
 
 def load(source: Source, dtype: torch.dtype) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +95,7 @@ def _remote_class(source: Source, reference: str) -> type[nn.Module]:
 
     try:
         with quiet():
-            found: type[nn.Module] = get_class_from_dynamic_module(
-                reference, source.folder, local_files_only=True
-            )
+            found: type[nn.Module] = get_class_from_dynamic_module(reference, source.folder, local_files_only=True)
     except Exception as error:
         raise InputError(f"{source.reference}: its own code failed ({reference}): {first_line(error)}") from error
     return found
@@ -108,10 +106,13 @@ def build_meta(source: Source) -> nn.Module:
     import torch
     from transformers import initialization
 
+    # Lets models call .item() on what they make with linspace while they are built; not in the first releases of 5.
+    safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+
     config = _config(source)
     model_class: Any = _model_class(source, config)
     try:
-        with quiet(), torch.device("meta"), initialization.meta_device_safe_creation_ops():
+        with quiet(), torch.device("meta"), safe_creation():
             model: nn.Module = model_class._from_config(config, dtype=source.dtype)
     except Exception as error:
         raise InputError(
@@ -122,11 +123,11 @@ def build_meta(source: Source) -> nn.Module:
 
 def rename(
     source: Source, model: Any, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, str], bool, set[str], dict[str, str]]:
+) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
     """Checkpoint names -> model names, as ``convert_and_load_state_dict_in_model`` does it (transformers 5).
 
     Returns:
-        The map, whether it is one to one, the model names that get a value, and declared ties (target -> source).
+        The map, the model names made by merging or splitting, and the declared ties (target -> source).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -142,8 +143,7 @@ def rename(
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix
     name_map: dict[str, str] = {}
-    found: set[str] = set()
-    one_to_one = True
+    merged: set[str] = set()
     # The order matters: some renamings are switched on by a name seen before.
     for name in sorted(source.tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -152,13 +152,11 @@ def rename(
         if target not in state:
             continue  # a stray tensor: unused by the model
         if pattern is not None:
-            one_to_one = False
-            first, *others = by_pattern[pattern].target_patterns
-            found.update(target.replace(first, other) for other in others)
-        found.add(target)
+            first, *_ = patterns = by_pattern[pattern].target_patterns
+            merged.update(target.replace(first, other) for other in patterns)
         name_map[name] = target
     ordered = {name: name_map[name] for name in source.tensors if name in name_map}
-    return ordered, one_to_one, found, dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return ordered, frozenset(merged), dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def load(source: Source, dtype: torch.dtype) -> nn.Module:

@@ -49,7 +49,7 @@ def is_layernorm(module: nn.Module) -> bool:
     name = type(module).__name__
     if isinstance(module, nn.LayerNorm):
         return True
-    # "T5LayerNorm" and its kin are RMS norms in all but name; a container such as a LayerNorm + MLP block is not a norm.
+    # "T5LayerNorm" and its kin are RMS norms in all but name; a container such as ConvDropoutLayerNorm is not a norm.
     is_leaf = next(module.children(), None) is None
     return is_leaf and "layernorm" in name.lower() and not is_rmsnorm(module)
 
@@ -73,6 +73,23 @@ def is_batchnorm(module: nn.Module) -> bool:
     return "BatchNorm" in type(module).__name__ and next(module.children(), None) is None
 
 
+def perturbed(model: nn.Module, seed: int) -> None:
+    """Perturb every parameter and running statistic in place, as the tests do."""
+    try:
+        from tests.perturb import perturb
+    except ImportError:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.add_(torch.rand(buffer.shape, generator=generator))
+        return
+    perturb(model, seed)
+
+
 def make_case(name: str, library: str, shrink: str, construct: Callable[[], nn.Module], seed: int = 0) -> Case:
     """Build once on the meta device, count the norms, and return the case.
 
@@ -86,11 +103,9 @@ def make_case(name: str, library: str, shrink: str, construct: Callable[[], nn.M
             return construct().eval()
 
     def build() -> nn.Module:
-        from tests.perturb import perturb
-
         torch.manual_seed(seed)
         model = construct().eval()
-        perturb(model, seed)
+        perturbed(model, seed)
         return model
 
     model = skeleton()

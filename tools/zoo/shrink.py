@@ -18,43 +18,47 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYERS = re.compile(
-    r"(num_|n_)?(\w+_)?(layers?|depth|num_layers_per_stack)(_num|_per_block)?|n_layer|(encoder|decoder)_num_layers|l_layers|"
-    r"num_(dense_|encoder_|decoder_)?blocks|num_hidden_layers|num_spatial_layers|num_temporal_layers"
+    r"(num_|n_)?(\w+_)?(layers?|depth|num_layers_per_stack)(_num|_per_block)?|n_layer|(encoder|decoder)_num_layers|"
+    r"num_(dense_|encoder_|decoder_)?blocks"
 )
 NOT_LAYERS = re.compile(
-    r"vision_feature_layer|feature_layer|conditional_layer|num_feat_extract_layers|num_conv_layers|n_mels_layer|max_depth|"
-    r"min_depth|encode_proj_layers|.*_every_n_layers|num_kv_shared_layers|max_window_layers|num_nextn_predict_layers|"
-    r"iou_head_depth|.*num_lstm_layers|num_residual_layers|look_.*|no_rope_layers?|n_layers_per_attn.*|num_dense_layers|"
-    r"spatial_vision_layer|num_adapter_layers|.*depth_estimation.*|use_.*|speech_decoder_postnet_layers"
+    r"vision_feature_layer|feature_layer|conditional_layer|num_feat_extract_layers|max_depth|min_depth|encode_proj_layers|"
+    r".*_every_n_layers|num_kv_shared_layers|max_window_layers|num_nextn_predict_layers|iou_head_depth|.*num_lstm_layers|"
+    r"num_residual_layers|look_.*|no_rope_layers?|n_layers_per_attn.*|num_dense_layers|spatial_vision_layer|"
+    r"num_adapter_layers|use_.*|speech_decoder_postnet_layers"
 )
-DEPTHS = {"depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers_per_stage", "n_attn_blocks"}
-"""Lists of depths, one a stage: each is cut to one block (two for the first, so that one stage has a repeated block)."""
+DEPTHS = {"depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers_per_stage"}
+"""Lists of depths, one a stage: cut to one block each, two for the first, so that one stage has a repeated block."""
 INDEX_LISTS = re.compile(
-    r"_?out_indices|backbone_out_indices|out_index|.*_(indexes|indices)|extract_layers|encoder_layer_indices|reassemble_layers|"
-    r"vision_feature_layers?|cross_attention_layers|target_layer_ids|spatial_target_layers"
+    r"_?out_indices|backbone_out_indices|out_index|.*_(indexes|indices)|extract_layers|vision_feature_layers?|"
+    r"cross_attention_layers|target_layer_ids|spatial_target_layers"
 )
 """Lists of layer numbers; the depth is kept as large as the list is long, and the list is renumbered."""
 
 WIDTHS = re.compile(
-    r"\w*(hidden|embed|embedding|embeds|intermediate|inner|ffn|feedforward|d_model|d_ff|d_inner|d_kv|d_embed|dim|dims|width|widths|"
-    r"n_embd|n_inner|rank|head_dim|head_size|channels?|filters|proj_size|project|projection|units|kv_channels|latent|"
-    r"feature_size|bottleneck|hidden_sizes|model_size|lru_width|adapter|output_size|num_pos_feats|state_size)\w*|dim|d_\w+|"
-    r"projection_size|entity_emb_size|upsample_groups|query_pre_attn_scalar|backbone_channel_list|\w*rotary_dim|factor_size"
+    r"\w*(hidden|embed|embedding|embeds|intermediate|inner|ffn|feedforward|d_model|d_ff|d_kv|dim|dims|width|widths|n_embd|"
+    r"n_inner|rank|head_size|channels?|filters|proj_size|project|projection|units|latent|feature_size|bottleneck|lru_width|"
+    r"adapter|output_size|num_pos_feats|state_size)\w*|d_\w+|entity_emb_size|upsample_groups|query_pre_attn_scalar|"
+    r"backbone_channel_list|factor_size"
 )
 NOT_WIDTHS = re.compile(
-    r".*(num_channels|image|patch_size|kernel|stride|vocab|num_embeddings|position_embeddings|pos_embeddings|(?<!upsample)_groups|layers?$|heads|"
-    r"max_|num_position|conv_dim_kernel|tokens|window|dilation|codebook_size|num_hidden|ratio|multiplier|expand|expansion|factor|"
-    r"frequency|topk|top_k|rope_feat|positions|in_channels$|input_channels|audio_channels|embedding_length|chunk|buckets|"
-    r"mask_time|mask_feature|num_mel|mel_dim|mel_bins|n_mels|temperature|act_dim|state_dim|xpath|per_second|query_dim|type_vocab|"
-    r"spec_size|visual_pos_dim|_id$|_ids$|_index$|indices|indexes|depth|num_blocks|d_conv|capacity|seq_length|seq_len|"
-    r"dropout|num_stages|num_labels|num_attention|pixel|background_size|feat_strides|dim_bbox$).*"
+    r".*(num_channels|image|patch_size|kernel|stride|vocab|num_embeddings|position_embeddings|pos_embeddings|"
+    r"(?<!upsample)_groups|layers?$|heads|max_|num_position|tokens|window|dilation|codebook_size|num_hidden|ratio|"
+    r"multiplier|expand|expansion|factor|frequency|topk|top_k|rope_feat|positions|in_channels$|input_channels|"
+    r"audio_channels|embedding_length|chunk|buckets|mask_time|mask_feature|num_mel|mel_dim|mel_bins|n_mels|temperature|"
+    r"act_dim|state_dim|xpath|per_second|query_dim|spec_size|visual_pos_dim|_id$|_ids$|_index$|indices|indexes|depth|"
+    r"num_blocks|d_conv|capacity|seq_length|seq_len|dropout|num_stages|num_labels|num_attention|pixel|background_size|"
+    r"feat_strides|dim_bbox$).*"
 )
 EXPERTS = re.compile(r"(n_routed|num_local|moe_num|num|n)_experts|moe_num_primary_experts|num_moe_experts")
-EXPERTS_USED = re.compile(r"(num_)?experts_per_(tok|token)|moe_topk|moe_k|moe_top_k|num_selected_experts|moe_router_topk|ffn_moe_top_k|top_k_experts|num_experts_per_token")
+EXPERTS_USED = re.compile(
+    r"(num_)?experts_per_(tok|token)|moe_topk|moe_k|moe_top_k|num_selected_experts|moe_router_topk|ffn_moe_top_k|"
+    r"top_k_experts"
+)
 EXPERT_GROUPS = {"n_group", "topk_group", "num_expert_group"}
-VOCABULARIES = re.compile(r"(\w+_)?vocab_size|num_embeds|entity_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab")
+VOCABULARIES = re.compile(r"(\w+_)?vocab_size|num_embeds|ngram_vocab_size_base|encoder_hash_byte_group_vocab")
 NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_size|vocab_size_per_layer_input")
-TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index|\w+_token_id")
+TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index")
 IMAGE_SIZES = {"image_size", "img_size"}
 
 
@@ -142,7 +146,8 @@ def _token_map(tree: list[Any]) -> _Tokens:
     for config in tree:
         for key, value in _values(config):
             if TOKEN_IDS.fullmatch(key):
-                large |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if type(v) is int and v > 100}
+                numbers = value if isinstance(value, (list, tuple)) else [value]
+                large |= {v for v in numbers if type(v) is int and v > 100}
     ids = {old: 101 + i for i, old in enumerate(sorted(large))}
     return _Tokens(ids, 160 if len(ids) < 50 else 320)
 
@@ -248,7 +253,7 @@ def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
     kinds = getattr(config, "attention_types", None)
     if level.depth and kinds and "num_layers" in overrides:  # gpt_neo: [[["global", "local"], 12]]
         overrides["attention_types"] = [[kinds[0][0], 1]]
-    if level.depth and getattr(config, "merge_index", 0):  # seggpt: before the first layer whose output is used
+    if level.depth and getattr(config, "merge_index", None):  # seggpt: before the first layer whose output is used
         overrides["merge_index"] = 0
     rope = getattr(config, "rope_parameters", None)
     if ratio > 1 and isinstance(rope, dict):

@@ -29,7 +29,7 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
     {"stages": (1, 1, 2, 1)},
     {},
 )
-"""Constructor arguments that cut the depth (and the width, for plain vision transformers); the first that builds wins."""
+"""Constructor arguments that cut the depth (and a plain vision transformer's width); the first that builds wins."""
 
 DEFAULT_CLASSES = 11
 

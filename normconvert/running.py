@@ -1,0 +1,113 @@
+"""Models made and run for the verification: the plan replayed in float64, and all probes through one model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.edits import apply_edits
+from normconvert.errors import InputError
+from normconvert.fidelity import Outputs, flatten
+from normconvert.plan import Plan
+from normconvert.probes import Probe
+
+
+@dataclass
+class Run:
+    """One model's outputs on all probes; `failures` says why a probe could not be run."""
+
+    outputs: dict[str, Outputs] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the float64 model with the plan's tensor edits and module edits applied.
+
+    Args:
+        truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
+        plan: names of tensors as in ``truth.state_dict()``.
+
+    Raises:
+        InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
+    """
+    from normconvert.runtime import apply_module_edits
+
+    model = copy.deepcopy(truth)
+    source = named_tensors(truth)
+
+    def lookup(name: str) -> Tensor:
+        if name not in source:
+            raise InputError(
+                f"the plan names the tensor {name!r}, which the model does not have: is it another model's?"
+            )
+        return source[name].to(torch.float64)
+
+    target = named_tensors(model)
+    for name, edits in plan.tensors.items():
+        untied = bool(edits) and edits[0]["op"] == "copy"
+        old = source[name] if name in source else (torch.empty(0) if untied else lookup(name))
+        try:
+            value = apply_edits(old, edits, lookup).to(old.device)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
+        if untied or name not in target:
+            _set_parameter(model, name, value)
+        else:
+            target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
+    try:
+        apply_module_edits(model, plan.modules)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the plan does not fit the model: {error}") from error
+    return model.eval()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, tied ones under each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the name a Parameter of its own."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+
+
+def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0) -> Run:
+    """All probes through a model, in eval mode and without gradients.
+
+    Args:
+        model: on any device, any floating dtype.
+        probes: CPU inputs; floating ones are rounded to `dtype` first, so that every model sees the same values.
+        dtype: that of the checkpoint under test.
+        seed: for models that draw random numbers even in eval mode.
+    """
+    model.eval()
+    sample = next(iter(model.parameters()), torch.empty(0))
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    run = Run()
+    for probe in probes:
+        inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                output = model(**inputs)
+            except Exception as error:  # a probe that the original cannot take is skipped, with its reason
+                run.failures[probe.name] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+                )
+                continue
+        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
+    return run
+
+
+def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:
+    """A probe's value as a model of dtype `to` takes it: rounded to `through` first, on the model's device."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(through).to(to).to(device) if value.is_floating_point() else value.to(device)

@@ -1,0 +1,145 @@
+"""A real HTTP server on the loopback that answers like the Hugging Face hub, for huggingface_hub to talk to.
+
+It serves folders as model repositories: ``/api/models/{id}``, ``…/revision/{rev}``, ``…/tree/{rev}`` and
+``/{id}/resolve/{rev}/{file}``. Point a process at it with ``HF_ENDPOINT``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)??)(?:/(?P<kind>revision|tree)/(?P<rev>[^/]+)(?:/.*)?)?")
+FILE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)??)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
+
+
+@dataclass
+class Repository:
+    """A model on the server.
+
+    Attributes:
+        folder: its files.
+        revisions: branch or tag -> commit.
+        token: what a request must bring to see it; None: public.
+        gated: visible, but nobody has been given access.
+    """
+
+    folder: Path
+    revisions: dict[str, str] = field(default_factory=dict)
+    token: str | None = None
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        self.revisions.setdefault("main", hashlib.sha1(str(self.folder).encode()).hexdigest())
+
+    def commit(self, revision: str) -> str | None:
+        """The commit of a branch, a tag, or a commit itself."""
+        return self.revisions.get(revision) or (revision if revision in self.revisions.values() else None)
+
+    def files(self) -> list[Path]:
+        """All files, sorted."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+@dataclass
+class Hub:
+    """A running server: its address and the requests it saw as ``METHOD path``."""
+
+    url: str
+    requests: list[str]
+
+
+@contextmanager
+def serve(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
+    """Serve ``repositories`` (id -> repository) until the block ends."""
+    requests: list[str] = []
+
+    class Handler(_Handler):
+        repos = repositories
+        log = requests
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield Hub(f"http://127.0.0.1:{server.server_address[1]}", requests)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    repos: Mapping[str, Repository] = {}
+    log: list[str] = []  # noqa: RUF012 (set by serve)
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on stderr."""
+
+    def _answer(self, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.log.append(f"{self.command} {path}")
+        match = FILE.fullmatch(path) or API.fullmatch(path)
+        repo = self.repos.get(match["id"]) if match else None
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if match is None or repo is None or (repo.token is not None and token != repo.token):
+            self._error(404 if token else 401, "RepoNotFound", "Repository not found", body)
+            return
+        if repo.gated:
+            self._error(403, "GatedRepo", "Access to this model is restricted", body)
+            return
+        commit = repo.commit(match["rev"] or "main")
+        if commit is None:
+            self._error(404, "RevisionNotFound", f"Invalid rev id: {match['rev']}", body)
+        elif match.re is FILE:
+            self._file(repo, commit, match["file"], body)
+        elif match["kind"] == "tree":
+            self._json([self._entry(repo, file) for file in repo.files()], body)
+        else:
+            names = [{"rfilename": str(file.relative_to(repo.folder))} for file in repo.files()]
+            self._json({"id": match["id"], "sha": commit, "siblings": names, "private": False, "tags": []}, body)
+
+    def _entry(self, repo: Repository, file: Path) -> dict[str, object]:
+        return {"type": "file", "path": str(file.relative_to(repo.folder)), "size": file.stat().st_size,
+                "oid": hashlib.sha1(file.read_bytes()).hexdigest()}  # fmt: skip
+
+    def _file(self, repo: Repository, commit: str, name: str, body: bool) -> None:
+        file = repo.folder / name
+        if not file.is_file():
+            self._error(404, "EntryNotFound", "Entry not found", body)
+            return
+        data = file.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        if name.endswith((".safetensors", ".bin")):  # as for files in large-file storage
+            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        self._send(200, data, "application/octet-stream", body, headers)
+
+    def _json(self, data: object, body: bool) -> None:
+        self._send(200, json.dumps(data).encode(), "application/json", body)
+
+    def _error(self, status: int, code: str, message: str, body: bool) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        self._send(status, json.dumps({"error": message}).encode(), "application/json", body, headers)
+
+    def _send(self, status: int, data: bytes, kind: str, body: bool, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)

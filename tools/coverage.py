@@ -1,0 +1,345 @@
+"""The coverage sweep: convert every model the installed libraries can build, in float64, and say what came of it.
+
+Each model is built small, traced on the meta device, planned, and, if anything converts, built for real with perturbed
+weights: the plan applied to float64 weights must equal the original. One process a model, two at a time, with a time
+and a memory limit; every result is a line of a work file, so that an interrupted sweep goes on where it stopped.
+
+    python tools/coverage.py                                  # everything -> docs/coverage.md
+    python tools/coverage.py --library timm --only hiera_tiny_224 --fresh -v --out -
+    python tools/coverage.py --stage trace                    # census of tracing only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+STAGES = ("build", "trace", "plan", "verify")
+LIBRARIES = ("transformers", "timm")
+ATTEMPTS = 4
+"""How many sizes of one model are tried: shrinking may have made a model that builds and does not run."""
+
+Row = dict[str, Any]
+Key = tuple[str, str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep, then write the page. Returns 1 if a converted model does not compute what its original computes."""
+    from tools.coverage_page import page, summary
+
+    arguments = _parser().parse_args(argv)
+    keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only)))
+    rows = {} if arguments.fresh else _read(arguments.work)
+    todo = [key for key in keys if key not in rows]
+    arguments.work.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.fresh and not arguments.only:
+        arguments.work.unlink(missing_ok=True)
+    with arguments.work.open("a") as work:
+        for done, row in enumerate(_sweep(todo, arguments), 1):
+            rows[row["library"], row["name"]] = row
+            work.write(json.dumps(row) + "\n")
+            work.flush()
+            if arguments.verbose:
+                print(f"{done}/{len(todo)} {_one_line(row)}", flush=True)
+    swept = [rows[key] for key in keys if key in rows]
+    print(summary(swept))
+    if str(arguments.out) != "-":
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(page(swept, _versions()))
+    return int(any(row.get("mismatch") for row in swept))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--library", action="append", choices=LIBRARIES, help="default: both")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
+    parser.add_argument("--stage", choices=STAGES, default="verify", help="how far to go (default: verify)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=120, help="processor time for one model")
+    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit for one model")
+    parser.add_argument("--min-gain", type=int, default=None)
+    parser.add_argument("--allow-shifted-outputs", action="store_true")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "coverage.jsonl", help="results so far")
+    parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    return parser
+
+
+def _keys(libraries: Iterable[str], only: set[str]) -> Iterator[Key]:
+    from tools.zoo.timm_zoo import timm_names
+    from tools.zoo.transformers_zoo import transformers_types
+
+    for library in libraries:
+        names = transformers_types() if library == "transformers" else timm_names()
+        # Any timm model may be named, not only those of the table.
+        extra = sorted(only - set(names)) if library == "timm" and list(libraries) == ["timm"] else []
+        yield from ((library, name) for name in [*names, *extra] if not only or name in only)
+
+
+def _read(path: Path) -> dict[Key, Row]:
+    """The rows of the work file; a later row of a model replaces an earlier one, and a torn last line is dropped."""
+    rows: dict[Key, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["library"], row["name"]] = row
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    import timm
+    import torch
+    import transformers
+
+    return {m.__name__: str(m.__version__).split("+")[0] for m in (torch, transformers, timm)}
+
+
+def _one_line(row: Row) -> str:
+    if "skipped" in row:
+        what = "skipped: " + row["skipped"]
+    elif "failure" in row:
+        what = f"{row['cause']}: {row['failure']}"
+    else:
+        what = f"{row.get('converted', '-')}/{row.get('norms', row['layernorms'])} error {row.get('error', '-')}"
+        what += " MISMATCH" if row.get("mismatch") else ""
+        what += f" {row['reasons']}" if row.get("reasons") else ""
+    return f"{row['library']} {row['name']} {what}  [{row['seconds']} s]"[:250]
+
+
+def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
+    """Results in the order they come. Children are forked after the imports, which would cost more than the models."""
+    _preload()
+    context = multiprocessing.get_context("fork")
+    queue = list(reversed(keys))
+    running: dict[Connection, tuple[Key, Any, float]] = {}
+    while queue or running:
+        while queue and len(running) < arguments.jobs:
+            key = queue.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(sender, key, arguments), daemon=True)
+            process.start()
+            sender.close()
+            running[receiver] = (key, process, time.monotonic())
+        ready = set(wait(list(running), timeout=1.0))
+        for receiver in list(running):
+            key, process, started = running[receiver]
+            spent = time.monotonic() - started
+            if receiver in ready:
+                try:
+                    row = receiver.recv()
+                except EOFError:
+                    process.join()
+                    row = {"failure": f"the process ended with status {process.exitcode}", "cause": "memory"}
+                    if process.exitcode == -signal.SIGXCPU:
+                        row = {"failure": f"more than {arguments.seconds} s of processor time", "cause": "time"}
+            elif spent > 5 * arguments.seconds:
+                process.kill()
+                row = {"failure": f"more than {5 * arguments.seconds} s", "cause": "time"}
+            else:
+                continue
+            process.join()
+            receiver.close()
+            del running[receiver]
+            yield {"library": key[0], "name": key[1], **row, "seconds": round(spent, 1)}
+
+
+def _preload() -> None:
+    import warnings
+
+    import timm
+    import torch
+    import transformers
+
+    import normconvert.pipeline
+    import normconvert.verify  # noqa: F401
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(50)
+    transformers.logging.disable_progress_bar()
+    timm.list_modules()
+
+
+def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
+    import logging
+
+    _limit(arguments.gigabytes, arguments.seconds)
+    logging.disable(logging.CRITICAL)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        row = sweep_one(key[0], key[1], arguments)
+    except BaseException as error:  # the row must say what happened, whatever it was
+        row = {"failure": first_line(error), "cause": "memory" if _is_memory(error) else "sweep"}
+    sender.send(row)
+    sender.close()
+    # No clean-up of a forked interpreter: it can hang on what its parent held.
+    os._exit(0)
+
+
+def _limit(gigabytes: float, seconds: int) -> None:
+    """Memory beyond what the parent mapped, and processor time: wall time would judge the other programs too."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = mapped + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's class and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
+    """Build, trace, plan and verify one model; the row holds what each stage found."""
+    from normconvert.errors import TraceError
+    from normconvert.rewrites.centring import Options
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from tools.zoo.case import Skipped
+    from tools.zoo.timm_zoo import timm_case
+    from tools.zoo.transformers_zoo import transformers_case
+
+    make = transformers_case if library == "transformers" else timm_case
+    row: Row = {}
+    level = 0
+    for attempt in range(ATTEMPTS):
+        try:
+            case, level = make(name, level)
+        except Skipped as error:
+            return row if row else {"skipped": str(error)}
+        if attempt == 0 or "failure" in row:
+            found = _facts(case)
+        if not case.layernorms or arguments.stage == "build":
+            return found
+        try:
+            graph = _trace(case)
+        except TraceError as error:
+            row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
+            level += 1
+            continue
+        row = found
+        break
+    else:
+        return row
+    if arguments.stage == "trace":
+        return row
+    options = Options(allow_shifted_outputs=arguments.allow_shifted_outputs)
+    if arguments.min_gain is not None:
+        options = Options(min_gain=arguments.min_gain, allow_shifted_outputs=arguments.allow_shifted_outputs)
+    try:
+        plan = plan_rmsnorm(graph, options)
+    except Exception as error:
+        return {**row, "failure": first_line(error), "cause": "plan"}
+    row |= _verdicts(plan, case.skeleton())
+    if arguments.stage == "plan" or not plan.converted:
+        return row
+    return row | _fidelity(case, plan, arguments.allow_shifted_outputs)
+
+
+def _facts(case: Any) -> Row:
+    return {
+        "model_class": case.model_class,
+        "shrink": case.shrink,
+        "parameters": case.parameters,
+        "layernorms": case.layernorms,
+        "batchnorms": case.batchnorms,
+    }
+
+
+def _trace(case: Any) -> Any:
+    from normconvert.pipeline import trace_model
+
+    return trace_model(case.skeleton())
+
+
+def _verdicts(plan: Any, model: Any) -> Row:
+    """Norms by verdict; one that the trace never met counts as a norm that stays."""
+    from tools.zoo.case import is_layernorm
+
+    met = {verdict.path for verdict in plan.verdicts}
+    unreached = [path for path, module in model.named_modules() if is_layernorm(module) and path not in met]
+    reasons: dict[str, int] = {"unreached": len(unreached)} if unreached else {}
+    for verdict in plan.kept:
+        reasons[verdict.code] = reasons.get(verdict.code, 0) + 1
+    example = {"unreached": f"`{unreached[0]}`"} if unreached else {}
+    example |= {v.code: f"`{v.path}`: {v.reason}" for v in reversed(plan.kept)}
+    return {
+        "norms": len(plan.verdicts) + len(unreached),
+        "converted": len(plan.converted),
+        "reasons": reasons,
+        "examples": example,
+        "centrings": sum(edit["op"] == "center" for edit in plan.modules),
+        "float32_norms": plan.float32_norms,
+    }
+
+
+def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
+    """The plan on float64 copies of the weights against the original in float64."""
+    import torch
+
+    from normconvert.probes import verification_inputs
+    from normconvert.verify import algebra_model, compare_models, tolerance_for
+
+    truth = in_float64(case.build())
+    converted = algebra_model(truth, plan)
+    probes = verification_inputs(case.skeleton(), seed=0)
+    # Some models make constants of the default dtype while they run (XGLM's mask), which must hold float64's range.
+    torch.set_default_dtype(torch.float64)
+    errors = compare_models(truth, converted, probes, outputs_shift_allowed=shifted)
+    tolerance = tolerance_for(plan)
+    finite = [e for e in errors.values() if e == e]
+    worst = max(finite, default=None)
+    row: Row = {
+        "error": worst,
+        "tolerance": tolerance,
+        "outputs": len(errors),
+        "not_a_number": len(errors) - len(finite),
+    }
+    if worst is None:
+        from normconvert.verify import run_model
+
+        failures = run_model(truth, probes[:1], dtype=torch.float32).failures
+        row["unverified"] = next(iter(failures.values()), "no output could be compared")
+    else:
+        row["mismatch"] = bool(worst > tolerance)
+    if row.get("mismatch"):
+        row["worst"] = [f"{probe}/{output}: {e:.1e}" for (probe, output), e in errors.items() if not e <= tolerance][:5]
+    return row
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, its experts by plain products: the grouped kernel takes 16- and 32-bit types only."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
+            config._experts_implementation = "batched_mm"
+    return model.double()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
