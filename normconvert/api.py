@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
-from .errors import FidelityError, InputError, NothingToConvert
+from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ METHODS = ("rmsnorm",)
 SHIFTED = "shifted outputs: "
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+Failure = TypeVar("Failure", bound=NormConvertError)
 Stage = Callable[[str], None]
 """Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``."""
 
@@ -79,7 +80,7 @@ class Report:
             "normconvert": __version__,
             "norms": {"converted": self.converted, "total": self.total},
             "plan": self.plan.to_json(),
-            "fidelity": asdict(self.fidelity) if self.fidelity else None,
+            "fidelity": self.fidelity.to_json() if self.fidelity else None,
         }
 
 
@@ -158,8 +159,9 @@ def convert(
     Raises:
         InputError: bad input or usage.
         TraceError: the model cannot be traced.
-        NothingToConvert: no norm, or with ``require_all`` not every norm, can be converted.
-        FidelityError: the result differs from the original; ``out`` was not made.
+        NothingToConvert: no norm, or with ``require_all`` not every norm, can be converted; its ``report`` has the
+            verdicts.
+        FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
     from .apply import write_checkpoint
     from .apply_output import check_output, staged_output
@@ -173,6 +175,8 @@ def convert(
     local = Path(src).expanduser()
     if not dry_run:
         check_output(out, local if local.exists() else None, overwrite)
+        if verify:
+            check_device(device)
     source, report = _plan(
         src, method, revision, arch, fold, tied, min_gain, allow_shifted_outputs, trust_remote_code, stage
     )
@@ -205,7 +209,7 @@ def convert(
             report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device))
             seconds["verify"] = time.perf_counter() - start
             if report.fidelity is None or not report.fidelity.passed:
-                raise FidelityError(_fidelity_message(report))
+                raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
         _write_record(folder, source, report, written.hashes)
         _write_card(folder, source, report)
     return report
@@ -257,20 +261,46 @@ def _plan(
 def _refuse_if_pointless(report: Report, require_all: bool) -> None:
     plan = report.plan
     if not plan.verdicts:
-        raise NothingToConvert(f"{report.source}: nothing to do: {report.architecture} has no LayerNorm")
-    reasons = "".join(f"\n  {v.path}: {v.reason}" for v in plan.kept)
+        message = f"{report.source}: nothing to do: {report.architecture} has no LayerNorm"
+        raise _with_report(NothingToConvert(message), report)
+    from .report.collapse import Row, collapse
+
+    groups = collapse(Row(v.path, v.reason, v.kind) for v in plan.kept)
+    times = [f" (×{group.count})" if group.count > 1 else "" for group in groups]
+    reasons = "".join(f"\n  {group.name}{n}: {group.text}" for group, n in zip(groups, times, strict=True))
     if not plan.converted:
-        raise NothingToConvert(f"{report.source}: none of {report.total} norms can be converted:{reasons}")
+        message = f"{report.source}: none of {report.total} norms can be converted:{reasons}"
+        raise _with_report(NothingToConvert(message), report)
     if require_all and plan.kept:
-        raise NothingToConvert(
-            f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}"
-        )
+        message = f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}"
+        raise _with_report(NothingToConvert(message), report)
+
+
+def _with_report(error: Failure, report: Report) -> Failure:
+    """The error with the attribute ``report``: verdicts and figures for whoever catches it."""
+    vars(error)["report"] = report
+    return error
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before any work is done.
+
+    Raises:
+        InputError: torch does not know it, or cannot use it here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
     import torch
 
-    return None if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
+    return None if name == "auto" else getattr(torch, name)
 
 
 def _loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | bytes]:
@@ -324,7 +354,7 @@ def _write_record(folder: Path, source: Source, report: Report, hashes: dict[str
         "architecture": source.architecture,
         "source": {"reference": Path(report.source).name, "revision": source.revision, "sha256": hashes},
         "plan": report.plan.to_json(),
-        "verification": asdict(report.fidelity) if report.fidelity else None,
+        "verification": report.fidelity.to_json() if report.fidelity else None,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
     (folder / "normconvert.json").write_text(text, encoding="utf-8")
@@ -332,13 +362,16 @@ def _write_record(folder: Path, source: Source, report: Report, hashes: dict[str
 
 def _write_card(folder: Path, source: Source, report: Report) -> None:
     from .modelcard import model_card
+    from .report.words import auto_class, in_words
 
     existing = source.folder / "README.md" if source.folder else None
     text = model_card(
         report.source,
         report.plan,
-        asdict(report.fidelity) if report.fidelity else None,
+        in_words(report.fidelity) if report.fidelity else None,
         library=source.library,
-        source_card=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
+        architecture=source.architecture,
+        auto_class=auto_class(folder, source.architecture) or source.architecture,
+        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ permit, and stored in the source's dtype. Nothing here knows what a norm is.
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -227,23 +228,30 @@ class Writer:
         info, target = self._source.tensors[tensor.origin], torch_dtype(tensor.dtype)
         is_parameter = self._source.name_map.get(tensor.origin, "") not in {"", *self._source.buffers}
         dim = _block_dimension(tensor, info.shape)
-        # Blocks of rows lie one behind the other in the file; blocks of columns are edited in memory first, in place.
-        in_place = bool(dim) and not self._source.is_pickle and info.dtype == tensor.dtype
+        if dim == 0:
+            self._compute_rows(fd, tensor, target, is_parameter, at)
+            return
+        # Blocks of columns are put together in memory first, in place where the dtype stays.
+        in_place = dim is not None and not self._source.is_pickle and info.dtype == tensor.dtype
         value = read_tensor(info) if in_place else self._source.read(tensor.origin)
         if dim is None:
             self._write_tensor(fd, tensor, self._edited(tensor, value, target, is_parameter), at)
             return
-        step = max(1, BLOCK * value.shape[dim] // max(1, value.numel()))
-        whole = None if dim == 0 else value if in_place else torch.empty(tensor.shape, dtype=target)
-        for start in range(0, value.shape[dim], step):
-            block = value.narrow(dim, start, min(step, value.shape[dim] - start))
-            edited = self._edited(tensor, block, target, is_parameter)
-            if whole is None:
-                at += self._write_tensor(fd, tensor, edited, at)
+        whole = value if in_place else torch.empty(tensor.shape, dtype=target)
+        for start, stop in _blocks(info.shape, dim):
+            block = value.narrow(dim, start, stop - start)
+            whole.narrow(dim, start, stop - start).copy_(self._edited(tensor, block, target, is_parameter))
+        self._write_tensor(fd, tensor, whole, at)
+
+    def _compute_rows(self, fd: int, tensor: OutTensor, target: torch.dtype, is_parameter: bool, at: int) -> None:
+        """Blocks of rows lie one behind the other in the file: read, edit and write one at a time."""
+        info = self._source.tensors[tensor.origin]
+        for start, stop in _blocks(info.shape, 0):
+            if self._source.is_pickle:
+                block = self._source.read(tensor.origin)[start:stop]
             else:
-                whole.narrow(dim, start, block.shape[dim]).copy_(edited)
-        if whole is not None:
-            self._write_tensor(fd, tensor, whole, at)
+                block = read_tensor(info, (start, stop))
+            at += self._write_tensor(fd, tensor, self._edited(tensor, block, target, is_parameter), at)
 
     def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, is_parameter: bool) -> Tensor:
         if is_parameter or tensor.edits:
@@ -302,6 +310,13 @@ def _block_dimension(tensor: OutTensor, shape: tuple[int, ...]) -> int | None:
     if 0 in free:
         return 0
     return max(free, key=lambda dim: shape[dim], default=None)
+
+
+def _blocks(shape: tuple[int, ...], dim: int) -> Iterator[tuple[int, int]]:
+    """Ranges of ``dim`` that hold about :data:`BLOCK` elements each."""
+    step = max(1, BLOCK * shape[dim] // math.prod(shape))
+    for start in range(0, shape[dim], step):
+        yield start, min(start + step, shape[dim])
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:

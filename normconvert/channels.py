@@ -1,7 +1,7 @@
 """The op table: for each ATen operation, how a channel axis passes from its operands to its result.
 
-Every row describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand which
-of its dimensions arrive unchanged at which dimension of the result. ``linear(x, W, b)`` is ``x W + b``: the last
+Every row describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
+which of its dimensions arrive unchanged at which dimension of the result. ``linear(x, W, b)`` is ``x W + b``: the last
 dimension of the result is dimension 0 of W and of b; the other dimensions are those of x. From this one description
 follow both directions: what a channel of the result is made of, and where a channel of an operand goes. What is
 not listed does not pass: an operation without a row is never assumed harmless.

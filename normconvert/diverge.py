@@ -67,7 +67,11 @@ def first_divergence(truth: nn.Module, other: nn.Module, inputs: dict[str, Any],
     Towers that run one after the other (the children under the deepest common parent) are looked at apart.
     """
     traces = [_record(model, inputs) for model in (truth, other)]
-    rows = [(path, _apart(a, b) > tolerance) for (path, a), (other_path, b) in zip(*traces) if path == other_path]
+    rows = [
+        (path, _apart(a, b) > tolerance)
+        for (path, a), (other_path, b) in zip(*traces, strict=False)
+        if path == other_path
+    ]
     towers: dict[str, list[tuple[int, str, bool]]] = {}
     depth = _common_depth([path for path, _ in rows])
     for position, (path, differs) in enumerate(rows):

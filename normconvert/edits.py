@@ -4,7 +4,7 @@ A plan never holds code. It names tensors and lists, for each, operations from :
 place that gives them a meaning, and it is used alike by the streaming writer and by the float64 verification.
 
 A channel axis may be one factor of a tensor dimension (``outer * size * inner``), as when a fused projection holds
-several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (both 1 for a plain axis).
+several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (1 if plain).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_shifted(name: str, shifted: frozenset[str] | set[str]) -> bool:
-    """Whether an output is one whose per-token mean may change (``hidden_states`` stands for ``hidden_states.3`` too)."""
+    """Whether an output's per-token mean may change (``hidden_states`` stands for ``hidden_states.3`` too)."""
     return any(name == s or name.startswith(f"{s}.") for s in shifted)
 
 
@@ -121,7 +121,8 @@ def distance(found: Tensor, expected: Tensor, *, shifted: bool = False) -> Dista
     NaN and infinities in both at the same places count as equal; in one only, the distance is inf.
 
     Args:
-        found, expected: any floating dtype.
+        found: any shape and floating dtype.
+        expected: likewise.
         shifted: compare after removing the per-token mean over the channels.
     """
     if found.shape != expected.shape:

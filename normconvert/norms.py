@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from .channels import name_of, terms_of
-from .places import Place, carry_back, carry_forward, shape_of
+from .places import Operand, Place, carry_back, shape_of
+from .rows import broadcast
 from .tracing import MARK, Graph, module_path
 
 
@@ -26,6 +27,7 @@ class Norm:
         kind: the module's class.
         function: ``layer_norm``, or the operation found (``rms_norm``, ``group_norm``, ``batch_norm``).
         source: the value it reads; ``read`` the node that reads it; ``result`` the normalised value, before any cast.
+        output: the value after the weight and bias (``result`` itself for a call of layer_norm).
         place: where ``source`` carries the channels; None if the norm is over several axes.
         module: the replacement's settings (a row for `normconvert.runtime`), or None.
         obstacle: why the module cannot be replaced, if it cannot.
@@ -38,6 +40,7 @@ class Norm:
     source: fx.Node
     read: fx.Node
     result: fx.Node
+    output: fx.Node
     place: Place | None
     module: dict[str, Any] | None
     obstacle: str
@@ -81,14 +84,27 @@ def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
     while len(at.users) == 1:
         user = next(iter(at.users))
         others = [a for a in user.all_input_nodes if a is not at]
-        if name_of(user) == "aten.mul" and len(others) == 1 and weight is None and bias is None:
+        aligned = len(others) == 1 and _aligned(others[0], user, source.place) and _plain(user)
+        if name_of(user) == "aten.mul" and aligned and weight is None and bias is None:
             weight = others[0]
-        elif name_of(user) == "aten.add" and len(others) == 1 and bias is None:
+        elif name_of(user) == "aten.add" and aligned and bias is None:
             bias = others[0]
         elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
     return _norm(graph, node, at, source.x, source.place, weight, bias, source.eps, read=source.read)
+
+
+def _aligned(vector: fx.Node, user: fx.Node, place: Place) -> bool:
+    """Whether an affine operand lies along the norm's channels and is the same everywhere else."""
+    at = carry_back(Operand(vector, broadcast(vector, user)), place, user)
+    shape = shape_of(vector)
+    return at is not None and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
+
+
+def _plain(node: fx.Node) -> bool:
+    """No ``alpha`` that multiplies the second operand."""
+    return bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def _norm(
@@ -110,16 +126,19 @@ def _norm(
     if place is None:
         obstacle = "it normalises over several axes at once"
     else:
-        entry, float32 = _boundary_in(source, place, path)
-        exit_place = _boundary_out(end, place, path)
+        entry, float32 = _boundary_in(source, path)
+        leave = _boundary_out(end, path)
         w, offset = _named_parameter(graph, weight, path)
-        b, _ = _named_parameter(graph, bias, path)
-        if entry is None or exit_place is None:
+        b, shift = _named_parameter(graph, bias, path)
+        held = {n for n, _ in module.named_parameters()} if module is not None else set()
+        if entry is None or leave is None:
             obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
-        elif entry != exit_place:
-            obstacle = f"`{path}` moves the channels to another dimension"
-        elif (weight is not None and w is None) or (bias is not None and b is None):
+        elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
+            obstacle = f"`{path}` moves the dimensions of what it normalises"
+        elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
             obstacle = f"its weight or bias is not a parameter of `{path}`"
+        elif held != {n for n in (w, b) if n is not None} or (w is not None and w == b):
+            obstacle = f"`{path}` holds other parameters than the norm's weight and bias"
         else:
             settings = {
                 "op": "replace",
@@ -127,7 +146,7 @@ def _norm(
                 "kind": "rmsnorm",
                 "size": place.size,
                 "eps": eps,
-                "axis": entry,
+                "axis": entry[place.dim] - len(entry),
                 "weight": w,
                 "bias": b,
                 "offset": offset,
@@ -135,46 +154,69 @@ def _norm(
             }
     kind = type(module).__name__ if module is not None else "layer_norm"
     reader = read if read is not None else result
-    return Norm(path, kind, "layer_norm", source, reader, result, place, settings, obstacle, float32)
+    return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _float(value: Any) -> float:
+    return float(value)
 
 
 def _get(node: fx.Node, index: int, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
-def _boundary_in(node: fx.Node, place: Place, path: str) -> tuple[int | None, bool]:
-    """Walk back from the norm's source to the input of its module: the axis there, counted from the end."""
+MOVES = {"aten.permute", "aten.transpose", "aten.swapaxes", "aten.movedim"}
+COPIES = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.float"}
+"""Between a module's boundary and its norm: anything else would be lost with the module."""
+
+
+def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
+    """Walk back from the norm's source to the input of its module.
+
+    Returns:
+        For each dimension of the source the dimension of the module's input it is; None if more happens on the way than
+        casts and permutations. And whether there is a cast to float32.
+    """
     float32 = False
+    order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1] == path and node.args[2] == "input":
-            ok = node.args[3] == "0" and place.whole
-            return (place.dim - len(shape_of(node)) if ok else None), float32
-        terms = terms_of(node)
-        if terms is None or len(terms) != 1 or len(terms[0]) != 1 or module_path(node) != path:
+        if node.target is MARK and node.args[1:3] == (path, "input"):
+            return (order if node.args[3] == "0" else None), float32
+        step = _moved(node, path)
+        if step is None:
             return None, float32
         float32 = float32 or is_float32_cast(node)
-        operand = terms[0][0]
-        back = carry_back(operand, place, node)
-        if back is None:
-            return None, float32
-        node, place = operand.node, back
+        node, dims = step
+        back = {target: source for source, target in dims.items()}
+        order = [back[d] for d in order]
 
 
-def _boundary_out(node: fx.Node, place: Place, path: str) -> int | None:
-    """Walk on from the norm to the output of its module: the axis there, counted from the end."""
+def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
+    """Walk on from the norm to the output of its module: where each dimension of the norm's result is there."""
+    order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1] == path and node.args[2] == "output":
-            return place.dim - len(shape_of(node)) if node.args[3] == "" and place.whole else None
+        if node.target is MARK and node.args[1:3] == (path, "output"):
+            return order if node.args[3] == "" else None
         users = [u for u in node.users if not name_of(u).startswith("aten._assert")]
-        if len(users) != 1 or module_path(users[0]) != path:
+        step = _moved(users[0], path) if len(users) == 1 else None
+        if step is None:
             return None
-        terms = terms_of(users[0])
-        if terms is None or len(terms) != 1 or len(terms[0]) != 1:
-            return None
-        onward = carry_forward(terms[0][0], place, users[0])
-        if onward is None:
-            return None
-        node, place = users[0], onward
+        node, dims = users[0], step[1]
+        order = [dims[d] for d in order]
+
+
+def _moved(node: fx.Node, path: str) -> tuple[fx.Node, dict[int, int]] | None:
+    """The operand of a cast or permutation inside the module, and where its dimensions go."""
+    if name_of(node) not in MOVES | COPIES or module_path(node) != path:
+        return None
+    terms = terms_of(node)
+    if terms is None or len(terms) != 1 or len(terms[0]) != 1:
+        return None
+    return terms[0][0].node, dict(terms[0][0].dims)
 
 
 def is_float32_cast(node: fx.Node) -> bool:
@@ -185,7 +227,7 @@ def is_float32_cast(node: fx.Node) -> bool:
 
 
 def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, float]:
-    """The name, within the module, of the parameter behind ``node``, and what is added to it (Nemotron's weight + 1)."""
+    """The name within the module of the parameter behind ``node``, and the number added to it (as in weight + 1)."""
     offset = 0.0
     while isinstance(node, fx.Node):
         if node.op == "placeholder":
@@ -195,8 +237,8 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
             return next(
                 (n[len(prefix) :] for n in names if n.startswith(prefix) and "." not in n[len(prefix) :]), None
             ), offset
-        if name_of(node) == "aten.add" and isinstance(node.args[1], (int, float)):
-            offset += float(node.args[1])
+        if name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
+            offset += _float(node.args[1])
         elif name_of(node) not in ("aten.to", "aten.type_as", "aten.view", "aten.reshape", "aten.detach"):
             return None, offset
         node = node.args[0]
@@ -222,12 +264,12 @@ def _mean_over(node: Any) -> tuple[fx.Node, int] | None:
     x, dims = node.args[0], node.args[1]
     if not (isinstance(x, fx.Node) and isinstance(dims, (list, tuple)) and len(dims) == 1):
         return None
-    return x, int(dims[0]) % len(shape_of(x))  # type: ignore[arg-type]
+    return x, int(_float(dims[0])) % len(shape_of(x))
 
 
 def _centred(node: Any) -> tuple[fx.Node, int] | None:
     """``x - mean(x)`` -> (x, dim)."""
-    if not (isinstance(node, fx.Node) and name_of(node) == "aten.sub"):
+    if not (isinstance(node, fx.Node) and name_of(node) == "aten.sub" and _plain(node)):
         return None
     mean = _mean_over(node.args[1])
     return mean if mean is not None and mean[0] is node.args[0] else None
@@ -261,8 +303,8 @@ def _variance(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _plus_eps(node: Any) -> tuple[Any, float] | None:
-    if isinstance(node, fx.Node) and name_of(node) == "aten.add" and isinstance(node.args[1], (int, float)):
-        return node.args[0], float(node.args[1])
+    if isinstance(node, fx.Node) and name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
+        return node.args[0], _float(node.args[1])
     return None
 
 

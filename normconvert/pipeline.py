@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 
 from .errors import TraceError
@@ -22,11 +25,13 @@ def trace_model(model: nn.Module) -> Graph:
         TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
     """
     first: TraceError | None = None
-    for inputs in trace_inputs_candidates(model):
-        try:
-            return trace(model, inputs)
-        except TraceError as error:
-            first = first or error
+    for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
+        candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
+        for inputs in trace_inputs_candidates(candidate):
+            try:
+                return trace(candidate, inputs)
+            except TraceError as error:
+                first = first or error
     raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
 
 

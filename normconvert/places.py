@@ -1,8 +1,8 @@
 """Where a value carries the channels of a stream, and how an operand hands them to a result.
 
 A value carries the channels on one factor of one dimension: dimension ``dim`` has ``outer * size * inner`` elements
-and the middle factor is the channel (`Place`). So a channel axis that a view merges into ``batch * channels * height`` and
-splits again later is still the same axis.
+and the middle factor is the channel (`Place`). So a channel axis that a view merges into ``batch * channels * height``
+and splits again later is still the same axis.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plan: what to do with a checkpoint, as plain data (invariant I8).
 
 It is made by a rewrite from the analysed graph and used by three readers that know nothing of graphs: the streaming
-writer (`apply`), the verification and the loader (`runtime`). It can be printed, diffed, kept with the output and replayed.
+writer (`apply`), the verification and the loader (`runtime`). It can be printed, diffed, kept and replayed.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
 
 
 def _dims_arg(value: Any, rank: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value) if value is not None else list(range(rank))
+    values = [value] if isinstance(value, int) else list(value) if value else list(range(rank))  # none named: all
     return [v % rank for v in values] if rank else []
 
 
@@ -63,6 +63,7 @@ def unary_row(node: Call) -> tuple[Term, ...] | None:
 
 
 def dropout_row(node: Call) -> tuple[Term, ...] | None:
+    """Nothing happens in eval mode."""
     return None if argument(node, 2, "train", True) else unary_row(node)
 
 
@@ -72,10 +73,12 @@ def add_row(node: Call) -> tuple[Term, ...]:
 
 
 def mul_row(node: Call) -> tuple[Term, ...]:
+    """a * b: a product, whatever carries the channels."""
     return (tuple(Operand(a, broadcast(a, node)) for a in node.args[:2] if not _is_number(a)),)
 
 
 def div_row(node: Call) -> tuple[Term, ...] | None:
+    """a / b: linear in a."""
     top, bottom = node.args[:2]
     if _is_number(top) or node.kwargs.get("rounding_mode"):
         return None
@@ -84,6 +87,7 @@ def div_row(node: Call) -> tuple[Term, ...] | None:
 
 
 def where_row(node: Call) -> tuple[Term, ...] | None:
+    """Chosen by a mask."""
     if len(node.args) != 3:
         return None
     gate = Operand(node.args[0], broadcast(node.args[0], node), linear=False)
@@ -93,6 +97,7 @@ def where_row(node: Call) -> tuple[Term, ...] | None:
 
 
 def masked_fill_row(node: Call) -> tuple[Term, ...]:
+    """Replaced by a number where the mask says so."""
     x, mask, value = node.args[:3]
     gate = Operand(mask, broadcast(mask, node), linear=False)
     fill: tuple[Term, ...] = () if value == 0 else ((gate,),)
@@ -108,12 +113,14 @@ def masked_scatter_row(node: Call) -> tuple[Term, ...]:
 
 
 def permute_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions in another order."""
     x = node.args[0]
     order = _dims_arg(node.args[1], len(shape_of(x)))
     return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
 
 
 def swap_row(node: Call) -> tuple[Term, ...]:
+    """Two dimensions change places."""
     x = node.args[0]
     rank = len(shape_of(x))
     a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, 1)  # aten.t has no dims
@@ -124,6 +131,7 @@ def swap_row(node: Call) -> tuple[Term, ...]:
 
 
 def movedim_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions move."""
     x = node.args[0]
     rank = len(shape_of(x))
     sources, targets = _dims_arg(node.args[1], rank), _dims_arg(node.args[2], rank)
@@ -136,14 +144,17 @@ def movedim_row(node: Call) -> tuple[Term, ...]:
 
 
 def view_row(node: Call) -> tuple[Term, ...]:
+    """Row-major order is kept."""
     return ((Operand(node.args[0], {}, view=True),),)
 
 
 def view_dtype_row(node: Call) -> tuple[Term, ...] | None:
+    """Never understood."""
     return None  # a reinterpretation of bits
 
 
 def expand_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions of one are stretched."""
     return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
 
 
@@ -153,7 +164,7 @@ def except_dim(position: int, name: str = "dim") -> Row:
     def row(node: Call) -> tuple[Term, ...]:
         x = node.args[0]
         rank = len(shape_of(x))
-        dims = _dims_arg(argument(node, position, name), rank) or list(range(rank))  # none named: the flattened tensor
+        dims = _dims_arg(argument(node, position, name), rank)
         return ((Operand(x, kept_dims(x, dims)),),)
 
     return row
@@ -182,6 +193,7 @@ def split_row(node: Call) -> tuple[Term, ...]:
 
 
 def unbind_row(node: Call) -> tuple[Term, ...]:
+    """One dimension vanishes: unbind, select."""
     x = node.args[0]
     dim = argument(node, 1, "dim", 0) % len(shape_of(x))
     return ((Operand(x, {d: d - (d > dim) for d in range(len(shape_of(x))) if d != dim}),),)
@@ -209,11 +221,13 @@ def cat_row(node: Call) -> tuple[Term, ...]:
 
 
 def stack_row(node: Call) -> tuple[Term, ...]:
+    """One dimension appears."""
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
     return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}),) for p in node.args[0])
 
 
 def pad_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions that are not padded pass; a number other than zero is a constant."""
     x, pads = node.args[0], list(node.args[1])
     mode, value = ("constant", argument(node, 2, "value", 0))
     if isinstance(value, str):
@@ -225,6 +239,7 @@ def pad_row(node: Call) -> tuple[Term, ...]:
 
 
 def repeat_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions that are not repeated pass."""
     return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
 
 
@@ -239,8 +254,9 @@ def reduce_row(node: Call) -> tuple[Term, ...]:
 
 
 def index_row(node: Call) -> tuple[Term, ...] | None:
-    """Advanced indexing: dimensions indexed by nothing pass; the indexed ones become new ones in their place, or in
-    front if they are not neighbours.
+    """Advanced indexing: dimensions indexed by nothing pass.
+
+    The indexed ones become new ones in their place, or in front if they are not neighbours.
     """
     x = node.args[0]
     used: list[int] = []
@@ -259,6 +275,7 @@ def index_row(node: Call) -> tuple[Term, ...] | None:
 
 
 def gather_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions of equal size other than the gathered one pass."""
     x, dim, index = node.args[0], node.args[1], node.args[2]
     dims = {d: d for d in kept_dims(x, [dim]) if shape_of(x)[d] == shape_of(node)[d]}
     return ((Operand(x, dims), Operand(index, kept_dims(index), linear=False)),)
@@ -273,10 +290,12 @@ def spatial_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, kept_dims(x, list(range(rank - count, rank)))),),)
 
 
-def linear_row(node: Call) -> tuple[Term, ...]:
-    """x W + b: the last dimension of the result is dimension 0 of W and b (a single vector has no such dimension)."""
+def linear_row(node: Call) -> tuple[Term, ...] | None:
+    """x W + b: the last dimension of the result is dimension 0 of W and b. A vector for W has no row."""
     x, weight = node.args[0], node.args[1]
     bias = argument(node, 2, "bias")
+    if len(shape_of(weight)) == 1:
+        return None
     last = len(shape_of(node)) - 1
     terms: list[Term] = [(Operand(x, kept_dims(x, [-1])), Operand(weight, {0: last}))]
     if bias is not None:
@@ -313,6 +332,7 @@ def addmm_row(node: Call) -> tuple[Term, ...] | None:
 
 
 def embedding_row(node: Call) -> tuple[Term, ...]:
+    """The last dimension is dimension 1 of the table."""
     weight, index = node.args[0], node.args[1]
     rank = len(shape_of(node))
     return ((Operand(weight, {1: rank - 1}), Operand(index, kept_dims(index), linear=False)),)
@@ -336,11 +356,16 @@ def attention_row(node: Call) -> tuple[Term, ...]:
     """softmax(q k') v: mixes tokens of v, and passes its last dimension."""
     q, k, v = node.args[:3]
     rank = len(shape_of(node))
-    gates = tuple(Operand(g, {d: d for d in range(rank - 2)}, linear=False) for g in (q, k))
+    mask = argument(node, 3, "attn_mask")
+    others = (q, k) if mask is None else (q, k, mask)
+    gates = tuple(
+        Operand(g, {s: t for s, t in broadcast(g, node).items() if t < rank - 2}, linear=False) for g in others
+    )
     return ((Operand(v, {**{d: d for d in range(rank - 2)}, rank - 1: rank - 1}), *gates),)
 
 
 def einsum_row(node: Call) -> tuple[Term, ...] | None:
+    """Each letter of the result passes from the operands that have it."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if "." in equation or "->" not in equation:
         return None
@@ -359,4 +384,5 @@ def zeros_row(node: Call) -> tuple[Term, ...]:
 
 
 def full_row(node: Call) -> tuple[Term, ...]:
+    """A number everywhere: nothing, or a constant."""
     return () if node.args[1] == 0 else ((),)

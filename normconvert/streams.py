@@ -1,8 +1,8 @@
 """Graph -> streams: maximal sets of values joined by operations that treat every channel alike.
 
 A stream is grown from a norm's input, both ways along the op table: back to what its values are made of, on to
-who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members when
-a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter (`uses`),
+who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members
+when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter (`uses`),
 so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from .channels import NEUTRAL, name_of, terms_of, varies
 from .norms import Norm, reads_centred
@@ -69,7 +69,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Onward:
-    """Where one reader takes a value: ``to`` the next spot, or a norm, or a leak, or (all None) nowhere that matters."""
+    """Where one reader takes a value: ``to`` the next spot, or a norm, a leak, or (all None) nowhere that matters."""
 
     to: Spot | None = None
     norm: Norm | None = None
@@ -86,6 +86,7 @@ class Analysis:
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self.data = self._data_dependent()
+        self._live = self._reaching_an_output()
         self.streams: list[Stream] = []
         self.stream_of: dict[Spot, Stream] = {}
         for norm in norms:
@@ -102,6 +103,20 @@ class Analysis:
                 if node not in self.graph.parameters:
                     found.add(node)
             elif any(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _reaching_an_output(self) -> set[fx.Node]:
+        """Nodes whose values matter; of a tensor that is only asked for its shape they do not."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
+            silent = (
+                node.op == "call_function"
+                and has_value
+                and not any(u in found and name_of(u) not in NEUTRAL for u in node.users)
+            )
+            if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
                 found.add(node)
         return found
 
@@ -176,6 +191,8 @@ class Analysis:
         node, place = spot
         for user in node.users:
             name = name_of(user)
+            if user not in self._live:
+                continue
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
                 yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
@@ -198,6 +215,8 @@ class Analysis:
         if terms is None:
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
             return
+        if not any(operand.node is node for term in terms for operand in term):
+            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:
             for operand in term:
                 if operand.node is node:

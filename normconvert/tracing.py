@@ -10,8 +10,10 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 
 from __future__ import annotations
 
+import functools
+import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,11 +80,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
     """
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _marked(model):
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, (), dict(inputs), strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})
+            program = _export(model, inputs)
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -95,6 +95,82 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
     )
 
 
+def _export(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Export with marks, functional in the end.
+
+    A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
+    in place to a tensor that some mark names too, the program is exported again without those marks.
+    """
+    without: set[str] = set()
+    while True:
+        with _marked(model, without), _fresh_caches():
+            program = torch.export.export(model, (), dict(inputs), strict=False)
+        graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+        written = set().union(*(_marks_written_to(graph) for graph in graphs))
+        if not written:
+            break
+        without |= written
+    if any(_mutates(node) for graph in graphs for node in graph.nodes):
+        program = program.run_decompositions({})
+    return program
+
+
+_MAY_RETURN_ITS_INPUT = (
+    "mark",
+    "dropout",
+    "to",
+    "type_as",
+    "contiguous",
+    "reshape",
+    "flatten",
+    "expand",
+    "float",
+    "view",
+)
+
+
+def _marks_written_to(graph: fx.Graph) -> set[str]:
+    """Paths of the marks on tensors that are written to in place, under whatever name (views, idle casts)."""
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while node in parent:
+            node = parent[node]
+        return node
+
+    written = []
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or (schema is None and "getitem" not in str(node.target)):
+            continue
+        operation = str(node.target).split(".")[1] if schema is not None else "view"
+        aliased = schema is None or operation in _MAY_RETURN_ITS_INPUT or any(r.alias_info for r in schema.returns)
+        for source in node.all_input_nodes if aliased else ():
+            if root(source) is not root(node):
+                parent[root(source)] = root(node)
+        if _mutates(node):
+            written.append(node)
+    roots = {root(node) for node in written}
+    return {str(n.args[1]) for n in graph.nodes if n.target is MARK and root(n) in roots}
+
+
+@contextmanager
+def _fresh_caches() -> Iterator[None]:
+    """Empty the memoised functions of model code before and after: a traced tensor must not turn up in a real run."""
+    _clear_caches()
+    try:
+        yield
+    finally:
+        _clear_caches()
+
+
+def _clear_caches() -> None:
+    kept = ("torch", "sympy", "functools", "typing", "re")
+    for value in gc.get_objects():
+        if type(value) is functools._lru_cache_wrapper and not str(value.__module__).startswith(kept):
+            value.cache_clear()
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that ran ``node``; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -102,17 +178,21 @@ def module_path(node: fx.Node) -> str:
 
 
 @contextmanager
-def _marked(model: nn.Module) -> Iterator[None]:
+def _marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
     """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
     with ExitStack() as stack:
         for path, module in model.named_modules():
-            if not path or not (any(True for _ in module.children()) or any(True for _ in module.parameters(False))):
+            if not path or path in without or isinstance(module, _UNMARKED):
                 continue
             pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
             stack.callback(pre.remove)
             post = module.register_forward_hook(_mark_outputs(path))
             stack.callback(post.remove)
         yield
+
+
+_UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU)
+"""Modules whose boundary is never a better place than their neighbours': the graph stays small."""
 
 
 def _markable(value: object) -> bool:
@@ -182,7 +262,7 @@ def _inline_regions(module: fx.GraphModule) -> None:
                         node.target = fresh
             with module.graph.inserting_before(region):
                 results = module.graph.graph_copy(body.graph, mapping)
-            results = results[0] if isinstance(results, tuple) and body_output_is_nested(body) else results
+            results = results[0] if isinstance(results, tuple) and _wraps_twice(body) else results
             for user in list(region.users):
                 if isinstance(results, (tuple, list)) and user.target is not None and "getitem" in str(user.target):
                     user.replace_all_uses_with(results[user.args[1]])
@@ -192,7 +272,7 @@ def _inline_regions(module: fx.GraphModule) -> None:
             module.graph.erase_node(region)
 
 
-def body_output_is_nested(body: fx.GraphModule) -> bool:
+def _wraps_twice(body: fx.GraphModule) -> bool:
     """Whether a region's output node wraps its results in one more tuple."""
     value = next(n for n in body.graph.nodes if n.op == "output").args[0]
     return isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (tuple, list))
@@ -222,7 +302,7 @@ def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node
 
 def _outputs(program: Any, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     """Names of the user's outputs, as paths in the nested output (``logits``, ``encoder_last_hidden_state``, ``0``)."""
-    specs = [s for s in program.graph_signature.output_specs]
+    specs = list(program.graph_signature.output_specs)
     flat = next(n for n in graph.nodes if n.op == "output").args[0]
     user = [value for spec, value in zip(specs, flat, strict=True) if spec.kind.name == "USER_OUTPUT"]
     spec = program.call_spec.out_spec

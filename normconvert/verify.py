@@ -304,7 +304,7 @@ def _plan(record: Mapping[str, Any] | None) -> Plan | None:
 
 
 def _loader(source: Any, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
-    """Makes the model of a checkpoint: with the plan's module edits if normconvert wrote it, else as the library does."""
+    """Makes a checkpoint's model: with the plan's module edits if normconvert wrote it, else as the library does."""
 
     def load() -> nn.Module:
         if source.record is not None and source.folder is not None:

@@ -135,7 +135,9 @@ WRITERS: dict[str, Build] = {
     "matmul_left": lambda s: Op(lambda m, h: (m.w @ h.transpose(1, 2)).transpose(1, 2), w=param(s.width, s.width)),
     "matmul_batched": lambda s: Op(lambda m, h: h @ m.w, w=param(1, s.width, s.width)),
     "addmm": lambda s: Op(
-        lambda m, h: torch.addmm(m.b, h.view(-1, h.shape[-1]), m.w).view(h.shape), w=param(s.width, s.width), b=param(s.width)
+        lambda m, h: torch.addmm(m.b, h.view(-1, h.shape[-1]), m.w).view(h.shape),
+        w=param(s.width, s.width),
+        b=param(s.width),
     ),
     "addmm_scaled": lambda s: Op(
         lambda m, h: torch.addmm(m.b, h.reshape(-1, h.shape[-1]), m.w, beta=0.5, alpha=2).view(h.shape),
@@ -169,7 +171,9 @@ WRITERS: dict[str, Build] = {
     "attention_plain": lambda s: Op(_plain_attention, q=linear(s), k=linear(s), l=linear(s)),
     "attention_values": with_linear(lambda m, h: F.scaled_dot_product_attention(h, h, m.l(h))),
     "attention_masked": with_linear(
-        lambda m, h: F.scaled_dot_product_attention(h, h, m.l(h), attn_mask=token_mask(h).T.expand(h.shape[1], h.shape[1]))
+        lambda m, h: F.scaled_dot_product_attention(
+            h, h, m.l(h), attn_mask=token_mask(h).T.expand(h.shape[1], h.shape[1])
+        )
     ),
     "fused_halves": lambda s: Op(lambda m, h: sum(m.l(h).chunk(2, -1)), l=linear(s, 2 * s.width)),
     "fused_split": lambda s: Op(
@@ -240,9 +244,7 @@ WRITERS: dict[str, Build] = {
     "clamped": with_linear(lambda m, h: m.l(h).clamp(-1, 1)),
     "channel_mean": with_linear(lambda m, h: m.l(h).mean(-1, keepdim=True).expand_as(h)),
     "double_buffered": with_linear(lambda m, h: torch.cat([m.l(h[:, :1]), m.l(h[:, 1:])], 1)),
-    "one_hot_table": lambda s: Op(
-        lambda m, h: F.embedding(h.argmax(-1), m.w), w=param(s.width, s.width)
-    ),
+    "one_hot_table": lambda s: Op(lambda m, h: F.embedding(h.argmax(-1), m.w), w=param(s.width, s.width)),
     "bilinear": lambda s: Op(lambda m, h: m.l(h, h), l=nn.Bilinear(s.width, s.width, s.width)),
     "lerp": with_two(lambda m, h: torch.lerp(m.l(h), m.k(h), 0.3)),
     "flipped": with_linear(lambda m, h: m.l(h).flip(-1)),

@@ -80,18 +80,35 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
 WPE = "transformer.wpe.weight"
 SAFE = "model.safetensors"
 
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def change_config(**changes: Any) -> Spoil:
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def rename_all(state: dict[str, torch.Tensor]) -> None:
+    for name in list(state):
+        state[f"x.{name}"] = state.pop(name)
+
+
+PACKED = {"h.0.qweight": torch.zeros(3, dtype=torch.int32)}
+
 # What is spoilt, how, and what the line must say.
 FOLDERS: list[tuple[str, Spoil, str]] = [
-    ("empty folder", lambda f: [p.unlink() for p in f.iterdir()], "no config.json"),
+    ("empty folder", empty, "no config.json"),
     ("no weights", lambda f: (f / SAFE).unlink(), "no weights"),
     ("only other formats", lambda f: (f / SAFE).rename(f / "model.gguf"), "found only model.gguf"),
     ("config is no JSON", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ("config is a list", lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     ("config is binary", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), "not valid JSON"),
     ("config says nothing", lambda f: (f / "config.json").write_text("{}"), "names no architecture"),
-    ("config does not fit its class", lambda f: edit_json(f / "config.json", lambda c: c.update(n_head="x")), "config"),
-    ("unknown model type", lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="gpt22")), "gpt2"),
-    ("unknown class", lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["GPT2LMHead"])), "GPT2LMHeadM"),
+    ("config does not fit its class", change_config(n_head="x"), "config"),
+    ("unknown model type", change_config(model_type="gpt22"), "gpt2"),
+    ("unknown class", change_config(architectures=["GPT2LMHead"]), "GPT2LMHeadModel"),
     ("empty weights", lambda f: (f / SAFE).write_bytes(b""), "empty"),
     ("not safetensors", lambda f: (f / SAFE).write_bytes(b"hello, I am no safetensors file"), "header claims"),
     ("header is no JSON", lambda f: (f / SAFE).write_bytes((4).to_bytes(8, "little") + b"oops"), "corrupt"),
@@ -106,12 +123,12 @@ FOLDERS: list[tuple[str, Spoil, str]] = [
     ("entry without offsets", lambda f: edit_header(f / SAFE, lambda h: h[WPE].pop("data_offsets")), "corrupt"),
     ("missing tensor", lambda f: edit_tensors(f / SAFE, lambda s: s.pop(WPE)), WPE),
     ("wrong shape", lambda f: edit_tensors(f / SAFE, lambda s: s.update({WPE: s[WPE][:5].clone()})), "[5, 48]"),
-    ("foreign names", lambda f: edit_tensors(f / SAFE, lambda s: [s.update({f"x.{n}": s.pop(n)}) for n in list(s)]), "missing"),
-    ("quantised by config", lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})), "awq"),
-    ("quantised by names", lambda f: edit_tensors(f / SAFE, lambda s: s.update({"h.0.qweight": torch.zeros(3, dtype=torch.int32)})), "quantised"),
+    ("foreign names", lambda f: edit_tensors(f / SAFE, rename_all), "missing"),
+    ("quantised by config", change_config(quantization_config={"quant_method": "awq"}), "awq"),
+    ("quantised by names", lambda f: edit_tensors(f / SAFE, lambda s: s.update(PACKED)), "quantised"),
     ("quantised by dtype", lambda f: edit_tensors(f / SAFE, lambda s: s.update({WPE: s[WPE].to(torch.int8)})), "I8"),
-    ("custom code", lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="mine", auto_map={"AutoConfig": "m.C"})), "--trust-remote-code"),
-    ("custom class", lambda f: edit_json(f / "config.json", lambda c: c.update(architectures=["Mine"], auto_map={"AutoModel": "m.Mine"})), "--trust-remote-code"),
+    ("custom code", change_config(model_type="mine", auto_map={"AutoConfig": "m.C"}), "--trust-remote-code"),
+    ("custom class", change_config(architectures=["Mine"], auto_map={"AutoModel": "m.Mine"}), "--trust-remote-code"),
 ]  # fmt: skip
 
 

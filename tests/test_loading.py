@@ -469,6 +469,19 @@ def test_the_runtime_class_is_made_once_per_architecture() -> None:
     assert not hasattr(runtime, "GPT2Config")  # not a model
 
 
+def test_the_library_treats_the_class_as_its_own() -> None:
+    """As custom code it would miss the library's renaming of weights; a second subclass could not be pickled."""
+    from transformers import GPT2LMHeadModel, WhisperForConditionalGeneration
+    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+
+    from normconvert.runtime import converted_class
+
+    for base in (GPT2LMHeadModel, WhisperForConditionalGeneration):
+        made: Any = converted_class(base)
+        assert not made.is_custom_code()
+        assert add_generation_mixin_to_remote_model(made) is made
+
+
 def test_the_weights_in_the_files_are_centred(text: tuple[Any, Path]) -> None:
     """The test's own plan does what it says; otherwise the equalities above would prove nothing."""
     weights = load_file(text[1] / "model.safetensors")

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from normconvert.apply import apply_plan
 from normconvert.errors import InputError
+from normconvert.plan import Plan
 from normconvert.sources import Source, open_source
 from tests.tiny_checkpoints import gpt2, save, save_vit, vit
 
@@ -202,3 +204,31 @@ def test_importing_sources_imports_no_library() -> None:
     code = "import sys, normconvert.sources; print([m for m in ('torch', 'transformers', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_original_checkpoints_go_through_timms_own_filter(tmp_path: Path) -> None:
+    """The first Swin checkpoints: a mask in the files, the downsampling at the end of a stage, the head without fc."""
+    import timm
+
+    from tests.perturb import perturb
+
+    arguments = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)}
+    model = perturb(timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **arguments).eval())
+    folder = save_vit(model, tmp_path / "src", arguments)
+    old = {
+        n.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): t
+        for n, t in model.state_dict().items()
+    }
+    save_file({k: v.contiguous() for k, v in old.items()}, folder / "model.safetensors")
+    source = open_source(str(folder))
+    assert not source.one_to_one
+    assert_same_state(source.load(), model)
+    name = "layers.0.blocks.0.mlp.fc2.weight"
+    result = apply_plan(source, Plan("x", tensors={name: [{"op": "fill", "value": 2.0}]}), tmp_path / "out")
+    assert result.notes
+    out = open_source(str(tmp_path / "out"))
+    assert out.one_to_one
+    changed = out.load()
+    assert bool((changed.get_parameter(name) == 2.0).all())
+    changed.get_parameter(name).data.copy_(model.get_parameter(name).data)
+    assert_same_state(changed, model)

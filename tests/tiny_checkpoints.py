@@ -54,11 +54,11 @@ def save(model: nn.Module, folder: Path, form: str = "safetensors") -> Path:
     return folder
 
 
-def save_vit(model: nn.Module, folder: Path) -> Path:
+def save_vit(model: nn.Module, folder: Path, arguments: dict[str, Any] | None = None) -> Path:
     """Save a timm model as timm saves it for the hub."""
     from timm.models import save_for_hf
 
-    save_for_hf(model, folder, model_args=VIT_ARGUMENTS, safe_serialization=True)
+    save_for_hf(model, folder, model_args=arguments or VIT_ARGUMENTS, safe_serialization=True)
     return folder
 
 

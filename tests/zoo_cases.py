@@ -190,8 +190,8 @@ TRANSFORMERS: list[Row] = [
     ("hiera_hf", "HieraForImageClassification", {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8],
      "image_size": [64, 64], "masked_unit_size": [8, 8], "query_stride": [2, 2], "num_query_pool": 3, "num_labels": 5},
      PARTIAL, "a norm that shares a block with max pooling stays"),
-    ("phimoe", "PhimoeForCausalLM", {**GQA, "num_local_experts": 4, "sliding_window": None}, NONE,
-     "experts are opaque writers: nothing gains enough by default"),
+    ("phimoe", "PhimoeForCausalLM", {**GQA, "num_local_experts": 4, "sliding_window": None}, PARTIAL,
+     "experts are opaque writers: behind the first, nothing gains enough by default"),
     ("phimoe_min_gain_1", "PhimoeForCausalLM", {**GQA, "num_local_experts": 4, "sliding_window": None}, COMPLETE, "",
      {"min_gain": 1}),
     ("swin_hf", "SwinForImageClassification", {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
@@ -212,7 +212,8 @@ TRANSFORMERS: list[Row] = [
     ("bert", "BertForSequenceClassification", ENCODER, PARTIAL, "Post-LN: only the embedding norm converts"),
     # not at all
     ("convnext_hf", "ConvNextForImageClassification", {"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1],
-     "image_size": 64, "num_labels": 5}, NONE, "the depthwise convolution before each norm writes each channel alone"),
+     "image_size": 64, "num_labels": 5}, PARTIAL,
+     "the trunk stays: the depthwise convolution before each norm writes each channel alone; the stem's norm converts"),
     ("openai_gpt", "OpenAIGPTLMHeadModel", GPT, NONE, "Post-LN"),
     ("llama", "LlamaForCausalLM", GQA, NONE, "nothing to do: RMSNorm already"),
 ]
@@ -250,7 +251,7 @@ TIMM: list[Row] = [
     ("timm_hiera", "hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 2, 1, 1), "num_classes": 5,
      "mask_unit_size": (4, 4), "q_pool": 2}, PARTIAL, "a norm that shares a block with max pooling stays"),
     ("timm_mlp_mixer", "mixer_s32_224", {"img_size": 64, "patch_size": 16, "num_blocks": 2, "embed_dim": 48,
-     "num_classes": 5}, NONE, "token mixing writes tokens, not channels: nothing gains enough by default"),
+     "num_classes": 5}, PARTIAL, "token mixing writes tokens, not channels: behind it nothing gains enough"),
     ("timm_mlp_mixer_min_gain_1", "mixer_s32_224", {"img_size": 64, "patch_size": 16, "num_blocks": 2, "embed_dim": 48,
      "num_classes": 5}, COMPLETE, "", {"min_gain": 1}),
     ("timm_swin", "swin_tiny_patch4_window7_224", {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16,
@@ -264,8 +265,8 @@ TIMM: list[Row] = [
     ("timm_focalnet", "focalnet_tiny_srf", {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_classes": 5}, PARTIAL,
      "norms behind gated focal modulation stay"),
     # not at all
-    ("timm_convnext", "convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40), "num_classes": 5}, NONE,
-     "the depthwise convolution before each norm writes each channel alone"),
+    ("timm_convnext", "convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40), "num_classes": 5}, PARTIAL,
+     "the trunk stays: the depthwise convolution before each norm writes each channel alone; the stem's norm converts"),
 ]
 # fmt: on
 

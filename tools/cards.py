@@ -11,9 +11,9 @@ _TEXT = """\
 # demo:gpt2, a small GPT-2 that has read the King James Bible
 
 Embedded in normconvert so that the main job can be shown and tested without a download. A `GPT2LMHeadModel` with
-{n_layer} layers, width {n_embd}, {n_head} heads, context {n_positions}, a byte-level BPE vocabulary of {vocab_size} and
-the output head tied to the embedding: {parameters:,} parameters in float32. It continues text in that style. It knows
-nothing else.
+{n_layer} layers, width {n_embd}, {n_head} heads, context {n_positions}, a byte-level BPE vocabulary
+of {vocab_size} and the output head tied to the embedding: {parameters:,} parameters in float32.
+It has learnt the words and phrases of that text, and no more.
 
 | on {held_out_tokens:,} held-out tokens | nats per token | perplexity |
 | --- | --- | --- |
@@ -22,7 +22,7 @@ nothing else.
 
 {bits_per_byte:.3f} bits per byte held out; {train_loss:.3f} nats per token on as much of the training text.
 
-Greedy continuation of "And it came to pass":
+"And it came to pass", continued by sampling from the 20 likeliest tokens (greedy decoding soon repeats itself):
 
 {sample}
 

@@ -174,7 +174,9 @@ def train_gpt2(folder: Path, text: Path | None, steps: int) -> None:
     }
     prompt = "And it came to pass"
     with torch.no_grad():
-        sample = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=60, do_sample=False)
+        torch.manual_seed(SEED)
+        ids = tokenizer(prompt, return_tensors="pt")
+        sample = model.generate(**ids, max_new_tokens=80, do_sample=True, top_k=20)
     facts = {
         **GPT2,
         "parameters": parameters,

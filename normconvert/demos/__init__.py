@@ -1,6 +1,7 @@
 """Models embedded in the package: ``demo:gpt2``, ``demo:vit``, ``demo:convnet``.
 
-They are trained for real, by ``tools/train_demos.py``. Each is an ordinary checkpoint folder, with a model card that states its data, licence and what it learnt.
+They are trained for real, by ``tools/train_demos.py``. Each is an ordinary checkpoint folder, with a model card that
+states its data, licence and what it learnt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The table: input name -> what to feed it. Nothing here knows a model; a row knows what an argument of that name means."""
+"""The table: input name -> what to feed it.
+
+Nothing here knows a model; a row knows what an argument of that name means.
+"""
 
 from __future__ import annotations
 
@@ -108,15 +111,20 @@ def grid(facts: Facts, sizes: Sizes) -> Spec:
     return Spec((sizes.batch, 3), "given", value=[[1, side, side]] * sizes.batch)
 
 
+SPECTRUM_SIZES = (
+    *("num_mel_bins", "n_mels", "num_mels", "feature_size", "mel_bins", "input_feat_per_channel", "feat_in"),
+    *("feature_projection_input_dim", "num_mel_channels", "mel_dim", "input_dim", "input_feat_size"),
+)
+"""Config attributes that may say how many features a spectrogram frame has."""
+
+
 def mels(facts: Facts) -> int:
     """Features of one spectrogram frame."""
-    names = ("num_mel_bins", "n_mels", "num_mels", "feature_size", "mel_bins", "input_feat_per_channel",
-             "feature_projection_input_dim", "feat_in", "num_mel_channels", "mel_dim", "input_dim", "input_feat_size")  # fmt: skip
-    return facts.number(*names, part="audio", default=80)
+    return facts.number(*SPECTRUM_SIZES, part="audio", default=80)
 
 
 def features(facts: Facts, sizes: Sizes) -> Spec:
-    """A spectrogram: (batch, mels, frames) where a convolution over time comes first, (batch, frames, mels) elsewhere."""
+    """A spectrogram: (batch, mels, frames) if a convolution over time comes first, else (batch, frames, mels)."""
     bins = mels(facts)
     first = facts.first(nn.Linear)
     if sizes.layout == 3 and first is not None:  # several spectrogram frames stacked into one

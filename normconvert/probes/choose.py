@@ -44,13 +44,13 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
 
 SIZES: tuple[Sizes, ...] = (
     Sizes(),
+    Sizes(batch=1),
     Sizes(layout=1),
     Sizes(layout=2),
     Sizes(layout=3),
     Sizes(length=16, image=224, samples=15360, frames=200),
     Sizes(length=64, image=256, samples=15360, frames=1024),
     Sizes(length=128, image=336, samples=48000, frames=3000),
-    Sizes(batch=1),
     Sizes(image=384),
     Sizes(image=448),
     Sizes(batch=1, length=64, image=512, samples=80640, frames=1024),
@@ -238,6 +238,9 @@ def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
     return "yes"
 
 
+HOPELESS = "no size helps"
+
+
 def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """Guesses that forward takes (``yes``), then those that only an unknown value stops (``maybe``), else the first.
 
@@ -250,8 +253,12 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """
     first: tuple[Guess, str] | None = None
     maybe: list[tuple[Guess, str]] = []
+    hopeless: dict[tuple[str, ...], str] = {}
     given = 0
     for guess in guesses(model):
+        arguments = tuple(guess.names)
+        if hopeless.get(arguments) == HOPELESS:
+            continue
         with quiet():
             answer = accepts(model, on_meta(model, guess.specs))
         first = first or (guess, answer)
@@ -262,6 +269,9 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
                 return
         elif answer == "maybe":
             maybe.append((guess, answer))
+        elif hopeless.get(arguments) == answer:  # the very same error for other sizes: sizes are not the trouble
+            hopeless[arguments] = HOPELESS
+        hopeless.setdefault(arguments, answer)
     if first is None:
         raise TraceError(
             f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for"

@@ -1,4 +1,4 @@
-"""What one input looks like, apart from where it lives: a `Spec` becomes a meta tensor for tracing or a CPU tensor to compute with."""
+"""What one input looks like: a `Spec` becomes a meta tensor to trace with or a CPU tensor to compute with."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("large", "signal", signal=lambda x: 100.0 * x),
     Recipe("small", "signal", batch=1, signal=lambda x: 0.01 * x),
 )
-"""Degenerate ids and constant images make rows alike; large and small signals move a norm's eps out of and into sight."""
+"""Degenerate ids and constant images make rows alike; large and small signals hide and show a norm's eps."""
 
 
 def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None) -> list[Probe]:

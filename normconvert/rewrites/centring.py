@@ -48,7 +48,7 @@ class Scale:
 
 @dataclass
 class Centring:
-    """The outcome: mean-free spots, the tensors to edit, the layer scales to fold, the centring operations to insert."""
+    """The outcome: mean-free spots, tensors to edit, layer scales to fold, centring operations to insert."""
 
     clean: set[Spot] = field(default_factory=set)
     usable: list[Stream] = field(default_factory=list)
@@ -93,8 +93,10 @@ def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
     """Whether a tied table can be split in two: an embedding on one side, one linear map on the other, two names."""
     parameter = analysis.graph.parameters[spot[0]]
     readers = [u for u in spot[0].users if not u.name.startswith("_assert")]
+    tables = [u for u in readers if "embedding" in str(u.target)]
     names = {f"{module_path(u)}.weight" for u in readers}
-    return len(readers) == 2 and names == set(parameter.aliases) and len(names) == 2 and reader in readers
+    one_of_each = len(readers) == 2 and len(tables) == 1 and reader in readers and reader is not tables[0]
+    return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
 
 
 def _resolve_scale(analysis: Analysis, spot: Spot, made: Made) -> Scale | None:

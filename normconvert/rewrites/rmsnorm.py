@@ -1,8 +1,8 @@
 """LayerNorm -> RMSNorm without changing what the model computes.
 
 LN(x) = w * Px / sqrt(|Px|^2/d + eps) + b, P = I - 11'/d. On a mean-free value Px = x, so LN(x) is
-RMSNorm(x) = w * x / sqrt(|x|^2/d + eps) + b with the same w, b and eps. A stream that is read through P only may have its
-mean removed, and it is removed by centring what writes into it (arXiv 2305.14858, section 3, eq. 5-8).
+RMSNorm(x) = w * x / sqrt(|x|^2/d + eps) + b with the same w, b and eps. A stream that is read through P only may have
+its mean removed, and it is removed by centring what writes into it (arXiv 2305.14858, section 3, eq. 5-8).
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from ..norms import Norm, find_norms
+from ..norms import Norm, find_norms, is_float32_cast
 from ..plan import Plan, Verdict
 from ..streams import Analysis, Leak, Spot, Stream, operation
 from ..tracing import Graph, module_path
 from .centring import Centring, MarkKey, Options, axis_of, centre_streams, leaks_of, root_of_taint
+from .fold import fold_norms
 
 Edits = dict[str, list[dict[str, Any]]]
 
@@ -33,8 +34,10 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         calls[norm.path].append(norm)
     verdicts = [_verdict(path, group, where, analysis, centring, options) for path, group in calls.items()]
     converted = [norm for v in verdicts if v.converted for norm in calls[v.path]]
-    needed, inserted = _needed(converted, where, centring)
+    needed, inserted, float32 = _needed(converted, where, centring)
     tensors, aliases, config, notes = _tensor_edits(analysis, centring, needed)
+    if options.fold:
+        notes += fold_norms(analysis, [calls[v.path] for v in verdicts if v.converted], tensors)
     modules: list[dict[str, Any]] = [
         {"op": "center", "path": path, "side": side, "key": key, "axis": axis}
         for (path, side, key), axis in inserted.items()
@@ -47,8 +50,8 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         modules=modules,
         config=config,
         verdicts=verdicts,
-        notes=notes + _notes(analysis, converted, where, options),
-        float32_norms=any(norm.float32 for norm in converted),
+        notes=notes + _notes(analysis, converted, where, options, float32),
+        float32_norms=float32,
     )
 
 
@@ -110,12 +113,17 @@ def _from_norm(spot: Spot, stream: Stream) -> bool:
 
 def _needed(
     converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], centring: Centring
-) -> tuple[set[Spot], dict[MarkKey, int]]:
-    """What the converted norms rest on: tensors and layer scales to edit, and the centring operations, with their axis."""
+) -> tuple[set[Spot], dict[MarkKey, int], bool]:
+    """What the converted norms rest on.
+
+    Returns:
+        Tensors and layer scales to edit; the centring operations, with their axis; whether there is a cast to float32.
+    """
     inserted = set(centring.inserted)
     needed: set[Spot] = set()
     used: dict[MarkKey, int] = {}
     seen: set[Spot] = set()
+    float32 = any(norm.float32 for norm in converted)
     for norm in converted:
         stream, spot = where[norm]
         work = [spot]
@@ -124,6 +132,7 @@ def _needed(
             if at in seen:
                 continue
             seen.add(at)
+            float32 = float32 or is_float32_cast(at[0])
             made, node = stream.members[at], at[0]
             key = tuple(node.args[1:4]) if node.op == "call_function" and len(node.args) == 4 else None
             if key in inserted and "mark" in str(node.target):
@@ -132,7 +141,7 @@ def _needed(
                 work += made.parts
             else:
                 needed.add(at)
-    return needed, {key: used[key] for key in centring.inserted if key in used}
+    return needed, {key: used[key] for key in centring.inserted if key in used}, float32
 
 
 def _tensor_edits(
@@ -182,7 +191,7 @@ def _tensor_edits(
 
 
 def _notes(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options
+    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options, float32: bool
 ) -> list[str]:
     notes = []
     streams = {id(where[n][0]): where[n][0] for n in converted}
@@ -191,6 +200,8 @@ def _notes(
         names = [n for leak in returned for n in analysis.graph.outputs.get(leak.spot[0], ())]
         if names:
             notes.append("shifted outputs: " + ", ".join(dict.fromkeys(names)))
-    if any(n.float32 for n in converted):
-        notes.append("the norms cast their input to float32, so float32's rounding limits the algebra's test")
+    if float32:
+        notes.append(
+            "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"
+        )
     return notes

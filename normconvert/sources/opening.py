@@ -45,7 +45,7 @@ def _locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     if reference.startswith("demo:"):
         return _demo(reference.removeprefix("demo:")), None
     path = Path(reference).expanduser()
-    if path.exists():
+    if reference and path.exists():
         if revision is not None:
             raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +34,11 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: the file is empty; download it again")
     try:
         # timm's training checkpoints hold their argparse.Namespace: plain data, allowed as timm allows it.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on pickle protocols
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise InputError(_refusal(path, error)) from error
+        raise InputError(_refusal(path)) from error
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}") from error
     tensors = _tensors(loaded)
@@ -43,17 +47,37 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _refusal(path: Path, error: Exception) -> str:
+def _refusal(path: Path) -> str:
+    """What to say of a pickle that ``weights_only`` stopped; torch's own text would advise to switch it off."""
+    wanted = _globals(path)
+    if wanted:
+        return (
+            f"{path}: refused: this pickle wants to run code ({', '.join(wanted)}); ask for the weights as safetensors"
+        )
+    return f"{path}: not a PyTorch checkpoint, or truncated; download it again"
+
+
+def _globals(path: Path) -> list[str]:
+    """The globals beyond torch's own that a pickle names, found by reading its operations, not by running them."""
     import torch
 
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a pickle that can be listed
-        names = []
-    if not names and "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
-        return f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}"
-    wants = ", ".join(names) or "a global that is not allowed"
-    return f"{path}: refused: this pickle wants to run code ({wants}); ask for the weights as safetensors"
+    if zipfile.is_zipfile(path):
+        with suppress(Exception):
+            return list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        return []
+    found: list[str] = []
+    with path.open("rb") as handle, suppress(Exception):  # until the bytes are no pickle any more
+        for _ in range(4):  # old torch files are a few pickles one behind the other
+            strings: list[str] = []
+            for operation, argument, _at in pickletools.genops(handle):
+                if operation.name in ("GLOBAL", "INST"):
+                    found.append(str(argument).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    found.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    allowed = ("torch.", "collections.OrderedDict", "argparse.Namespace")
+    return [name for name in dict.fromkeys(found) if not name.startswith(allowed)]
 
 
 def _tensors(loaded: Any) -> dict[str, torch.Tensor]:

@@ -164,21 +164,24 @@ def map_tensor(info: TensorInfo) -> torch.Tensor:
     return flat.reshape(info.shape)
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """The tensor read into memory of its own; shape and dtype as in the header.
+def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """The tensor, or its rows ``[first, last)`` along dimension 0, read into memory of its own.
 
     Raises:
         InputError: the file ends before the tensor does.
     """
     import torch
 
-    flat = torch.empty(info.end - info.start, dtype=torch.uint8)
+    first, last = rows or (0, info.shape[0] if info.shape else 1)
+    row = (info.end - info.start) // max(1, info.shape[0] if info.shape else 1)
+    flat = torch.empty((last - first) * row, dtype=torch.uint8)
     view, at = flat.numpy().data, 0
     with info.file.open("rb", buffering=0) as handle:
-        handle.seek(info.start)
+        handle.seek(info.start + first * row)
         while at < len(view):
             n = handle.readinto(view[at:])
             if not n:
                 raise InputError(f"{info.file}: ended while tensor {info.name} was read: is it being changed?")
             at += n
-    return flat.view(torch_dtype(info.dtype)).reshape(info.shape)
+    shape = (last - first, *info.shape[1:]) if info.shape else ()
+    return flat.view(torch_dtype(info.dtype)).reshape(shape)

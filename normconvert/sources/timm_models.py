@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,16 +70,16 @@ def _bare_config(source: Source) -> dict[str, Any]:
     return {k: v for k, v in config.items() if v is not None} | {"pretrained_cfg": pretrained}
 
 
-def _create(source: Source, **options: Any) -> nn.Module:
+def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.Module:
     """timm's own factory; a folder is read by timm (``local-dir:``), a bare file is described by ``source.config``."""
     import timm
 
     try:
         if not source.described:
-            model: nn.Module = timm.create_model(f"local-dir:{source.folder}", pretrained=False, **options)
+            model: nn.Module = timm.create_model(f"local-dir:{source.folder}", pretrained=pretrained, **options)
         else:
             classes = source.config["num_classes"]
-            model = timm.create_model(source.architecture, pretrained=False, num_classes=classes, **options)
+            model = timm.create_model(source.architecture, pretrained=pretrained, num_classes=classes, **options)
     except Exception as error:
         line = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
@@ -96,18 +97,37 @@ def build_meta(source: Source) -> nn.Module:
 
 
 def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, str], frozenset[str]]:
-    """timm's names are the model's names. Returns the map, and the model names made by reshaping."""
-    return {name: name for name in source.tensors if name in state}, frozenset()
+    """timm's names are the model's names, except in original checkpoints, which timm's own filters turn into its form.
+
+    Returns:
+        The map, and the model names made by such a filter (all or none).
+    """
+    name_map = {name: name for name in source.tensors if name in state}
+    fits = set(state) <= set(name_map) and all(source.tensors[n].shape == tuple(state[n].shape) for n in name_map)
+    if not fits:
+        with suppress(InputError):
+            _load_filtered(source)
+            return name_map, frozenset(state)
+    return name_map, frozenset()
+
+
+def _load_filtered(source: Source) -> nn.Module:
+    """The model with its weights put through the filter timm has for this architecture; strict."""
+    weights = {name: source.read(name) for name in source.tensors}
+    with _NoRandomInit():
+        return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
 def load(source: Source, dtype: torch.dtype) -> nn.Module:
     """timm's factory, then the weights."""
+    if source.merged:
+        return _load_filtered(source).to(dtype)
     with _NoRandomInit():
         model = _create(source)
     model = model.to(dtype)
     weights = {target: source.read(name) for name, target in source.name_map.items()}
     try:
-        model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights, strict=False)  # what must be there was checked when the source was opened
     except RuntimeError as error:
         raise InputError(f"{source.reference}: timm cannot load it: {str(error).splitlines()[-1].strip()}") from error
     return model

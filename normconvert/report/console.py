@@ -1,0 +1,239 @@
+"""What a person reads: the summary of a conversion, the tree of a model's norms, the figures of a verification.
+
+Everything is laid out for 80 columns and reads the same in a terminal and in a pipe, but for the colours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, RenderableType
+from rich.console import Group as Lines
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from normconvert.report.collapse import Row, collapse
+from normconvert.report.words import auto_class, felt, human_bytes
+
+if TYPE_CHECKING:
+    from normconvert.api import Report
+    from normconvert.fidelity import Fidelity
+    from normconvert.plan import Plan, Verdict
+
+GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
+YES, NO = "✓", "✗"
+MANY = 12
+"""More lines than this of one kind are cut short without -v."""
+
+
+def show_summary(console: Console, report: Report, *, verbose: bool = False, load: bool = True) -> None:
+    """The result of a conversion, or of a dry run; with ``load`` how to load it."""
+    dry = report.out is None
+    console.print(_title(report, "dry run, nothing was written" if dry else ""))
+    grid = _grid()
+    grid.add_row("architecture", f"{report.architecture} ({report.library}, {report.dtype})")
+    grid.add_row("norms", _norms(report.plan))
+    grid.add_row("centring", _centring(report.plan))
+    grid.add_row("tensors", _tensors(report))
+    if report.fidelity is not None:
+        grid.add_row("fidelity", figures(report.fidelity))
+    elif not dry:
+        grid.add_row("fidelity", Text("not verified (--no-verify)", "yellow"))
+    grid.add_row("seconds", " · ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
+    for note in report.notes:
+        grid.add_row("note", note)
+    console.print(_indented(grid))
+    if report.out is not None and load:
+        for label, line in zip(("load it", ""), how_to_load(report), strict=True):
+            # Code to be copied is never wrapped.
+            console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
+    show_kept(console, report.plan, verbose=verbose)
+
+
+def show_kept(console: Console, plan: Plan, *, verbose: bool = False) -> None:
+    """The norms that stay as they are, and why; alike ones together unless ``verbose``."""
+    if plan.kept:
+        console.print(Text.assemble("\nkept as they are", style=HEAD), f"({len(plan.kept)} of {len(plan.verdicts)})")
+        for name, kind, reason, count in verdict_lines(plan.kept, verbose=verbose):
+            console.print(_indented(_norm_line(name, kind, count)))
+            console.print(_indented(Text(reason, FAINT), 6))
+
+
+def show_inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
+    """The tree of a model's norms with their verdicts, and what a conversion would edit."""
+    from normconvert.report.tree import norm_tree
+
+    plan = report.plan
+    console.print(_title(report, ""))
+    grid = _grid()
+    grid.add_row("architecture", f"{report.architecture} ({report.library}, {report.dtype})")
+    grid.add_row("norms", _norms(plan))
+    console.print(_indented(grid))
+    console.print()
+    console.print(norm_tree(report.architecture, plan, verbose=verbose))
+    reasons = collapse(Row("", v.reason) for v in plan.converted)
+    if plan.converted:
+        console.print(Text.assemble("\nwhy they convert", style=HEAD))
+        for group in reasons:
+            console.print(_indented(Text.assemble(group.text, (f"  ×{group.count}", FAINT))))
+    show_kept(console, plan, verbose=verbose)
+    if plan.tensors or plan.modules:
+        console.print(Text.assemble("\nwhat a conversion does", style=HEAD))
+        grid = _grid()
+        grid.add_row("centring", _centring(plan))
+        for op, names in _edit_lines(plan, verbose=verbose):
+            grid.add_row(op, names)
+        console.print(_indented(grid))
+    for note in report.notes:
+        console.print(Padding(Text.assemble(("note  ", "yellow"), note), (1, 0, 0, 2)))
+
+
+def show_fidelity(console: Console, a: str, b: str, fidelity: Fidelity, *, verbose: bool = False) -> None:
+    """The figures of a verification, and for each that is out of its limit why."""
+    console.print(Text.assemble((b, HEAD), " against ", (a, HEAD)))
+    grid = _grid()
+    grid.add_row("fidelity", figures(fidelity))
+    ran = len({row["probe"] for row in fidelity.probes if "skipped" not in row})
+    skipped = [row for row in fidelity.probes if "skipped" in row]
+    grid.add_row("probes", f"{ran} run" + (f", {len(skipped)} not fit for the original" if skipped else ""))
+    grid.add_row("result", Text("passed", GOOD) if fidelity.passed else Text("failed", BAD))
+    console.print(_indented(grid))
+    for reason in fidelity.reasons:
+        console.print(_indented(Text.assemble((f"{NO} ", BAD), reason)))
+    if verbose:
+        console.print(_probe_table(fidelity))
+
+
+def figures(fidelity: Fidelity) -> RenderableType:
+    """The three figures, each against its limit, and the smaller ones below."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column()
+    rounding = "not measured" if fidelity.rounding is None else f"{fidelity.rounding:.3g} × the original's"
+    rounding_fits = fidelity.rounding is None or fidelity.rounding <= fidelity.rounding_tolerance
+    algebra_fits = fidelity.algebra <= fidelity.tolerance
+    table.add_row(
+        "algebra", f"{fidelity.algebra:.2g} off in float64", _limit(algebra_fits, f"{fidelity.tolerance:.2g}")
+    )
+    table.add_row("rounding", rounding, _limit(rounding_fits, f"{fidelity.rounding_tolerance:g} ×"))
+    lines: list[RenderableType] = [table, Text(f"in use    {felt(fidelity)}")]
+    if fidelity.mean_over_rms is not None:
+        lines.append(Text(f"|mean|/rms at the converted norms {fidelity.mean_over_rms:.2g} at most", FAINT))
+    if fidelity.worst_module is not None:
+        lines.append(Text.assemble("the two part first at ", (fidelity.worst_module, HEAD)))
+    return Lines(*lines)
+
+
+def verdict_lines(verdicts: Sequence[Verdict], *, verbose: bool = False) -> list[tuple[str, str, str, int]]:
+    """(name, kind, reason, count) of each line to print: one for each norm if ``verbose``, else alike ones together."""
+    if verbose:
+        return [(v.path, v.kind, v.reason, 1) for v in verdicts]
+    groups = collapse(Row(v.path, v.reason, (v.kind, v.converted, v.code)) for v in verdicts)
+    return [(g.name, g.key[0], g.text, g.count) for g in groups]  # type: ignore[index]
+
+
+def centring_points(plan: Plan) -> list[tuple[str, str]]:
+    """(module, ``output`` or ``input``) of every centring operation, alike ones together."""
+    rows = (Row(edit["path"], "", edit["side"]) for edit in plan.modules if edit["op"] == "center")
+    return [(group.name or "the model", str(group.key)) for group in collapse(rows)]
+
+
+def agrees(good: bool, text: str) -> Text:
+    """``text`` with a tick or a cross."""
+    return Text.assemble((f"{YES if good else NO} ", GOOD if good else BAD), text)
+
+
+def how_to_load(report: Report) -> list[str]:
+    """Two lines of Python that load the output: as RMSNorm, and in the unmodified library."""
+    lines = [f'model = normconvert.load("{report.out}")']
+    if report.library == "timm":
+        return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
+    auto = auto_class(Path(report.out or ""), report.architecture)
+    remote = ", trust_remote_code=True" if auto else ""
+    return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})']
+
+
+def _title(report: Report, remark: str) -> Text:
+    text = Text.assemble((report.source, HEAD))
+    if report.out is not None:
+        text.append(" → ").append(report.out, HEAD)
+    if remark:
+        text.append(f"  ({remark})", "yellow")
+    return text
+
+
+def _indented(what: RenderableType, by: int = 2) -> Padding:
+    return Padding(what, (0, 0, 0, by))
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=FAINT, no_wrap=True, min_width=12)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _norms(plan: Plan) -> Text:
+    """``9 of 12 convert to RMSNorm: 8 LayerNorm, 1 LayerNorm2d``."""
+    share = len(plan.converted), len(plan.verdicts)
+    style = GOOD if share[0] == share[1] else "yellow" if share[0] else BAD
+    kinds = Counter(v.kind for v in plan.converted)
+    of_kinds = " (" + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + ")" if len(kinds) > 1 else ""
+    one = f"{next(iter(kinds))} → RMSNorm" if len(kinds) == 1 else "norms → RMSNorm"
+    return Text.assemble((f"{share[0]} of {share[1]}", style), f" {one}{of_kinds}")
+
+
+def _centring(plan: Plan) -> str:
+    points = [f"{side} of {name}" for name, side in centring_points(plan)]
+    count = sum(edit["op"] == "center" for edit in plan.modules)
+    if not count:
+        return "no operation inserted"
+    return f"{count} operation{'s' if count > 1 else ''} inserted: " + ", ".join(points)
+
+
+def _tensors(report: Report) -> str:
+    if report.out is None:
+        return f"{len(report.plan.tensors)} to be edited"
+    edited, copied = report.tensors_edited, report.tensors_copied
+    return f"{edited} edited, {copied} copied as they are; {human_bytes(report.bytes_written)} written"
+
+
+def _edit_lines(plan: Plan, *, verbose: bool) -> Iterable[tuple[str, str]]:
+    """(operations, modules and their tensors) of the tensor edits, alike ones together."""
+    leaves: dict[tuple[str, str], list[str]] = {}
+    for name, edits in plan.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        ops = ", ".join(dict.fromkeys(edit["op"].replace("_", " ") for edit in edits))
+        leaves.setdefault((module, ops), []).append(leaf)
+    lines: dict[str, list[str]] = {}
+    for group in collapse(Row(module, "|".join(names), ops) for (module, ops), names in leaves.items()):
+        lines.setdefault(str(group.key), []).append(f"{group.name}.{group.text}".lstrip("."))
+    for ops, named in lines.items():
+        more = len(named) - MANY + 1
+        yield ops, "\n".join(named if verbose or more <= 1 else [*named[: MANY - 1], f"and {more} more (-v)"])
+
+
+def _norm_line(name: str, kind: str, count: int) -> Text:
+    times = (f"  ×{count}", FAINT) if count > 1 else ""
+    return Text.assemble((name or "the model itself", "yellow"), (f"  {kind}", FAINT), times)
+
+
+def _limit(fits: bool, limit: str) -> Text:
+    return Text.assemble((YES if fits else NO, GOOD if fits else BAD), (f" at most {limit}", FAINT))
+
+
+def _probe_table(fidelity: Fidelity) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=FAINT)
+    for heading in ("probe", "output", "algebra", "original", "converted"):
+        table.add_column(heading, justify="left" if heading in ("probe", "output") else "right")
+    for row in fidelity.probes:
+        if "skipped" in row:
+            table.add_row(row["probe"], Text(row["skipped"], FAINT))
+        else:
+            numbers = [row[key] for key in ("algebra", "original_error", "converted_error")]
+            table.add_row(row["probe"], row["output"], *("" if n is None else f"{n:.2g}" for n in numbers))
+    return table

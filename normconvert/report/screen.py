@@ -1,0 +1,265 @@
+"""Where output goes while a command runs: feedback to stderr, results to stdout, JSON where it is wanted.
+
+In a terminal the stages show themselves with a spinner and a bar that vanish when they are done. Anywhere else each
+stage is one plain line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from normconvert.errors import InputError, NormConvertError
+from normconvert.report.document import error_document, plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.status import Status
+
+STDOUT = "-"
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command has to show.
+
+    Attributes:
+        document: for ``--json``.
+        show: prints it for a person.
+        exit_status: 0, or 1 for a fidelity that is not given.
+    """
+
+    document: dict[str, Any]
+    show: Callable[[Console], None]
+    exit_status: int = 0
+
+
+class Screen:
+    """The two consoles of a command, and the live display on one of them.
+
+    Args:
+        json_file: where the JSON document goes: a file, ``-`` for stdout, None for none.
+        verbose: 1 lists everything and lets the libraries speak, 2 adds tracebacks.
+        quiet: only errors (and the JSON document).
+    """
+
+    def __init__(self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False) -> None:
+        self.json_file = json_file
+        self.verbose = verbose
+        self.quiet = quiet
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, ValueError):  # a terminal without UTF-8 gets "?" and no exception
+                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        self.err = _console(sys.stderr)
+        self.out = self.err if json_file == STDOUT else _console(sys.stdout)
+        self.live = self.err.is_interactive and sys.stderr.isatty() and not quiet
+        self._display: Status | Progress | None = None
+        self._stage = ""
+        self._task: Any = None
+
+    def stages(self, src: str, out: str | None = None) -> Callable[[str], None]:
+        """A function to be called with each stage's name as it begins: ``open``, ``trace``, ``write``, ``verify``."""
+        texts = {
+            "open": f"opening {src}",
+            "trace": "tracing the model",
+            "write": f"writing {out}",
+            "verify": "verifying",
+        }
+        # While the hub downloads, its own bars are on the screen.
+        downloads = not src.startswith("demo:") and not Path(src).expanduser().exists()
+
+        def begin(stage: str) -> None:
+            if stage == self._stage:
+                return
+            self.say(texts[stage], spin=not (stage == "open" and downloads))
+            self._stage = stage
+            if stage != "open":
+                self.hush_bars()
+
+        return begin
+
+    def say(self, text: str, *, spin: bool = True) -> None:
+        """What is being done now: a spinner in a terminal, one line elsewhere."""
+        self.clear()
+        if self.quiet:
+            return
+        if self.live and spin:
+            self._display = self.err.status(f"{text} …", spinner="dots", spinner_style="cyan")
+            self._display.start()
+        else:
+            self.err.print(f"{text} ...", style="dim")
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """One more tensor is written; ``done`` and ``total`` in bytes."""
+        if not self.live:
+            return
+        from rich.progress import Progress
+
+        if not isinstance(self._display, Progress):
+            self.clear()
+            self._display = _byte_progress(self.err)
+            self._task = self._display.add_task("writing", total=total, tensor="")
+            self._display.start()
+        self._display.update(self._task, completed=done, total=total, tensor=name)
+
+    def clear(self) -> None:
+        """Take the live display off the screen."""
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def hush(self) -> None:
+        """Keep the libraries from writing on the terminal; to be called before they are imported."""
+        if not self.live:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if self.verbose:
+            return
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        for library in ("transformers", "timm", "torch", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+
+    def hush_bars(self) -> None:
+        """No "Loading weights" bars of transformers from here on; the hub's bars for downloads go with them."""
+        module = sys.modules.get("transformers.utils.logging")
+        if module is not None and not self.verbose:
+            module.disable_progress_bar()
+
+    def error(self, message: str) -> None:
+        """``error: ...`` on stderr: one line, and below it whatever else the message holds."""
+        self.clear()
+        first, *rest = message.splitlines() or [""]
+        print(f"error: {first}", *rest, sep="\n", file=sys.stderr)
+
+    def show(self, show: Callable[[Console], None]) -> None:
+        """Print a result, without the blanks that fill rich's lines."""
+        with self.out.capture() as captured:
+            show(self.out)
+        self.out.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        self.out.file.flush()
+
+    def document(self, data: dict[str, Any]) -> None:
+        """Write the JSON document where ``--json`` says, if it does.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        if self.json_file is None:
+            return
+        text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.json_file == STDOUT:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        try:
+            _write_whole(Path(self.json_file).expanduser(), text)
+        except OSError as error:
+            raise InputError(f"--json {self.json_file}: cannot be written: {error.strerror or error}") from error
+
+
+def execute(screen: Screen, action: Callable[[], Done]) -> int:
+    """Run a command to its exit status: show what it returns, or the error that ended it.
+
+    Returns:
+        0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted.
+    """
+    shown = False
+    try:
+        done = action()
+        screen.clear()
+        shown = True
+        if not screen.quiet:
+            screen.show(done.show)
+        screen.document({**done.document, "exit_status": done.exit_status})
+        sys.stdout.flush()
+        return done.exit_status
+    except NormConvertError as error:
+        return _fail(screen, error, str(error), error.exit_status)
+    except KeyboardInterrupt as error:
+        screen.clear()
+        message = "interrupted" if shown else "interrupted; nothing was written"
+        return _fail(screen, error, message, INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain at exit about what it cannot flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (OSError, MemoryError) as error:
+        return _fail(screen, error, " ".join(str(error).split()) or "out of memory", 2)
+    except Exception as error:
+        name = type(error).__name__
+        first = (str(error).strip() or "no message").splitlines()[0]
+        hint = "" if screen.verbose > 1 else "; run with -vv"
+        return _fail(screen, error, f"{name}: {first} (a bug in normconvert: please report it{hint})", 2)
+
+
+def _fail(screen: Screen, error: BaseException, message: str, status: int) -> int:
+    screen.clear()
+    if screen.verbose > 1:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
+        print(message, file=sys.stderr)
+    else:
+        screen.error(message)
+    try:
+        screen.document(error_document(message, status, error))
+    except (InputError, OSError) as another:
+        screen.error(str(another))
+    return status
+
+
+def _console(file: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=file, highlight=False, markup=False, emoji=False)
+
+
+def _byte_progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+    from rich.table import Column
+
+    return Progress(
+        SpinnerColumn(style="cyan"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn(
+            "{task.fields[tensor]}", markup=False, style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")
+        ),
+        console=console,
+        transient=True,
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or not at all."""
+    if path.exists() and not path.is_file():  # /dev/stderr, a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # as an ordinary new file; mkstemp's are private
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
