@@ -42,6 +42,7 @@ class Report:
         plan: tensor edits, module edits and a verdict for every norm.
         fidelity: the three figures, or None if not verified.
         dtype: dtype of the source's weights.
+        stored: dtype that the output's weights are stored in.
         bytes_written: size of the weight files written.
         tensors_edited: how many tensors were edited or added.
         tensors_copied: how many were copied as they were.
@@ -57,6 +58,7 @@ class Report:
     plan: Plan
     fidelity: Fidelity | None = None
     dtype: str = ""
+    stored: str = ""
     bytes_written: int = 0
     tensors_edited: int = 0
     tensors_copied: int = 0
@@ -184,6 +186,7 @@ def convert(
     if dry_run:
         return report
     stored = _torch_dtype(dtype)
+    report = replace(report, stored=report.stored if dtype == "auto" else dtype)
     seconds = dict(report.seconds)
     with staged_output(out, source.folder or source.files[0], overwrite) as folder:
         say("write")
@@ -253,6 +256,7 @@ def _plan(
         out=None,
         plan=plan,
         dtype=str(source.dtype).removeprefix("torch."),
+        stored=str(source.dtype).removeprefix("torch."),
         seconds={"open": opened - start, "trace": traced - opened},
         notes=tuple(plan.notes),
     )

@@ -150,6 +150,8 @@ def rmsnorm(
             overwrite=overwrite, dry_run=dry_run, verify=not no_verify, require_all=require_all,
             trust_remote_code=trust_remote_code, progress=screen.progress, stage=stage,
         )  # fmt: skip
+        if report.out is not None:
+            screen.written.append(report.out)
         return Done(
             report_document("rmsnorm", report), lambda console: show_summary(console, report, verbose=verbose > 0)
         )
@@ -215,10 +217,10 @@ def verify(
         screen.say(f"comparing {b} with {a}")
         import torch
 
-        from normconvert import verify as verify_checkpoints
         from normconvert.api import check_device
         from normconvert.report.console import show_fidelity
         from normconvert.report.document import fidelity_document
+        from normconvert.verify import verify as verify_checkpoints
 
         check_device(device)
         screen.hush_bars()

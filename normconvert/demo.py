@@ -65,9 +65,10 @@ def run_demo(screen: Screen, out: Path | None = None, *, overwrite: bool = False
         screen.say("reading digits")
         accuracy = read_digits(place / "vit")
     good = continuation.same and (accuracy is None or accuracy.same_answers == accuracy.images)
+    kept = {} if out is not None else {"out": None}
     document = {
         "command": "demo",
-        "reports": [language.to_json(), vision.to_json()],
+        "reports": [language.to_json() | kept, vision.to_json() | kept],
         "text": asdict(continuation),
         "digits": asdict(accuracy) if accuracy is not None else None,
     }
@@ -98,13 +99,14 @@ def continue_text(converted: Path, prompt: str = PROMPT, tokens: int = TOKENS) -
 
 
 def read_digits(converted: Path) -> Accuracy | None:
-    """Let ``demo:vit`` and its conversion read scikit-learn's digits; None where scikit-learn is not installed.
+    """Let ``demo:vit`` and its conversion read the 360 of scikit-learn's digits that it has not seen in training.
 
-    These are all 1,797 images, of which the model has seen 1,437 in training: what counts here is that both models
-    give the same answers. The model card has the accuracy on those it has not seen.
+    Returns:
+        None where scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     except ImportError:
         return None
     import torch
@@ -113,8 +115,10 @@ def read_digits(converted: Path) -> Accuracy | None:
     from normconvert.sources import open_source
 
     data = load_digits()
-    images = torch.from_numpy(data.images).to(torch.float32)[:, None] / 16 * 2 - 1  # as in training: mean 0.5, std 0.5
-    labels = torch.from_numpy(data.target)
+    # The split and the scaling of the training.
+    _, rows = train_test_split(range(len(data.target)), test_size=360, random_state=0, stratify=data.target)
+    images = torch.from_numpy(data.images[rows]).to(torch.float32)[:, None] / 16 * 2 - 1
+    labels = torch.from_numpy(data.target[rows])
 
     def answers(model: nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -132,7 +136,9 @@ def _convert(screen: Screen, name: str, place: Path, overwrite: bool) -> Report:
     stage("open")
     from normconvert import convert
 
-    return convert(reference, folder, overwrite=overwrite, progress=screen.progress, stage=stage)
+    report = convert(reference, folder, overwrite=overwrite, progress=screen.progress, stage=stage)
+    screen.written.append(str(folder))
+    return report
 
 
 def _show(
@@ -148,11 +154,12 @@ def _show(
     from rich.text import Text
 
     from normconvert.report.console import FAINT, HEAD, agrees, show_summary
+    from normconvert.report.words import percent
 
     headings = ("A language model that has read the King James Bible", "A vision transformer that reads digits")
     for heading, report in zip(headings, reports, strict=True):
         console.print(Rule(Text(heading, HEAD), style=FAINT, align="left"))
-        show_summary(console, report, load=kept)
+        show_summary(console, report, kept=kept)
         console.print()
         if report is reports[0]:
             same = f"the same {continuation.tokens} tokens" if continuation.same else "the two differ"
@@ -165,7 +172,9 @@ def _show(
     if accuracy is not None:
         n = accuracy.images
         for label, right in (("original, LayerNorm", accuracy.original), ("converted, RMSNorm", accuracy.converted)):
-            line = Text.assemble((f"{label:21}", FAINT), f"{right} of {n:,} digits right ({right / n:.2%})")
+            line = Text.assemble(
+                (f"{label:21}", FAINT), f"{right} of {n} digits right ({percent(right / n)}); none seen in training"
+            )
             console.print(Padding(line, (0, 0, 0, 2)))
         same = (
             "the same answer to every digit" if accuracy.same_answers == n else f"{accuracy.same_answers} answers alike"

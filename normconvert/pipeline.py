@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import TraceError
 from .plan import Plan
-from .probes import trace_inputs_candidates
+from .probes import further_inputs, trace_inputs_candidates
 from .rewrites.centring import Options
 from .rewrites.rmsnorm import plan_rmsnorm
-from .tracing import Graph, trace
+from .tracing import Graph, merge, trace
+
+FURTHER_CALLS = 3
 
 
 def trace_model(model: nn.Module) -> Graph:
@@ -29,10 +33,26 @@ def trace_model(model: nn.Module) -> Graph:
         candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
         for inputs in trace_inputs_candidates(candidate):
             try:
-                return trace(candidate, inputs)
+                graph = trace(candidate, inputs)
             except TraceError as error:
                 first = first or error
+            else:
+                return _with_further_calls(candidate, graph, inputs)
     raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
+
+
+def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
+    """Add calls of the model that use parameters which the first call leaves alone: another modality, masked patches."""
+    for more in islice(further_inputs(model, inputs), FURTHER_CALLS) if graph.unreached else ():
+        try:
+            other = trace(model, more)
+        except TraceError:
+            continue
+        if set(graph.unreached) - set(other.unreached):
+            graph = merge(graph, other)
+        if not graph.unreached:
+            break
+    return graph
 
 
 def plan_model(model: nn.Module, options: Options | None = None) -> Plan:

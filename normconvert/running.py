@@ -60,7 +60,8 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
         else:
             target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
     try:
-        apply_module_edits(model, plan.modules)
+        # the proof must not lean on what it proves: a norm that trusts its input to be mean-free may subtract a mean
+        apply_module_edits(model, [{**e, "mean_free": False} if e["op"] == "replace" else e for e in plan.modules])
     except (ValueError, AttributeError) as error:
         raise InputError(f"the plan does not fit the model: {error}") from error
     return model.eval()

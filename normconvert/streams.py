@@ -2,8 +2,8 @@
 
 A stream is grown from a norm's input, both ways along the op table: back to what its values are made of, on to
 who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members
-when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter (`uses`),
-so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
+when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter
+(`uses`), so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Leak:
     Attributes:
         spot: the value that is read.
         reader: the node that reads it.
-        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op`` or ``cut``.
+        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached`` or ``cut``.
         reason: one clause in words.
     """
 
@@ -140,6 +140,11 @@ class Analysis:
                 elif onward.leak is not None:
                     leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
+        for name, shape in self.graph.unreached.items():
+            if any(n % stream.size == 0 for n in shape):
+                why = f"`{name}` fits this stream, and no traced input makes the model use it"
+                leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
+                break
         stream.leaks = sorted(leaks.values(), key=lambda leak: self._order[leak.reader])
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
@@ -215,6 +220,8 @@ class Analysis:
         if terms is None:
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
             return
+        if name_of(user) in LIKE_ANOTHER and node is not user.args[0]:
+            return  # only its shape or dtype is taken
         if not any(operand.node is node for term in terms for operand in term):
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:
@@ -253,6 +260,9 @@ class Analysis:
                     return blocked
         return None
 
+
+LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
+"""Operations that take the shape or the dtype of their second operand."""
 
 LINEAR_MAPS = {
     *["aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d"],

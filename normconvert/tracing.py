@@ -10,8 +10,6 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 
 from __future__ import annotations
 
-import functools
-import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .caches import fresh_caches
 from .errors import TraceError
 
 
@@ -63,13 +62,14 @@ class Graph:
         parameters: placeholder node -> the tensor it stands for.
         outputs: node -> names of the model outputs it is.
         modules: module path -> module on the meta device.
-        inputs: names of the traced inputs, for messages.
+        unreached: name -> shape of the parameters that the traced calls do not read.
     """
 
     nodes: tuple[fx.Node, ...]
     parameters: Mapping[fx.Node, Parameter]
     outputs: Mapping[fx.Node, tuple[str, ...]]
     modules: Mapping[str, nn.Module]
+    unreached: Mapping[str, tuple[int, ...]]
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
@@ -87,11 +87,44 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
         raise TraceError(_why(error)) from error
     module = program.graph_module
     _inline_regions(module)
+    parameters = _parameters(model, program, module.graph)
+    reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     return Graph(
         nodes=tuple(module.graph.nodes),
-        parameters=_parameters(model, program, module.graph),
+        parameters=parameters,
         outputs=_outputs(program, module.graph),
         modules=dict(model.named_modules(remove_duplicate=False)),
+        unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
+    )
+
+
+def merge(first: Graph, second: Graph) -> Graph:
+    """Two calls of one model as one graph: they share the parameters, and nothing else.
+
+    What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same objects.
+    """
+    graph = first.nodes[0].graph
+    by_name = {p.name: node for node, p in first.parameters.items()}
+    mapping: dict[fx.Node, fx.Node] = {}
+    parameters, outputs, copies = dict(first.parameters), dict(first.outputs), []
+    for node in second.nodes:
+        parameter = second.parameters.get(node)
+        if parameter is not None and parameter.name in by_name:
+            mapping[node] = by_name[parameter.name]
+            continue
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        copies.append(mapping[node])
+        if parameter is not None:
+            parameters[mapping[node]] = parameter
+        if node in second.outputs:
+            names = (*outputs.get(mapping[node], ()), *second.outputs[node])
+            outputs[mapping[node]] = tuple(dict.fromkeys(names))
+    return Graph(
+        nodes=(*first.nodes, *copies),
+        parameters=parameters,
+        outputs=outputs,
+        modules=first.modules,
+        unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
     )
 
 
@@ -103,7 +136,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), _fresh_caches():
+        with _marked(model, without), fresh_caches():
             program = torch.export.export(model, (), dict(inputs), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(_marks_written_to(graph) for graph in graphs))
@@ -152,23 +185,6 @@ def _marks_written_to(graph: fx.Graph) -> set[str]:
             written.append(node)
     roots = {root(node) for node in written}
     return {str(n.args[1]) for n in graph.nodes if n.target is MARK and root(n) in roots}
-
-
-@contextmanager
-def _fresh_caches() -> Iterator[None]:
-    """Empty the memoised functions of model code before and after: a traced tensor must not turn up in a real run."""
-    _clear_caches()
-    try:
-        yield
-    finally:
-        _clear_caches()
-
-
-def _clear_caches() -> None:
-    kept = ("torch", "sympy", "functools", "typing", "re")
-    for value in gc.get_objects():
-        if type(value) is functools._lru_cache_wrapper and not str(value.__module__).startswith(kept):
-            value.cache_clear()
 
 
 def module_path(node: fx.Node) -> str:

@@ -1,3 +1,5 @@
+"""Verification: right conversions pass, wrong ones fail and are located, and each figure measures what it says."""
+
 from __future__ import annotations
 
 import copy
@@ -23,7 +25,7 @@ from tests.perturb import perturb
 def gpt2(**options: Any) -> hf.GPT2LMHeadModel:
     sizes = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 40, **options}
     config = hf.GPT2Config(bos_token_id=1, eos_token_id=2, **sizes)
-    return perturb(hf.GPT2LMHeadModel(config).eval())  # type: ignore[return-value]
+    return perturb(hf.GPT2LMHeadModel(config).eval())
 
 
 def vit() -> nn.Module:
@@ -127,16 +129,16 @@ def test_tied_tensors_are_edited_once() -> None:
     center = [{"op": "center", "axis": -1}]
     model = algebra_model(truth, Plan("rmsnorm", tensors={"transformer.wte.weight": center}))
     assert model.lm_head.weight is model.transformer.wte.weight  # type: ignore[union-attr]
-    assert float(model.lm_head.weight.mean(-1).abs().max()) < 1e-15  # type: ignore[union-attr, operator]
-    assert float(truth.lm_head.weight.mean(-1).abs().max()) > 1e-3
+    assert float(model.lm_head.weight.detach().mean(-1).abs().max()) < 1e-15  # type: ignore[union-attr, operator]
+    assert float(truth.lm_head.weight.detach().mean(-1).abs().max()) > 1e-3
 
 
 def test_a_copy_edit_unties() -> None:
     truth = gpt2().double()
-    edits = [{"op": "copy", "from": "lm_head.weight"}, {"op": "center", "axis": -1}]
+    edits: list[dict[str, Any]] = [{"op": "copy", "from": "lm_head.weight"}, {"op": "center", "axis": -1}]
     model = algebra_model(truth, Plan("rmsnorm", tensors={"transformer.wte.weight": edits}))
     assert torch.equal(model.lm_head.weight, truth.lm_head.weight)  # type: ignore[union-attr, arg-type]
-    assert float(model.transformer.wte.weight.mean(-1).abs().max()) < 1e-15  # type: ignore[union-attr, operator]
+    assert float(model.transformer.wte.weight.detach().mean(-1).abs().max()) < 1e-15  # type: ignore[union-attr, operator]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -145,13 +147,13 @@ def test_edits_look_up_source_values_in_any_order(reverse: bool) -> None:
     first, second = "blocks.0.norm1.weight", "blocks.0.attn.qkv.weight"
     edits = {first: [{"op": "fill", "value": 1.0}], second: [{"op": "scale", "axis": 1, "by": first}]}
     tensors = dict(reversed(edits.items())) if reverse else edits
-    model = algebra_model(truth, Plan("rmsnorm", tensors=tensors))  # type: ignore[arg-type]
+    model = algebra_model(truth, Plan("rmsnorm", tensors=tensors))
     expected = truth.get_parameter(second) * truth.get_parameter(first)
     assert torch.allclose(model.get_parameter(second), expected, rtol=1e-15)
 
 
 def test_a_plan_of_another_model_is_bad_input() -> None:
-    with pytest.raises(InputError, match=r"blocks\.0"):
+    with pytest.raises(InputError, match="patch_embed"):
         algebra_model(gpt2().double(), vit_plan())
 
 
@@ -204,7 +206,7 @@ class Picky(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if float(x.abs().max()) > self.limit:
             raise ValueError("too large")
-        return self.linear(x)  # type: ignore[no-any-return]
+        return self.linear(x)
 
 
 def test_a_probe_that_the_original_cannot_run_is_skipped_and_one_that_only_it_can_run_fails() -> None:

@@ -11,10 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from normconvert.probes.choose import on_meta, ranked
+from normconvert.probes.builders import BUILDERS
+from normconvert.probes.choose import SIZES, accepts, guesses, is_timm, on_meta, ranked
+from normconvert.probes.facts import Facts
 from normconvert.probes.verification import Probe, verification_inputs
 
-__all__ = ["Probe", "trace_inputs", "trace_inputs_candidates", "verification_inputs"]
+OPTIONAL = ("bool_masked_pos",)
+"""Arguments that make a model use parameters which it leaves alone without them."""
+
+__all__ = ["Probe", "further_inputs", "trace_inputs", "trace_inputs_candidates", "verification_inputs"]
 
 
 def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -40,3 +45,29 @@ def trace_inputs(model: nn.Module) -> dict[str, Any]:
     """
     guess, _ = next(ranked(model))
     return on_meta(model, guess.specs)
+
+
+def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Other ways to call a model that takes ``inputs``: with patches masked out, then other sets of arguments, a few.
+
+    Args:
+        model: on the meta device.
+        inputs: keyword arguments that its forward takes.
+    """
+    if is_timm(model):
+        return
+    facts, tried = Facts(model), {frozenset(inputs)}
+    sizes = SIZES[0]
+    for name in OPTIONAL:
+        if name in facts.parameters and name not in inputs and frozenset([*inputs, name]) not in tried:
+            tried.add(frozenset([*inputs, name]))
+            spec = BUILDERS[name](facts, sizes)
+            if spec is not None:
+                yield {**inputs, **on_meta(model, {name: spec})}
+    for guess in guesses(model):
+        if frozenset(guess.specs) not in tried and accepts(model, found := on_meta(model, guess.specs)) in (
+            "yes",
+            "maybe",
+        ):
+            tried.add(frozenset(guess.specs))
+            yield found

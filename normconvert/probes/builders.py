@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from normconvert.caches import fresh_caches
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec
 
@@ -24,6 +27,9 @@ PLACEHOLDERS = {
     "input_values": ("audio_token_id", "audio_token_index"),
 }
 """Signal argument -> the config attributes that name its placeholder token among the text."""
+
+SIGNAL_NAMES = ("pixel", "image", "video", "input_f", "input_v", "feature", "spatial")
+"""How the names of arguments begin that belong to images, videos and sounds."""
 
 FEATURES = {
     "pixel_values": ("get_image_features",),
@@ -293,19 +299,28 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
+def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Call a model, or a method of it, on inputs of these shapes in fake mode, on the device of its parameters."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    with torch.no_grad(), fresh_caches(), mode:
+        fake = {
+            name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        return function(**fake)
+
+
 def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:
-    """How many placeholders the features of one signal fill in all, asked of the model itself; 0 if it does not say."""
+    """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say."""
     for method in FEATURES.get(name, ()):
         function = getattr(facts.model, method, None)
         if function is None:
             continue
-        with contextlib.suppress(Exception), torch.no_grad():
-            accepted = {
-                key: value
-                for key, value in inputs.items()
-                if key.startswith(("pixel", "image", "video", "input_f", "input_v", "feature", "spatial"))
-            }
-            return _rows(function(**accepted))
+        with contextlib.suppress(Exception):
+            return _rows(
+                call_fake(facts.model, function, {k: v for k, v in inputs.items() if k.startswith(SIGNAL_NAMES)})
+            )
     return facts.number("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "image_seq_len")
 
 

@@ -10,15 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from normconvert.errors import TraceError
-from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, feature_count
+from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, call_fake, feature_count
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec, materialise
 
@@ -45,10 +41,10 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
 SIZES: tuple[Sizes, ...] = (
     Sizes(),
     Sizes(batch=1),
+    Sizes(length=16, image=224, samples=15360, frames=200),
     Sizes(layout=1),
     Sizes(layout=2),
     Sizes(layout=3),
-    Sizes(length=16, image=224, samples=15360, frames=200),
     Sizes(length=64, image=256, samples=15360, frames=1024),
     Sizes(length=128, image=336, samples=48000, frames=3000),
     Sizes(image=384),
@@ -219,26 +215,17 @@ def _meta(spec: Spec, dtype: torch.dtype) -> Tensor:
 
 
 def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
-    """``yes`` if forward runs on these meta inputs, ``maybe`` if only an unknown value stops it, else why not.
+    """``yes`` if forward runs on inputs of these shapes, ``maybe`` if only an unknown value stops it, else why not.
 
-    It runs in the fake mode that `torch.export` uses, since models ask whether they are being traced.
+    It runs in the fake mode that `torch.export` uses, since models ask whether they are traced. Nothing is computed.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     try:
-        with torch.no_grad(), mode:
-            fake = {
-                name: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) else v
-                for name, v in inputs.items()
-            }
-            model(**fake)
+        call_fake(model, model, inputs)
     except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException):
         return "maybe"
     except Exception as error:  # whatever a wrong guess makes a model raise
         return f"{type(error).__name__}: {str(error)[:200]}"
     return "yes"
-
-
-HOPELESS = "no size helps"
 
 
 def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
@@ -253,15 +240,17 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """
     first: tuple[Guess, str] | None = None
     maybe: list[tuple[Guess, str]] = []
-    hopeless: dict[tuple[str, ...], str] = {}
+    answers: dict[tuple[str, ...], tuple[Guess, str]] = {}
+    hopeless: set[tuple[str, ...]] = set()
     given = 0
     for guess in guesses(model):
         arguments = tuple(guess.names)
-        if hopeless.get(arguments) == HOPELESS:
+        if arguments in hopeless:
             continue
         with quiet():
             answer = accepts(model, on_meta(model, guess.specs))
         first = first or (guess, answer)
+        before, before_answer = answers.setdefault(arguments, (guess, answer))
         if answer == "yes":
             yield guess, answer
             given += 1
@@ -269,9 +258,8 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
                 return
         elif answer == "maybe":
             maybe.append((guess, answer))
-        elif hopeless.get(arguments) == answer:  # the very same error for other sizes: sizes are not the trouble
-            hopeless[arguments] = HOPELESS
-        hopeless.setdefault(arguments, answer)
+        elif answer == before_answer and guess.sizes.length != before.sizes.length:
+            hopeless.add(arguments)  # the very same error at other sizes: sizes are not the trouble
     if first is None:
         raise TraceError(
             f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for"

@@ -30,12 +30,12 @@ MANY = 12
 """More lines than this of one kind are cut short without -v."""
 
 
-def show_summary(console: Console, report: Report, *, verbose: bool = False, load: bool = True) -> None:
-    """The result of a conversion, or of a dry run; with ``load`` how to load it."""
+def show_summary(console: Console, report: Report, *, verbose: bool = False, kept: bool = True) -> None:
+    """The result of a conversion, or of a dry run; if the output is ``kept``, where it is and how to load it."""
     dry = report.out is None
-    console.print(_title(report, "dry run, nothing was written" if dry else ""))
+    console.print(_title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None))
     grid = _grid()
-    grid.add_row("architecture", f"{report.architecture} ({report.library}, {report.dtype})")
+    grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(report.plan))
     grid.add_row("centring", _centring(report.plan))
     grid.add_row("tensors", _tensors(report))
@@ -47,7 +47,7 @@ def show_summary(console: Console, report: Report, *, verbose: bool = False, loa
     for note in report.notes:
         grid.add_row("note", note)
     console.print(_indented(grid))
-    if report.out is not None and load:
+    if report.out is not None and kept:
         for label, line in zip(("load it", ""), how_to_load(report), strict=True):
             # Code to be copied is never wrapped.
             console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
@@ -68,9 +68,9 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     from normconvert.report.tree import norm_tree
 
     plan = report.plan
-    console.print(_title(report, ""))
+    console.print(_title(report))
     grid = _grid()
-    grid.add_row("architecture", f"{report.architecture} ({report.library}, {report.dtype})")
+    grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(plan))
     console.print(_indented(grid))
     console.print()
@@ -157,10 +157,10 @@ def how_to_load(report: Report) -> list[str]:
     return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})']
 
 
-def _title(report: Report, remark: str) -> Text:
+def _title(report: Report, remark: str = "", *, out: str | None = None) -> Text:
     text = Text.assemble((report.source, HEAD))
-    if report.out is not None:
-        text.append(" → ").append(report.out, HEAD)
+    if out is not None:
+        text.append(" → ").append(out, HEAD)
     if remark:
         text.append(f"  ({remark})", "yellow")
     return text
@@ -175,6 +175,11 @@ def _grid() -> Table:
     grid.add_column(style=FAINT, no_wrap=True, min_width=12)
     grid.add_column(overflow="fold")
     return grid
+
+
+def _architecture(report: Report) -> str:
+    stored = f" stored as {report.stored}" if report.stored != report.dtype else ""
+    return f"{report.architecture} ({report.library}, {report.dtype}{stored})"
 
 
 def _norms(plan: Plan) -> Text:

@@ -67,6 +67,8 @@ class Screen:
         self.out = self.err if json_file == STDOUT else _console(sys.stdout)
         self.live = self.err.is_interactive and sys.stderr.isatty() and not quiet
         self._display: Status | Progress | None = None
+        self.written: list[str] = []
+        """Folders that are complete and stay, whatever happens next."""
         self._stage = ""
         self._task: Any = None
 
@@ -178,11 +180,9 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
     Returns:
         0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted.
     """
-    shown = False
     try:
         done = action()
         screen.clear()
-        shown = True
         if not screen.quiet:
             screen.show(done.show)
         screen.document({**done.document, "exit_status": done.exit_status})
@@ -192,7 +192,8 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         return _fail(screen, error, str(error), error.exit_status)
     except KeyboardInterrupt as error:
         screen.clear()
-        message = "interrupted" if shown else "interrupted; nothing was written"
+        left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
+        message = f"interrupted; {left}"
         return _fail(screen, error, message, INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain at exit about what it cannot flush.

@@ -29,14 +29,14 @@ def norm_tree(root: str, plan: Plan, *, verbose: bool = False) -> Tree:
         verbose: draw every layer.
     """
     top = _Node()
+    for name, side in centring_points(plan):
+        _at(top, name).labels.append(Text.assemble(("⊖ ", "cyan"), f"{side} centred"))
     for converted, sign, style in ((True, YES, GOOD), (False, NO, BAD)):
         verdicts = [v for v in plan.verdicts if v.converted is converted]
         for name, kind, _, count in verdict_lines(verdicts, verbose=verbose):
             change = f"{kind} → RMSNorm" if converted else f"{kind} stays"
             times = (f"  ×{count}", FAINT) if count > 1 else ""
             _at(top, name).labels.append(Text.assemble((f"{sign} ", style), change, times))
-    for name, side in centring_points(plan):
-        _at(top, name).labels.append(Text.assemble(("⊖ ", "cyan"), f"{side} centred"))
     tree = Tree(Text(root, HEAD), guide_style=FAINT)
     _draw(top, tree)
     return tree

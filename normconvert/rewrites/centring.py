@@ -79,8 +79,8 @@ def centre_streams(analysis: Analysis, options: Options) -> Centring:
                     result.editable.add(spot)
                 else:
                     result.blocked[spot] = reader if reader is not None else spot[0]
-            elif made.how == "scale" and (scale := _resolve_scale(analysis, spot, made)) is not None:
-                result.scales[spot] = scale
+    products = [(s, m) for stream in result.usable for s, m in stream.members.items() if m.how == "scale"]
+    result.scales = _resolve_scales(analysis, products)
     if options.tied == "untie":
         result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
     marks = _marks(analysis, usable)
@@ -99,18 +99,49 @@ def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
     return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
 
 
-def _resolve_scale(analysis: Analysis, spot: Spot, made: Made) -> Scale | None:
-    """gamma * (Wx + b) = (diag(gamma) W) x + gamma b, if nobody else sees Wx + b, W, b or gamma."""
+@dataclass(frozen=True)
+class _Call:
+    """One product of a layer scale: where, what it multiplies, and the leaves on both sides."""
+
+    spot: Spot
+    inner: Stream
+    writers: frozenset[Spot]
+    factor: Spot
+
+
+def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[Spot, Scale]:
+    """gamma * (Wx + b) = (diag(gamma) W) x + gamma b, if nobody else sees Wx + b, W, b or gamma.
+
+    A layer that is called several times has several such products of the same tensors; they fold together or not at all.
+    """
+    calls = [call for spot, made in spots if (call := _scale_call(analysis, spot, made)) is not None]
+    groups: dict[Spot, list[_Call]] = defaultdict(list)
+    for call in calls:
+        groups[call.factor].append(call)
+    found: dict[Spot, Scale] = {}
+    for factor, group in groups.items():
+        inner = {spot for call in group for spot in call.inner.members}
+        if len({call.writers for call in group}) != 1:
+            continue
+        if any(analysis.uses(s, inner.__contains__) is not None for s in group[0].writers):
+            continue
+        if _reached_by_moves(factor[0]) != {call.spot[0] for call in group}:
+            continue
+        scale = Scale(tuple(sorted(group[0].writers, key=lambda s: s[0].name)), factor)
+        found |= {call.spot: scale for call in group}
+    taken: dict[Spot, set[Spot]] = defaultdict(set)
+    for scale in found.values():
+        for writer in scale.writers:
+            taken[writer].add(scale.factor)
+    return {s: scale for s, scale in found.items() if all(len(taken[w]) == 1 for w in scale.writers)}
+
+
+def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
     value, factor = made.parts
     inner = analysis.grow(value)
-    if inner.norms or any(leak.reader is not spot[0] for leak in inner.leaks):
-        return None
-    if any(leak.code != "product" for leak in inner.leaks):
+    if inner.norms or any(leak.reader is not spot[0] or leak.code != "product" for leak in inner.leaks):
         return None
     if any(m.how not in ("parameter", "sum") or m.constant for m in inner.members.values()):
-        return None
-    writers = tuple(s for s, m in inner.members.items() if m.how == "parameter")
-    if any(analysis.uses(s, inner.members.__contains__) is not None for s in writers):
         return None
     chain = analysis.grow(factor)  # from the factor back to its parameter
     leaves = [s for s, m in chain.members.items() if m.how == "parameter"]
@@ -119,24 +150,31 @@ def _resolve_scale(analysis: Analysis, spot: Spot, made: Made) -> Scale | None:
     leaf = leaves[0]
     if not (spans(leaf) and all(n == 1 or d == leaf[1].dim for d, n in enumerate(shape_of(leaf[0])))):
         return None
-    node: fx.Node = leaf[0]
-    while node is not factor[0]:  # a chain of one reader each, and no other arithmetic on the way
-        readers = [u for u in node.users if not u.name.startswith("_assert")]
-        if len(readers) != 1 or not _is_move(analysis, readers[0], node):
-            return None
-        node = readers[0]
-    if [u for u in node.users if not u.name.startswith("_assert")] != [spot[0]]:
-        return None
-    return Scale(writers, leaf)
+    writers = frozenset(s for s, m in inner.members.items() if m.how == "parameter")
+    return _Call(spot, inner, writers, leaf)
 
 
-def _is_move(analysis: Analysis, node: fx.Node, source: fx.Node) -> bool:
+def _reached_by_moves(leaf: fx.Node) -> set[fx.Node]:
+    """The first readers of a parameter that do more than reshape or cast it."""
+    found: set[fx.Node] = set()
+    work = [leaf]
+    while work:
+        node = work.pop()
+        for user in node.users:
+            if user.name.startswith("_assert"):
+                continue
+            if _is_move(user, node):
+                work.append(user)
+            else:
+                found.add(user)
+    return found
+
+
+def _is_move(node: fx.Node, source: fx.Node) -> bool:
     """Whether the node only reshapes or casts: it has no other operand and no number that it multiplies by."""
     name = str(node.target)
     moves = ("view", "reshape", "unsqueeze", "squeeze", "to.", "_to_copy", "type_as", "expand", "detach", "mark")
-    return any(f".{m}" in name for m in moves) and all(
-        n is source or n not in analysis.graph.parameters for n in node.all_input_nodes
-    )
+    return node.args[0] is source and any(f".{m}" in name for m in moves)
 
 
 def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:

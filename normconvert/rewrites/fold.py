@@ -1,8 +1,8 @@
 """A norm's weight and bias move into the linear maps that read it.
 
 W (g * n + b) + c = (W diag(g)) n + (W b + c) for the normalised value n: exact if every reader of the norm is such a
-map with a weight of its own, and, where the norm has a bias, a bias of its own. The norm keeps its parameters, as ones and
-zeros, so that names and shapes in the checkpoint stay (invariant I3).
+map with a weight of its own, and, where the norm has a bias, a bias of its own. The norm keeps its parameters, as
+ones and zeros, so that names and shapes in the checkpoint stay (invariant I3).
 """
 
 from __future__ import annotations
