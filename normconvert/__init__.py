@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import Report, convert, inspect
     from .loading import load
-    from .verify import verify
+    from .verification import verify
 
-_WHERE = {"convert": "api", "inspect": "api", "Report": "api", "verify": "verify", "load": "loading"}
+_WHERE = {"convert": "api", "inspect": "api", "Report": "api", "verify": "verification", "load": "loading"}
 
 __all__ = ["Report", "__version__", "convert", "inspect", "load", "verify"]
 

@@ -324,7 +324,7 @@ def _fidelity(source: Source, plan: Plan, folder: Path, stored: torch.dtype | No
 
     from .loading import load
     from .probes import verification_inputs
-    from .verify import tolerance_for, verify_models
+    from .verification import tolerance_for, verify_models
 
     dtype = stored or source.dtype
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")

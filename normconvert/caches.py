@@ -1,16 +1,17 @@
 """Memoised functions of model code, emptied around every run on fake tensors.
 
-Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache``. A fake tensor made while
-tracing must not turn up in a real run, nor a real one in a trace.
+Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache``. A fake tensor made
+while tracing must not turn up in a real run, nor a real one in a trace.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from typing import Any
 
 _KEPT = ("torch", "sympy", "functools", "typing", "re", "numpy", "huggingface_hub", "rich", "typer")
 """Packages whose memoised functions hold no tensors of a model."""
@@ -27,19 +28,18 @@ def fresh_caches() -> Iterator[None]:
 
 
 def clear_caches() -> None:
-    """Empty every memoised function and method defined at the top level of a loaded module."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in sys.stdlib_module_names or name.startswith(_KEPT):
-            continue
-        if not issubclass(type(module), ModuleType):
-            continue
-        for value in list(vars(module).values()):
-            _clear(value)
-            if type(value) is type and value.__module__ == name:
-                for member in list(vars(value).values()):
-                    _clear(getattr(member, "__func__", member))
+    """Empty every memoised function of model code, wherever it hides (decorators keep them in closures)."""
+    for function in _memoised(len(sys.modules)):
+        function.cache_clear()
 
 
-def _clear(value: object) -> None:
-    if type(value) is functools._lru_cache_wrapper:
-        value.cache_clear()
+@functools.lru_cache(maxsize=1)
+def _memoised(modules: int) -> list[Any]:
+    """All memoised functions; they are made when modules are loaded, so a new search waits for new modules."""
+    wrappers = (value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper)
+    own = sys.modules[__name__].__name__
+    return [w for w in wrappers if not str(w.__module__).startswith((own, *_KEPT)) and not _standard(w)]
+
+
+def _standard(function: Any) -> bool:
+    return str(function.__module__).partition(".")[0] in sys.stdlib_module_names

@@ -220,7 +220,7 @@ def verify(
         from normconvert.api import check_device
         from normconvert.report.console import show_fidelity
         from normconvert.report.document import fidelity_document
-        from normconvert.verify import verify as verify_checkpoints
+        from normconvert.verification import verify as verify_checkpoints
 
         check_device(device)
         screen.hush_bars()

@@ -42,7 +42,7 @@ def trace_model(model: nn.Module) -> Graph:
 
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
-    """Add calls of the model that use parameters which the first call leaves alone: another modality, masked patches."""
+    """Add calls of the model that use parameters which the first leaves alone: another modality, masked patches."""
     for more in islice(further_inputs(model, inputs), FURTHER_CALLS) if graph.unreached else ():
         try:
             other = trace(model, more)

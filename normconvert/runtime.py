@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
 
     def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Kernel:
         """The fastest kernel that computes this norm; measured by tools/bench_norm.py."""
-        if torch.jit.is_tracing() or _transforms_active():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing() or _transforms_active():  # type: ignore[attr-defined, no-untyped-call]
             return _formula
         fused = self.axis in (-1, x.ndim - 1) and all(
             v is None or (v.shape == self.normalized_shape and v.dtype == x.dtype) for v in (weight, bias)
@@ -154,7 +154,8 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, e
         y = y * weight
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype)
+    result: Tensor = y.to(x.dtype)
+    return result
 
 
 def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:

@@ -201,8 +201,8 @@ class Analysis:
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
                 yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
-            elif name in NEUTRAL:
-                yield Onward()
+            elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):
+                yield Onward()  # only its shape or dtype is asked for
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
                 if norm.place == place:
                     yield Onward(norm=norm)
@@ -220,8 +220,6 @@ class Analysis:
         if terms is None:
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
             return
-        if name_of(user) in LIKE_ANOTHER and node is not user.args[0]:
-            return  # only its shape or dtype is taken
         if not any(operand.node is node for term in terms for operand in term):
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:

@@ -87,6 +87,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
         raise TraceError(_why(error)) from error
     module = program.graph_module
     _inline_regions(module)
+    _name_paths(model, module.graph)
     parameters = _parameters(model, program, module.graph)
     reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     return Graph(
@@ -101,7 +102,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
 def merge(first: Graph, second: Graph) -> Graph:
     """Two calls of one model as one graph: they share the parameters, and nothing else.
 
-    What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same objects.
+    What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same.
     """
     graph = first.nodes[0].graph
     by_name = {p.name: node for node, p in first.parameters.items()}
@@ -189,8 +190,22 @@ def _marks_written_to(graph: fx.Graph) -> set[str]:
 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that ran ``node``; empty for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+    return str(node.meta.get(_PATH, ""))
+
+
+_PATH = "normconvert_path"
+
+
+def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
+    """Note each node's module by one name, although a module that is registered twice has several."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(id(module), path)
+    names = {path: first[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = str(next(reversed(stack.values()))[0]) if stack else ""
+        node.meta[_PATH] = names.get(path, path)
 
 
 @contextmanager

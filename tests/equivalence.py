@@ -19,7 +19,7 @@ from normconvert.plan import Plan
 from normconvert.rewrites.rmsnorm import Options, plan_rmsnorm
 from normconvert.runtime import RMSNorm
 from normconvert.tracing import trace
-from normconvert.verify import algebra_model
+from normconvert.verification import algebra_model
 
 Inputs = Mapping[str, Tensor]
 TOLERANCE = 1e-10

@@ -42,7 +42,7 @@ def test_the_functions_are_there_whatever_was_imported_before(
 ) -> None:
     """A submodule of the same name would take the function's place."""
     _, out = converted
-    import normconvert.verify
+    import normconvert.verification
 
     assert normconvert.verify(source, out).passed
     assert callable(normconvert.convert)

@@ -18,7 +18,7 @@ from normconvert.errors import InputError
 from normconvert.fidelity import distance, flatten, next_token_loss, ratio
 from normconvert.plan import Plan, Verdict
 from normconvert.probes import Probe, verification_inputs
-from normconvert.verify import algebra_model, compare_models, tolerance_for, verify, verify_models
+from normconvert.verification import algebra_model, compare_models, tolerance_for, verify, verify_models
 from tests.perturb import perturb
 
 

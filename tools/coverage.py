@@ -170,7 +170,7 @@ def _preload() -> None:
     import transformers
 
     import normconvert.pipeline
-    import normconvert.verify  # noqa: F401
+    import normconvert.verification  # noqa: F401
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -303,7 +303,7 @@ def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
     import torch
 
     from normconvert.probes import verification_inputs
-    from normconvert.verify import algebra_model, compare_models, tolerance_for
+    from normconvert.verification import algebra_model, compare_models, tolerance_for
 
     truth = in_float64(case.build())
     converted = algebra_model(truth, plan)

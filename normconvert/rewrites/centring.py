@@ -112,7 +112,7 @@ class _Call:
 def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[Spot, Scale]:
     """gamma * (Wx + b) = (diag(gamma) W) x + gamma b, if nobody else sees Wx + b, W, b or gamma.
 
-    A layer that is called several times has several such products of the same tensors; they fold together or not at all.
+    A layer that is called several times has several such products of the same tensors; they fold together or not.
     """
     calls = [call for spot, made in spots if (call := _scale_call(analysis, spot, made)) is not None]
     groups: dict[Spot, list[_Call]] = defaultdict(list)
