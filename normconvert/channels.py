@@ -31,7 +31,7 @@ TABLE: dict[str, rows.Row] = {
     "aten.masked_scatter": rows.masked_scatter_row,
     # views and moves
     "aten.permute": rows.permute_row,
-    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.numpy_T"], rows.swap_row),
+    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], rows.swap_row),
     "aten.movedim": rows.movedim_row,
     **dict.fromkeys(
         ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], rows.view_row
@@ -48,6 +48,7 @@ TABLE: dict[str, rows.Row] = {
     **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], rows.pad_row),
     **dict.fromkeys(["aten.repeat", "aten.tile"], rows.repeat_row),
     "aten.repeat_interleave": rows.except_dim(2, "dim"),
+    "aten.cumsum": rows.except_dim(1),
     "aten.roll": rows.except_dim(2, "dims"),
     "aten.flip": rows.except_dim(1, "dims"),
     "aten.index_select": rows.except_dim(1),

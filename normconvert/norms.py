@@ -15,7 +15,8 @@ from torch import fx
 from .channels import name_of, terms_of
 from .places import Operand, Place, carry_back, shape_of
 from .rows import broadcast
-from .tracing import MARK, Graph, module_path
+from .tracing import Graph, module_path
+from .writes import MARK
 
 
 @dataclass(frozen=True, eq=False)

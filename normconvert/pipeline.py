@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from itertools import islice
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from .errors import TraceError
 from .plan import Plan
-from .probes import further_inputs, trace_inputs_candidates
+from .probes import further_inputs, quiet, trace_inputs_candidates
 from .rewrites.centring import Options
 from .rewrites.rmsnorm import plan_rmsnorm
 from .tracing import Graph, merge, trace
@@ -28,6 +29,11 @@ def trace_model(model: nn.Module) -> Graph:
     Raises:
         TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
     """
+    with quiet():
+        return _trace(model)
+
+
+def _trace(model: nn.Module) -> Graph:
     first: TraceError | None = None
     for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
         candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
@@ -43,9 +49,14 @@ def trace_model(model: nn.Module) -> Graph:
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
     """Add calls of the model that use parameters which the first leaves alone: another modality, masked patches."""
-    for more in islice(further_inputs(model, inputs), FURTHER_CALLS) if graph.unreached else ():
+    if not graph.unreached:
+        return graph
+    calls = chain(
+        ((more, None) for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
+    )
+    for more, entry in islice(calls, 2 * FURTHER_CALLS):
         try:
-            other = trace(model, more)
+            other = trace(model, more, entry)
         except TraceError:
             continue
         if set(graph.unreached) - set(other.unreached):
@@ -53,6 +64,15 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
         if not graph.unreached:
             break
     return graph
+
+
+def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """Calls of a transformers model without its head, whose forward may take what that of the whole does not."""
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        for inputs in islice(trace_inputs_candidates(base), 1):
+            for more in further_inputs(base, inputs):
+                yield more, base
 
 
 def plan_model(model: nn.Module, options: Options | None = None) -> Plan:

@@ -123,7 +123,7 @@ def swap_row(node: Call) -> tuple[Term, ...]:
     """Two dimensions change places."""
     x = node.args[0]
     rank = len(shape_of(x))
-    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (0, 1)  # aten.t has no dims
+    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (-2, -1)  # aten.t and aten.mT name none
     dims = kept_dims(x)
     if rank >= 2:
         dims[a % rank], dims[b % rank] = b % rank, a % rank
@@ -188,8 +188,9 @@ def split_row(node: Call) -> tuple[Term, ...]:
     """The first part's shape stands for all; parts of equal size may cut the channel axis in whole blocks."""
     x = node.args[0]
     dim = argument(node, 2, "dim", 0) % len(shape_of(x))
-    sizes = {shape_of_part[dim] for shape_of_part in (tuple(v.shape) for v in node.meta["val"])}
-    return ((Operand(x, kept_dims(x, [dim]), regroup=dim if len(sizes) == 1 else None),),)
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    equal = all(isinstance(size, int) and size == sizes[0] for size in sizes)
+    return ((Operand(x, kept_dims(x, [dim]), regroup=dim if equal else None),),)
 
 
 def unbind_row(node: Call) -> tuple[Term, ...]:

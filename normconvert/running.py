@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,8 +93,44 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
     sample = next(iter(model.parameters()), torch.empty(0))
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     run = Run()
+    with _constants_in(own):
+        _run_probes(model, probes, run, dtype, own, sample.device, seed)
+    return run
+
+
+@contextmanager
+def _constants_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let constants that a model makes while it runs have its dtype: some masks hold the largest number of it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def plain_experts(model: nn.Module) -> None:
+    """Have experts computed by plain products if the model is in float64: the grouped kernel has no such type."""
+    if next((p.dtype for p in model.parameters() if p.is_floating_point()), None) != torch.float64:
+        return
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == "grouped_mm":
+            config._experts_implementation = "batched_mm"
+
+
+def _run_probes(
+    model: nn.Module,
+    probes: Iterable[Probe],
+    run: Run,
+    dtype: torch.dtype,
+    own: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> None:
+    plain_experts(model)
     for probe in probes:
-        inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
+        inputs = {name: cast(value, dtype, own, device) for name, value in probe.inputs.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -104,7 +141,6 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
                 )
                 continue
         run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
-    return run
 
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:

@@ -166,7 +166,7 @@ def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, 
         y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype), out=y)
     elif bias is not None:
         y = y.add_(bias)
-    return y.to(x.dtype)
+    return y.to(x.dtype)  # type: ignore[no-any-return]
 
 
 def _fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
@@ -22,20 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .caches import fresh_caches
 from .errors import TraceError
-
-
-@torch.library.custom_op("normconvert::mark", mutates_args=())
-def mark(x: Tensor, path: str, side: str, key: str) -> Tensor:
-    """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
-    return x.clone()
-
-
-@mark.register_fake
-def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-MARK = torch.ops.normconvert.mark.default
+from .writes import mark, marks_that_lie, mutates
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,13 @@ class Graph:
     unreached: Mapping[str, tuple[int, ...]]
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
+def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
     """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs`` (meta tensors).
+
+    Args:
+        model: gives the names of parameters and modules.
+        inputs: keyword arguments of the forward that is traced.
+        entry: a module within ``model`` to call instead of the whole; None calls ``model``.
 
     Raises:
         TraceError: torch.export cannot trace the model; the message names the operation and the line that stopped it.
@@ -82,7 +75,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any]) -> Graph:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = _export(model, inputs)
+            program = _export(model, inputs, entry)
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -129,63 +122,42 @@ def merge(first: Graph, second: Graph) -> Graph:
     )
 
 
-def _export(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None) -> Any:
     """Export with marks, functional in the end.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
-    in place to a tensor that some mark names too, the program is exported again without those marks.
+    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark.
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), fresh_caches():
+        with _marked(model, without), _entered(model, entry), fresh_caches():
             program = torch.export.export(model, (), dict(inputs), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-        written = set().union(*(_marks_written_to(graph) for graph in graphs))
+        written = set().union(*(marks_that_lie(graph) for graph in graphs))
         if not written:
             break
         without |= written
-    if any(_mutates(node) for graph in graphs for node in graph.nodes):
+    if any(mutates(node) for graph in graphs for node in graph.nodes):
         program = program.run_decompositions({})
     return program
 
 
-_MAY_RETURN_ITS_INPUT = (
-    "mark",
-    "dropout",
-    "to",
-    "type_as",
-    "contiguous",
-    "reshape",
-    "flatten",
-    "expand",
-    "float",
-    "view",
-)
+@contextmanager
+def _entered(model: nn.Module, entry: nn.Module | None) -> Iterator[None]:
+    """Have a call of ``model`` run ``entry`` alone, under the names that it has in ``model``."""
+    if entry is None:
+        yield
+        return
 
+    @functools.wraps(entry.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return entry(*args, **kwargs)
 
-def _marks_written_to(graph: fx.Graph) -> set[str]:
-    """Paths of the marks on tensors that are written to in place, under whatever name (views, idle casts)."""
-    parent: dict[fx.Node, fx.Node] = {}
-
-    def root(node: fx.Node) -> fx.Node:
-        while node in parent:
-            node = parent[node]
-        return node
-
-    written = []
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or (schema is None and "getitem" not in str(node.target)):
-            continue
-        operation = str(node.target).split(".")[1] if schema is not None else "view"
-        aliased = schema is None or operation in _MAY_RETURN_ITS_INPUT or any(r.alias_info for r in schema.returns)
-        for source in node.all_input_nodes if aliased else ():
-            if root(source) is not root(node):
-                parent[root(source)] = root(node)
-        if _mutates(node):
-            written.append(node)
-    roots = {root(node) for node in written}
-    return {str(n.args[1]) for n in graph.nodes if n.target is MARK and root(n) in roots}
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
 
 
 def module_path(node: fx.Node) -> str:
@@ -254,11 +226,6 @@ def _mark_outputs(path: str) -> Callable[..., Any]:
         return output
 
     return hook
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _why(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """Is a plan right? The one question that soundness tests ask, of any network that can be built twice.
 
 A plan is right if the float64 network with the plan applied computes what the original computes, if that still holds
-with the LayerNorms left in place (invariant I3), if every converted norm is an RMSNorm which reads mean-free values, and
-if no tensor changed its name or shape.
+with the LayerNorms left in place (invariant I3), if every converted norm is an RMSNorm which reads mean-free values,
+and if no tensor changed its name or shape.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.network_parts import Build, Op, Size, image, linear, param, rows, simple
+from tests.network_parts import Build, Op, Size, image, linear, param, rows, simple, turn
 
 
 def _by_hand(m: Any, x: Tensor, axis: int = -1, eps: float = 1e-5) -> Tensor:
@@ -81,12 +81,12 @@ NORMS: dict[str, Build] = {
         Op(lambda m, x: ln(m, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), gain=param(s.width), b=param(s.width))
     ),
     "transposed": lambda s: Op(
-        lambda m, x: m.n(x.mT).mT, n=Op(lambda m, x: ln(m, x.mT).mT, gain=param(s.width), b=param(s.width))
+        lambda m, x: turn(m.n(turn(x))),
+        n=Op(lambda m, x: ln(m, turn(x)).transpose(-1, -2), gain=param(s.width), b=param(s.width)),
     ),
     "twice": lambda s: Op(lambda m, x: m.n(m.n(x)), n=norm(s)),
     "summed": lambda s: Op(lambda m, x: m.n(x) + m.k(x), n=norm(s), k=norm(s)),
     "nested": lambda s: Op(lambda m, x: m.n(x), n=nn.Sequential(nn.Identity(), norm(s))),
-    "unused_parameter": own(lambda m, x: F.layer_norm(x, x.shape[-1:], m.gain), bias=True),
     "same_parameter": own(lambda m, x: F.layer_norm(x, x.shape[-1:], m.gain, m.gain), bias=False),
     "moved_axis": own(lambda m, x: ln(m, x.transpose(0, 1)).transpose(0, 1)),
     # norms that do more than normalise, or something else
@@ -95,7 +95,7 @@ NORMS: dict[str, Build] = {
     "negated_inside": called(lambda m, x: -ln(m, x)),
     "rolled_inside": called(lambda m, x: ln(m, x.roll(1, 1))),
     "flipped_inside": called(lambda m, x: ln(m, x).flip(1)),
-    "batch_moved": called(lambda m, x: ln(m, x.transpose(0, 1)) if x.shape[0] == x.shape[1] else ln(m, x)),
+    "batch_moved": called(lambda m, x: ln(m, x.transpose(0, 1)).reshape(x.shape)),
     "meaned_inside": called(lambda m, x: ln(m, x.mean(1, keepdim=True)).expand_as(x)),
     "masked_inside": called(lambda m, x: ln(m, x.masked_fill(x.new_ones(x.shape[1], 1).tril() > 2, 0.0))),
     "bias_plus_one": own(lambda m, x: F.layer_norm(x, x.shape[-1:], m.gain, m.b + 1)),
@@ -120,16 +120,16 @@ NORMS: dict[str, Build] = {
     "gain_dynamic": lambda s: Op(
         lambda m, x: ln(m, x) * m.g(ln(m, x)).sigmoid(), gain=param(s.width), b=param(s.width), g=linear(s)
     ),
-    "over_tokens": lambda s: Op(lambda m, x: m.n(x.mT).mT, n=nn.LayerNorm(s.fix())),
+    "over_tokens": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.LayerNorm(s.fix())),
     "over_tokens_by_hand": lambda s: Op(
         lambda m, x: _by_hand(m, x, 1) * m.gain + m.b, gain=param(s.width), b=param(s.width)
     ),
     "over_both": lambda s: nn.LayerNorm((s.fix(), s.width)),
     "over_half": lambda s: Op(lambda m, x: m.n(x.unflatten(-1, (2, -1))).flatten(2), n=nn.LayerNorm(s.width // 2)),
-    "group_norm": lambda s: Op(lambda m, x: m.n(x.mT).mT, n=nn.GroupNorm(1, s.width)),
-    "group_norm_each": lambda s: Op(lambda m, x: m.n(x.mT).mT, n=nn.GroupNorm(s.width, s.width)),
+    "group_norm": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(1, s.width)),
+    "group_norm_each": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(s.width, s.width)),
     "rms_norm": lambda s: nn.RMSNorm(s.width),
-    "batch_norm": lambda s: Op(lambda m, x: m.n(x.mT).mT, n=nn.BatchNorm1d(s.width)),
+    "batch_norm": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.BatchNorm1d(s.width)),
     "tanh": own(lambda m, x: torch.tanh(m.gain[0] * x) * m.gain + m.b),
     "centred": simple(lambda x: x - x.mean(-1, keepdim=True)),
     "centred_half": simple(lambda x: x - 0.5 * x.mean(-1, keepdim=True)),
@@ -154,13 +154,28 @@ FEATURES: dict[str, Build] = {
 }
 """Features that see a stream through norms only."""
 
+
+def _mask(m: Any, x: Tensor) -> Tensor:
+    """The stream is added to attention scores: rows against as many keys as there are channels."""
+    h = m.n(x)
+    keys = h[:, :1].expand(-1, x.shape[2], -1)
+    return F.scaled_dot_product_attention(
+        h, keys, keys * torch.arange(x.shape[2], device=x.device)[:, None], attn_mask=x
+    )
+
+
+def _mask_turned(m: Any, x: Tensor) -> Tensor:
+    h = m.n(x)
+    return F.scaled_dot_product_attention(h, h, h, attn_mask=turn(x))
+
+
 LEAKS: dict[str, Build] = {
     "returned": lambda s: nn.Identity(),
     "returned_first": simple(lambda x: x[:, 0]),
     "returned_doubled": simple(lambda x: 2 * x),
     "linear": linear,
     "linear_one": lambda s: linear(s, 1),
-    "conv": lambda s: Op(lambda m, x: m.l(x.mT), l=nn.Conv1d(s.width, 2, 1)),
+    "conv": lambda s: Op(lambda m, x: m.l(turn(x)), l=nn.Conv1d(s.width, 2, 1)),
     "matmul": lambda s: Op(lambda m, x: x @ m.w, w=param(s.width, 3)),
     "einsum": lambda s: Op(lambda m, x: torch.einsum("btd,dk->btk", x, m.w), w=param(s.width, 3)),
     "dot": lambda s: Op(lambda m, x: x @ m.w, w=param(s.width)),
@@ -196,30 +211,16 @@ LEAKS: dict[str, Build] = {
     "channel_unfold": simple(lambda x: x.unfold(-1, 2, 1)),
     "heads_norm": lambda s: Op(lambda m, x: m.n(x.unflatten(-1, (2, -1))), n=nn.LayerNorm(s.width // 2)),
     "heads_sum": simple(lambda x: x.unflatten(-1, (2, -1)).sum(-1)),
-    "heads_dot": simple(lambda x: x.unflatten(-1, (2, -1)) @ x.unflatten(-1, (2, -1)).mT),
+    "heads_dot": simple(lambda x: x.unflatten(-1, (2, -1)) @ x.unflatten(-1, (2, -1)).transpose(-1, -2)),
     "square": simple(lambda x: x * x),
     "power": simple(lambda x: x.pow(2)),
-    "gram": simple(lambda x: x @ x.mT),
-    "gram_tokens": simple(lambda x: x.mT @ x),
+    "gram": simple(lambda x: x @ turn(x)),
+    "gram_tokens": simple(lambda x: turn(x) @ x),
     "self_einsum": simple(lambda x: torch.einsum("btd,bsd->bts", x, x)),
     "normed_dot": lambda s: Op(lambda m, x: (m.n(x) * x).sum(-1), n=norm(s)),
     "query": lambda s: Op(lambda m, x: (lambda h: F.scaled_dot_product_attention(x, h, h))(m.n(x).abs()), n=norm(s)),
-    "mask": lambda s: Op(
-        lambda m, x: (
-            (lambda h: F.scaled_dot_product_attention(h, h[:, : x.shape[2]], h[:, : x.shape[2]], attn_mask=x))(m.n(x))
-            if x.shape[1] >= x.shape[2]
-            else x
-        ),
-        n=norm(s),
-    ),
-    "mask_turned": lambda s: Op(
-        lambda m, x: (
-            (lambda h: F.scaled_dot_product_attention(h, h, h, attn_mask=x.mT))(m.n(x))
-            if x.shape[1] == x.shape[2]
-            else x
-        ),
-        n=norm(s),
-    ),
+    "mask": lambda s: Op(_mask, n=norm(s)),
+    "mask_turned": lambda s: Op(_mask_turned if s.tokens == s.width else _mask, n=norm(s)),
     "sign": simple(lambda x: (x > 0).to(x.dtype)),
     "compared": simple(lambda x: torch.where(x > x.flip(1), 1.0, 0.0)),
     "counted": simple(lambda x: (x > 0).sum(-1)),
@@ -240,23 +241,23 @@ LEAKS: dict[str, Build] = {
     "interpolated": simple(lambda x: F.interpolate(x, size=3, mode="linear")),
     "padded": simple(lambda x: F.pad(x, (1, 1))),
     "shuffled": simple(
-        lambda x: F.pixel_shuffle(x.mT.reshape(x.shape[0], x.shape[2] // 4, 4, -1).flatten(1, 2).unsqueeze(-1), 2)
+        lambda x: F.pixel_shuffle(turn(x).reshape(x.shape[0], x.shape[2] // 4, 4, -1).flatten(1, 2).unsqueeze(-1), 2)
     ),
     "constant_pad": simple(lambda x: F.pad(x, (0, 1), value=2.0)),
     "dynamic_weight": lambda s: Op(lambda m, x: F.layer_norm(m.n(x), x.shape[-1:], x[0, 0]), n=norm(s)),
-    "dynamic_linear": lambda s: Op(lambda m, x: m.n(x)[0] @ x[0].mT, n=norm(s)),
+    "dynamic_linear": lambda s: Op(lambda m, x: m.n(x)[0] @ turn(x[0]), n=norm(s)),
     "dynamic_bias": lambda s: Op(lambda m, x: F.linear(m.n(x), m.w, x[0, 0]), n=norm(s), w=param(s.width, s.width)),
-    "dynamic_kernel": lambda s: Op(lambda m, x: F.conv1d(m.n(x).mT, x[:1].mT), n=norm(s)),
+    "dynamic_kernel": lambda s: Op(lambda m, x: F.conv1d(m.n(x).transpose(-1, -2), turn(x[:1])), n=norm(s)),
     "dynamic_table": simple(lambda x: F.embedding(torch.zeros(2, 2, dtype=torch.long, device=x.device), x[0])),
     "rms_norm": lambda s: nn.RMSNorm(s.width),
-    "group_norm": lambda s: Op(lambda m, x: m.n(x.mT), n=nn.GroupNorm(2, s.width)),
+    "group_norm": lambda s: Op(lambda m, x: m.n(turn(x)), n=nn.GroupNorm(2, s.width)),
     "norm_two_axes": lambda s: Op(lambda m, x: m.n(x), n=nn.LayerNorm((s.fix(), s.width))),
-    "norm_tokens": lambda s: Op(lambda m, x: m.n(x.mT), n=nn.LayerNorm(s.fix())),
+    "norm_tokens": lambda s: Op(lambda m, x: m.n(turn(x)), n=nn.LayerNorm(s.fix())),
     "norm_doubled": lambda s: Op(lambda m, x: m.n(torch.cat([x, x * 2], -1)), n=nn.LayerNorm(2 * s.width)),
     "norm_neighbours": lambda s: Op(lambda m, x: m.n(torch.cat([x, x.flip(1)], -1)), n=nn.LayerNorm(2 * s.width)),
     "norm_padded": lambda s: Op(lambda m, x: m.n(F.pad(x, (0, 1))), n=nn.LayerNorm(s.width + 1)),
-    "norm_turned": lambda s: Op(lambda m, x: m.n(x.mT) if x.shape[1] == x.shape[2] else x, n=norm(s)),
-    "norm_reshaped": lambda s: Op(lambda m, x: m.n(x.mT.reshape(x.shape)), n=norm(s)),
+    "norm_turned": lambda s: Op(lambda m, x: m.n(turn(x)), n=nn.LayerNorm(s.fix())),
+    "norm_reshaped": lambda s: Op(lambda m, x: m.n(turn(x).reshape(x.shape)), n=norm(s)),
     "norm_squared": lambda s: Op(lambda m, x: m.n(x * x), n=norm(s)),
     "norm_cut": lambda s: Op(lambda m, x: m.n(x[..., 1:]), n=nn.LayerNorm(s.width - 1)),
     "bitcast": simple(lambda x: x.contiguous().view(torch.int32).to(torch.float64).sin()),

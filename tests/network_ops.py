@@ -1,4 +1,4 @@
-"""More parts of random networks: what a stream passes through, the norms that read it, and the features that leak it."""
+"""More parts of random networks: the layouts and operations that a stream passes through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.network_parts import Build, Op, Size, channel_mask, grid, image, linear, param, rows, simple, token_mask
+from tests.network_parts import (
+    Build,
+    Op,
+    Size,
+    channel_mask,
+    grid,
+    image,
+    linear,
+    param,
+    rows,
+    simple,
+    token_mask,
+    turn,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Detours: to another layout and back; between the two something happens on the channel axis
@@ -57,11 +70,15 @@ DETOURS: dict[str, Detour] = {
     "merged": (lambda x: x.reshape(-1, x.shape[2]), lambda y, x: y.view(x.shape), -1),
     "merged_rows": (
         lambda x: x.transpose(1, 2).reshape(-1, x.shape[1]),
-        lambda y, x: y.unflatten(0, (-1, x.shape[2])).mT,
+        lambda y, x: y.unflatten(0, (-1, x.shape[2])).transpose(-1, -2),
         99,
     ),
     "flat": (lambda x: x.flatten(1), lambda y, x: y.view(x.shape), 99),
-    "flat_channels": (lambda x: x.mT.flatten(1), lambda y, x: y.unflatten(1, (x.shape[2], -1)).mT, 99),
+    "flat_channels": (
+        lambda x: turn(x).flatten(1),
+        lambda y, x: y.unflatten(1, (x.shape[2], -1)).transpose(-1, -2),
+        99,
+    ),
     "all_flat": (lambda x: x.flatten(), lambda y, x: y.view(x.shape), 99),
     "heads": (lambda x: x.unflatten(-1, (2, -1)), lambda y, x: y.flatten(-2), 99),
     "unsqueezed": (lambda x: x.unsqueeze(1), lambda y, x: y.squeeze(1), -1),
@@ -74,43 +91,51 @@ DETOURS: dict[str, Detour] = {
     "split": (lambda x: x, lambda y, x: torch.cat(y.split([1, y.shape[1] - 1], 1), 1), -1),
     "split_channels": (lambda x: x, lambda y, x: torch.cat(y.split([1, y.shape[2] - 1], 2), 2), -1),
     "swapped_halves": (lambda x: x, lambda y, x: torch.cat(y.chunk(2, -1)[::-1], -1), -1),
-    "square": (lambda x: x.mT if x.shape[1] == x.shape[2] else x, lambda y, x: y, -1),
-    "wrong_view": (lambda x: x.mT.contiguous().view(x.shape), lambda y, x: y, -1),
+    "square": (lambda x: turn(x) if x.shape[1] == x.shape[2] else x, lambda y, x: y, -1),
+    "wrong_view": (lambda x: turn(x).contiguous().view(x.shape), lambda y, x: y, -1),
 }
 """To a layout, back to (batch, tokens, width), and the channel axis there (99: it is only a factor of one)."""
 
 
 def _along(p: Tensor, x: Tensor, axis: int) -> Tensor:
-    """A vector shaped to broadcast along ``axis`` of x."""
-    axis %= x.ndim
-    return p.view([1] * axis + [-1] + [1] * (x.ndim - 1 - axis))
+    """A vector shaped to broadcast along ``axis`` of x; one number as it is."""
+    return p.view([-1] + [1] * (x.ndim - 1 - axis % x.ndim)) if p.numel() > 1 else p
 
 
-ACTIONS: dict[str, Callable[[Any, Tensor, int], Tensor]] = {
-    "nothing": lambda m, x, a: x,
-    "number": lambda m, x, a: x * -1.5,
-    "bias": lambda m, x, a: x + (_along(m.p, x, a) if a < 99 else m.s),
-    "bias_in_place": lambda m, x, a: x.clone().add_(_along(m.p, x, a) if a < 99 else m.s),
-    "scalar_bias": lambda m, x, a: x + m.s,
-    "rolled": lambda m, x, a: x.roll(1, [d for d in range(x.ndim) if d != a % x.ndim][-1]) if a < 99 else x,
-    "flipped_all": lambda m, x, a: x.flip([d for d in range(x.ndim) if d != a % x.ndim]) if a < 99 else x,
-    "gain": lambda m, x, a: x * (_along(m.p, x, a) if a < 99 else m.s),
-    "wrong_bias": lambda m, x, a: x + m.p if x.shape[-1] == m.p.shape[0] else x,
-    "mean": lambda m, x, a: x - x.mean(0, keepdim=True) if a % x.ndim else x,
+def _others(x: Tensor, axis: int) -> list[int]:
+    return [d for d in range(x.ndim) if axis == 99 or d != axis % x.ndim]
+
+
+Action = Callable[[Tensor, int, Tensor], Tensor]
+ACTIONS: dict[str, tuple[str, Action]] = {
+    "nothing": ("", lambda x, a, p: x),
+    "number": ("", lambda x, a, p: x * -1.5),
+    "bias": ("channels", lambda x, a, p: x + _along(p, x, a)),
+    "bias_in_place": ("channels", lambda x, a, p: x.clone().add_(_along(p, x, a))),
+    "scalar_bias": ("one", lambda x, a, p: x + p),
+    "rolled": ("", lambda x, a, p: x.roll(1, _others(x, a)[-1])),
+    "flipped_all": ("", lambda x, a, p: x.flip(_others(x, a))),
+    "gain": ("channels", lambda x, a, p: x * _along(p, x, a)),
+    "last_bias": ("many", lambda x, a, p: x + p[: x.shape[-1]]),
+    "mean": ("", lambda x, a, p: x - x.mean(0, keepdim=True)),
 }
+"""What happens between the ways of a detour, given the value, the channel axis and a parameter of that many numbers."""
 
 
 def detour(name: str, action: str) -> Build:
     go, back, axis = DETOURS[name]
-    return lambda s: Op(lambda m, x: back(ACTIONS[action](m, go(x), axis), x), p=param(s.width), s=param(1))
+    kind, act = ACTIONS[action]
+
+    def build(s: Size) -> nn.Module:
+        count = {"": 0, "one": 1, "channels": s.width if axis < 99 else 1, "many": 512}[kind]
+        parts = {"p": param(count)} if count else {}
+        return Op(lambda m, x: back(act(go(x), axis, getattr(m, "p", x)), x), **parts)
+
+    return build
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a stream passes through
-
-
-def _half(s: Size) -> int:
-    return max(s.tokens // 2, 1)
 
 
 def _mutating(m: Any, x: Tensor) -> Tensor:
@@ -139,13 +164,13 @@ PASSES: dict[str, Build] = {
     "buffer_token": lambda s: _with_buffer(lambda m, x: torch.cat([m.b.expand(x.shape[0], 1, -1), x], 1), s),
     "pad": simple(lambda x: F.pad(x, (0, 0, 1, 1))),
     "pad_value": simple(lambda x: F.pad(x, (0, 0, 0, 1), value=0.5)),
-    "pad_replicate": simple(lambda x: F.pad(x.mT, (1, 0), mode="replicate").mT),
+    "pad_replicate": simple(lambda x: F.pad(turn(x), (1, 0), mode="replicate").transpose(-1, -2)),
     "pad_channels": simple(lambda x: F.pad(x, (1, 0))[..., 1:]),
     "crop": simple(lambda x: F.pad(x, (0, 0, 0, -1)) if x.shape[1] > 1 else x),
     "flip": simple(lambda x: x.flip(1)),
     "roll": simple(lambda x: x.roll(1, 1)),
     "roll_flat": simple(lambda x: x.roll(1)),
-    "roll_two": simple(lambda x: torch.roll(image(x), (1, 1), (2, 3)).flatten(2).mT),
+    "roll_two": simple(lambda x: torch.roll(image(x), (1, 1), (2, 3)).flatten(2).transpose(-1, -2)),
     "flip_channels": simple(lambda x: x.flip(-1)),
     "index": simple(lambda x: x[:, torch.arange(x.shape[1], device=x.device) // 2]),
     "index_rows": simple(lambda x: x[torch.zeros(x.shape[0], dtype=torch.long, device=x.device)]),
@@ -168,13 +193,13 @@ PASSES: dict[str, Build] = {
     "sum_token": simple(lambda x: x.sum(1).unsqueeze(1)),
     "mean_batch": simple(lambda x: x.mean(0, keepdim=True).expand(x.shape[0], -1, -1)),
     "minus_mean_token": simple(lambda x: x - x.mean(1, keepdim=True)),
-    "avg_pool": simple(lambda x: F.avg_pool1d(x.mT, 2, 1).mT if x.shape[1] > 1 else x),
+    "avg_pool": simple(lambda x: F.avg_pool1d(turn(x), 2, 1).transpose(-1, -2) if x.shape[1] > 1 else x),
     "avg_pool_channels": simple(lambda x: F.avg_pool1d(x, 3, 1, 1)),
     "avg_pool_wide": simple(lambda x: F.avg_pool2d(x.unsqueeze(1), (1, 3), 1, (0, 1)).squeeze(1)),
-    "adaptive_pool": simple(lambda x: F.adaptive_avg_pool1d(x.mT, 2).mT),
-    "max_pool": simple(lambda x: F.max_pool1d(x.mT, 2, 1).mT if x.shape[1] > 1 else x),
-    "upsample": simple(lambda x: F.interpolate(x.mT, scale_factor=2.0).mT if x.shape[1] < 7 else x),
-    "upsample_linear": simple(lambda x: F.interpolate(x.mT, size=3, mode="linear").mT),
+    "adaptive_pool": simple(lambda x: F.adaptive_avg_pool1d(turn(x), 2).transpose(-1, -2)),
+    "max_pool": simple(lambda x: F.max_pool1d(turn(x), 2, 1).transpose(-1, -2) if x.shape[1] > 1 else x),
+    "upsample": simple(lambda x: F.interpolate(turn(x), scale_factor=2.0).transpose(-1, -2) if x.shape[1] < 7 else x),
+    "upsample_linear": simple(lambda x: F.interpolate(turn(x), size=3, mode="linear").transpose(-1, -2)),
     "upsample_image": simple(lambda x: rows(F.interpolate(image(x), size=(2, 2), mode="bilinear"))),
     "upsample_channels": simple(lambda x: F.interpolate(x, size=x.shape[2], mode="linear", align_corners=False)),
     "blur_channels": simple(
@@ -225,11 +250,16 @@ PASSES: dict[str, Build] = {
     "mixed_attention": lambda s: Op(
         lambda m, x: (lambda h: F.scaled_dot_product_attention(h, h, x))(m.n(x)), n=nn.LayerNorm(s.width)
     ),
-    "mixed_softmax": lambda s: Op(lambda m, x: (lambda h: (h @ h.mT).softmax(-1) @ x)(m.n(x)), n=nn.LayerNorm(s.width)),
-    "mixed_linear": lambda s: Op(lambda m, x: m.l(x.mT).mT, l=nn.Linear(s.fix(), s.tokens, bias=False)),
-    "mixed_linear_bias": lambda s: Op(lambda m, x: m.l(x.mT).mT, l=nn.Linear(s.fix(), s.tokens)),
+    "mixed_softmax": lambda s: Op(
+        lambda m, x: (lambda h: (h @ turn(h)).softmax(-1) @ x)(m.n(x)), n=nn.LayerNorm(s.width)
+    ),
+    "mixed_linear": lambda s: Op(lambda m, x: turn(m.l(turn(x))), l=nn.Linear(s.fix(), s.tokens, bias=False)),
+    "mixed_linear_bias": lambda s: Op(lambda m, x: turn(m.l(turn(x))), l=nn.Linear(s.fix(), s.tokens)),
     "mixed_conv": lambda s: Op(lambda m, x: m.l(x), l=nn.Conv1d(s.fix(), s.tokens, 1, bias=False)),
-    "depthwise": lambda s: Op(lambda m, x: m.l(x.mT).mT, l=nn.Conv1d(s.width, s.width, 1, groups=s.width, bias=False)),
+    "depthwise": lambda s: Op(
+        lambda m, x: turn(m.l(turn(x))),
+        l=nn.Conv1d(s.width, s.width, 1, groups=s.width, bias=False),
+    ),
     "blend": lambda s: Op(lambda m, x: m.p * x + (1 - m.p) * x.flip(1), p=param(1)),
     "lerp": simple(lambda x: torch.lerp(x, x.flip(1), 0.3)),
     "set_first": lambda s: Op(_set_first, p=param(s.width)),
@@ -242,7 +272,7 @@ PASSES: dict[str, Build] = {
     ),
     "index_put": lambda s: Op(_index_put, p=param(s.width)),
     "scatter": simple(lambda x: torch.zeros_like(x).scatter(1, torch.zeros_like(x, dtype=torch.long), x)),
-    "squares": simple(lambda x: x.mT[:, :, : x.shape[2]].contiguous() if x.shape[1] == x.shape[2] else x),
+    "squares": simple(lambda x: turn(x)[:, :, : x.shape[2]].contiguous() if x.shape[1] == x.shape[2] else x),
     "sorted": simple(lambda x: x.sort(1).values),
     "tril": simple(lambda x: x.tril()),
     "full_added": simple(lambda x: x + torch.full((x.shape[2],), 0.3, device=x.device, dtype=x.dtype)),
@@ -250,7 +280,6 @@ PASSES: dict[str, Build] = {
     "ones_added": simple(lambda x: x + torch.ones(x.shape[2], device=x.device, dtype=x.dtype)),
     "arange_added": simple(lambda x: x + torch.arange(x.shape[2], device=x.device, dtype=x.dtype)),
     "sinusoids": simple(lambda x: x + torch.arange(x.shape[1], device=x.device, dtype=x.dtype)[:, None].sin()),
-    "unused_norm": lambda s: Op(lambda m, x: (m.n(x), x)[1], n=nn.LayerNorm(s.width)),
     **{f"detour_{name}": detour(name, "bias") for name in DETOURS},
     **{f"action_{name}": detour("image", name) for name in ACTIONS},
 }

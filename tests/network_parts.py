@@ -84,6 +84,11 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def turn(x: Tensor) -> Tensor:
+    """The last two axes exchanged."""
+    return x.transpose(-1, -2)
+
+
 def token_mask(x: Tensor) -> Tensor:
     """(tokens, 1), True for every other token."""
     return (torch.arange(x.shape[1], device=x.device) % 2 == 0)[:, None]
@@ -212,9 +217,9 @@ WRITERS: dict[str, Build] = {
     "used_inside": with_linear(lambda m, h: m.l(F.gelu(m.l(h)))),
     "both_ways": lambda s: Op(lambda m, h: F.gelu(h @ m.w) @ m.w.T, w=param(s.width, s.width)),
     "bias_elsewhere": lambda s: Op(lambda m, h: m.l(h + m.l.bias), l=linear(s)),
-    "bias_only": lambda s: Op(lambda m, h: m.b.expand_as(h), b=param(s.width)),
+    "bias_only": lambda s: Op(lambda m, h: m.b * (h[..., :1] < 1e9), b=param(s.width)),
     "per_token": lambda s: Op(lambda m, h: h.sigmoid().mean(-1, keepdim=True) * m.b, b=param(s.width)),
-    "position": lambda s: Op(lambda m, h: m.b.expand(h.shape[0], -1, -1), b=param(1, s.fix(), s.width)),
+    "position": lambda s: Op(lambda m, h: m.b * (h[..., :1] < 1e9), b=param(1, s.fix(), s.width)),
     "experts": lambda s: Op(_experts, router=nn.Linear(s.width, 2), l=linear(s), k=linear(s)),
     "experts_sparse": lambda s: Op(_sparse_experts, router=nn.Linear(s.width, 2), l=linear(s), k=linear(s)),
     "experts_einsum": lambda s: Op(

@@ -1,7 +1,7 @@
 """Random residual networks, built from a description so that a failing one shrinks to a few words.
 
-A network is a source, a list of steps on one current value (batch, tokens, width), and a head. Steps are residual blocks,
-things the stream passes through, features that read it, and moves between several streams.
+A network is a source, a list of steps on one current value (batch, tokens, width), and a head. Steps are residual
+blocks, things the stream passes through, features that read it, and moves between several streams.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class Step:
     action: str = "nothing"
 
 
+OPTIONS = Options(min_gain=1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, its sizes and the plan's options."""
@@ -58,7 +61,7 @@ class Case:
     batch: int = 2
     tokens: int = 3
     width: int = 4
-    options: Options = Options(min_gain=1)
+    options: Options = OPTIONS
     seed: int = 0
 
 
@@ -66,7 +69,9 @@ class Case:
 # Sources: (kind of input, how it becomes the first value)
 
 
-def _embed(function: Callable[[Any, Tensor], Tensor], **parts: Callable[[Size], nn.Parameter]) -> Callable[[Size], nn.Module]:
+def _embed(
+    function: Callable[[Any, Tensor], Tensor], **parts: Callable[[Size], nn.Parameter]
+) -> Callable[[Size], nn.Module]:
     return lambda s: Op(function, e=nn.Embedding(VOCAB, s.width), **{name: make(s) for name, make in parts.items()})
 
 
@@ -91,9 +96,7 @@ def _vector(s: Size) -> nn.Parameter:
 SOURCES: dict[str, tuple[str, Callable[[Size], nn.Module]]] = {
     "embedding": ("ids", _embed(lambda m, i: m.e(i))),
     "learned_positions": ("ids", _embed(lambda m, i: m.e(i) + m.p[: i.shape[1]], p=_table)),
-    "position_table": (
-        "ids", lambda s: Op(_positions, e=nn.Embedding(VOCAB, s.width), q=nn.Embedding(16, s.width))
-    ),
+    "position_table": ("ids", lambda s: Op(_positions, e=nn.Embedding(VOCAB, s.width), q=nn.Embedding(16, s.width))),
     "scaled": ("ids", _embed(lambda m, i: m.e(i) * 2.0 + m.p[: i.shape[1]][None], p=_table)),
     "gained": ("ids", _embed(lambda m, i: m.e(i) * m.p, p=_vector)),
     "one_hot": ("ids", lambda s: Op(lambda m, i: F.one_hot(i, VOCAB).to(m.w.dtype) @ m.w, w=param(VOCAB, s.width))),
@@ -107,12 +110,19 @@ SOURCES: dict[str, tuple[str, Callable[[Size], nn.Module]]] = {
     "floats": ("floats", lambda s: nn.Identity()),
     "floats_linear": ("floats", linear),
     "patches": ("pixels", lambda s: Op(lambda m, x: rows(m.e(x)), e=nn.Conv2d(3, s.width, 2, 2))),
-    "patches_nobias": ("pixels", lambda s: Op(lambda m, x: m.e(x).flatten(2).mT, e=nn.Conv2d(3, s.width, 2, 2, bias=False))),
+    "patches_nobias": (
+        "pixels",
+        lambda s: Op(lambda m, x: m.e(x).flatten(2).transpose(-1, -2), e=nn.Conv2d(3, s.width, 2, 2, bias=False)),
+    ),
     "patches_interpolated": (
-        "pixels", lambda s: Op(_interpolated, e=nn.Conv2d(3, s.width, 2, 2), p=param(1, s.width, 3, 3))
+        "pixels",
+        lambda s: Op(_interpolated, e=nn.Conv2d(3, s.width, 2, 2), p=param(1, s.width, 3, 3)),
     ),
     "patches_gelu": ("pixels", lambda s: Op(lambda m, x: rows(F.gelu(m.e(x))), e=nn.Conv2d(3, s.width, 2, 2))),
-    "parameter": ("ids", lambda s: Op(lambda m, i: m.p.expand(i.shape[0], -1, -1) + 0.0 * i.sum(), p=param(1, s.fix(), s.width))),
+    "parameter": (
+        "ids",
+        lambda s: Op(lambda m, i: m.p.expand(i.shape[0], -1, -1) + 0.0 * i.sum(), p=param(1, s.fix(), s.width)),
+    ),
     "queries": ("ids", lambda s: Op(lambda m, i: m.p.repeat(i.shape[0], 1, 1), p=param(1, s.fix(), s.width))),
 }
 
@@ -152,19 +162,22 @@ class Network(nn.Module):
         self.input, source = SOURCES[case.source]
         self.source = source(self.size)
         self.steps = nn.ModuleList()
-        self._tokens: list[int] = []
         blocks: list[Block] = []
         for step in case.steps:
             module = self._step(step, blocks)
             if isinstance(module, Block):
                 blocks.append(module)
             self.steps.append(module)
-        self.norm = nn.LayerNorm(case.width)
-        self.head = nn.Linear(case.width, VOCAB, bias=False)
-        self.logits_norm = nn.LayerNorm(VOCAB)
+        # Nothing stands here that is not used: a norm that no traced input reaches might read anything.
+        if case.head != "nothing" or any(step.kind in ("stash", "second") for step in case.steps):
+            self.norm = nn.LayerNorm(case.width)
+        if case.head not in ("nothing", "norm"):
+            self.head = nn.Linear(case.width, VOCAB, bias=False)
+        if case.head == "logits_norm":
+            self.logits_norm = nn.LayerNorm(VOCAB)
         table = getattr(self.source, "e", None)
-        if case.head.startswith("tied") or case.head == "logits_norm":
-            if isinstance(table, nn.Embedding) and table.weight.shape == self.head.weight.shape:
+        if case.head in ("tied", "tied_scaled", "logits_norm") and isinstance(table, nn.Embedding):
+            if table.weight.shape == self.head.weight.shape:
                 self.head.weight = table.weight
 
     def _step(self, step: Step, blocks: list[Block]) -> nn.Module:
@@ -280,7 +293,11 @@ def _describe_step(pick: Pick, kinds: Sequence[str]) -> Step:
     if kind == "detour":
         return Step(kind, pick(tuple(DETOURS)), action=pick(tuple(ACTIONS)))
     tables: dict[str, Iterable[str]] = {
-        "pass": PASSES, "feature": FEATURES, "leak": LEAKS, "merge": JOINS, "second": SOURCES
+        "pass": PASSES,
+        "feature": FEATURES,
+        "leak": LEAKS,
+        "merge": JOINS,
+        "second": SOURCES,
     }
     return Step(kind, pick(tuple(tables[kind])) if kind in tables else "")
 

@@ -1,11 +1,12 @@
 """Soundness by property: whatever the network, a plan is right or there is none.
 
-``NORMCONVERT_SOUNDNESS=5000 pytest tests/test_soundness.py -k random`` runs as many random networks, new ones each time.
+``NORMCONVERT_SOUNDNESS=5000 pytest tests/test_soundness.py -k random`` tries as many random networks, other ones.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,15 +17,14 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 
+from normconvert.rewrites.rmsnorm import Options
 from tests.equivalence import Outcome, check
 from tests.network_norms import FEATURES, LEAKS, NORMS
 from tests.network_ops import ACTIONS, DETOURS, PASSES
 from tests.network_parts import SCALES, WRITERS
-from tests.random_networks import ALL_JOINS, HEADS, SOURCES, Case, Network, Step, cases, inputs_for
-from normconvert.rewrites.rmsnorm import Options
+from tests.random_networks import ALL_JOINS, HEADS, SOURCES, Case, Network, Step, cases, describe, inputs_for
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
-COUNTS: Counter[str] = Counter()
 
 
 def judge(case: Case) -> Outcome | None:
@@ -61,14 +61,14 @@ class Side(nn.Module):
         return outputs
 
 
-def judge_together(networks: Sequence[Case]) -> tuple[Outcome, dict[int, list[str]]]:
+def judge_together(networks: Sequence[Case], gain: int) -> tuple[Outcome, dict[int, list[str]]]:
     """The outcome of all, and by number the norms of each that are converted."""
     torch.set_default_dtype(torch.float64)
     inputs: list[dict[str, Tensor]] = [{}, {}]
     for number, case in enumerate(networks):
         for one, data in zip(inputs, inputs_for(case, Network(case)), strict=False):
             one[f"data{number}"] = data["data"]
-    outcome = check(lambda: Side(networks), inputs, Options(min_gain=1), seed=1)
+    outcome = check(lambda: Side(networks), inputs, Options(min_gain=gain), seed=1)
     found: dict[int, list[str]] = {number: [] for number in range(len(networks))}
     for verdict in outcome.plan.converted if outcome.plan else ():
         _, number_text, path = verdict.path.split(".", 2)
@@ -94,48 +94,106 @@ KINDS: dict[str, tuple[Iterable[str], Callable[[Any, str], Case]]] = {
     "leak": (LEAKS, lambda s, row: _case(s, Step("leak", row))),
     "head": (HEADS, lambda s, row: _case(s, head=row)),
 }
-"""Where a row of each table stands in a network that would convert without it: a table, and the network around a row."""
+"""Where a row of each table stands in a network that would convert without it: the table, and the network of a row."""
 
-KEPT: dict[str, frozenset[str]] = {}
+MAY_STAY: dict[str, str] = {
+    "source": "floats normed parameter patches_gelu sinusoids",
+    "writer": """bias_elsewhere bilinear channel_mean clamped column_weight conv_depthwise conv_groups conv_max_pooled
+        flipped fused_slice_shifted fused_slice_strided fused_split fused_uneven gained_weight gated gelu_last halves lerp
+        max_over_tokens norm_output normalised plus_one product relu_in_place rolled rolled_flat scattered softmax
+        token_conv token_cumsum token_mixer token_mixer_left upscaled used_inside""",
+    "scale": """addcmul gamma_after_one gamma_divides gamma_flipped gamma_heads gamma_masks gamma_plus_one
+        gamma_residual gamma_scaled gamma_square gamma_tanh gamma_twice gamma_two""",
+    "join": """add_ add_through_view by_channel channel iadd iadd_token index_add maximum mul_ product
+        residual_product set_token""",
+    "norm": """batch_norm centred_half group_norm group_norm_each none over_both over_half over_tokens
+        over_tokens_by_hand population rms_norm sub_alpha tanh uncentred_variance""",
+    "pass": """action_bias_in_place action_last_bias action_scalar_bias arange_added avg_pool_channels avg_pool_wide
+        blur_channels buffer_added buffer_scale buffer_token channel_gate cumulated depthwise detour_all_flat
+        detour_doubled detour_doubled_outer detour_doubled_wrong detour_flat detour_flat_channels detour_heads
+        detour_merged_rows detour_split_channels detour_square detour_swapped_halves detour_transpose_copied
+        detour_wrong_view flip_channels full_added gather_channels index_put lerp masked_channels masked_fill_one
+        masked_scatter masked_square masked_value max_pool mixed_conv mixed_linear_bias mutated_alias mutated_by_module
+        mutated_view one_minus ones_added pad_channels pad_value plus_one roll_flat scatter set_first sinusoids sorted
+        squares take_along tril upsample_channels""",
+    "detour": """all_flat doubled doubled_outer doubled_wrong flat flat_channels heads merged_rows split_channels square
+        swapped_halves transpose_copied wrong_view""",
+    "action": "bias_in_place last_bias scalar_bias",
+    "leak": " ".join(LEAKS),
+    "head": "nothing returned",
+}
+"""By kind, the rows with which the last norm may stay where no centring operation is inserted: most because no tensor
+can take the mean out, a few because nobody has proved it. All others convert, and of the leaks none does.
+"""
+
+WRITES_IN_PLACE = re.compile("_$|^i?add_|in_place|mutated|^i?set_|^index_|channel$|relu_in")
+"""Such rows stand in a network of their own: a trace is repeated for what is written in place."""
 
 
-@pytest.mark.parametrize("size", [(2, 3, 4), (4, 4, 4), (2, 6, 8)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_part_is_converted_right(kind: str, size: tuple[int, int, int]) -> None:
-    table, network = KINDS[kind]
-    names = list(table)
-    outcome, converted = judge_together([network(size, name) for name in names])
-    assert outcome.plan is not None, outcome.problems
-    assert not outcome.problems, "\n".join(names[int(re.findall(r"\d+", p)[1])] + ": " + p for p in outcome.problems)
-    if size == (2, 6, 8):
-        kept = {name for number, name in enumerate(names) if "norm" not in converted[number]}
-        assert kept == KEPT.get(kind), f"{kept ^ KEPT.get(kind, frozenset())}"
-
-
-@settings(
-    max_examples=MANY or 200,
-    derandomize=not MANY,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    report_multiple_bugs=bool(MANY),
-    phases=[Phase.generate, Phase.shrink],
+@pytest.mark.parametrize(
+    "gain", [pytest.param(1, id="centring", marks=pytest.mark.slow), pytest.param(99, id="no-centring")]
 )
-@given(cases())
-def test_random_networks_are_converted_right_or_not_at_all(case: Case) -> None:
-    outcome = judge(case)
-    COUNTS["invalid"] += outcome is None
-    assume(outcome is not None)
-    assert outcome is not None
-    COUNTS["cases"] += 1
-    if outcome.plan is None:
-        COUNTS["not traced"] += 1
-        event("not traced")
-        return
-    converted = bool(outcome.plan.converted)
-    COUNTS["converted" if converted else "refused"] += 1
-    event("converted" if converted else "refused")
-    if converted:
-        for step in case.steps:
-            COUNTS[f"{step.kind} {step.name}"] += 1
-    assert not outcome.problems, "\n".join(outcome.problems)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_part_is_converted_right(kind: str, gain: int) -> None:
+    table, network = KINDS[kind]
+    size = (2, 6, 8) if gain == 1 else (4, 4, 4)  # square: an axis taken for another is not noticed by its size
+    kept: set[str] = set()
+    for in_place in (False, True):
+        names = [name for name in table if bool(WRITES_IN_PLACE.search(name)) == in_place]
+        if not names:
+            continue
+        outcome, converted = judge_together([network(size, name) for name in names], gain)
+        assert outcome.plan is not None, outcome.problems
+        assert not outcome.problems, "\n".join(f"{names[_number(p)]}: {p}" for p in outcome.problems)
+        kept |= {name for number, name in enumerate(names) if "norm" not in converted[number]}
+    may_stay = set(MAY_STAY.get(kind, "").split())
+    if gain == 99:
+        assert kept <= may_stay
+    if kind == "leak":
+        assert kept == may_stay
+
+
+def _number(problem: str) -> int:
+    """The number of the network that a problem is about."""
+    found = re.search(r"networks\.(\d+)\.|(\d+):", problem.partition(": ")[2] or problem)
+    assert found is not None
+    return int(found[1] or found[2])
+
+
+def test_random_networks_are_converted_right_or_not_at_all() -> None:
+    counts: Counter[str] = Counter()
+
+    @settings(
+        max_examples=MANY or 120,
+        derandomize=not MANY,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(cases())
+    def judged(case: Case) -> None:
+        outcome = judge(case)
+        assume(outcome is not None)
+        assert outcome is not None
+        result = "not traced" if outcome.plan is None else "converted" if outcome.plan.converted else "refused"
+        counts[result] += 1
+        event(result)
+        assert outcome.plan is None or not outcome.problems, "\n".join(outcome.problems)
+
+    judged()
+    print(dict(counts))
+    # a property that holds because everything is refused would say nothing
+    assert counts["converted"] >= 0.3 * counts.total()
+    assert counts["not traced"] <= 0.02 * counts.total()
+
+
+def test_random_networks_drawn_without_hypothesis() -> None:
+    """Plain draws repeat themselves less than hypothesis's do: the better hunt, without shrinking."""
+    draw = random.Random(MANY or 1)
+    for _ in range(MANY or 60):
+        case = describe(draw.choice)
+        outcome = judge(case)
+        assert outcome is None or outcome.plan is None or not outcome.problems, f"{case}\n" + "\n".join(
+            outcome.problems
+        )

@@ -56,6 +56,8 @@ class NamedCase:
 Row = tuple[Any, ...]
 """(name, model class or timm name, arguments, expectation, note, options); the last two may be left out."""
 
+HEAD_NORM = "the language-model head's norm reads a GELU: one centring would win one norm"
+
 TOKENS: dict[str, Any] = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DECODER: dict[str, Any] = {
     **TOKENS,
@@ -146,7 +148,10 @@ TRANSFORMERS: list[Row] = [
      "max_position_embeddings": 64}, COMPLETE),
     ("biogpt", "BioGptForCausalLM", DECODER, COMPLETE),
     ("rwkv", "RwkvForCausalLM", {**TOKENS, "hidden_size": 48, "attention_hidden_size": 48, "intermediate_size": 80,
-     "num_hidden_layers": 2, "context_length": 64}, COMPLETE),
+     "num_hidden_layers": 2, "context_length": 64}, PARTIAL,
+     "each gated feed-forward writes what cannot be centred, and a centring behind it wins two norms"),
+    ("rwkv_min_gain_1", "RwkvForCausalLM", {**TOKENS, "hidden_size": 48, "attention_hidden_size": 48,
+     "intermediate_size": 80, "num_hidden_layers": 2, "context_length": 64}, COMPLETE, "", {"min_gain": 1}),
     ("whisper", "WhisperForConditionalGeneration", WHISPER, COMPLETE),
     ("m2m_100", "M2M100ForConditionalGeneration", SEQ2SEQ, COMPLETE),
     ("mbart", "MBartForConditionalGeneration", SEQ2SEQ, COMPLETE),
@@ -171,6 +176,9 @@ TRANSFORMERS: list[Row] = [
     ("vit_msn_base", "ViTMSNModel", VISION, COMPLETE),
     ("ijepa", "IJepaModel", VISION, COMPLETE),
     ("dpt", "DPTForDepthEstimation", {**VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
+     "neck_hidden_sizes": [12, 16, 20, 24], "fusion_hidden_size": 12, "is_hybrid": False, "image_size": 32}, NONE,
+     "the depth head's neck reads the raw hidden states through linear maps"),
+    ("dpt_base", "DPTModel", {**VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3],
      "neck_hidden_sizes": [12, 16, 20, 24], "fusion_hidden_size": 12, "is_hybrid": False, "image_size": 32}, COMPLETE),
     ("pvt_v2", "PvtV2ForImageClassification", {**STAGES, "sr_ratios": [4, 2, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
      COMPLETE),
@@ -182,10 +190,16 @@ TRANSFORMERS: list[Row] = [
     ("clip_text_base", "CLIPTextModel", DECODER, COMPLETE),
     ("siglip_text", "SiglipTextModel", {**DECODER, "projection_size": 24}, COMPLETE),
     ("esm2", "EsmForMaskedLM", {**ENCODER, "vocab_size": 33, "mask_token_id": 32, "position_embedding_type": "rotary",
-     "emb_layer_norm_before": False, "token_dropout": True}, COMPLETE),
-    ("roberta_prelayernorm", "RobertaPreLayerNormForMaskedLM", ENCODER, COMPLETE),
-    ("megatron_bert", "MegatronBertForMaskedLM", ENCODER, COMPLETE),
-    ("xlm_roberta_xl", "XLMRobertaXLForMaskedLM", ENCODER, COMPLETE),
+     "emb_layer_norm_before": False, "token_dropout": True}, PARTIAL, HEAD_NORM),
+    ("esm2_min_gain_1", "EsmForMaskedLM", {**ENCODER, "vocab_size": 33, "mask_token_id": 32,
+     "position_embedding_type": "rotary", "emb_layer_norm_before": False, "token_dropout": True}, COMPLETE, "",
+     {"min_gain": 1}),
+    ("roberta_prelayernorm", "RobertaPreLayerNormForMaskedLM", ENCODER, PARTIAL, HEAD_NORM),
+    ("roberta_prelayernorm_min_gain_1", "RobertaPreLayerNormForMaskedLM", ENCODER, COMPLETE, "", {"min_gain": 1}),
+    ("megatron_bert", "MegatronBertForMaskedLM", ENCODER, PARTIAL, HEAD_NORM),
+    ("megatron_bert_min_gain_1", "MegatronBertForMaskedLM", ENCODER, COMPLETE, "", {"min_gain": 1}),
+    ("xlm_roberta_xl", "XLMRobertaXLForMaskedLM", ENCODER, PARTIAL, HEAD_NORM),
+    ("xlm_roberta_xl_min_gain_1", "XLMRobertaXLForMaskedLM", ENCODER, COMPLETE, "", {"min_gain": 1}),
     # partly
     ("hiera_hf", "HieraForImageClassification", {"embed_dim": 16, "depths": [1, 2, 1, 1], "num_heads": [1, 2, 4, 8],
      "image_size": [64, 64], "masked_unit_size": [8, 8], "query_stride": [2, 2], "num_query_pool": 3, "num_labels": 5},

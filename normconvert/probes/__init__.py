@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from normconvert.probes.builders import BUILDERS
-from normconvert.probes.choose import SIZES, accepts, guesses, is_timm, on_meta, ranked
+from normconvert.probes.choose import SIZES, accepts, guesses, is_timm, on_meta, quiet, ranked
 from normconvert.probes.facts import Facts
 from normconvert.probes.verification import Probe, verification_inputs
 
 OPTIONAL = ("bool_masked_pos",)
 """Arguments that make a model use parameters which it leaves alone without them."""
 
-__all__ = ["Probe", "further_inputs", "trace_inputs", "trace_inputs_candidates", "verification_inputs"]
+__all__ = ["Probe", "further_inputs", "quiet", "trace_inputs", "trace_inputs_candidates", "verification_inputs"]
 
 
 def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -175,8 +175,17 @@ def series(facts: Facts, sizes: Sizes) -> Spec:
 
 
 def time_features(steps: Callable[[Facts], int]) -> Builder:
-    """(batch, time, features)."""
-    return lambda f, s: Spec((s.batch, steps(f), max(f.number("num_time_features"), 1)), "float")
+    """(batch, time, features), of width zero where the model counts no features of time."""
+    return lambda f, s: Spec((s.batch, steps(f), f.number("num_time_features")), "float")
+
+
+def static(count: str, kind: str) -> Builder:
+    """(batch, features) that do not change over time; left out where the config counts none."""
+
+    def build(facts: Facts, sizes: Sizes) -> Spec | None:
+        return Spec((sizes.batch, facts.number(count)), kind, 0, 1) if facts.number(count) else None
+
+    return build
 
 
 def horizon(facts: Facts) -> int:
@@ -258,10 +267,8 @@ BUILDERS: dict[str, Builder] = {
     "past_time_features": time_features(history),
     "future_time_features": time_features(horizon),
     "future_values": lambda f, s: Spec((s.batch, horizon(f), *series(f, s).shape[2:]), "float"),
-    "static_categorical_features": lambda f, s: Spec(
-        (s.batch, max(f.number("num_static_categorical_features"), 1)), "int", 0, 1
-    ),
-    "static_real_features": lambda f, s: Spec((s.batch, max(f.number("num_static_real_features"), 1)), "float"),
+    "static_categorical_features": static("num_static_categorical_features", "int"),
+    "static_real_features": static("num_static_real_features", "float"),
     "past_values_padding": lambda f, s: Spec((s.batch, history(f)), "zeros"),
     "freq": lambda f, s: Spec((s.batch, 1), "int", 0, 3),
     "bbox": boxes,

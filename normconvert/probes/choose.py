@@ -52,6 +52,9 @@ SIZES: tuple[Sizes, ...] = (
     Sizes(batch=1, length=64, image=512, samples=80640, frames=1024),
 )
 
+LONG = 16
+"""Sizes with longer texts than this come after every layout."""
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -240,7 +243,7 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """
     first: tuple[Guess, str] | None = None
     maybe: list[tuple[Guess, str]] = []
-    answers: dict[tuple[str, ...], tuple[Guess, str]] = {}
+    answers: dict[tuple[str, ...], str] = {}
     hopeless: set[tuple[str, ...]] = set()
     given = 0
     for guess in guesses(model):
@@ -250,7 +253,7 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
         with quiet():
             answer = accepts(model, on_meta(model, guess.specs))
         first = first or (guess, answer)
-        before, before_answer = answers.setdefault(arguments, (guess, answer))
+        before_answer = answers.setdefault(arguments, answer)
         if answer == "yes":
             yield guess, answer
             given += 1
@@ -258,8 +261,8 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
                 return
         elif answer == "maybe":
             maybe.append((guess, answer))
-        elif answer == before_answer and guess.sizes.length != before.sizes.length:
-            hopeless.add(arguments)  # the very same error at other sizes: sizes are not the trouble
+        elif answer == before_answer and guess.sizes.length > LONG:
+            hopeless.add(arguments)  # the very same error at other sizes and layouts: neither is the trouble
     if first is None:
         raise TraceError(
             f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for"

@@ -15,7 +15,8 @@ from torch import fx
 
 from ..places import Place, shape_of
 from ..streams import Analysis, Made, Spot, Stream, operation, spans
-from ..tracing import MARK, module_path
+from ..tracing import module_path
+from ..writes import MARK
 
 MarkKey = tuple[str, str, str]
 """Module path, ``input`` or ``output``, and which one of them."""
@@ -192,6 +193,8 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
         places = spots.get(node, [])
         if len(places) != 1 or not spans((node, places[0])):
             bad.add(key)
+        elif node not in analysis.data and analysis.uses((node, places[0]), usable.__contains__) is not None:
+            bad.add(key)  # a value of parameters alone, which others read too
         else:
             found[key].append((node, places[0]))
     axes = {key: {axis_of(s) for s in calls} for key, calls in found.items()}

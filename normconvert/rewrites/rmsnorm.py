@@ -14,6 +14,7 @@ from ..norms import Norm, find_norms, is_float32_cast
 from ..plan import Plan, Verdict
 from ..streams import Analysis, Leak, Spot, Stream, operation
 from ..tracing import Graph, module_path
+from ..writes import MARK
 from .centring import Centring, MarkKey, Options, axis_of, centre_streams, leaks_of, root_of_taint
 from .fold import fold_norms
 
@@ -77,9 +78,25 @@ def _verdict(
         if spot not in centring.clean:
             root = root_of_taint(stream, centring, spot)
             return Verdict(path, kind, False, f"what it reads is not mean-free: it contains {root}.", "not-mean-free")
+    if reader := _reader_outside(path, group, analysis.graph):
+        return Verdict(path, kind, False, f"{reader}, past the calls of the module.", "not-a-module")
     if any(norm.module != group[0].module for norm in group):
         return Verdict(path, kind, False, "it is called in different ways.", "not-a-module")
     return Verdict(path, kind, True, "it reads a mean-free stream that nothing but norms reads.", "converted")
+
+
+def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
+    """Who uses the module or its parameters in another way than by calling the norm; empty if nobody does."""
+    calls = [n for n in graph.nodes if n.target is MARK and n.args[1:4] == (path, "output", "")]
+    if len(calls) != len(group):
+        return f"`{path}` does something else in {len(calls) - len(group)} of its calls"
+    names = {f"{path}.{leaf}" for key in ("weight", "bias") if (leaf := (group[0].module or {}).get(key))}
+    for node, parameter in graph.parameters.items():
+        if names & set(parameter.aliases):
+            outside = next((u for u in node.users if module_path(u) != path), None)
+            if outside is not None:
+                return f"{operation(outside)} uses `{parameter.name}`"
+    return ""
 
 
 def _explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def make_case(name: str, library: str, shrink: str, construct: Callable[[], nn.M
 
     def skeleton() -> nn.Module:
         with torch.device("meta"):
-            return construct().eval()
+            return construct().eval().to("meta")  # torch.FloatTensor(n) takes no notice of the device in force
 
     def build() -> nn.Module:
         torch.manual_seed(seed)

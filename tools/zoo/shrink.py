@@ -81,10 +81,10 @@ LEVELS = (
     Level(8, True, True, True),
     Level(4, True, True, True),
     Level(8, True, True, False),
+    Level(1, True, True, False),
     Level(4, True, True, False),
     Level(8, True, False, False),
     Level(2, True, True, False),
-    Level(1, True, True, False),
     Level(8, False, False, False),
     Level(1, True, False, False),
     Level(1, False, True, False),
@@ -215,9 +215,14 @@ def _small(key: str, value: Any, config: Any, level: Level, depth: int, tokens: 
             return min(value, 1)
     if level.images and key in IMAGE_SIZES:
         return _image(value, getattr(config, "patch_size", None))
-    if level.ratio > 1 and WIDTHS.fullmatch(key) and not NOT_WIDTHS.fullmatch(key):
+    if level.ratio > 1 and WIDTHS.fullmatch(key) and (_is_stages(key, value) or not NOT_WIDTHS.fullmatch(key)):
         return _divided(value, level.ratio)
     return None
+
+
+def _is_stages(key: str, value: Any) -> bool:
+    """Whether these are the input channels of a network's stages: what the stage before has as its output channels."""
+    return key.endswith("_in_channels") and _is_list(value)
 
 
 def _renumbered(value: Any, depth: int) -> Any:

@@ -56,6 +56,7 @@ RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24,
 DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features": ["stage4"]}}
 
 REQUIRED: dict[str, dict[str, Any]] = {
+    "blip-2": {"image_token_index": 100},
     "autoformer": {"prediction_length": 6, "context_length": 12},
     "informer": {"prediction_length": 6, "context_length": 12},
     "time_series_transformer": {"prediction_length": 6, "context_length": 12},

@@ -1,0 +1,91 @@
+"""Marks, and what in-place writes do to them.
+
+A mark is an identity operation at a module's input or output. It copies, so a tensor that is written to in place after
+its mark has two versions in the graph where the model has one. Such marks are found here and left out of a second trace.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, fx
+
+
+@torch.library.custom_op("normconvert::mark", mutates_args=())
+def mark(x: Tensor, path: str, side: str, key: str) -> Tensor:
+    """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+MARK = torch.ops.normconvert.mark.default
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether an operation writes to one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+_MAY_RETURN_ITS_INPUT = ("dropout", "to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view")
+"""Operations that return their input itself, or a view of it, although their schema does not always say so."""
+
+
+def marks_that_lie(graph: fx.Graph) -> set[str]:
+    """Module paths of the marks that hide a write.
+
+    Nodes that are names of one memory form a class; a mark joins two classes that are one in the model. A write to one
+    of them hides something if another, joined to it by marks before the write, is still used after it.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    root, members = _classes(graph)
+    last_use = {r: max((order[u] for n in nodes for u in n.users), default=-1) for r, nodes in members.items()}
+    marks = [n for n in graph.nodes if n.target is MARK]
+    found: set[str] = set()
+    for write in (n for n in graph.nodes if mutates(n)):
+        earlier = [m for m in marks if order[m] < order[write]]
+        joined: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for m in earlier:
+            source = m.args[0]
+            assert isinstance(source, fx.Node)
+            joined[root[source]].append(root[m])
+            joined[root[m]].append(root[source])
+        reached, work = {root[write]}, [root[write]]
+        while work:
+            for other in joined[work.pop()]:
+                if other not in reached:
+                    reached.add(other)
+                    work.append(other)
+        if any(last_use[r] > order[write] for r in reached - {root[write]}):
+            found |= {str(m.args[1]) for m in earlier if root[m] in reached}
+    return found
+
+
+def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, list[fx.Node]]]:
+    """Each node's class, and the members of each: nodes that may be names of one memory, marks left out."""
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while node in parent:
+            node = parent[node]
+        return node
+
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or node.target is MARK:
+            continue
+        operation = str(node.target).split(".")[1] if schema is not None else "view"
+        if schema is None or operation in _MAY_RETURN_ITS_INPUT or any(r.alias_info for r in schema.returns):
+            for source in node.all_input_nodes:
+                if find(source) is not find(node):
+                    parent[find(source)] = find(node)
+    root = {node: find(node) for node in graph.nodes}
+    members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node, r in root.items():
+        members[r].append(node)
+    return root, members
