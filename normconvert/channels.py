@@ -32,6 +32,7 @@ TABLE: dict[str, rows.Row] = {
     # views and moves
     "aten.permute": rows.permute_row,
     **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], rows.swap_row),
+    "aten.numpy_T": rows.reverse_row,
     "aten.movedim": rows.movedim_row,
     **dict.fromkeys(
         ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], rows.view_row

@@ -130,6 +130,13 @@ def swap_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, dims),),)
 
 
+def reverse_row(node: Call) -> tuple[Term, ...]:
+    """All dimensions in reverse order: ``x.T``."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    return ((Operand(x, {d: rank - 1 - d for d in range(rank)}),),)
+
+
 def movedim_row(node: Call) -> tuple[Term, ...]:
     """Dimensions move."""
     x = node.args[0]

@@ -276,6 +276,8 @@ def described(path: str) -> str:
 
 def operation(node: fx.Node) -> str:
     """An operation and the module that runs it, for a sentence: ``aten.gelu in `encoder```."""
+    if "getitem" in name_of(node) and node.all_input_nodes:  # one result of several: name what made it
+        node = node.all_input_nodes[0]
     path = module_path(node)
     name = name_of(node).removeprefix("aten.")
     if node.op == "placeholder":

@@ -1,7 +1,8 @@
 """Marks, and what in-place writes do to them.
 
 A mark is an identity operation at a module's input or output. It copies, so a tensor that is written to in place after
-its mark has two versions in the graph where the model has one. Such marks are found here and left out of a second trace.
+its mark has two versions in the graph where the model has one. Such marks are found here, and a second trace does
+without them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from normconvert.errors import TraceError
 from normconvert.plan import Plan
-from normconvert.rewrites.rmsnorm import Options, plan_rmsnorm
+from normconvert.rewrites.centring import Options
+from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import RMSNorm
 from normconvert.tracing import trace
 from normconvert.verification import algebra_model

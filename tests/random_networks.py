@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normconvert.rewrites.rmsnorm import Options
+from normconvert.rewrites.centring import Options
 from tests.network_norms import FEATURES, LEAKS, NORMS
 from tests.network_ops import ACTIONS, DETOURS, PASSES, detour
 from tests.network_parts import IN_PLACE, JOINS, JOINS_OPAQUE, SCALES, WRITERS, Op, Size, linear, param, rows
@@ -135,9 +135,9 @@ class Block(nn.Module):
     def __init__(self, step: Step, size: Size, last: Block | None) -> None:
         super().__init__()
         self.step = step
-        self.norm = last.norm if step.share == "norm" and last else NORMS[step.norm](size)
-        self.writer = last.writer if step.share == "writer" and last else WRITERS[step.name](size)
-        self.scale = last.scale if step.share == "scale" and last else SCALES[step.scale](size)
+        self.norm: nn.Module = last.norm if step.share == "norm" and last else NORMS[step.norm](size)
+        self.writer: nn.Module = last.writer if step.share == "writer" and last else WRITERS[step.name](size)
+        self.scale: nn.Module = last.scale if step.share == "scale" and last else SCALES[step.scale](size)
         self.post = nn.LayerNorm(size.width) if step.post in ("branch", "both") else None
         self.after = nn.LayerNorm(size.width) if step.post in ("stream", "both") else None
 
@@ -175,10 +175,10 @@ class Network(nn.Module):
             self.head = nn.Linear(case.width, VOCAB, bias=False)
         if case.head == "logits_norm":
             self.logits_norm = nn.LayerNorm(VOCAB)
-        table = getattr(self.source, "e", None)
-        if case.head in ("tied", "tied_scaled", "logits_norm") and isinstance(table, nn.Embedding):
-            if table.weight.shape == self.head.weight.shape:
-                self.head.weight = table.weight
+        table: Any = getattr(self.source, "e", None)
+        ties = case.head in ("tied", "tied_scaled", "logits_norm") and isinstance(table, nn.Embedding)
+        if ties and table.weight.shape == self.head.weight.shape:
+            self.head.weight = table.weight
 
     def _step(self, step: Step, blocks: list[Block]) -> nn.Module:
         size = self.size

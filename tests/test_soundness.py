@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 
-from normconvert.rewrites.rmsnorm import Options
+from normconvert.rewrites.centring import Options
 from tests.equivalence import Outcome, check
 from tests.network_norms import FEATURES, LEAKS, NORMS
 from tests.network_ops import ACTIONS, DETOURS, PASSES
@@ -99,7 +99,8 @@ KINDS: dict[str, tuple[Iterable[str], Callable[[Any, str], Case]]] = {
 MAY_STAY: dict[str, str] = {
     "source": "floats normed parameter patches_gelu sinusoids",
     "writer": """bias_elsewhere bilinear channel_mean clamped column_weight conv_depthwise conv_groups conv_max_pooled
-        flipped fused_slice_shifted fused_slice_strided fused_split fused_uneven gained_weight gated gelu_last halves lerp
+        flipped fused_slice_shifted
+        fused_slice_strided fused_split fused_uneven gained_weight gated gelu_last halves lerp
         max_over_tokens norm_output normalised plus_one product relu_in_place rolled rolled_flat scattered softmax
         token_conv token_cumsum token_mixer token_mixer_left upscaled used_inside""",
     "scale": """addcmul gamma_after_one gamma_divides gamma_flipped gamma_heads gamma_masks gamma_plus_one

@@ -79,6 +79,8 @@ def image(facts: Facts, sizes: Sizes) -> Spec:
     if "image_grid_thw" in facts.parameters or "grid_thw" in facts.parameters:
         return patches(facts, sizes)
     side = (sizes.image, sizes.image) if sizes.image else facts.image_size or (64, 64)
+    if "prompt_pixel_values" in facts.parameters:  # the model puts prompt and image below each other
+        side = (side[0] // 2, side[1])
     frames = facts.number("num_frames", "frames_per_clip", part="vision")
     channels = facts.channels
     if sizes.layout == 1:  # models that cut an image into crops, or take several images
@@ -142,6 +144,8 @@ def features(facts: Facts, sizes: Sizes) -> Spec:
         frames = sizes.frames or (2 * positions if positions else 64)
         return Spec((sizes.batch, bins, frames), "audio")
     frames = sizes.frames or 64
+    if "input_values" in facts.required:  # the same sound twice: as many frames as the samples hold
+        frames = sizes.samples // facts.number("hop_length", part="audio", default=320)
     if sizes.layout >= 2:
         return Spec((sizes.batch, 1, 1024 if sizes.layout == 2 else frames, bins), "audio")
     return Spec((sizes.batch, frames, bins), "audio")
@@ -152,7 +156,8 @@ def waveform(facts: Facts, sizes: Sizes) -> Spec:
     length, bins = facts.number("max_length", part="audio"), facts.number("num_mel_bins", part="audio")
     if bins and sizes.layout == 0:
         return Spec((sizes.batch, length if length > 20 else 64, bins), "audio")
-    if sizes.layout == 1 or (facts.number("audio_channels") and sizes.layout == 0):
+    codec = facts.number("audio_channels") or "input_features" in facts.required
+    if sizes.layout == 1 or (codec and sizes.layout == 0):
         return Spec((sizes.batch, facts.number("audio_channels", default=1), sizes.samples), "audio")
     return Spec((sizes.batch, sizes.samples), "audio")
 
@@ -226,6 +231,11 @@ def flattened(facts: Facts, sizes: Sizes) -> Spec:
     return Spec((sizes.batch, 9, 2 + values), "positive")
 
 
+def latents(facts: Facts) -> int:
+    """Places among the text that an image's features take, whatever token stands there."""
+    return facts.number("latent_query_num")
+
+
 def patch_count(facts: Facts) -> int:
     """Patches of an image."""
     height, across = facts.image_size or (64, 64)
@@ -297,10 +307,14 @@ BUILDERS: dict[str, Builder] = {
     "is_longer": lambda f, s: Spec((s.batch, 1), "false"),
     "aspect_ratio_ids": lambda f, s: Spec((s.batch, 1), "ones"),
     "aspect_ratio_mask": lambda f, s: Spec((s.batch, 1, f.number("max_num_tiles", default=4)), "ones"),
+    "image_embeds_position_mask": lambda f, s: Spec(
+        (s.batch, s.length + latents(f)), "given", value=[[0, *[1] * latents(f), *[0] * (s.length - 1)]] * s.batch
+    ),
     "image_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[list(image(f, s).shape[-2:])] * s.batch),
     "spatial_shapes": lambda f, s: Spec((s.batch, 2), "given", value=[[4, 4]] * s.batch),
     "pixel_position_ids": lambda f, s: Spec((s.batch, 16, 2), "int", 0, 4),
     "image_attention_mask": lambda f, s: Spec((s.batch, s.length, 2), "ones"),
+    "merge_sizes": lambda f, s: Spec((s.batch,), "given", value=[grid_side(f) // 2] * s.batch),
     "x": image,
     "inputs": lambda f, s: ids()(f, s),
 }

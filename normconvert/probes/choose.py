@@ -29,7 +29,10 @@ SIGNAL_ARGUMENTS = (
 )
 
 COMPANIONS: dict[str, tuple[str, ...]] = {
-    "pixel_values": ("image_grid_thw", "grid_thw", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
+    "pixel_values": (
+        *("image_grid_thw", "grid_thw", "merge_sizes", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
+        "image_embeds_position_mask",
+    ),
     "pixel_values_videos": ("video_grid_thw",),
     "hidden_states": ("grid_thw",),
     "past_values": ("past_time_features", "future_time_features", "static_categorical_features"),
@@ -167,6 +170,8 @@ def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
             count = feature_count(facts, signal, on_meta(facts.model, specs)) // text.shape[0]
         tokens[token] = max(count, tokens.get(token, 0))
     extra = sum(tokens.values())
+    if "image_embeds_position_mask" in specs:
+        return replace(text, shape=specs["image_embeds_position_mask"].shape)
     high = max(text.high, *(t + 1 for t in tokens)) if tokens else text.high
     return replace(text, shape=(*text.shape[:-1], text.shape[-1] + extra), tokens=tokens, high=high) if tokens else text
 

@@ -124,6 +124,9 @@ class Facts:
     @cached_property
     def image_size(self) -> tuple[int, int] | None:
         """(height, width) that the config or the patch embedding fixes; None if free."""
+        ratios, patch = self.get("scaled_images_ratios"), self.number("patch_size")
+        if ratios and patch:  # cut at several scales into patches, of which the smallest scale must hold one
+            return (side := int(patch / min(ratios))), side
         value = self.get("image_size", "img_size", "input_size", part="vision")
         if isinstance(value, dict):
             value = (value.get("height", 224), value.get("width", 224))

@@ -70,7 +70,7 @@ def _verdict(
             return Verdict(path, kind, False, f"{norm.obstacle}.", "not-a-module")
         stream, spot = where.get(norm, (None, None))
         if stream is None or spot is None:
-            return Verdict(path, kind, False, "the value it reads could not be followed.", "unknown-op")
+            return Verdict(path, kind, False, "nothing that the model returns depends on it.", "unused")
         leaks = leaks_of(stream, options)
         if leaks:
             code, reason = _explain_leak(leaks, stream)
@@ -109,7 +109,8 @@ def _explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
     if others:
         leak = others[0]
         maker = f"in `{module_path(leak.spot[0])}`" if module_path(leak.spot[0]) else "in the model"
-        more = f" (and {len(others) - 1} more readers)" if len(others) > 1 else ""
+        rest = len(others) - 1
+        more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
         return leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}."
     leak = returned[0]
     if _from_norm(leak.spot, stream):

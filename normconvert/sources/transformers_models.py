@@ -113,12 +113,15 @@ def build_meta(source: Source) -> nn.Module:
     model_class: Any = _model_class(source, config)
     try:
         with quiet(), torch.device("meta"), safe_creation():
-            model: nn.Module = model_class._from_config(config, dtype=source.dtype)
+            model: Any = model_class._from_config(config, dtype=source.dtype)
+            if any(not p.is_meta for p in model.parameters()):  # torch.FloatTensor(n) heeds no device in force
+                model.to("meta").tie_weights()
     except Exception as error:
         raise InputError(
             f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
         ) from error
-    return model
+    built: nn.Module = model
+    return built
 
 
 def rename(

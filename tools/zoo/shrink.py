@@ -10,6 +10,7 @@ tables, total depths) are derived anew.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -30,7 +31,7 @@ NOT_LAYERS = re.compile(
 DEPTHS = {"depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers_per_stage"}
 """Lists of depths, one a stage: cut to one block each, two for the first, so that one stage has a repeated block."""
 INDEX_LISTS = re.compile(
-    r"_?out_indices|backbone_out_indices|out_index|.*_(indexes|indices)|extract_layers|vision_feature_layers?|"
+    r"_?out_indices|backbone_out_indices|out_index|.*_(indexes|indices)|extract_layers|intermediate_hook_ids|vision_feature_layers?|"
     r"cross_attention_layers|target_layer_ids|spatial_target_layers"
 )
 """Lists of layer numbers; the depth is kept as large as the list is long, and the list is renumbered."""
@@ -59,6 +60,8 @@ EXPERT_GROUPS = {"n_group", "topk_group", "num_expert_group"}
 VOCABULARIES = re.compile(r"(\w+_)?vocab_size|num_embeds|ngram_vocab_size_base|encoder_hash_byte_group_vocab")
 NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_size|vocab_size_per_layer_input")
 TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index")
+CHOSEN = {"model_args"}
+"""Dictionaries that no constructor can derive."""
 IMAGE_SIZES = {"image_size", "img_size"}
 
 
@@ -157,9 +160,13 @@ def _rebuild(
 ) -> Any:
     fields = {f.name: f for f in dataclasses.fields(config)}
     overrides: dict[str, Any] = {}
+    strange = _strange(config)
     for key, value in _values(config):
         if _is_config(value):
             overrides[key] = _rebuild(value, level, depth, tokens)
+            continue
+        if key == "_out_indices" and _is_list(value) and DEPTHS & vars(config).keys():  # stages, which are all kept
+            overrides["out_indices"] = value
             continue
         small = _small(key, value, config, level, depth, tokens)
         if small is not None and small != value:
@@ -167,12 +174,20 @@ def _rebuild(
         elif key in fields and not _is_default(fields[key], value) and _is_plain(value):
             # A value that the parent configuration chose for this part.
             overrides[key] = value
-        elif key in required:
+        elif key in required or key in CHOSEN or (key not in fields and key in strange):
             overrides[key] = value
     if "out_indices" in overrides:
         overrides["out_features"] = None
     _mend(config, overrides, level)
     return type(config)(**overrides)
+
+
+def _strange(config: Any) -> set[str]:
+    """Attributes that the class does not have by itself: the configuration around this one passed them."""
+    with contextlib.suppress(Exception):  # a class that demands arguments
+        known = vars(type(config)())
+        return {key for key, value in _values(config) if not key.startswith("_") and key not in known}
+    return set()
 
 
 def _is_plain(value: Any) -> bool:
