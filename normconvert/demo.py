@@ -90,8 +90,9 @@ def continue_text(converted: Path, prompt: str = PROMPT, tokens: int = TOKENS) -
     ids = []
     for model in (source.load(), load(converted)):
         generated = model.generate(  # type: ignore[operator]
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, no_repeat_ngram_size=3,
-            min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id or 0,
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+            do_sample=False, no_repeat_ngram_size=3, min_new_tokens=tokens, max_new_tokens=tokens,
+            pad_token_id=tokenizer.eos_token_id or 0,
         )  # fmt: skip
         ids.append(generated[0].tolist())
     texts = [tokenizer.decode(some, skip_special_tokens=True) for some in ids]

@@ -106,7 +106,7 @@ def carry_forward(operand: Operand, place: Place, result: fx.Node) -> Place | No
     if operand.regroup is not None and place.dim == operand.regroup:
         return _regrouped(place, new[operand.regroup])
     target = operand.dims.get(place.dim)
-    return None if target is None else replace(place, dim=target)
+    return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
 
 
 def carry_back(operand: Operand, place: Place, result: fx.Node) -> Place | None:

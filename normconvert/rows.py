@@ -109,7 +109,17 @@ def masked_scatter_row(node: Call) -> tuple[Term, ...]:
     x, mask, source = node.args[:3]
     last, rank = len(shape_of(source)) - 1, len(shape_of(node))
     gate = Operand(mask, broadcast(mask, node), linear=False)
-    return (Operand(x, kept_dims(x)), gate), (Operand(source, {last: rank - 1}), gate)
+    dims = {last: rank - 1} if _one_for_all(mask) else {}
+    return (Operand(x, kept_dims(x)), gate), (Operand(source, dims), gate)
+
+
+def _one_for_all(mask: Call) -> bool:
+    """Whether a mask is the same along its whole last dimension: one value, or one value stretched."""
+    while shape_of(mask)[-1] != 1:
+        if not any(f".{name}" in str(mask.target) for name in ("expand", "to.", "_to_copy", "contiguous", "clone")):
+            return False
+        mask = mask.args[0]
+    return True
 
 
 def permute_row(node: Call) -> tuple[Term, ...]:

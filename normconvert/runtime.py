@@ -161,12 +161,12 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, e
 def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
     scale = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=_wide(x))
-    y = x * scale.square_().mul_(1.0 / x.shape[axis]).add_(eps).rsqrt_()
+    y: Tensor = x * scale.square_().mul_(1.0 / x.shape[axis]).add_(eps).rsqrt_()
     if weight is not None:
         y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype), out=y)
     elif bias is not None:
         y = y.add_(bias)
-    return y.to(x.dtype)  # type: ignore[no-any-return]
+    return y.to(x.dtype)
 
 
 def _fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.network_parts import Build, Op, Size, image, linear, param, rows, simple, turn
+from tests.network_parts import Build, Op, Size, exact, image, linear, param, rows, simple, turn
 
 
 def _by_hand(m: Any, x: Tensor, axis: int = -1, eps: float = 1e-5) -> Tensor:
@@ -95,7 +95,7 @@ NORMS: dict[str, Build] = {
     "negated_inside": called(lambda m, x: -ln(m, x)),
     "rolled_inside": called(lambda m, x: ln(m, x.roll(1, 1))),
     "flipped_inside": called(lambda m, x: ln(m, x).flip(1)),
-    "batch_moved": called(lambda m, x: ln(m, x.transpose(0, 1)).reshape(x.shape)),
+    "batch_moved": exact(called(lambda m, x: ln(m, x.transpose(0, 1)).reshape(x.shape))),
     "meaned_inside": called(lambda m, x: ln(m, x.mean(1, keepdim=True)).expand_as(x)),
     "masked_inside": called(lambda m, x: ln(m, x.masked_fill(x.new_ones(x.shape[1], 1).tril() > 2, 0.0))),
     "bias_plus_one": own(lambda m, x: F.layer_norm(x, x.shape[-1:], m.gain, m.b + 1)),
@@ -257,7 +257,7 @@ LEAKS: dict[str, Build] = {
     "norm_neighbours": lambda s: Op(lambda m, x: m.n(torch.cat([x, x.flip(1)], -1)), n=nn.LayerNorm(2 * s.width)),
     "norm_padded": lambda s: Op(lambda m, x: m.n(F.pad(x, (0, 1))), n=nn.LayerNorm(s.width + 1)),
     "norm_turned": lambda s: Op(lambda m, x: m.n(turn(x)), n=nn.LayerNorm(s.fix())),
-    "norm_reshaped": lambda s: Op(lambda m, x: m.n(turn(x).reshape(x.shape)), n=norm(s)),
+    "norm_reshaped": exact(lambda s: Op(lambda m, x: m.n(turn(x).reshape(x.shape)), n=norm(s))),
     "norm_squared": lambda s: Op(lambda m, x: m.n(x * x), n=norm(s)),
     "norm_cut": lambda s: Op(lambda m, x: m.n(x[..., 1:]), n=nn.LayerNorm(s.width - 1)),
     "bitcast": simple(lambda x: x.contiguous().view(torch.int64) >> 40),

@@ -17,13 +17,18 @@ from torch import Tensor, nn
 
 @dataclass
 class Size:
-    """What parts are built for; ``fixed`` becomes True when one of them depends on the number of tokens."""
+    """What parts are built for.
+
+    ``fixed`` becomes True when a part depends on the number of tokens; ``exact`` when it means something else for
+    other sizes (a reshape that is a transposition only of a square), so that a trace says nothing about those.
+    """
 
     batch: int
     tokens: int
     width: int
     vocab: int = 11
     fixed: bool = False
+    exact: bool = False
 
     def fix(self) -> int:
         self.fixed = True
@@ -44,6 +49,16 @@ class Op(nn.Module):
 
 
 Build = Callable[[Size], nn.Module]
+
+
+def exact(build: Build) -> Build:
+    """A part whose meaning depends on the sizes."""
+
+    def marked(s: Size) -> nn.Module:
+        s.exact = True
+        return build(s)
+
+    return marked
 
 
 def param(*shape: int) -> nn.Parameter:

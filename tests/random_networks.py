@@ -258,7 +258,11 @@ def inputs_for(case: Case, network: Network) -> list[dict[str, Tensor]]:
         return {"data": torch.randn(shape, generator=generator, dtype=torch.float64)}
 
     same = [make(case.batch, case.tokens) for _ in range(2)]
-    return [*same, make(case.batch + 1, case.tokens if network.size.fixed else case.tokens + 2)]
+    return (
+        same
+        if network.size.exact
+        else [*same, make(case.batch + 1, case.tokens if network.size.fixed else case.tokens + 2)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,34 @@ def test_other_sizes_are_tried_when_the_first_guess_fails() -> None:
     assert all(inputs["pixel_values"].shape[-1] >= 256 for inputs in trace_inputs_candidates(model))
 
 
+class Pairs(nn.Module):
+    """Takes two images at once, and says the same of every other input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.ndim != 5:
+            raise ValueError("two images are needed")
+        return self.conv(pixel_values.flatten(0, 1))
+
+
+def test_layouts_are_tried_though_the_error_stays_the_same_at_other_sizes() -> None:
+    assert trace_inputs(on_meta(Pairs))["pixel_values"].ndim == 5
+
+
+def forecaster(**options: Any) -> nn.Module:
+    sizes = {"prediction_length": 4, "context_length": 8, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    return hf.TimeSeriesTransformerModel(hf.TimeSeriesTransformerConfig(**sizes, **options))
+
+
+def test_features_that_a_series_does_not_have_are_left_out() -> None:
+    assert "static_categorical_features" not in trace_inputs(on_meta(forecaster))
+    counted = {"num_static_categorical_features": 1, "cardinality": [3], "embedding_dimension": [2]}
+    assert trace_inputs(on_meta(lambda: forecaster(**counted)))["static_categorical_features"].shape == (2, 1)
+
+
 class Odd(nn.Module):
     def forward(self, wavelets: Tensor) -> Tensor:
         return wavelets

@@ -36,7 +36,7 @@ def judge(case: Case) -> Outcome | None:
         with torch.no_grad():
             network(**{name: value.clone() for name, value in inputs[0].items()})
             try:
-                network(**{name: value.clone() for name, value in inputs[2].items()})
+                network(**{name: value.clone() for name, value in inputs[-1].items()})
             except RuntimeError:
                 inputs = inputs[:2]  # traced for this shape only
     except (RuntimeError, IndexError, ValueError, AssertionError):

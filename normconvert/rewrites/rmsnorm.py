@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from torch import nn
+
 from ..norms import Norm, find_norms, is_float32_cast
 from ..plan import Plan, Verdict
 from ..streams import Analysis, Leak, Spot, Stream, operation
@@ -34,6 +36,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     for norm in norms:
         calls[norm.path].append(norm)
     verdicts = [_verdict(path, group, where, analysis, centring, options) for path, group in calls.items()]
+    verdicts += _never_called(graph, set(calls))
     converted = [norm for v in verdicts if v.converted for norm in calls[v.path]]
     needed, inserted, float32 = _needed(converted, where, centring)
     tensors, aliases, config, notes = _tensor_edits(analysis, centring, needed)
@@ -83,6 +86,18 @@ def _verdict(
     if any(norm.module != group[0].module for norm in group):
         return Verdict(path, kind, False, "it is called in different ways.", "not-a-module")
     return Verdict(path, kind, True, "it reads a mean-free stream that nothing but norms reads.", "converted")
+
+
+def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:
+    """Verdicts for the LayerNorms that no traced call runs."""
+    found: dict[int, Verdict] = {}
+    for path, module in graph.modules.items():
+        if isinstance(module, nn.LayerNorm) and path not in called and id(module) not in found:
+            found[id(module)] = Verdict(
+                path, type(module).__name__, False, "no traced input makes the model run it.", "unreached"
+            )
+    seen = {id(graph.modules[path]) for path in called if path in graph.modules}
+    return [verdict for key, verdict in found.items() if key not in seen]
 
 
 def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
