@@ -131,7 +131,7 @@ def detour(name: str, action: str) -> Build:
         s.exact = s.exact or name in ("square", "wrong_view")
         count = {"": 0, "one": 1, "channels": s.width if axis < 99 else 1, "many": 512}[kind]
         parts = {"p": param(count)} if count else {}
-        return Op(lambda m, x: back(act(go(x), axis, getattr(m, "p", x)), x), **parts)
+        return Op(lambda m, x: back(act(go(x), axis, m.p if count else x), x), **parts)
 
     return build
 

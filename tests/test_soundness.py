@@ -98,28 +98,26 @@ KINDS: dict[str, tuple[Iterable[str], Callable[[Any, str], Case]]] = {
 
 MAY_STAY: dict[str, str] = {
     "source": "floats normed parameter patches_gelu sinusoids",
-    "writer": """bias_elsewhere bilinear channel_mean clamped column_weight conv_depthwise conv_groups conv_max_pooled
-        flipped fused_slice_shifted
-        fused_slice_strided fused_split fused_uneven gained_weight gated gelu_last halves lerp
-        max_over_tokens norm_output normalised plus_one product relu_in_place rolled rolled_flat scattered softmax
-        token_conv token_cumsum token_mixer token_mixer_left upscaled used_inside""",
+    "writer": """bias_elsewhere bilinear channel_mean clamped column_weight conv_depthwise conv_groups
+        conv_max_pooled flipped fused_slice_shifted fused_slice_strided fused_split fused_uneven gained_weight
+        gated gelu_last halves lerp max_over_tokens norm_output normalised plus_one product relu_in_place rolled
+        rolled_flat scattered softmax token_conv token_mixer token_mixer_left upscaled used_inside""",
     "scale": """addcmul gamma_after_one gamma_divides gamma_flipped gamma_heads gamma_masks gamma_plus_one
         gamma_residual gamma_scaled gamma_square gamma_tanh gamma_twice gamma_two""",
-    "join": """add_ add_through_view by_channel channel iadd iadd_token index_add maximum mul_ product
-        residual_product set_token""",
+    "join": "by_channel channel iadd_token index_add maximum product residual_product set_token",
     "norm": """batch_norm centred_half group_norm group_norm_each none over_both over_half over_tokens
         over_tokens_by_hand population rms_norm sub_alpha tanh uncentred_variance""",
-    "pass": """action_bias_in_place action_last_bias action_scalar_bias arange_added avg_pool_channels avg_pool_wide
-        blur_channels buffer_added buffer_scale buffer_token channel_gate cumulated depthwise detour_all_flat
-        detour_doubled detour_doubled_outer detour_doubled_wrong detour_flat detour_flat_channels detour_heads
-        detour_merged_rows detour_split_channels detour_square detour_swapped_halves detour_transpose_copied
-        detour_wrong_view flip_channels full_added gather_channels index_put lerp masked_channels masked_fill_one
-        masked_scatter masked_square masked_value max_pool mixed_conv mixed_linear_bias mutated_alias mutated_by_module
-        mutated_view one_minus ones_added pad_channels pad_value plus_one roll_flat scatter set_first sinusoids sorted
+    "pass": """action_last_bias action_scalar_bias arange_added avg_pool_channels avg_pool_wide blur_channels
+        buffer_added buffer_scale buffer_token channel_gate depthwise detour_all_flat detour_doubled
+        detour_doubled_outer detour_doubled_wrong detour_flat detour_flat_channels detour_heads
+        detour_merged_rows detour_split_channels detour_square detour_swapped_halves detour_wrong_view
+        flip_channels full_added gather_channels index_put lerp masked_channels masked_fill_one masked_scatter
+        masked_square masked_value max_pool mixed_conv mixed_linear_bias mutated_by_module mutated_view
+        one_minus ones_added pad_channels pad_value plus_one roll_flat scatter set_first sinusoids sorted
         squares take_along tril upsample_channels""",
-    "detour": """all_flat doubled doubled_outer doubled_wrong flat flat_channels heads merged_rows split_channels square
-        swapped_halves transpose_copied wrong_view""",
-    "action": "bias_in_place last_bias scalar_bias",
+    "detour": """all_flat doubled doubled_outer doubled_wrong flat flat_channels heads merged_rows split_channels
+        square swapped_halves wrong_view""",
+    "action": "last_bias scalar_bias",
     "leak": " ".join(LEAKS),
     "head": "nothing returned",
 }

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from normconvert.errors import InputError
 from normconvert.sources.source import Source
-
-if TYPE_CHECKING:
-    from torch import nn
 
 RANDOM_INIT = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "bernoulli_", "exponential_"})
 
@@ -111,10 +109,28 @@ def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, st
     return name_map, frozenset()
 
 
+@contextmanager
+def _nothing_missing() -> Iterator[None]:
+    """timm loads some models leniently, and leaves what is missing as it was: here that is an error."""
+    lenient = nn.Module.load_state_dict
+
+    def load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = lenient(self, state, strict, assign)
+        if result.missing_keys:
+            raise RuntimeError(f"tensors {', '.join(result.missing_keys[:3])} are missing")
+        return result
+
+    nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.load_state_dict = lenient  # type: ignore[method-assign]
+
+
 def _load_filtered(source: Source) -> nn.Module:
-    """The model with its weights put through the filter timm has for this architecture; strict."""
+    """The model with its weights put through the filter timm has for this architecture; none may be missing."""
     weights = {name: source.read(name) for name in source.tensors}
-    with _NoRandomInit():
+    with _NoRandomInit(), _nothing_missing():
         return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
