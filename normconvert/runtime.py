@@ -98,6 +98,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` of any float dtype along ``axis``; same shape and dtype out."""
+        if self.axis in (-1, input.ndim - 1):
+            input = input.contiguous()  # as layer_norm's result is, whatever its input: callers may view it
         weight, bias = self._affine(self.weight_name, input.ndim), self._affine(self.bias_name, input.ndim)
         if weight is not None and self.offset:
             weight = weight + self.offset
@@ -113,7 +115,7 @@ class RMSNorm(nn.Module):
 
     def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Kernel:
         """The fastest kernel that computes this norm; measured by tools/bench_norm.py."""
-        if torch.jit.is_tracing() or _transforms_active():  # type: ignore[attr-defined, no-untyped-call]
+        if _is_tracing() or _transforms_active():
             return _formula
         fused = self.axis in (-1, x.ndim - 1) and all(
             v is None or (v.shape == self.normalized_shape and v.dtype == x.dtype) for v in (weight, bias)
@@ -137,6 +139,7 @@ Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor
 """(x, weight + offset, bias, axis, eps) -> y, shape and dtype of x."""
 
 
+_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 """Whether vmap or grad of torch.func is at work: values cannot be looked at then, nor results be written in place."""
 

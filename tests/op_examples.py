@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -397,5 +396,3 @@ EXAMPLES: dict[str, list[Example]] = {
     "aten.new_full": [call(aten.new_full.default, r(*_X), [4, 4], 2.0), call(aten.new_full.default, r(*_X), [4, 4], 0)],
 }
 """Row of the op table -> calls. Dimensions are often equal: an axis taken for another is then not told by its size."""
-
-GETITEM = operator.getitem

@@ -8,6 +8,7 @@ products that no operand's channels reach.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from normconvert.channels import TABLE, name_of, terms_of
 from normconvert.places import Operand, Place, carry_back, carry_forward, shape_of
-from tests.op_examples import EXAMPLES, GETITEM, Example
+from tests.op_examples import EXAMPLES, Example
 
 Values = dict[fx.Node, Any]
 NO_OPERAND = {"aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten.full", "aten.full_like", "aten.new_full"}
@@ -42,7 +43,7 @@ def build(example: Example) -> tuple[fx.Node, Values]:
     node = graph.call_function(example.target, args, kwargs)
     node.meta["val"] = compute(node, values)
     if example.part is not None:
-        parts, node = node, graph.call_function(GETITEM, (node, example.part))
+        parts, node = node, graph.call_function(operator.getitem, (node, example.part))
         values = {parts: parts.meta["val"]}
         node.meta["val"] = compute(node, values)
     return node, values

@@ -353,3 +353,11 @@ def test_the_runtime_file_needs_nothing_but_torch() -> None:
 def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:
     assert set(MODULE_EDITS) == {"replace", "center"}
     assert repr(Center("output", "0", -1)) == "Center('output', key='0', axis=-1)"
+
+
+def test_the_result_can_be_viewed_as_layer_norms_can() -> None:
+    norm = RMSNorm(6).double()
+    x = torch.randn(2, 6, 4, dtype=torch.float64).transpose(1, 2)
+    with torch.no_grad():
+        assert not x.is_contiguous()
+        assert norm(x).view(8, 6).shape == nn.functional.layer_norm(x, (6,)).view(8, 6).shape
