@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only)))
     rows = {} if arguments.fresh else _read(arguments.work)
-    todo = [key for key in keys if key not in rows]
+    todo = [] if arguments.page_only else [key for key in keys if key not in rows]
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
     if arguments.fresh and not arguments.only:
         arguments.work.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     print(summary(swept))
     if str(arguments.out) != "-":
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(page(swept, _versions()))
+        arguments.out.write_text(page(swept, _versions(), left=len(keys) - len(swept)))
     return int(any(row.get("mismatch") for row in swept))
 
 
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "coverage.jsonl", help="results so far")
     parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
+    parser.add_argument("--page-only", action="store_true", help="sweep nothing; write the page of what is there")
     parser.add_argument("-v", "--verbose", action="store_true")
     return parser
 

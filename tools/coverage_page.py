@@ -92,7 +92,7 @@ def _complete_modules(rows: list[Row]) -> list[str]:
     return sorted({modules.get(row["name"], str(row["name"])) for row in rows if is_complete(row)})
 
 
-def page(rows: list[Row], versions: dict[str, str]) -> str:
+def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
     """The whole page in Markdown."""
     parts = _by_library(rows)
     lines = [
@@ -106,6 +106,7 @@ def page(rows: list[Row], versions: dict[str, str]) -> str:
         "",
         "Made by `python tools/coverage.py` with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
+        *_unfinished(len(rows), left),
         "## Summary",
         "",
     ]
@@ -120,6 +121,12 @@ def page(rows: list[Row], versions: dict[str, str]) -> str:
         lines += ["", f"## {library}", ""] + _models(bearing(part), library)
     lines += _left_out(parts)
     return "\n".join(lines) + "\n"
+
+
+def _unfinished(swept: int, left: int) -> list[str]:
+    if not left:
+        return []
+    return [f"**The sweep is unfinished:** {swept} of {swept + left} types and models; the others do not count here.", ""]
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:
