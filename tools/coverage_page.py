@@ -126,7 +126,7 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
 def _unfinished(swept: int, left: int) -> list[str]:
     if not left:
         return []
-    return [f"**The sweep is unfinished:** {swept} of {swept + left} types and models; the others do not count here.", ""]
+    return [f"**The sweep is unfinished:** {swept} of {swept + left} types and models; the rest is missing here.", ""]
 
 
 def _table(head: list[str], body: list[list[str]]) -> list[str]:
