@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 import torch
+import torch.utils._device
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -28,3 +29,5 @@ settings.load_profile("normconvert")
 def _seeded() -> None:
     """A test must not depend on those that ran before it."""
     torch.manual_seed(0)
+    # accelerate replaces torch.empty and its kin for a while; torch remembers whatever it finds then, for ever
+    vars(torch.utils._device)["_device_constructors"].cache_clear()

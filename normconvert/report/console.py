@@ -33,7 +33,8 @@ MANY = 12
 def show_summary(console: Console, report: Report, *, verbose: bool = False, kept: bool = True) -> None:
     """The result of a conversion, or of a dry run; if the output is ``kept``, where it is and how to load it."""
     dry = report.out is None
-    console.print(_title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None))
+    title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)
+    console.print(title, soft_wrap=True)
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(report.plan))

@@ -102,7 +102,7 @@ class Screen:
             self._display = self.err.status(f"{text} …", spinner="dots", spinner_style="cyan")
             self._display.start()
         else:
-            self.err.print(f"{text} ...", style="dim")
+            self.err.print(f"{text} ...", style="dim", soft_wrap=True)
 
     def progress(self, name: str, done: int, total: int) -> None:
         """One more tensor is written; ``done`` and ``total`` in bytes."""
