@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported, and inherited by subprocesses. The models are small, and pytest's workers share the cores.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -15,6 +16,9 @@ import pytest
 import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
+
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that: the tests of Ctrl-C would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
