@@ -206,6 +206,8 @@ def _mark_inputs(path: str) -> Callable[..., Any]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
+            return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
         new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
         new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
         return new_args, new_kwargs

@@ -91,3 +91,32 @@ def test_a_modality_that_no_traced_input_reaches_is_no_licence_to_convert() -> N
     plan = plan_rmsnorm(trace(model, {"x": torch.empty(2, 12, device="meta")}), Options())
     assert not plan.converted
     assert "`other.weight` fits this stream, and no traced input makes the model use it" in plan.kept[0].reason
+
+
+def test_a_norm_that_is_called_with_more_than_its_input_is_refused() -> None:
+    class Conditional(torch.nn.LayerNorm):
+        """Ignores its second argument, which a replacement would not take."""
+
+        def forward(self, input: torch.Tensor, condition: None = None) -> torch.Tensor:
+            return super().forward(input)
+
+    class Model(torch.nn.Module):
+        def __init__(self, more: bool) -> None:
+            super().__init__()
+            self.embed = torch.nn.Linear(12, 8)
+            self.norm = Conditional(8)
+            self.more = more
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.embed(x)
+            result: torch.Tensor = self.norm(y, None) if self.more else self.norm(y)
+            return result
+
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.tracing import trace
+
+    for more in (False, True):
+        with torch.device("meta"):
+            model = Model(more).eval()
+        plan = plan_rmsnorm(trace(model, {"x": torch.empty(2, 12, device="meta")}), Options())
+        assert bool(plan.converted) is not more
