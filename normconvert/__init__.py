@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import Report, convert, inspect
+    from .api import convert, inspect
     from .loading import load
+    from .result import Report
     from .verification import verify
 
-_WHERE = {"convert": "api", "inspect": "api", "Report": "api", "verify": "verification", "load": "loading"}
+_WHERE = {"convert": "api", "inspect": "api", "Report": "result", "verify": "verification", "load": "loading"}
 
 __all__ = ["Report", "__version__", "convert", "inspect", "load", "verify"]
 

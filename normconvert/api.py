@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from . import __version__
 from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from .options import METHODS, Options, check_method
+from .output import loading_files, write_card, write_record
+from .result import Report
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .sources import Source
 
-RECORD_FORMAT = 1
-METHODS = ("rmsnorm",)
 SHIFTED = "shifted outputs: "
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,65 +28,9 @@ Stage = Callable[[str], None]
 """Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did, or would do.
-
-    Attributes:
-        source: what the user named.
-        library: ``transformers`` or ``timm``.
-        architecture: class or model name.
-        method: the conversion.
-        out: the output folder; None for a dry run or an inspection.
-        plan: tensor edits, module edits and a verdict for every norm.
-        fidelity: the three figures, or None if not verified.
-        dtype: dtype of the source's weights.
-        stored: dtype that the output's weights are stored in.
-        bytes_written: size of the weight files written.
-        tensors_edited: how many tensors were edited or added.
-        tensors_copied: how many were copied as they were.
-        seconds: stage -> seconds it took.
-        notes: sentences for the user.
-    """
-
-    source: str
-    library: str
-    architecture: str
-    method: str
-    out: str | None
-    plan: Plan
-    fidelity: Fidelity | None = None
-    dtype: str = ""
-    stored: str = ""
-    bytes_written: int = 0
-    tensors_edited: int = 0
-    tensors_copied: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def converted(self) -> int:
-        """Number of norms converted."""
-        return len(self.plan.converted)
-
-    @property
-    def total(self) -> int:
-        """Number of norms with a verdict."""
-        return len(self.plan.verdicts)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as JSON-ready data."""
-        data = {k: v for k, v in self.__dict__.items() if k not in ("plan", "fidelity")}
-        return data | {
-            "normconvert": __version__,
-            "norms": {"converted": self.converted, "total": self.total},
-            "plan": self.plan.to_json(),
-            "fidelity": self.fidelity.to_json() if self.fidelity else None,
-        }
-
-
 def inspect(
     src: str | Path,
+    method: str = "rmsnorm",
     *,
     revision: str | None = None,
     arch: str | None = None,
@@ -104,10 +47,8 @@ def inspect(
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
     """
-    _, report = _plan(
-        src, "rmsnorm", revision, arch, fold, tied, min_gain, allow_shifted_outputs, trust_remote_code, stage
-    )
-    return report
+    options = Options(tied, min_gain, allow_shifted_outputs, fold)
+    return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
 
 
 def convert(
@@ -137,7 +78,7 @@ def convert(
     Args:
         src: hub id (``name``, ``org/name``, ``@revision``), folder, weight file (with ``arch``), or ``demo:NAME``.
         out: the folder to make.
-        method: ``rmsnorm``.
+        method: a conversion, one of :data:`normconvert.options.METHODS`.
         revision: branch, tag or commit on the hub.
         arch: ``timm:NAME`` for bare weights.
         dtype: store the weights in this dtype; ``auto`` keeps each tensor's own.
@@ -168,8 +109,7 @@ def convert(
     from .apply import write_checkpoint
     from .apply_output import check_output, staged_output
 
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    check_method(method)
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     out = Path(out).expanduser()
@@ -179,9 +119,8 @@ def convert(
         check_output(out, local if local.exists() else None, overwrite)
         if verify:
             check_device(device)
-    source, report = _plan(
-        src, method, revision, arch, fold, tied, min_gain, allow_shifted_outputs, trust_remote_code, stage
-    )
+    options = Options(tied, min_gain, allow_shifted_outputs, fold)
+    source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage)
     _refuse_if_pointless(report, require_all)
     if dry_run:
         return report
@@ -193,7 +132,7 @@ def convert(
         start = time.perf_counter()
         written = write_checkpoint(
             source, report.plan, folder, dtype=stored, max_shard_size=max_shard_size, progress=progress,
-            extra_files=_loading_files(source, report.plan, dtype),
+            extra_files=loading_files(source, report.plan, dtype),
         )  # fmt: skip
         seconds["write"] = time.perf_counter() - start
         report = replace(
@@ -205,7 +144,7 @@ def convert(
             seconds=seconds,
             notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
         )
-        _write_record(folder, source, report, written.hashes)
+        write_record(folder, source, report, written.hashes)
         if verify:
             say("verify")
             start = time.perf_counter()
@@ -213,8 +152,8 @@ def convert(
             seconds["verify"] = time.perf_counter() - start
             if report.fidelity is None or not report.fidelity.passed:
                 raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
-        _write_record(folder, source, report, written.hashes)
-        _write_card(folder, source, report)
+        write_record(folder, source, report, written.hashes)
+        write_card(folder, source, report)
     return report
 
 
@@ -223,17 +162,12 @@ def _plan(
     method: str,
     revision: str | None,
     arch: str | None,
-    fold: bool,
-    tied: str,
-    min_gain: int,
-    allow_shifted_outputs: bool,
+    options: Options,
     trust_remote_code: bool,
     stage: Stage | None,
 ) -> tuple[Source, Report]:
-    if tied not in ("center", "untie"):
-        raise InputError(f"unknown value {tied!r} for tied; expected center or untie")
-    if min_gain < 1:
-        raise InputError(f"min_gain is {min_gain}; expected 1 or more")
+    check_method(method)
+    options.check()
     say = stage or (lambda name: None)
     say("open")
     start = time.perf_counter()
@@ -244,9 +178,8 @@ def _plan(
     opened = time.perf_counter()
     say("trace")
     from .pipeline import plan_model
-    from .rewrites.centring import Options
 
-    plan = plan_model(model, Options(tied, min_gain, allow_shifted_outputs, fold))
+    plan = plan_model(model, options, method)
     traced = time.perf_counter()
     return source, Report(
         source=str(src),
@@ -265,7 +198,7 @@ def _plan(
 def _refuse_if_pointless(report: Report, require_all: bool) -> None:
     plan = report.plan
     if not plan.verdicts:
-        message = f"{report.source}: nothing to do: {report.architecture} has no LayerNorm"
+        message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
         raise _with_report(NothingToConvert(message), report)
     from .report.collapse import Row, collapse
 
@@ -307,18 +240,6 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def _loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | bytes]:
-    if source.library != "transformers":
-        return {}
-    from .loading import huggingface_files
-
-    config = dict(source.config)
-    if dtype != "auto":
-        config["dtype"] = dtype
-        config.pop("torch_dtype", None)
-    return huggingface_files(config, plan, source.architecture)
-
-
 def _fidelity(source: Source, plan: Plan, folder: Path, stored: torch.dtype | None, device: str) -> Fidelity:
     import torch
 
@@ -346,36 +267,3 @@ def _fidelity(source: Source, plan: Plan, folder: Path, stored: torch.dtype | No
 def _fidelity_message(report: Report) -> str:
     reasons = "; ".join(report.fidelity.reasons) if report.fidelity else "not verified"
     return f"{report.source}: the converted model differs from the original: {reasons}; nothing was written"
-
-
-def _write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
-    """normconvert.json: all that is needed to load the output, and to make it again."""
-    record = {
-        "format": RECORD_FORMAT,
-        "normconvert": __version__,
-        "method": report.method,
-        "library": source.library,
-        "architecture": source.architecture,
-        "source": {"reference": Path(report.source).name, "revision": source.revision, "sha256": hashes},
-        "plan": report.plan.to_json(),
-        "verification": report.fidelity.to_json() if report.fidelity else None,
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
-    (folder / "normconvert.json").write_text(text, encoding="utf-8")
-
-
-def _write_card(folder: Path, source: Source, report: Report) -> None:
-    from .modelcard import model_card
-    from .report.words import auto_class, in_words
-
-    existing = source.folder / "README.md" if source.folder else None
-    text = model_card(
-        report.source,
-        report.plan,
-        in_words(report.fidelity) if report.fidelity else None,
-        library=source.library,
-        architecture=source.architecture,
-        auto_class=auto_class(folder, source.architecture) or source.architecture,
-        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")

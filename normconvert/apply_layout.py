@@ -109,7 +109,12 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     origins = origins_of(source, plan)
     edits, new = _edits_by_checkpoint_name(source, plan, origins)
     notes: list[str] = []
-    tensors = [_out_tensor(source, plan, origins, name, name, edits.get(name, ()), dtype) for name in source.tensors]
+    removed = set(plan.removed)
+    tensors = [
+        _out_tensor(source, plan, origins, name, name, edits.get(name, ()), dtype)
+        for name in source.tensors
+        if source.name_map.get(name) not in removed
+    ]
     if source.is_pickle:
         tensors = _without_tied_copies(source, tensors, notes)
     shards = _shards(source, tensors, max_shard_size, notes)
@@ -118,9 +123,19 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
             raise InputError(f"the plan edits tensor {name}, which {source.reference} does not hold")
         rows = tuple(plan.tensors[name])
         origin = next((origins[e["from"]] for e in rows if e["op"] == "copy" and e["from"] in origins), origins[name])
-        shards[-1][1].append(_out_tensor(source, plan, origins, name, origin, rows, dtype))
+        like = next((str(e["like"]) for e in rows if e["op"] == "new"), None)
+        stored = name if like is None else _beside(origin, like, name)
+        tensor = _out_tensor(source, plan, origins, stored, origin, rows, dtype)
+        home = next((members for _, members in shards if origin in {t.origin for t in members}), shards[-1][1])
+        (home if like is not None else shards[-1][1]).append(tensor)
     files = tuple(_out_file(source, name, members) for name, members in shards)
     return Layout(files, _index(source, files), origins, tuple(notes))
+
+
+def _beside(origin: str, like: str, name: str) -> str:
+    """The checkpoint name of a new tensor: as its model name differs from that of the tensor beside it."""
+    old, new = like.rpartition(".")[2], name.rpartition(".")[2]
+    return origin.removesuffix(old) + new if origin.endswith(old) else name
 
 
 def _edits_by_checkpoint_name(
@@ -138,9 +153,10 @@ def _edits_by_checkpoint_name(
             edits[name] = tuple(rows)
         if not names:
             new.append(target)
-            for row in rows:  # an untied copy takes its value from another tensor
-                if row["op"] == "copy" and row["from"] in origins:
-                    origins.setdefault(target, origins[row["from"]])
+            for row in rows:  # an untied copy takes its value from another tensor, a new one its place and dtype
+                origin = row.get("from") if row["op"] == "copy" else row.get("like") if row["op"] == "new" else None
+                if origin in origins:
+                    origins.setdefault(target, origins[origin])
     return edits, new
 
 

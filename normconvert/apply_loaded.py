@@ -39,18 +39,30 @@ def save_loaded(
     def lookup(name: str) -> Tensor:
         return state[name].to(torch.float64)
 
+    def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
+        return state[next((row["like"] for row in rows if row["op"] == "new"), name)]
+
     try:
         edited = {
-            name: apply_edits(state[name], rows, lookup).to(state[name].dtype) for name, rows in plan.tensors.items()
+            name: apply_edits(start(name, rows), rows, lookup).to(start(name, rows).dtype)
+            for name, rows in plan.tensors.items()
         }
     except KeyError as error:
         raise InputError(f"the plan edits tensor {error}, which {source.architecture} does not have") from error
+    _shape(model, plan)
     for name, value in edited.items():
         _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
     if dtype is not None:
         model = model.to(dtype)
     _save(source, plan, model, folder, max_shard_size)
     return tuple(edited), len(state) - len(edited)
+
+
+def _shape(model: nn.Module, plan: Plan) -> None:
+    """Give the model the tensors that the plan's module edits add, and take away those that they remove."""
+    from normconvert.runtime import STRUCTURAL, apply_module_edits
+
+    apply_module_edits(model, [edit for edit in plan.modules if edit["op"] in STRUCTURAL])
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:

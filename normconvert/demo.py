@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from normconvert.api import Report
+    from normconvert.result import Report
 
 PROMPT = "And God said"
 TOKENS = 60

@@ -68,12 +68,18 @@ def _copy(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return lookup(edit["from"]).clone()
 
 
+def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- zeros: a tensor that the source does not have, stored beside ``like`` and in its dtype."""
+    return torch.zeros(tuple(edit["shape"]), dtype=torch.float64, device=x.device)
+
+
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
     "add_product": _add_product,
     "fill": _fill,
     "copy": _copy,
+    "new": _new,
 }
 
 
@@ -81,7 +87,7 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup) -> Tensor
     """Apply ``edits`` in order to a copy of ``tensor`` in float64.
 
     Args:
-        tensor: any shape, any floating dtype; for a new tensor (first edit ``copy``) its value is ignored.
+        tensor: any shape, any floating dtype; for a new tensor (first edit ``copy`` or ``new``) its value is ignored.
         edits: rows of a plan, each with ``op`` naming a row of :data:`EDITS`.
         lookup: gives the *source* value of another tensor in float64.
 

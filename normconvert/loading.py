@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.plan import FORMAT, Plan
+from normconvert.records import read_record
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-RECORD_FILE = "normconvert.json"
 
 
 def load(
@@ -51,48 +50,24 @@ def load(
     folder = Path(path).expanduser()
     arch = None
     if folder.is_dir():
-        record = _record(folder)
+        record = read_record(folder)
         if record.get("library") == "timm" and not (folder / "config.json").is_file():
             arch = f"timm:{record['architecture']}"
     source = open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
-    record = _record(source.folder or folder)
+    record = read_record(source.folder or folder)
     if record["architecture"] != source.architecture:
         raise InputError(
             f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
         )
     model = source.load(dtype=dtype, device=device)
     try:
-        apply_module_edits(model, record["modules"])
+        apply_module_edits(model, () if source.modules else record["modules"])
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     auto_map = source.config.get("auto_map") or {}
-    if any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
+    if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
     return model
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    """``library``, ``architecture`` and ``modules`` of a converted folder, from its record or else its config.json."""
-    for name in (RECORD_FILE, "config.json"):
-        if not (folder / name).is_file():
-            continue
-        try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
-            if name == "config.json":
-                data = {**data["normconvert"], "library": "transformers"}
-            if data["format"] != FORMAT:
-                raise InputError(
-                    f"{folder / name}: format {data['format']!r}, expected {FORMAT}: use the normconvert that wrote it"
-                )
-            modules = data["plan"]["modules"] if "plan" in data else data["modules"]
-            return {"library": data["library"], "architecture": data["architecture"], "modules": modules}
-        except (ValueError, TypeError, KeyError) as error:
-            if name == RECORD_FILE:
-                raise InputError(f"{folder / name}: not a conversion record ({error!r}): convert again") from error
-    raise InputError(
-        f"{folder}: not converted by normconvert (no {RECORD_FILE}): load it with transformers or timm, "
-        "or convert it first with `normconvert rmsnorm`"
-    )
 
 
 def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> dict[str, str | bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .errors import TraceError
+from .options import Options
 from .plan import Plan
 from .probes import further_inputs, quiet, trace_inputs_candidates
-from .rewrites.centring import Options
 from .rewrites.rmsnorm import plan_rmsnorm
 from .tracing import Graph, merge, trace
 
@@ -75,10 +75,19 @@ def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Mo
                 yield more, base
 
 
-def plan_model(model: nn.Module, options: Options | None = None) -> Plan:
-    """The plan that converts ``model`` (on the meta device) to RMSNorm.
+REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {"rmsnorm": plan_rmsnorm}
+"""Conversion -> what makes its plan from the traced model."""
+
+
+def plan_model(model: nn.Module, options: Options | None = None, method: str = "rmsnorm") -> Plan:
+    """The plan that converts the norms of ``model`` (on the meta device).
+
+    Args:
+        model: its weights are not read.
+        options: what the user allows.
+        method: one of :data:`REWRITES`.
 
     Raises:
         TraceError: see :func:`trace_model`.
     """
-    return plan_rmsnorm(trace_model(model), options or Options())
+    return REWRITES[method](trace_model(model), options or Options())

@@ -42,6 +42,7 @@ class Plan:
         aliases: for every *edited* tensor that several names of the model share (tied weights), the name used in
             ``tensors`` -> all its names, so that whichever name the files hold is found.
         modules: module edits in order, rows of `normconvert.runtime.MODULE_EDITS`.
+        removed: model tensor names that the converted model no longer has.
         config: changes to the model's config.json, dotted key -> value (only with ``--tied untie``).
         verdicts: one per norm, in the order of execution.
         notes: sentences the user should read (shifted outputs, float32 casts, ...).
@@ -55,6 +56,7 @@ class Plan:
     modules: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float32_norms: bool = False
 

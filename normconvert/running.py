@@ -40,6 +40,11 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
 
     model = copy.deepcopy(truth)
     source = named_tensors(truth)
+    try:
+        # the proof must not lean on what it proves: a norm that trusts its input to be mean-free may subtract a mean
+        apply_module_edits(model, [{**e, "mean_free": False} if e["op"] == "replace" else e for e in plan.modules])
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the plan does not fit the model: {error}") from error
 
     def lookup(name: str) -> Tensor:
         if name not in source:
@@ -51,7 +56,8 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
     target = named_tensors(model)
     for name, edits in plan.tensors.items():
         untied = bool(edits) and edits[0]["op"] == "copy"
-        old = source[name] if name in source else (torch.empty(0) if untied else lookup(name))
+        made = untied or (bool(edits) and edits[0]["op"] == "new")
+        old = source[name] if name in source else (torch.empty(0) if made else lookup(name))
         try:
             value = apply_edits(old, edits, lookup).to(old.device)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -60,11 +66,6 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
             _set_parameter(model, name, value)
         else:
             target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
-    try:
-        # the proof must not lean on what it proves: a norm that trusts its input to be mean-free may subtract a mean
-        apply_module_edits(model, [{**e, "mean_free": False} if e["op"] == "replace" else e for e in plan.modules])
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the plan does not fit the model: {error}") from error
     return model.eval()
 
 

@@ -10,7 +10,7 @@ asks this module for, say, ``GPT2LMHeadModel``; the module's ``__getattr__`` ans
 class of that name whose constructor applies the module edits found in the config. The subclass keeps the name, so that
 whatever looks at class names (pipelines, weight renaming, ``architectures`` in a saved config) sees the architecture.
 
-An edit is plain data, a row with ``op`` naming a function of :data:`MODULE_EDITS`. No ``state_dict`` key changes.
+An edit is plain data, a row with ``op`` naming a function of :data:`MODULE_EDITS`.
 """
 
 from __future__ import annotations
@@ -270,6 +270,11 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         bias_name=bias or "bias",
         mean_free=bool(edit.get("mean_free", False)),
     )
+    _stand_in(model, old, new)
+
+
+def _stand_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands, with its mode and hooks."""
     new.training = old.training
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
@@ -289,17 +294,76 @@ def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+class Absorbed(nn.Sequential):
+    """What is left of a norm that has moved into its neighbours: nothing, or the activation that it applied.
+
+    The children that stay keep their names, so that their parameters do, too.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply what is left to ``input``."""
+        for child in self:
+            input = child(input)
+        return input
+
+
+def _absorb(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Take away a norm that has moved into its neighbours; ``keep`` names its children that still run, in order."""
+    old = _get(model, edit["path"])
+    children = dict(old.named_children())
+    new = Absorbed()
+    for name in edit.get("keep", ()):
+        if name not in children:
+            raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
+        new.add_module(name, children[name])
+    _stand_in(model, old, new)
+
+
+def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give a linear map or convolution the bias that it was built without; zeros until weights are loaded."""
+    module, name = _get(model, edit["path"]), edit.get("name", "bias")
+    if module._parameters.get(name, 0) is not None:
+        raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) is not without a {name}")
+    weight: Tensor = module.get_parameter("weight")
+    module.register_parameter(name, nn.Parameter(weight.new_zeros(int(edit["size"])), weight.requires_grad))
+
+
+def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give a parameter another shape, zeros until weights are loaded; ``set`` gives attributes of the module."""
+    module, name = _get(model, edit["path"]), edit["name"]
+    old: Any = module._parameters.get(name)
+    if old is None:
+        raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
+    if old.shape != tuple(edit["shape"]):  # tied parameters stay one
+        old.data = old.new_zeros(tuple(edit["shape"]))
+    for attribute, value in edit.get("set", {}).items():
+        if not hasattr(module, attribute):
+            raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}")
+        setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm}
-MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {"replace": _replace, "center": _center}
+MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
+    "replace": _replace,
+    "center": _center,
+    "absorb": _absorb,
+    "bias": _bias,
+    "resize": _resize,
+}
+STRUCTURAL = frozenset({"absorb", "bias", "resize"})
+"""Edits after which the model holds other tensors than the plain architecture: weights fit only with them applied."""
 
 
 def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
-    """Apply the rows of a plan to a model, in place and in order. No ``state_dict`` key changes.
+    """Apply the rows of a plan to a model, in place and in order.
+
+    Unless one of them is :data:`STRUCTURAL`, no ``state_dict`` key changes.
 
     Args:
         model: the original architecture; on any device, with or without weights.
         edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset"}`` and
-            ``{"op": "center", "path", "side", "key", "axis"}``.
+            ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
+            ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``.
 
     Raises:
         ValueError: a row names a module the model lacks, a module that is more than a norm, or an unknown operation.
@@ -325,7 +389,7 @@ def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, An
         path = edit["path"]
         candidates = [p for p in (path, path.removeprefix(prefix), prefix + path) if p in present]
         edit["path"] = candidates[0] if candidates else None
-    if any(edit["path"] is None and edit["op"] != "replace" for edit in edits):
+    if any(edit["path"] is None and edit["op"] == "center" for edit in edits):
         return []
     return [edit for edit in edits if edit["path"] is not None]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.errors import TraceError
+from normconvert.options import Options
 from normconvert.plan import Plan
-from normconvert.rewrites.centring import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import RMSNorm
 from normconvert.tracing import trace

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from normconvert.rewrites.centring import Options
+from normconvert.options import Options
 from tests.network_norms import FEATURES, LEAKS, NORMS
 from tests.network_ops import ACTIONS, DETOURS, PASSES, detour
 from tests.network_parts import IN_PLACE, JOINS, JOINS_OPAQUE, SCALES, WRITERS, Op, Size, linear, param, rows

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconvert.options import Options
 from normconvert.plan import Plan, Verdict
-from normconvert.rewrites.centring import Options
 from tests.equivalence import check
 
 B, T, D, VOCAB = 2, 6, 8, 11

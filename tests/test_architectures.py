@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
+from normconvert.options import Options
 from normconvert.pipeline import plan_model
 from normconvert.probes import verification_inputs
-from normconvert.rewrites.centring import Options
 from normconvert.running import algebra_model, plain_experts
 from normconvert.verification import compare_models, tolerance_for
 from tests.zoo_cases import COMPLETE, NONE, PARTIAL, NamedCase, named_cases

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from normconvert.api import Report
 from normconvert.fidelity import Fidelity
 from normconvert.plan import Plan, Verdict
 from normconvert.report.collapse import Row, collapse, ranges
 from normconvert.report.console import show_fidelity, show_inspection, show_kept, show_summary
 from normconvert.report.document import plain
 from normconvert.report.words import human_bytes, percent
+from normconvert.result import Report
 
 
 def collapsed(*rows: tuple[str, str]) -> list[tuple[str, str, int]]:

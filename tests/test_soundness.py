@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from torch import Tensor, nn
 
-from normconvert.rewrites.centring import Options
+from normconvert.options import Options
 from tests.equivalence import Outcome, check
 from tests.network_norms import FEATURES, LEAKS, NORMS
 from tests.network_ops import ACTIONS, DETOURS, PASSES

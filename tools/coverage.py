@@ -219,7 +219,7 @@ def first_line(error: BaseException) -> str:
 def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     """Build, trace, plan and verify one model; the row holds what each stage found."""
     from normconvert.errors import TraceError
-    from normconvert.rewrites.centring import Options
+    from normconvert.options import Options
     from normconvert.rewrites.rmsnorm import plan_rmsnorm
     from tools.zoo.case import Skipped
     from tools.zoo.timm_zoo import timm_case

@@ -20,9 +20,9 @@ from normconvert.report.collapse import Row, collapse
 from normconvert.report.words import auto_class, felt, human_bytes
 
 if TYPE_CHECKING:
-    from normconvert.api import Report
     from normconvert.fidelity import Fidelity
     from normconvert.plan import Plan, Verdict
+    from normconvert.result import Report
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
 YES, NO = "✓", "✗"

@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normconvert.api import Report
     from normconvert.fidelity import Fidelity
+    from normconvert.result import Report
 
 
 def report_document(command: str, report: Report) -> dict[str, Any]:

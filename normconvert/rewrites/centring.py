@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from ..options import Options
 from ..places import Place, shape_of
 from ..streams import Analysis, Made, Spot, Stream, operation, spans
 from ..tracing import module_path
@@ -20,23 +21,6 @@ from ..writes import MARK
 
 MarkKey = tuple[str, str, str]
 """Module path, ``input`` or ``output``, and which one of them."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user allows.
-
-    Attributes:
-        tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
-        min_gain: how many norms a centring operation must win.
-        allow_shifted_outputs: the per-token mean of returned hidden states may change.
-        fold: move the norms' weight and bias into the linear maps that read them.
-    """
-
-    tied: str = "center"
-    min_gain: int = 3
-    allow_shifted_outputs: bool = False
-    fold: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 
 from ..norms import Norm, find_norms, is_float32_cast
+from ..options import Options
 from ..plan import Plan, Verdict
 from ..streams import Analysis, Leak, Spot, Stream, operation
 from ..tracing import Graph, module_path
 from ..writes import MARK
-from .centring import Centring, MarkKey, Options, axis_of, centre_streams, leaks_of, root_of_taint
+from .centring import Centring, MarkKey, axis_of, centre_streams, leaks_of, root_of_taint
 from .fold import fold_norms
 
 Edits = dict[str, list[dict[str, Any]]]

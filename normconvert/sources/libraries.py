@@ -53,7 +53,22 @@ def build_skeleton(source: Source) -> nn.Module:
         from normconvert.sources import transformers_models
 
         model = transformers_models.build_meta(source)
+    apply_modules(source, model)
     return model.to(torch.device("meta")).eval()
+
+
+def apply_modules(source: Source, model: nn.Module) -> None:
+    """Give the plain architecture the form that the weights of a converted folder have.
+
+    Raises:
+        InputError: the edits are another model's.
+    """
+    from normconvert.runtime import apply_module_edits
+
+    try:
+        apply_module_edits(model, source.modules)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{source.reference}: {error}") from error
 
 
 def load_model(source: Source, dtype: torch.dtype) -> nn.Module:

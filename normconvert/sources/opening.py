@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
+from normconvert.records import RECORD_FILE, structural_edits
 from normconvert.sources.checkpoint import PICKLES, find_weights, load_json, majority_dtype, read_checkpoint
 from normconvert.sources.hub import HUB_ID, download
-from normconvert.sources.source import RECORD_FILE, Source
+from normconvert.sources.source import Source
 
 DEMOS = Path(__file__).parent.parent / "demos"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
@@ -101,6 +102,7 @@ def _finish(
         reference=reference, library=library, folder=folder, config=config,
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
         dtype=dtype, trust_remote_code=trust, record=record, revision=commit, pickled=checkpoint.pickled,
+        modules=structural_edits(folder) if folder is not None else (),
     )  # fmt: skip
     source = describe(source)
     mapping = map_names(source)

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-RECORD_FILE = "normconvert.json"
-
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -54,6 +52,8 @@ class Source:
         tied: groups of model names that are one parameter.
         merged: model names whose values the library makes by merging, splitting or reshaping checkpoint tensors.
         revision: commit on the hub the files come from.
+        modules: module edits without which the weights do not fit the architecture: rows of
+            :data:`normconvert.runtime.MODULE_EDITS`, for a folder that normconvert wrote.
         described: ``config`` was made from ``--arch``, not read from the folder.
         pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
     """
@@ -74,6 +74,7 @@ class Source:
     merged: frozenset[str] = frozenset()
     revision: str | None = None
     described: bool = False
+    modules: tuple[dict[str, Any], ...] = ()
     pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -87,7 +88,9 @@ class Source:
         return bool(self.pickled)
 
     def skeleton(self) -> nn.Module:
-        """The plain architecture with its head on the meta device, in eval mode; no weight is read.
+        """The architecture with its head on the meta device, in eval mode; no weight is read.
+
+        It is the plain architecture, with :attr:`modules` applied.
 
         Raises:
             InputError: the library cannot build the architecture.

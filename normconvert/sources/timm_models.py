@@ -136,10 +136,13 @@ def _load_filtered(source: Source) -> nn.Module:
 
 def load(source: Source, dtype: torch.dtype) -> nn.Module:
     """timm's factory, then the weights."""
+    from normconvert.sources.libraries import apply_modules
+
     if source.merged:
         return _load_filtered(source).to(dtype)
     with _NoRandomInit():
         model = _create(source)
+    apply_modules(source, model)
     model = model.to(dtype)
     weights = {target: source.read(name) for name, target in source.name_map.items()}
     try:

@@ -165,6 +165,10 @@ def rename(
 def load(source: Source, dtype: torch.dtype) -> nn.Module:
     """``from_pretrained`` of the plain class on the source's folder."""
     model_class: Any = _model_class(source, _config(source))
+    if source.modules:
+        from normconvert.runtime import converted_class
+
+        model_class = converted_class(model_class)
     try:
         with quiet():
             model, info = model_class.from_pretrained(

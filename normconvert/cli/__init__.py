@@ -1,0 +1,59 @@
+"""The command line: parse, call the Python API, print. Nothing heavy is imported before a command runs.
+
+One file a command; importing it registers the command with the application, in the order ``--help`` shows them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from normconvert.cli import convert, demo, inspect, verify  # noqa: F401
+from normconvert.cli.app import app
+from normconvert.cli.options import parse_size
+
+__all__ = ["app", "main", "parse_size", "run"]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status of ``normconvert *arguments``."""
+    try:
+        status: Any = app(list(arguments), prog_name="normconvert", standalone_mode=False)
+    except Exception as error:
+        # typer brings a click of its own, or uses the one installed: a usage error is known by what it can do.
+        if not hasattr(error, "format_message"):
+            raise
+        return _usage_error(error, arguments)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _usage_error(error: Any, arguments: Sequence[str]) -> int:
+    from normconvert.report.document import error_document
+    from normconvert.report.screen import Screen
+
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "normconvert"
+    message = f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+    screen = Screen(json_file=_json_argument(arguments))
+    screen.error(message)
+    screen.document(error_document(message, 2))
+    return 2
+
+
+def _json_argument(arguments: Sequence[str]) -> str | None:
+    """The value of --json in arguments that could not be parsed."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--json="):
+            return argument.removeprefix("--json=")
+        if argument == "--json" and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None
+
+
+def main() -> None:
+    """The entry point: ends the process with the exit status."""
+    sys.exit(run(sys.argv[1:]))

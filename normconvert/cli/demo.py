@@ -1,0 +1,36 @@
+"""``normconvert demo``: the embedded models, converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normconvert.cli.app import app
+from normconvert.cli.options import (
+    Json,
+    Overwrite,
+    Quiet,
+    Verbose,
+    make_screen,
+)
+
+
+@app.command(short_help="Convert the embedded models and compare them.")
+def demo(
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Keep the converted models here; else they are deleted.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Convert the embedded models, verify them, and let the originals and the converted ones do the same work."""
+    from normconvert.report.screen import execute
+
+    screen = make_screen(json, verbose, quiet)
+    from normconvert.demo import run_demo
+
+    return execute(screen, lambda: run_demo(screen, out, overwrite=overwrite))

@@ -1,0 +1,57 @@
+"""``normconvert inspect``: what would be converted. Writes nothing."""
+
+from __future__ import annotations
+
+from normconvert.cli.app import app
+from normconvert.cli.options import (
+    Arch,
+    Fold,
+    Json,
+    MinGain,
+    Quiet,
+    Revision,
+    Shifted,
+    Src,
+    Tied,
+    TiedTo,
+    Trust,
+    Verbose,
+    make_screen,
+)
+
+
+@app.command(short_help="Show what would be converted, and why the rest would not.")
+def inspect(
+    src: Src,
+    revision: Revision = None,
+    arch: Arch = None,
+    fold: Fold = False,
+    tied: TiedTo = Tied.CENTER,
+    min_gain: MinGain = 3,
+    allow_shifted_outputs: Shifted = False,
+    trust_remote_code: Trust = False,
+    json: Json = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Show the norms of a model, what would be converted, and why the rest would not. Writes nothing."""
+    from normconvert.report.screen import Done, execute
+
+    screen = make_screen(json, verbose, quiet)
+
+    def action() -> Done:
+        stage = screen.stages(src)
+        stage("open")
+        from normconvert import inspect as inspect_source
+        from normconvert.report.console import show_inspection
+        from normconvert.report.document import report_document
+
+        report = inspect_source(
+            src, revision=revision, arch=arch, fold=fold, tied=tied.value, min_gain=min_gain,
+            allow_shifted_outputs=allow_shifted_outputs, trust_remote_code=trust_remote_code, stage=stage,
+        )  # fmt: skip
+        return Done(
+            report_document("inspect", report), lambda console: show_inspection(console, report, verbose=verbose > 0)
+        )
+
+    return execute(screen, action)

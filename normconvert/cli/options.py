@@ -1,0 +1,104 @@
+"""The arguments and options that several commands share: one type each, so that they mean the same everywhere."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Screen
+
+
+class Dtype(str, Enum):
+    """How weights are stored, or models run."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Tied(str, Enum):
+    """What happens to an embedding that is also the output head."""
+
+    CENTER = "center"
+    UNTIE = "untie"
+
+
+Src = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="Hub id (org/name, @revision), folder, weight file with --arch, or demo:NAME."),
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it appears complete or not at all.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")]
+Arch = Annotated[str | None, typer.Option(metavar="timm:NAME", help="Architecture of bare weights.")]
+Fold = Annotated[
+    bool,
+    typer.Option("--fold/--no-fold", help="Move the norms' weight and bias into what reads them."),
+]
+TiedTo = Annotated[
+    Tied,
+    typer.Option(
+        help="An embedding that is also the output head: centre its output, or untie and centre a copy.",
+    ),
+]
+MinGain = Annotated[
+    int,
+    typer.Option(metavar="N", help="Insert a centring only where it wins at least N norms."),
+]
+Shifted = Annotated[
+    bool,
+    typer.Option("--allow-shifted-outputs", help="The mean of returned hidden states may change."),
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with a checkpoint run.")]
+RequireAll = Annotated[bool, typer.Option("--require-all", help="Refuse unless every norm can be converted.")]
+StoredAs = Annotated[Dtype, typer.Option(help="Store the weights in this dtype.")]
+RunIn = Annotated[Dtype, typer.Option(help="Run both in this dtype; auto is that of B's files.")]
+ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 5GB or 500MB; else as the source.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists, once the new one is whole.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the verification runs: cpu, cuda, cuda:1, mps.")]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write a JSON report; - for stdout."),
+]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "-v", "--verbose", count=True, show_default=False, metavar="",
+        help="List every norm, let the libraries speak; -vv adds tracebacks.",
+    ),
+]  # fmt: skip
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number, as huggingface reads them (GB is 10⁹, GiB 2³⁰).
+
+    Raises:
+        InputError: it is none of these.
+    """
+    from normconvert.errors import InputError
+
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", text.upper())
+    size = 0
+    if match:
+        number, letter, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter) + 1 if letter else 0))
+    if size < 1:
+        raise InputError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def make_screen(json: str | None, verbose: int, quiet: bool) -> Screen:
+    """Where a command prints, with the libraries hushed."""
+    from normconvert.report.screen import Screen
+
+    screen = Screen(json_file=json, verbose=verbose, quiet=quiet)
+    screen.hush()
+    return screen

@@ -1,0 +1,59 @@
+"""``normconvert verify``: how far one checkpoint is from another."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from normconvert.cli.app import app
+from normconvert.cli.options import (
+    Dtype,
+    Json,
+    Quiet,
+    RunIn,
+    Trust,
+    Verbose,
+    make_screen,
+)
+
+
+@app.command(short_help="Measure how far one checkpoint is from another.")
+def verify(
+    a: Annotated[str, typer.Argument(metavar="A", help="The original, as SRC of the other commands.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The converted one, or any other of the same model.")],
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: RunIn = Dtype.AUTO,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the probes.")] = 0,
+    trust_remote_code: Trust = False,
+    json: Json = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Measure how far checkpoint B is from checkpoint A; exit status 1 if it is too far."""
+    from normconvert.report.screen import Done, execute
+
+    screen = make_screen(json, verbose, quiet)
+
+    def action() -> Done:
+        screen.say(f"comparing {b} with {a}")
+        import torch
+
+        from normconvert.api import check_device
+        from normconvert.report.console import show_fidelity
+        from normconvert.report.document import fidelity_document
+        from normconvert.verification import verify as verify_checkpoints
+
+        check_device(device)
+        screen.hush_bars()
+        fidelity = verify_checkpoints(
+            a, b, device=device, dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
+            trust_remote_code=trust_remote_code, seed=seed,
+        )  # fmt: skip
+        return Done(
+            fidelity_document(a, b, fidelity),
+            lambda console: show_fidelity(console, a, b, fidelity, verbose=verbose > 0),
+            0 if fidelity.passed else 1,
+        )
+
+    return execute(screen, action)

@@ -1,0 +1,69 @@
+"""What a conversion did, or would do: the value that the Python API returns and the reports show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from normconvert import __version__
+
+if TYPE_CHECKING:
+    from normconvert.fidelity import Fidelity
+    from normconvert.plan import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or would do.
+
+    Attributes:
+        source: what the user named.
+        library: ``transformers`` or ``timm``.
+        architecture: class or model name.
+        method: the conversion.
+        out: the output folder; None for a dry run or an inspection.
+        plan: tensor edits, module edits and a verdict for every norm.
+        fidelity: the three figures, or None if not verified.
+        dtype: dtype of the source's weights.
+        stored: dtype that the output's weights are stored in.
+        bytes_written: size of the weight files written.
+        tensors_edited: how many tensors were edited or added.
+        tensors_copied: how many were copied as they were.
+        seconds: stage -> seconds it took.
+        notes: sentences for the user.
+    """
+
+    source: str
+    library: str
+    architecture: str
+    method: str
+    out: str | None
+    plan: Plan
+    fidelity: Fidelity | None = None
+    dtype: str = ""
+    stored: str = ""
+    bytes_written: int = 0
+    tensors_edited: int = 0
+    tensors_copied: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> int:
+        """Number of norms converted."""
+        return len(self.plan.converted)
+
+    @property
+    def total(self) -> int:
+        """Number of norms with a verdict."""
+        return len(self.plan.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        data = {k: v for k, v in self.__dict__.items() if k not in ("plan", "fidelity")}
+        return data | {
+            "normconvert": __version__,
+            "norms": {"converted": self.converted, "total": self.total},
+            "plan": self.plan.to_json(),
+            "fidelity": self.fidelity.to_json() if self.fidelity else None,
+        }
