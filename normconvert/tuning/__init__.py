@@ -1,0 +1,1 @@
+"""Replacing norms by ones with fixed statistics, which must be learnt: calibration, distillation, and the norms."""
