@@ -38,7 +38,8 @@ COPY = 1 << 26  # bytes copied at a time, between two looks at progress and erro
 # An edit that is not here needs the whole tensor.
 NEEDS_WHOLE: dict[str, Callable[[Edit, int], set[int]]] = {
     "center": lambda edit, ndim: {int(edit["axis"]) % ndim},
-    "scale": lambda edit, ndim: {int(edit["axis"]) % ndim},
+    "scale": lambda edit, ndim: {0, 1} if "groups" in edit else {int(edit["axis"]) % ndim},
+    "shift": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "fill": lambda edit, ndim: set(),
 }
 
@@ -256,7 +257,10 @@ class Writer:
     def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, is_parameter: bool) -> Tensor:
         if is_parameter or tensor.edits:
             check_finite(tensor.origin, value)
-        edited = (apply_edits(value, tensor.edits, self._lookup) if tensor.edits else value).to(target)
+        try:
+            edited = (apply_edits(value, tensor.edits, self._lookup) if tensor.edits else value).to(target)
+        except ValueError as error:
+            raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
         if is_parameter and edited.is_floating_point() and not is_finite(edited):
             largest = float(value.abs().max())
             raise InputError(f"tensor {tensor.name} (up to {largest:.3g}) overflows {target}: choose another --dtype")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from normconvert.errors import InputError
 from normconvert.plan import Plan
 from normconvert.sources import Source
 from normconvert.sources.safetensors_file import DTYPES, FLOATING, read_header, write_header
+from normconvert.vectors import names_in
 
 PICKLE_SHARD = 5 * 10**9  # the shard size for sources that are pickles; safetensors keep theirs
 SINGLE = "model.safetensors"
-REFERENCES = ("by", "weight", "from")  # keys of an edit that name another tensor
+REFERENCES = ("by", "weight", "from", "like")  # keys of an edit that name another tensor
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,19 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
+def referred(row: Edit) -> Iterator[str]:
+    """Names of the tensors that an edit reads besides the one it edits."""
+    for key in REFERENCES:
+        if key in row:
+            yield from names_in(row[key])
+
+
 def can_stream(source: Source, plan: Plan) -> bool:
     """Whether no tensor that the plan edits or reads is one that the library makes by merging or splitting."""
     if source.one_to_one:
         return True
     names = {*plan.tensors, *(name for group in plan.aliases.values() for name in group)}
-    names |= {str(row[key]) for rows in plan.tensors.values() for row in rows for key in REFERENCES if key in row}
+    names |= {name for rows in plan.tensors.values() for row in rows for name in referred(row)}
     return not source.is_pickle and not names & source.merged and names <= set(origins_of(source, plan))
 
 

@@ -3,6 +3,8 @@
 A plan never holds code. It names tensors and lists, for each, operations from :data:`EDITS`; this module is the only
 place that gives them a meaning, and it is used alike by the streaming writer and by the float64 verification.
 
+What a tensor is multiplied by or what is added to it is a vector expression (see :mod:`normconvert.vectors`).
+
 A channel axis may be one factor of a tensor dimension (``outer * size * inner``), as when a fused projection holds
 several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (1 if plain).
 """
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .vectors import evaluate
 
 Edit = Mapping[str, Any]
 Lookup = Callable[[str], Tensor]
@@ -44,18 +48,57 @@ def _vector(view: Tensor, dim: int, vector: Tensor) -> Tensor:
     return vector.reshape(shape)
 
 
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Dimension 0 of a grouped convolution's weight, split: (groups, dimension 0 / groups, dimension 1, kernel...)."""
+    return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+
+
 def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
-    """x <- (by + offset) * x along the channels: a layer scale or a norm's weight moving into a linear map."""
+    """x <- (by + offset) * x along the channels: a layer scale or a norm's weight moving into a linear map.
+
+    ``start`` is the first channel that is scaled (0), if they are fewer than the axis has. With ``groups``, dimension
+    ``axis`` = 1 of a grouped convolution's weight continues dimension 0: channel c is entry c % n of group c // n.
+    """
+    vector = evaluate(edit["by"], lookup) + float(edit.get("offset", 0.0))
+    groups = int(edit.get("groups", 1))
+    if groups > 1:
+        view = _grouped(x, groups)
+        return (view * vector.reshape(groups, 1, -1, *[1] * (x.ndim - 2))).reshape(x.shape)
     view, dim, shape = _split(x, edit)
-    vector = lookup(edit["by"]) + float(edit.get("offset", 0.0))
-    return (view * _vector(view, dim, vector)).reshape(shape)
+    start, count = int(edit.get("start", 0)), vector.numel()
+    if vector.ndim and count != view.shape[dim]:
+        if not 0 <= start <= start + count <= view.shape[dim]:
+            raise ValueError(f"{count} channels from {start} do not fit dimension {edit['axis']} of shape {shape}")
+        view = view.clone()
+        view.narrow(dim, start, count).mul_(_vector(view.narrow(dim, start, count), dim, vector))
+        return view.reshape(shape)
+    return (view * (_vector(view, dim, vector) if vector.ndim else vector)).reshape(shape)
+
+
+def _shift(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- x + by along the channels: an affine norm's shift moving into the bias before it."""
+    view, dim, shape = _split(x, edit)
+    vector = evaluate(edit["by"], lookup)
+    return (view + (_vector(view, dim, vector) if vector.ndim else vector)).reshape(shape)
 
 
 def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
-    """b <- b + W v: a norm's bias v moving through the linear map W (v along ``axis`` of W) into the bias b."""
-    weight, vector = lookup(edit["weight"]), lookup(edit["by"])
-    product: Tensor = torch.tensordot(weight, vector, dims=([int(edit["axis"])], [0]))
-    return x + product.reshape(x.shape)
+    """b <- b + W v: a norm's bias v moving through the linear map W (v along ``axis`` of W) into the bias b.
+
+    Further dimensions of W (a kernel's) are summed: v is the same at all their places. ``outer``, ``inner``, ``start``
+    and ``groups`` as for ``scale``.
+    """
+    weight, vector = lookup(edit["weight"]), evaluate(edit["by"], lookup)
+    axis, groups = int(edit["axis"]), int(edit.get("groups", 1))
+    out = int(edit.get("out", 0 if axis else 1))
+    if groups > 1:
+        weight = _grouped(weight, groups) * vector.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+        return x + weight.sum(dim=tuple(range(2, weight.ndim))).reshape(x.shape)
+    view, dim, _ = _split(weight, edit)
+    out = out if out < axis else out + 2
+    start = int(edit.get("start", 0))
+    view = view.narrow(dim, start, vector.numel()) * _vector(view.narrow(dim, start, vector.numel()), dim, vector)
+    return x + view.sum(dim=[d for d in range(view.ndim) if d != out]).reshape(x.shape)
 
 
 def _fill(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
@@ -76,6 +119,7 @@ def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
+    "shift": _shift,
     "add_product": _add_product,
     "fill": _fill,
     "copy": _copy,

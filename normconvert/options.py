@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import InputError
 
-METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm"}
+METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {"tied": ("center", "untie")}

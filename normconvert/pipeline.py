@@ -12,9 +12,12 @@ from torch import nn
 
 from .errors import TraceError
 from .options import Options
-from .plan import Plan
+from .plan import Plan, Verdict
 from .probes import further_inputs, quiet, trace_inputs_candidates
+from .rewrites.fuse_bn import plan_fuse_bn
+from .rewrites.proof import difference
 from .rewrites.rmsnorm import plan_rmsnorm
+from .runtime import apply_module_edits
 from .tracing import Graph, merge, trace
 
 FURTHER_CALLS = 3
@@ -75,8 +78,11 @@ def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Mo
                 yield more, base
 
 
-REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {"rmsnorm": plan_rmsnorm}
+REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {"rmsnorm": plan_rmsnorm, "fuse-bn": plan_fuse_bn}
 """Conversion -> what makes its plan from the traced model."""
+
+PROOFS: dict[str, Callable[[Graph, Graph, Plan], str]] = {"fuse-bn": difference}
+"""Conversion -> what compares the edited model's graph with the original's: it names a difference that is not meant."""
 
 
 def plan_model(model: nn.Module, options: Options | None = None, method: str = "rmsnorm") -> Plan:
@@ -90,4 +96,21 @@ def plan_model(model: nn.Module, options: Options | None = None, method: str = "
     Raises:
         TraceError: see :func:`trace_model`.
     """
-    return REWRITES[method](trace_model(model), options or Options())
+    graph = trace_model(model)
+    plan = REWRITES[method](graph, options or Options())
+    if method in PROOFS and plan.converted:
+        edited = copy.deepcopy(model)
+        apply_module_edits(edited, plan.modules)
+        try:
+            found = PROOFS[method](graph, trace_model(edited), plan)
+        except TraceError as error:
+            found = str(error)
+        if found:
+            verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
+            return Plan(method, verdicts=verdicts)
+    return plan
+
+
+def _unproved(verdict: Verdict, why: str) -> Verdict:
+    reason = f"it could go {verdict.reason.rstrip('.')}, but the edited model is not the old one: {why}."
+    return Verdict(verdict.path, verdict.kind, False, reason, "unproved")

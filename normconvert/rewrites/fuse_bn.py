@@ -1,0 +1,204 @@
+"""BatchNorm and its kin -> nothing: each affine norm moves into the linear maps before it, or behind it.
+
+In eval mode BatchNorm is y = a * x + b with a = w / sqrt(v + eps), b = beta - m a. `normconvert.affine` finds such
+norms, `normconvert.rewrites.moving` says which linear maps can take (a, b) instead. All calls of a norm move, or none;
+nothing moves unless nobody else can see the difference.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import fx, nn
+
+from ..affine import Affine, find_affine_norms
+from ..channels import NEUTRAL, name_of
+from ..options import Options
+from ..plan import Plan, Verdict
+from ..streams import operation
+from ..tracing import Graph
+from ..vectors import part
+from .moving import Blocked, Share, Walk
+
+Edits = dict[str, list[dict[str, Any]]]
+
+
+def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
+    """The plan that moves every affine norm that can move into linear maps beside it.
+
+    Every norm gets a verdict.
+    """
+    norms = find_affine_norms(graph)
+    gone: dict[fx.Node, fx.Node] = {}
+    before: Edits = defaultdict(list)
+    behind: Edits = defaultdict(list)
+    made: dict[str, tuple[str, int]] = {}
+    verdicts, modules, removed = [], [], []
+    for norm in norms:
+        verdict, shares = _decide(graph, norm, gone)
+        verdicts.append(verdict)
+        if not verdict.converted:
+            continue
+        backwards = verdict.code == "fused-before"
+        for share in shares:
+            _edit(norm, share, backwards, before if backwards else behind, made)
+        for call in norm.calls:
+            gone[call.result] = call.source
+        modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
+        removed += _tensors_of(graph, norm)
+    # What a norm behind scales is read before what the norm in front has scaled: see add_product in edits.py.
+    graph_names = {alias for parameter in graph.parameters.values() for alias in parameter.aliases}
+    tensors: Edits = {}
+    for bias, (weight, size) in made.items():
+        tensors[bias] = [{"op": "new", "shape": [size], "like": weight}]
+    for side in (behind, before):
+        for name, rows in side.items():
+            if name in graph_names or name in made:  # no bias: nothing to scale
+                tensors.setdefault(name, []).extend(rows)
+    biases = [
+        {"op": "bias", "path": name.rpartition(".")[0], "name": "bias", "size": size}
+        for name, (_, size) in made.items()
+    ]
+    verdicts += _never_called(graph, {norm.path for norm in norms})
+    return Plan("fuse-bn", tensors=tensors, modules=biases + modules, removed=removed, verdicts=verdicts)
+
+
+def _decide(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> tuple[Verdict, list[Share]]:
+    """Before or behind or nowhere, with the reason."""
+    if norm.obstacle:
+        return Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), []
+    try:
+        shares = _backwards(graph, norm, gone)
+    except Blocked as blocked:
+        first = blocked
+    else:
+        return Verdict(norm.path, norm.kind, True, f"into {_named(shares)} before it.", "fused-before"), shares
+    try:
+        shares = _forwards(graph, norm, gone)
+    except Blocked as second:
+        code = first.code if first.code != "unknown-op" else second.code
+        return Verdict(norm.path, norm.kind, False, f"before it, {first}; behind it, {second}.", code), []
+    return Verdict(norm.path, norm.kind, True, f"into {_named(shares)} behind it.", "fused-behind"), shares
+
+
+def _named(shares: list[Share]) -> str:
+    names = list(dict.fromkeys(f"`{share.weight.rpartition('.')[0]}`" for share in shares))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> list[Share]:
+    """The linear maps that make what every call reads, if nobody else sees it."""
+    walks = []
+    for call in norm.calls:
+        walk = Walk(graph, gone)
+        walk.back(call.source, call.place, (0, call.place.size), True)
+        walks.append(walk)
+    changed = {node for walk in walks for node in walk.changed} | {n for call in norm.calls for n in call.nodes}
+    inside = changed | {source for result, source in gone.items() if result in changed}
+    for walk in walks:
+        for node in walk.changed:
+            for user in node.users:
+                if user not in inside and not _only_asks(user, node) and not _is_gone(user, inside, gone):
+                    if user.op == "output":
+                        raise Blocked("the model returns what it reads", "returned")
+                    raise Blocked(f"{operation(user)} reads the same value", "read-elsewhere")
+    return _agreed(walks)
+
+
+def _is_gone(user: fx.Node, inside: set[fx.Node], gone: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a reader is part of a norm that has moved: what it computes is not used any more."""
+    return any(result in inside and _between(user, source, result) for result, source in gone.items())
+
+
+def _between(node: fx.Node, source: fx.Node, result: fx.Node) -> bool:
+    work, seen = [result], set()
+    while work:
+        at = work.pop()
+        if at is node:
+            return True
+        if at in seen or at is source:
+            continue
+        seen.add(at)
+        work += at.all_input_nodes
+    return False
+
+
+def _only_asks(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a reader asks for the shape or dtype alone."""
+    like = name_of(user) in ("aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as")
+    return name_of(user) in NEUTRAL or (like and user.args[0] is not node)
+
+
+def _forwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> list[Share]:
+    """The linear maps that read what every call makes."""
+    if norm.keep:
+        raise Blocked(f"`{norm.path}.{norm.keep[0]}` reads it", "unknown-op")
+    walks = []
+    for call in norm.calls:
+        walk = Walk(graph, gone)
+        walk.ahead(call.result, call.place, 0, call.place.size)
+        if not walk.shares:
+            raise Blocked("nothing reads it", "unused")
+        walks.append(walk)
+    return _agreed(walks)
+
+
+def _agreed(walks: list[Walk]) -> list[Share]:
+    """The shares of all calls, one a weight; all calls of a weight must take part, and ask for the same."""
+    nodes = {share.node for walk in walks for share in walk.shares}
+    by_weight: dict[str, Share] = {}
+    for walk in walks:
+        seen: set[str] = set()
+        for share in walk.shares:
+            if outside := next((n for n in share.calls if n not in nodes), None):
+                raise Blocked(f"{operation(outside)} uses `{share.weight}`, too", "shared-weight")
+            other = by_weight.setdefault(share.weight, share)
+            if other.recipe != share.recipe or share.weight in seen:
+                raise Blocked(f"`{share.weight}` is used in different ways", "shared-weight")
+            seen.add(share.weight)
+    if any({s.weight for s in walk.shares} != set(by_weight) for walk in walks):
+        raise Blocked("its calls read different linear maps", "shared-weight")
+    return list(by_weight.values())
+
+
+def _edit(norm: Affine, share: Share, backwards: bool, edits: Edits, made: dict[str, tuple[str, int]]) -> None:
+    """Add the edits of one linear map."""
+    size = norm.calls[0].place.size
+    scale, shift = (part(v, *share.channels, size) for v in (norm.scale, norm.shift))
+    row: dict[str, Any] = {"axis": share.axis}
+    row |= {"outer": share.outer} if share.outer != 1 else {}
+    row |= {"inner": share.inner} if share.inner != 1 else {}
+    row |= {"groups": share.groups} if share.groups != 1 else {}
+    row |= {"start": share.start} if share.start else {}
+    edits[share.weight].append({"op": "scale", "by": scale, **row})
+    bias = share.bias or f"{share.weight.rpartition('.')[0]}.bias"
+    if share.bias is None and share.shifted:
+        made.setdefault(bias, (share.weight, share.outputs))
+    if not backwards:
+        edits[bias].append({"op": "add_product", "weight": share.weight, "by": shift, **row})
+        return
+    along = {k: v for k, v in row.items() if k in ("outer", "inner")} | {"axis": 0}
+    edits[bias].append({"op": "scale", "by": scale, **along})
+    if share.shifted:
+        edits[bias].append({"op": "shift", "by": shift, **along})
+
+
+def _tensors_of(graph: Graph, norm: Affine) -> list[str]:
+    """All tensors that a module holds, under all its names, but for those of the children that stay."""
+    module = graph.modules[norm.path]
+    paths = [path for path, other in graph.modules.items() if other is module]
+    names = [n for n in module.state_dict(keep_vars=True) if n.partition(".")[0] not in norm.keep]
+    return [f"{path}.{name}" for path in paths for name in names]
+
+
+def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:
+    """Verdicts for the BatchNorms that no traced call runs."""
+    seen = {id(graph.modules[path]) for path in called if path in graph.modules}
+    found: dict[int, Verdict] = {}
+    for path, module in graph.modules.items():
+        known = isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in seen | set(found)
+        if known and path not in called:
+            reason = "no traced input makes the model run it."
+            found[id(module)] = Verdict(path, type(module).__name__, False, reason, "unreached")
+    return list(found.values())

@@ -1,0 +1,394 @@
+"""Moving an affine map a * x + b along the graph, to the linear maps that can take it.
+
+Backwards: x is made by linear maps W u + c, perhaps joined and rearranged on the way. a (W u + c) + b =
+(diag(a) W) u + (a c + b). Forwards: all that is read of y = a * x + b is read by linear maps: W y + c =
+(W diag(a)) x + (W b + c). Between the two stand operations that treat every channel alike; a scale passes through every
+one of them, a shift only through those that leave a constant as it is (I2: an average does, a zero padding does not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from ..channels import NEUTRAL, name_of, terms_of, varies
+from ..norms import COPIES, MOVES
+from ..places import Operand, Place, carry_back, carry_forward, shape_of
+from ..streams import operation
+from ..tracing import Graph
+
+CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
+TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
+PRODUCTS = {"aten.linear", "aten.addmm", "aten.mm", "aten.matmul"}
+LINEAR = CONVOLUTIONS | TRANSPOSED | PRODUCTS
+
+CONSTANT_KEPT = {
+    *COPIES,
+    *MOVES,
+    *["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze"],
+    *["aten.unsqueeze", "aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.expand", "aten.expand_as"],
+    *["aten.reshape_as", "aten.view_as", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.broadcast_to"],
+    *["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind"],
+    *["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "<built-in function getitem>"],
+    *["aten.repeat", "aten.tile", "aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select"],
+    *["aten.index", "aten.mean", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
+    *["aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d"],
+    *["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
+    *["aten.upsample_trilinear3d"],
+}
+"""Operations that map values which are all c to values which are all c."""
+
+POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
+
+
+class Blocked(Exception):
+    """Why an affine map cannot move on; ``code`` is the class of the reason."""
+
+    def __init__(self, reason: str, code: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Share:
+    """One linear map's part of a move.
+
+    Attributes:
+        node: the linear map.
+        weight: name of its weight.
+        axis: dimension of the weight that holds the channels; ``out`` the one of its results.
+        outer: further factors of that dimension (see `Place`), as ``inner``.
+        start: forwards, the first of its channels that is scaled.
+        channels: backwards, which of the affine map's channels it takes: (start, stop).
+        groups: as in `normconvert.edits`, where dimension 1 continues dimension 0.
+        bias: name of its bias; None if it has none.
+        outputs: length of the bias.
+        shifted: whether it takes the shift, too.
+        calls: all nodes that read the weight or the bias.
+    """
+
+    node: fx.Node
+    weight: str
+    axis: int
+    out: int
+    outer: int
+    inner: int
+    start: int
+    channels: tuple[int, int]
+    groups: int
+    bias: str | None
+    outputs: int
+    shifted: bool
+    calls: frozenset[fx.Node]
+
+    @property
+    def recipe(self) -> tuple[Any, ...]:
+        """All but the node: equal for two calls that ask the same of the weight."""
+        return tuple(v for k, v in self.__dict__.items() if k != "node")
+
+
+@dataclass
+class Walk:
+    """A move of one call of an affine norm: the linear maps that take it, and all values that change."""
+
+    graph: Graph
+    gone: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)
+    changed: set[fx.Node] = field(default_factory=set)
+
+    def back(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> bool:
+        """Move into what makes the value at ``node``; returns whether the shift has found its place.
+
+        Raises:
+            Blocked: the value is made by what cannot take the map.
+        """
+        self.changed.add(node)
+        if node in self.gone:  # an affine norm that has moved before: nothing is left of it
+            return self.back(self.gone[node], place, channels, shift)
+        name = name_of(node)
+        if name in LINEAR:
+            self.shares.append(self._output_side(node, place, channels, shift))
+            return shift
+        if name in ("aten.cat", "aten.concat", "aten.concatenate"):
+            dim = int(_argument(node, 1, "dim", 0)) % len(shape_of(node))
+            if dim == place.dim:
+                return self._back_parts(node, place, channels, shift)
+        operands = self._operands(node, place, shift)
+        taken = False
+        for operand, at, positive in operands:
+            wanted = shift and not taken and positive
+            known = len(self.shares)
+            try:
+                taken = self.back(operand, at, channels, wanted) or taken
+            except NoBias:
+                del self.shares[known:]
+                self.back(operand, at, channels, False)
+        if shift and not taken:
+            raise NoBias(f"nothing that {operation(node)} adds up has a bias to take the shift", "no-bias")
+        return taken
+
+    def _back_parts(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> bool:
+        """Through a concatenation of channels: every part takes its own."""
+        if place.outer != 1:
+            raise Blocked(f"{operation(node)} interleaves channels", "cut")
+        start = channels[0]
+        for part in node.args[0]:  # type: ignore[union-attr]
+            length = shape_of(part)[place.dim]
+            if length % place.inner:
+                raise Blocked(f"{operation(node)} cuts a channel", "cut")
+            size = length // place.inner
+            if not self.back(part, replace(place, size=size), (start, start + size), shift) and shift:  # type: ignore[arg-type]
+                raise NoBias(f"a part of {operation(node)} has no bias to take the shift", "no-bias")
+            start += size
+        return shift
+
+    def _operands(self, node: fx.Node, place: Place, shift: bool) -> list[tuple[fx.Node, Place, bool]]:
+        """What a value is made of, if the map passes through: (value, place, whether it enters with weight one)."""
+        terms = terms_of(node)
+        name = name_of(node)
+        if node.op != "call_function":
+            raise Blocked(f"it reads {operation(node)}", "input")
+        if terms is None:
+            raise Blocked(f"{operation(node)} stands between it and a linear map", "unknown-op")
+        found: list[tuple[fx.Node, Place, bool]] = []
+        for term in terms:
+            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            if len(carriers) != 1 or not carriers[0][0].linear:
+                raise Blocked(f"{operation(node)} stands between it and a linear map", "product")
+            found.append((carriers[0][0].node, carriers[0][1], len(found) == 0))
+        sum_of = name in ("aten.add", "aten.sub")
+        if shift and not (sum_of or _keeps_constants(node)):
+            raise Blocked(f"{operation(node)} does not leave a constant as it is", "not-constant")
+        if len(found) > 1 and not sum_of:
+            raise Blocked(f"{operation(node)} stands between it and a linear map", "unknown-op")
+        return found
+
+    def ahead(self, node: fx.Node, place: Place, start: int, count: int, via: fx.Node | None = None) -> None:
+        """Move into all that reads the value at ``node``: channels ``start`` to ``start + count`` at ``place``.
+
+        Raises:
+            Blocked: something reads it that cannot take the map.
+        """
+        self.changed.add(node)
+        for user in node.users:
+            name = name_of(user)
+            if name in NEUTRAL or (name in ("aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as")
+                                   and user.args[0] is not node):  # fmt: skip
+                continue
+            if user.op == "output":
+                names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
+                raise Blocked(f"the model returns it as {names}", "returned")
+            if user in self.gone_inputs:
+                result = self.gone_inputs[user]
+                self.changed.add(user)
+                self.ahead(result, place, start, count)
+            elif name in LINEAR and _is_input(user, node):
+                self.shares.append(self._input_side(user, node, place, start, count))
+            else:
+                at, offset = self._passes(user, node, place, start)
+                self.ahead(user, at, offset, count)
+
+    @property
+    def gone_inputs(self) -> Mapping[fx.Node, fx.Node]:
+        """Input of an affine norm that has moved -> its output."""
+        return {source: result for result, source in self.gone.items()}
+
+    def _passes(self, user: fx.Node, node: fx.Node, place: Place, start: int) -> tuple[Place, int]:
+        """Where a reader that treats every channel alike takes the channels."""
+        name = name_of(user)
+        stop = f"{operation(user)} reads it"
+        if name in ("aten.cat", "aten.concat", "aten.concatenate"):
+            dim = int(_argument(user, 1, "dim", 0)) % len(shape_of(user))
+            if dim == place.dim and place.outer == 1:
+                parts: Any = user.args[0]
+                if sum(p is node for p in parts) != 1:
+                    raise Blocked(stop, "unknown-op")
+                before: Any = sum(shape_of(p)[dim] for p in parts[: list(parts).index(node)])
+                total = shape_of(user)[dim]
+                if before % place.inner or total % place.inner:
+                    raise Blocked(stop, "cut")
+                return replace(place, size=total // place.inner), start + before // place.inner
+            raise Blocked(stop, "unknown-op")
+        terms = terms_of(user)
+        if terms is None or not _keeps_constants(user) or len(terms) != 1:
+            raise Blocked(stop, "unknown-op")
+        operands = [o for o in terms[0] if o.node is node]
+        if len(operands) != 1 or not operands[0].linear:
+            raise Blocked(stop, "unknown-op")
+        at = carry_forward(operands[0], place, user)
+        if at is None:
+            raise Blocked(f"{operation(user)} takes its channels apart", "cut")
+        for other in terms[0]:
+            back = carry_back(other, at, user) if other is not operands[0] else None
+            if back is not None and varies(other.node, back):
+                raise Blocked(f"{operation(user)} multiplies it channel by channel", "product")
+        return at, start
+
+    def _output_side(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> Share:
+        """A linear map whose results are scaled."""
+        name = name_of(node)
+        weight, bias = _weight_and_bias(node)
+        groups = 1
+        if name in CONVOLUTIONS | TRANSPOSED:
+            batched = len(shape_of(node)) == len(shape_of(weight))
+            if place.dim != (1 if batched else 0):
+                raise Blocked(f"it lies across the channels of {operation(node)}", "axes")
+            axis = 1 if name in TRANSPOSED else 0
+            groups = _groups(node) if name in TRANSPOSED else 1
+        else:
+            if place.dim != len(shape_of(node)) - 1 or len(shape_of(weight)) != 2:
+                raise Blocked(f"it lies across the channels of {operation(node)}", "axes")
+            axis = 0 if name == "aten.linear" else 1
+        if groups > 1 and not place.whole:
+            raise Blocked(f"{operation(node)} has groups", "cut")
+        outputs = int(shape_of(node)[place.dim])
+        return self._share(node, weight, axis, bias, place, 0, channels, groups, outputs, shift)
+
+    def _input_side(self, node: fx.Node, value: fx.Node, place: Place, start: int, count: int) -> Share:
+        """A linear map that reads scaled and shifted values."""
+        name = name_of(node)
+        weight, bias = _weight_and_bias(node)
+        groups = 1
+        if name in CONVOLUTIONS | TRANSPOSED:
+            batched = len(shape_of(value)) == len(shape_of(weight))
+            if place.dim != (1 if batched else 0):
+                raise Blocked(f"{operation(node)} reads it along other axes", "axes")
+            _check_borders(node, weight)
+            axis = 0 if name in TRANSPOSED else 1
+            groups = _groups(node) if name in CONVOLUTIONS else 1
+            outputs = int(shape_of(node)[place.dim])
+        else:
+            if place.dim != len(shape_of(value)) - 1 or len(shape_of(weight)) != 2:
+                raise Blocked(f"{operation(node)} reads it along other axes", "axes")
+            axis = 1 if name == "aten.linear" else 0
+            outputs = int(shape_of(node)[-1])
+        if groups > 1 and (not place.whole or count != place.size):
+            raise Blocked(f"{operation(node)} has groups", "cut")
+        return self._share(node, weight, axis, bias, place, start, (0, count), groups, outputs, True)
+
+    def _share(
+        self, node: fx.Node, weight: fx.Node, axis: int, bias: fx.Node | None, place: Place, start: int,
+        channels: tuple[int, int], groups: int, outputs: int, shift: bool,
+    ) -> Share:  # fmt: skip
+        name, at, readers = self._parameter(weight, axis, node)
+        bias_name = None
+        if bias is not None:
+            bias_name, _, more = self._parameter(bias, 0, node)
+            readers = readers | more
+            if len(shape_of(bias)) != 1:
+                raise Blocked(f"{operation(node)} has a bias that is no vector", "not-a-module")
+        elif shift and not self._can_gain_bias(node, name):
+            raise NoBias(f"{operation(node)} has no bias to take the shift, and none can be added", "no-bias")
+        return Share(
+            node=node, weight=name, axis=at, out=1 - at, outer=int(place.outer), inner=int(place.inner), start=start,
+            channels=channels, groups=groups, bias=bias_name, outputs=outputs, shifted=shift, calls=readers,
+        )  # fmt: skip
+
+    def _can_gain_bias(self, node: fx.Node, weight: str) -> bool:
+        """Whether the weight is a module's, built without a bias; that the module adds one is proved afterwards."""
+        owner, _, leaf = weight.rpartition(".")
+        module = self.graph.modules.get(owner)
+        return module is not None and leaf == "weight" and "bias" in module._parameters and module.bias is None
+
+    def _parameter(self, node: fx.Node, axis: int, reader: fx.Node) -> tuple[str, int, frozenset[fx.Node]]:
+        """The stored parameter behind an operand: its name, the dimension that ``axis`` is there, all its readers."""
+        place = Place(axis, int(shape_of(node)[axis]))
+        while True:
+            parameter = self.graph.parameters.get(node)
+            if parameter is not None:
+                if not parameter.stored or len(parameter.aliases) > 1:
+                    raise Blocked(f"the weight of {operation(reader)} is tied or not stored", "tied")
+                return parameter.name, place.dim, frozenset(_linear_readers(node))
+            terms = terms_of(node)
+            plain = terms is not None and len(terms) == 1 and len(terms[0]) == 1
+            back = carry_back(terms[0][0], place, node) if terms is not None and plain else None
+            if terms is None or back is None or not back.whole or name_of(node) not in MOVES | COPIES | VIEWS:
+                raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
+            node, place = terms[0][0].node, back
+
+
+VIEWS = {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
+
+
+class NoBias(Blocked):
+    """A linear map could take the scale, and has no bias for the shift."""
+
+
+def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a parameter, through moves and copies."""
+    for user in node.users:
+        if name_of(user) in MOVES | COPIES | VIEWS:
+            yield from _linear_readers(user)
+        elif name_of(user) not in NEUTRAL:
+            yield user
+
+
+def _weight_and_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    args = list(node.args)
+    if name_of(node) == "aten.addmm":
+        if node.kwargs:
+            raise Blocked(f"{operation(node)} scales its operands", "unknown-op")
+        bias, weight = args[0], args[2]
+    else:
+        weight = args[1]
+        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+    if not isinstance(weight, fx.Node):
+        raise Blocked(f"{operation(node)} has no weight", "unknown-op")
+    return weight, bias if isinstance(bias, fx.Node) else None
+
+
+def _is_input(node: fx.Node, value: fx.Node) -> bool:
+    """Whether ``value`` is what a linear map is applied to, and nothing else of it."""
+    position = 1 if name_of(node) == "aten.addmm" else 0
+    return node.args[position] is value and sum(a is value for a in node.all_input_nodes) == 1
+
+
+def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _groups(node: fx.Node) -> int:
+    """conv(input, weight, bias, stride, padding, dilation, groups); transposed: (..., output_padding, groups, ...)."""
+    return int(_argument(node, 6, "groups", 1))
+
+
+def _all(value: Any, wanted: int) -> bool:
+    return all(v == wanted for v in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _check_borders(node: fx.Node, weight: fx.Node) -> None:
+    """A shift passes a convolution if every result sees the whole kernel: without zero padding.
+
+    Transposed convolutions add up a varying number of taps, unless their patches do not overlap.
+    """
+    padding = _argument(node, 4, "padding", 0)
+    kernel = [int(n) for n in shape_of(weight)[2:]]
+    if name_of(node) in CONVOLUTIONS:
+        if padding != "valid" and not (isinstance(padding, (int, list, tuple)) and _all(padding, 0)):
+            raise Blocked(f"{operation(node)} pads it with zeros, which a shift would have to be zero for", "padding")
+        return
+    stride = _argument(node, 3, "stride", 1)
+    strides = list(stride) if isinstance(stride, (list, tuple)) else [stride] * len(kernel)
+    patches = [int(s) for s in (strides * len(kernel))[: len(kernel)]] == kernel
+    if not (patches and _all(padding, 0) and _all(_argument(node, 5, "output_padding", 0), 0)
+            and _all(_argument(node, 7, "dilation", 1), 1)):  # fmt: skip
+        raise Blocked(f"{operation(node)} overlaps its patches, or pads", "padding")
+
+
+def _keeps_constants(node: fx.Node) -> bool:
+    """Whether the operation maps a constant to the same constant."""
+    name = name_of(node)
+    if name in POOLS:
+        padding = _argument(node, 3, "padding", 0)
+        counted = _argument(node, 5, "count_include_pad", True)
+        divisor = None if name == "aten.avg_pool1d" else _argument(node, 6, "divisor_override", None)
+        return divisor is None and (_all(padding, 0) or counted is False)
+    if name == "aten.add" or name not in CONSTANT_KEPT:
+        return False
+    return not any(o.node for t in terms_of(node) or () for o in t[1:] if o.linear)
+
+
+__all__ = ["Blocked", "NoBias", "Operand", "Share", "Walk"]

@@ -1,0 +1,132 @@
+"""The proof that a model with modules taken away computes what it did, but for what they did.
+
+The edited model is traced again, and its graph must be the old one, operation by operation, with each absorbed norm
+read as the identity and with biases where they were added. So no assumption is left about what a class does with its
+children, attributes or missing biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx
+
+from ..affine import find_affine_norms
+from ..channels import name_of
+from ..plan import Plan
+from ..streams import operation
+from ..tracing import Graph
+from ..writes import MARK
+
+SILENT = {"aten._assert_tensor_metadata"}
+
+
+def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
+    """The first difference between the two graphs that the plan does not explain, in words; empty if there is none."""
+    taken = {v.path for v in plan.converted}
+    gone = {c.result: c.source for a in find_affine_norms(graph) if a.path in taken for c in a.calls}
+    inside = {n for a in find_affine_norms(graph) if a.path in taken for c in a.calls for n in c.nodes}
+    skip = inside | _made_of(graph, set(plan.removed))
+    names = {p.name: node for node, p in edited.parameters.items()}
+    image: dict[fx.Node, fx.Node] = {}
+    for node, parameter in graph.parameters.items():
+        if parameter.name in names:
+            image[node] = names[parameter.name]
+    given = [n for n in edited.nodes if n.op == "placeholder" and n not in edited.parameters]
+    for node in graph.nodes:
+        if node.op == "placeholder" and node not in graph.parameters:
+            if not given:
+                return f"the edited model has no input `{node.name}`"
+            image[node] = given.pop(0)
+    biases = {node: p.name for node, p in edited.parameters.items() if p.name in plan.tensors}
+    rest = _operations(edited, set())
+    for node in _operations(graph, skip):
+        other = next(rest, None)
+        if other is None:
+            return f"{operation(node)} does not run any more"
+        if name_of(node) != name_of(other) or not _same(node, other, image, gone, biases):
+            return f"{operation(node)} has become {operation(other)}, or reads something else"
+        image[node] = other
+    if (more := next(rest, None)) is not None:
+        return f"{operation(more)} runs in addition"
+    returned: dict[Any, tuple[str, ...]] = {}
+    for node, labels in edited.outputs.items():  # one value may be returned twice, with and without a mark
+        returned[_through(node)] = (*returned.get(_through(node), ()), *labels)
+    for node, labels in graph.outputs.items():
+        if not set(labels) <= set(returned.get(_image(node, image, gone), ())):
+            return f"the output {', '.join(labels)} is another value"
+    return _unread_bias(edited, plan)
+
+
+def _made_of(graph: Graph, removed: set[str]) -> set[fx.Node]:
+    """Values made of removed tensors alone."""
+    found = {n for n, p in graph.parameters.items() if removed & set(p.aliases)}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and inputs and all(n in found for n in inputs):
+            found.add(node)
+    return found
+
+
+def _operations(graph: Graph, skip: set[fx.Node]) -> Iterator[fx.Node]:
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not MARK and node not in skip and name_of(node) not in SILENT:
+            yield node
+
+
+def _through(node: Any) -> Any:
+    """What a mark marks."""
+    while isinstance(node, fx.Node) and node.target is MARK:
+        node = node.args[0]
+    return node
+
+
+def _image(value: Any, image: Mapping[fx.Node, fx.Node], gone: Mapping[fx.Node, fx.Node]) -> Any:
+    """What a value of the old graph is in the new one."""
+    while isinstance(value, fx.Node) and value not in image:
+        if value in gone:
+            value = gone[value]
+        elif value.target is MARK:
+            value = value.args[0]
+        else:
+            return None
+    return image[value] if isinstance(value, fx.Node) else value
+
+
+def _same(
+    node: fx.Node,
+    other: fx.Node,
+    image: Mapping[fx.Node, fx.Node],
+    gone: Mapping[fx.Node, fx.Node],
+    biases: Mapping[fx.Node, str],
+) -> bool:
+    """Whether two operations read the same; an absent bias may have become one of ``biases``."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, (list, tuple)):
+            return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, fx.Node):
+            return _image(a, image, gone) is _through(b)
+        if a is None and isinstance(b, fx.Node):
+            return b in biases
+        return type(a) is type(b) and a == b
+
+    ours, theirs = list(node.args), list(other.args)
+    if len(ours) == 2 and len(theirs) == 3 and theirs[2] in biases:
+        ours.append(None)
+    keys = set(node.kwargs) | set(other.kwargs)
+    return same(ours, theirs) and all(same(node.kwargs.get(k), other.kwargs.get(k)) for k in keys)
+
+
+def _unread_bias(edited: Graph, plan: Plan) -> str:
+    """A bias that was added must be read by all that read the weight beside it."""
+    nodes = {alias: node for node, p in edited.parameters.items() for alias in p.aliases}
+    for edit in plan.modules:
+        if edit["op"] != "bias":
+            continue
+        bias, weight = nodes.get(f"{edit['path']}.{edit['name']}"), nodes.get(f"{edit['path']}.weight")
+        readers = [n for n in edited.nodes if weight is not None and weight in n.all_input_nodes]
+        if bias is None or not readers or any(bias not in n.all_input_nodes for n in readers):
+            return f"`{edit['path']}` does not apply a bias that it is given"
+    return ""

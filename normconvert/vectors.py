@@ -1,0 +1,92 @@
+"""Vectors along a channel axis, written as data: what a plan multiplies by or adds, in terms of stored tensors.
+
+An expression is a number, the name of a tensor with one value a channel, or a list ``[operation, *operands]``::
+
+    ["mul", "bn1.weight", ["rsqrt", ["add", "bn1.running_var", 1e-05]]]
+
+is a BatchNorm's scale. It is JSON, and :data:`OPERATIONS` is the only place that gives the operations a meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Expression = Any
+"""A number, a name, or a list of an operation's name and its operands, which are expressions."""
+
+Lookup = Callable[[str], Tensor]
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "div": torch.div,
+    "neg": torch.neg,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+}
+
+
+def evaluate(expression: Expression, lookup: Lookup) -> Tensor:
+    """The vector in float64, shape (channels,), or () if the expression holds no tensor.
+
+    Args:
+        expression: see above; ``["slice", x, start, stop]`` is a part of a vector.
+        lookup: gives a stored tensor in float64; whatever its shape, its elements are taken in row-major order.
+
+    Raises:
+        ValueError: the result is not finite: a negative variance, say. The message names the tensors.
+        KeyError: an operation that is not in the table.
+    """
+    value = _value(expression, lookup)
+    if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+        names = ", ".join(dict.fromkeys(names_in(expression)))
+        raise ValueError(f"a scale or shift made of {names} is not finite: is a running variance negative?")
+    return value
+
+
+def _value(expression: Expression, lookup: Lookup) -> Tensor:
+    if isinstance(expression, str):
+        return lookup(expression).to(torch.float64).reshape(-1)
+    if isinstance(expression, (int, float)):
+        return torch.tensor(float(expression), dtype=torch.float64)
+    name, *operands = expression
+    if name == "slice":
+        return _value(operands[0], lookup)[int(operands[1]) : int(operands[2])]
+    return OPERATIONS[name](*(_value(operand, lookup) for operand in operands))
+
+
+def names_in(expression: Expression) -> Iterator[str]:
+    """The names of the tensors that an expression reads."""
+    if isinstance(expression, str):
+        yield expression
+    elif not isinstance(expression, (int, float)):
+        for operand in expression[1:]:
+            yield from names_in(operand)
+
+
+def times(a: Expression, b: Expression) -> Expression:
+    """a * b, without products by one."""
+    if a == 0 or b == 0:
+        return 0
+    return b if a == 1 else a if b == 1 else ["mul", a, b]
+
+
+def plus(a: Expression, b: Expression) -> Expression:
+    """a + b, without sums with zero."""
+    return b if a == 0 else a if b == 0 else ["add", a, b]
+
+
+def minus(a: Expression, b: Expression) -> Expression:
+    """a - b, without differences with zero."""
+    return a if b == 0 else ["neg", b] if a == 0 else ["sub", a, b]
+
+
+def part(a: Expression, start: int, stop: int, size: int) -> Expression:
+    """Channels ``start`` to ``stop`` of a vector of ``size``."""
+    return a if (start, stop) == (0, size) or isinstance(a, (int, float)) else ["slice", a, start, stop]
