@@ -12,6 +12,7 @@ from .errors import FidelityError, InputError, NormConvertError, NothingToConver
 from .options import METHODS, Options, check_method
 from .output import loading_files, write_card, write_record
 from .result import Report
+from .statistics import check_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +125,7 @@ def convert(
     _refuse_if_pointless(report, require_all)
     if dry_run:
         return report
+    report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
     stored = _torch_dtype(dtype)
     report = replace(report, stored=report.stored if dtype == "auto" else dtype)
     seconds = dict(report.seconds)
@@ -259,7 +261,7 @@ def _fidelity(source: Source, plan: Plan, folder: Path, stored: torch.dtype | No
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
         probes=probes,
         tolerance=tolerance_for(plan),
-        converted_norms=[v.path for v in plan.converted],
+        converted_norms=[edit["path"] for edit in plan.modules if edit["op"] == "replace"],
         shifted_outputs=set(shifted.removeprefix(SHIFTED).split(", ")) - {""},
     )
 

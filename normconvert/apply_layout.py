@@ -118,10 +118,16 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     edits, new = _edits_by_checkpoint_name(source, plan, origins)
     notes: list[str] = []
     removed = set(plan.removed)
+    guard = plan.guard if source.library == "transformers" else None
     tensors = [
         _out_tensor(source, plan, origins, name, name, edits.get(name, ()), dtype)
         for name in source.tensors
         if source.name_map.get(name) not in removed
+    ]
+    tensors += [
+        OutTensor(name, name, source.tensors[name].dtype, (0,), ())
+        for name, target in source.name_map.items()
+        if guard is not None and target == guard
     ]
     if source.is_pickle:
         tensors = _without_tied_copies(source, tensors, notes)

@@ -96,6 +96,9 @@ def _save(source: Source, plan: Plan, model: Any, folder: Path, max_shard_size: 
     generation = folder / "generation_config.json"
     kept = generation.read_bytes() if generation.is_file() else None
     with quiet():
-        model.save_pretrained(folder, max_shard_size=max_shard_size or "5GB")
+        state = dict(model.state_dict())
+        if plan.guard is not None:
+            state[plan.guard] = torch.empty(0, dtype=model.dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size or "5GB", state_dict=state)
     if kept is not None:
         generation.write_bytes(kept)

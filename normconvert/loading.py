@@ -92,6 +92,8 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
             section = section[parent]
         section[last] = value
     config[runtime.CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    if plan.guard is not None:
+        config[runtime.CONFIG_KEY]["guard"] = plan.guard
     module = Path(runtime.REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
     own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]

@@ -20,7 +20,11 @@ METHODS = {
         "The mean-free stream is stored in one channel less and the norms are CRMSNorm: *Pre-RMSNorm and Pre-CRMSNorm "
         f"Transformers: Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER}))."
     ),
-    "fuse-bn": "Norms that are affine maps at inference were fused into the linear maps beside them.",
+    "fuse-bn": (
+        "Norms that are affine maps at inference (BatchNorm and its kin) were fused into the convolutions and linear "
+        "layers beside them, which gained biases: the norms' tensors are gone, so the plain architecture cannot load "
+        "these weights."
+    ),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -105,18 +109,23 @@ def _summary(plan: Plan, base: str | None, architecture: str) -> str:
 
 
 def _loading(plan: Plan, library: str, architecture: str, auto_class: str) -> str:
-    own = "import normconvert\n\nmodel = normconvert.load(FOLDER)  # RMSNorm modules in place"
-    if library == "timm":
+    in_place = "as converted" if plan.structural else "RMSNorm modules in place"
+    own = f"import normconvert\n\nmodel = normconvert.load(FOLDER)  # {in_place}"
+    if library == "timm" and plan.structural:
+        blocks = [own]
+    elif library == "timm":
         plain = f'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)  # {architecture}'
         blocks = [own, plain]
     else:
         remote = (
             f"from transformers import {auto_class}\n\n"
-            f"model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)  # RMSNorm modules in place"
+            f"model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)  # {in_place}"
         )
         plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture"
-        blocks = [own, remote, plain]
+        blocks = [own, remote] if plan.structural else [own, remote, plain]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if plan.structural:
+        return f"{text}\n\nUnmodified {library} cannot load it: tensors of the plain architecture are missing here."
     if plan.method != "rmsnorm":
         return text
     return text + (

@@ -70,6 +70,21 @@ class Plan:
         """The norms that stay as they are."""
         return [v for v in self.verdicts if not v.converted]
 
+    @property
+    def structural(self) -> bool:
+        """Whether the converted model has other tensors than the architecture: plain libraries cannot load it."""
+        from .runtime import STRUCTURAL
+
+        return any(edit["op"] in STRUCTURAL for edit in self.modules)
+
+    @property
+    def guard(self) -> str | None:
+        """A removed tensor of which transformers outputs keep the name, with no elements.
+
+        transformers initialises tensors that a checkpoint lacks and only warns; a tensor of another shape it refuses.
+        """
+        return next((name for name in self.removed if name.endswith((".weight", ".running_var"))), None)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
         return {"format": FORMAT, **asdict(self)}

@@ -15,6 +15,7 @@ An edit is plain data, a row with ``op`` naming a function of :data:`MODULE_EDIT
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,7 @@ def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 
 class Absorbed(nn.Sequential):
-    """What is left of a norm that has moved into its neighbours: nothing, or the activation that it applied.
+    """What is left of a norm that has moved into its neighbours: the activation that it applied.
 
     The children that stay keep their names, so that their parameters do, too.
     """
@@ -316,7 +317,7 @@ def _absorb(model: nn.Module, edit: Mapping[str, Any]) -> None:
         if name not in children:
             raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
         new.add_module(name, children[name])
-    _stand_in(model, old, new)
+    _stand_in(model, old, new if len(new) else nn.Identity())
 
 
 def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -408,13 +409,21 @@ def converted_class(base: type) -> type:
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        apply_module_edits(self, edits_for(self, getattr(config, CONFIG_KEY)))
+        section = getattr(config, CONFIG_KEY)
+        apply_module_edits(self, edits_for(self, section))
+        if section.get("guard"):
+            known = self._keys_to_ignore_on_load_unexpected or ()
+            self._keys_to_ignore_on_load_unexpected = {*known, f"{re.escape(section['guard'])}$"}
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
         if kwargs.get("is_main_process", True) and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / REMOTE_FILE).write_bytes(Path(__file__).read_bytes())
+        guard = getattr(self.config, CONFIG_KEY, {}).get("guard")
+        if guard:  # a tensor of no elements, which the plain class refuses to load
+            state = dict(kwargs.get("state_dict") or self.state_dict())
+            kwargs["state_dict"] = {**state, guard: torch.empty(0, dtype=self.dtype)}
         base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
 
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normconvert.report.collapse import Row, collapse
-from normconvert.report.words import auto_class, felt, human_bytes
+from normconvert.report.words import auto_class, becomes, felt, human_bytes
 
 if TYPE_CHECKING:
     from normconvert.fidelity import Fidelity
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
 YES, NO = "✓", "✗"
+PLAIN = {"fuse-bn"}
+"""Conversions that never insert a centring operation."""
 MANY = 12
 """More lines than this of one kind are cut short without -v."""
 
@@ -38,7 +40,8 @@ def show_summary(console: Console, report: Report, *, verbose: bool = False, kep
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(report.plan))
-    grid.add_row("centring", _centring(report.plan))
+    if report.method not in PLAIN:
+        grid.add_row("centring", _centring(report.plan))
     grid.add_row("tensors", _tensors(report))
     if report.fidelity is not None:
         grid.add_row("fidelity", figures(report.fidelity))
@@ -49,7 +52,7 @@ def show_summary(console: Console, report: Report, *, verbose: bool = False, kep
         grid.add_row("note", note)
     console.print(_indented(grid))
     if report.out is not None and kept:
-        for label, line in zip(("load it", ""), how_to_load(report), strict=True):
+        for label, line in zip(("load it", ""), how_to_load(report), strict=False):
             # Code to be copied is never wrapped.
             console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
     show_kept(console, report.plan, verbose=verbose)
@@ -85,7 +88,8 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     if plan.tensors or plan.modules:
         console.print(Text.assemble("\nwhat a conversion does", style=HEAD))
         grid = _grid()
-        grid.add_row("centring", _centring(plan))
+        if report.method not in PLAIN:
+            grid.add_row("centring", _centring(plan))
         for op, names in _edit_lines(plan, verbose=verbose):
             grid.add_row(op, names)
         console.print(_indented(grid))
@@ -149,8 +153,10 @@ def agrees(good: bool, text: str) -> Text:
 
 
 def how_to_load(report: Report) -> list[str]:
-    """Two lines of Python that load the output: as RMSNorm, and in the unmodified library."""
+    """Lines of Python that load the output: as converted, and in the library if that can."""
     lines = [f'model = normconvert.load("{report.out}")']
+    if report.library == "timm" and report.plan.structural:
+        return lines
     if report.library == "timm":
         return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
     auto = auto_class(Path(report.out or ""), report.architecture)
@@ -184,12 +190,12 @@ def _architecture(report: Report) -> str:
 
 
 def _norms(plan: Plan) -> Text:
-    """``9 of 12 convert to RMSNorm: 8 LayerNorm, 1 LayerNorm2d``."""
+    """``9 of 12 norms → RMSNorm (8 LayerNorm, 1 LayerNorm2d)``."""
     share = len(plan.converted), len(plan.verdicts)
     style = GOOD if share[0] == share[1] else "yellow" if share[0] else BAD
     kinds = Counter(v.kind for v in plan.converted)
     of_kinds = " (" + ", ".join(f"{n} {kind}" for kind, n in kinds.items()) + ")" if len(kinds) > 1 else ""
-    one = f"{next(iter(kinds))} → RMSNorm" if len(kinds) == 1 else "norms → RMSNorm"
+    one = f"{next(iter(kinds)) if len(kinds) == 1 else 'norms'} → {becomes(plan.method)}"
     return Text.assemble((f"{share[0]} of {share[1]}", style), f" {one}{of_kinds}")
 
 

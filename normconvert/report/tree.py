@@ -9,6 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from normconvert.report.console import BAD, FAINT, GOOD, HEAD, NO, YES, centring_points, verdict_lines
+from normconvert.report.words import becomes
 
 if TYPE_CHECKING:
     from normconvert.plan import Plan
@@ -34,7 +35,7 @@ def norm_tree(root: str, plan: Plan, *, verbose: bool = False) -> Tree:
     for converted, sign, style in ((True, YES, GOOD), (False, NO, BAD)):
         verdicts = [v for v in plan.verdicts if v.converted is converted]
         for name, kind, _, count in verdict_lines(verdicts, verbose=verbose):
-            change = f"{kind} → RMSNorm" if converted else f"{kind} stays"
+            change = f"{kind} → {becomes(plan.method)}" if converted else f"{kind} stays"
             times = (f"  ×{count}", FAINT) if count > 1 else ""
             _at(top, name).labels.append(Text.assemble((f"{sign} ", style), change, times))
     tree = Tree(Text(root, HEAD), guide_style=FAINT)

@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from normconvert.fidelity import Fidelity
 
 
+BECOMES = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused"}
+"""Conversion -> what its norms become."""
+
+
+def becomes(method: str) -> str:
+    """What the norms become, for ``LayerNorm → …``."""
+    return BECOMES.get(method, "converted")
+
+
 def in_words(fidelity: Fidelity) -> dict[str, str]:
     """What was measured -> what was found, with its limit."""
     words = {"outputs in float64, relative error": f"{fidelity.algebra:.2g} (at most {fidelity.tolerance:.2g})"}
