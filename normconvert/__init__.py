@@ -15,13 +15,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import convert, inspect
+    from .checking import check
     from .loading import load
     from .result import Report
     from .verification import verify
 
-_WHERE = {"convert": "api", "inspect": "api", "Report": "result", "verify": "verification", "load": "loading"}
+_WHERE = {
+    "check": "checking",
+    "convert": "api",
+    "inspect": "api",
+    "Report": "result",
+    "verify": "verification",
+    "load": "loading",
+}
 
-__all__ = ["Report", "__version__", "convert", "inspect", "load", "verify"]
+__all__ = ["Report", "__version__", "check", "convert", "inspect", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

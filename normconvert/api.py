@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -127,7 +127,11 @@ def convert(
         return report
     report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
     stored = _torch_dtype(dtype)
-    report = replace(report, stored=report.stored if dtype == "auto" else dtype)
+    report = replace(
+        report,
+        stored=report.stored if dtype == "auto" else dtype,
+        options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
+    )
     seconds = dict(report.seconds)
     with staged_output(out, source.folder or source.files[0], overwrite) as folder:
         say("write")
@@ -194,6 +198,7 @@ def _plan(
         stored=str(source.dtype).removeprefix("torch."),
         seconds={"open": opened - start, "trace": traced - opened},
         notes=tuple(plan.notes),
+        options={**asdict(options), "revision": revision, "arch": arch},
     )
 
 

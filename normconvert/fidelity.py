@@ -35,6 +35,7 @@ class Fidelity:
         rounding_tolerance: that the rounding was held against.
         passed: whether every figure is within its tolerance.
         reasons: one sentence for each that is not.
+        limits: figure -> the limit that the user set (:mod:`normconvert.limits`).
     """
 
     algebra: float
@@ -49,6 +50,7 @@ class Fidelity:
     rounding_tolerance: float = 2.0
     passed: bool = True
     reasons: list[str] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready data; numbers that JSON lacks (inf, nan) become strings."""

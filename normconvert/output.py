@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +38,24 @@ def write_record(folder: Path, source: Source, report: Report, hashes: dict[str,
         "method": report.method,
         "library": source.library,
         "architecture": source.architecture,
-        "source": {"reference": Path(report.source).name, "revision": source.revision, "sha256": hashes},
+        "source": {"reference": public_reference(report.source, source), "revision": source.revision, "sha256": hashes},
+        "options": report.options,
+        "versions": versions(source.library),
         "plan": report.plan.to_json(),
         "verification": report.fidelity.to_json() if report.fidelity else None,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
     (folder / "normconvert.json").write_text(text, encoding="utf-8")
+
+
+def public_reference(reference: str, source: Source) -> str:
+    """What the record calls the source: a hub id as it is (its commit stands beside it), of a path its name only."""
+    return reference.partition("@")[0] if source.revision is not None else Path(reference).absolute().name
+
+
+def versions(library: str) -> dict[str, str]:
+    """The libraries that a plan and the bytes written depend on."""
+    return {name: str(import_module(name).__version__) for name in ("torch", library)}
 
 
 def write_card(folder: Path, source: Source, report: Report) -> None:

@@ -31,6 +31,7 @@ class Report:
         tensors_copied: how many were copied as they were.
         seconds: stage -> seconds it took.
         notes: sentences for the user.
+        options: the options of the conversion, with their defaults, by the names of the Python API.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Report:
     tensors_copied: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def converted(self) -> int:

@@ -252,6 +252,7 @@ def verify(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    limits: Mapping[str, float] | None = None,
 ) -> Fidelity:
     """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
 
@@ -266,12 +267,15 @@ def verify(
         dtype: to run both in; None takes that of `b`'s files.
         trust_remote_code: whether code that comes with a checkpoint may run.
         seed: of the probes.
+        limits: figure -> limit, instead of the defaults; see :mod:`normconvert.limits`.
 
     Raises:
-        InputError: a checkpoint cannot be read, or the two are of different architectures or shapes.
+        InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
     """
+    from normconvert.limits import check_limits, judge_limits
     from normconvert.sources import open_source
 
+    limits = check_limits(limits or {})
     first = open_source(str(a), trust_remote_code=trust_remote_code)
     second = open_source(str(b), trust_remote_code=trust_remote_code)
     plan = _plan(second.record) if first.record is None else None
@@ -281,17 +285,20 @@ def verify(
     if plan is None:
         _same_shapes(original, _loader(second, used, device), str(a), str(b))
     coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
-    return verify_models(
+    tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
+    fidelity = verify_models(
         truth=_loader(first, torch.float64, device),
         algebra=None if plan is not None else _loader(second, torch.float64, device),
         original=original,
         converted=_loader(second, used, device),
         probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
-        tolerance=tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser,
+        tolerance=limits.get("algebra", tolerance),
+        rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
         converted_norms=[verdict.path for verdict in plan.converted] if plan is not None else (),
         plan=plan,
         seed=seed,
     )
+    return judge_limits(fidelity, limits)
 
 
 def _plan(record: Mapping[str, Any] | None) -> Plan | None:

@@ -236,3 +236,15 @@ def test_sentences_go_through_the_tokenizer() -> None:
     assert len(probes) == 2
     assert all(p.inputs["input_ids"].shape == (1, 32) for p in probes)
     assert probes[0].inputs["input_ids"][0, 0] == ord("T") % 101
+
+
+class Mute:
+    """A tokenizer whose vocabulary knows no word."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+
+def test_a_tokenizer_that_knows_no_word_gives_no_text_probes() -> None:
+    names = [p.name for p in verification_inputs(gpt2(), tokenizer=Mute())]
+    assert names == [p.name for p in verification_inputs(gpt2())]

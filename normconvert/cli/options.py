@@ -67,6 +67,9 @@ Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write a JSON report; - for stdout."),
 ]
+Junit = Annotated[str | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, for CI systems.")]
+Markdown = Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write a summary for pull requests.")]
+Github = Annotated[bool, typer.Option("--github", help="Annotate the GitHub job that this runs in.")]
 Verbose = Annotated[
     int,
     typer.Option(
@@ -102,3 +105,16 @@ def make_screen(json: str | None, verbose: int, quiet: bool) -> Screen:
     screen = Screen(json_file=json, verbose=verbose, quiet=quiet)
     screen.hush()
     return screen
+
+
+def add_ci(screen: Screen, junit_file: str | None, markdown_file: str | None, annotate: bool) -> None:
+    """Have the command's result written for a CI system as well."""
+    from normconvert.report.github import github
+    from normconvert.report.junit import junit
+    from normconvert.report.markdown import markdown
+    from normconvert.report.outputs import FileOutput
+
+    for option, file, render in (("--junit", junit_file, junit), ("--markdown", markdown_file, markdown)):
+        if file is not None:
+            screen.outputs.append(FileOutput(option, file, render))
+    screen.annotate = github if annotate else None

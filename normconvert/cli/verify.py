@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +10,15 @@ import typer
 from normconvert.cli.app import app
 from normconvert.cli.options import (
     Dtype,
+    Github,
     Json,
+    Junit,
+    Markdown,
     Quiet,
     RunIn,
     Trust,
     Verbose,
+    add_ci,
     make_screen,
 )
 
@@ -26,6 +31,12 @@ def verify(
     dtype: RunIn = Dtype.AUTO,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the probes.")] = 0,
     trust_remote_code: Trust = False,
+    limits: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML: figure and limit, instead of the default limits.")
+    ] = None,
+    junit: Junit = None,
+    markdown: Markdown = None,
+    github: Github = False,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -34,8 +45,12 @@ def verify(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_ci(screen, junit, markdown, github)
 
     def action() -> Done:
+        from normconvert.limits import read_limits
+
+        wanted = read_limits(limits) if limits is not None else {}
         screen.say(f"comparing {b} with {a}")
         import torch
 
@@ -48,7 +63,7 @@ def verify(
         screen.hush_bars()
         fidelity = verify_checkpoints(
             a, b, device=device, dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
-            trust_remote_code=trust_remote_code, seed=seed,
+            trust_remote_code=trust_remote_code, seed=seed, limits=wanted,
         )  # fmt: skip
         return Done(
             fidelity_document(a, b, fidelity),

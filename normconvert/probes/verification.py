@@ -172,6 +172,8 @@ def _text_probes(model: nn.Module, guess: Guess, tokenizer: Any, seed: int) -> l
     for number, sentence in enumerate(SENTENCES):
         generator = torch.Generator().manual_seed(seed * 1000 + 500 + number)
         encoded = tokenizer(sentence)["input_ids"][:LONGEST]
+        if not encoded:  # a vocabulary that knows none of its words
+            continue
         made = specs(model, guess.names, replace(guess.sizes, batch=1, length=len(encoded)))
         inputs: dict[str, Any] = {}
         for name, value in made.items():

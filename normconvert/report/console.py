@@ -17,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from normconvert.report.collapse import Row, collapse
+from normconvert.report.junit import PARTS
 from normconvert.report.words import auto_class, becomes, felt, human_bytes
 
 if TYPE_CHECKING:
+    from normconvert.checking import CheckReport
     from normconvert.fidelity import Fidelity
     from normconvert.plan import Plan, Verdict
     from normconvert.result import Report
@@ -111,6 +113,30 @@ def show_fidelity(console: Console, a: str, b: str, fidelity: Fidelity, *, verbo
         console.print(_indented(Text.assemble((f"{NO} ", BAD), reason)))
     if verbose:
         console.print(_probe_table(fidelity))
+
+
+def show_check(console: Console, report: CheckReport, *, verbose: bool = False) -> None:
+    """Whether a converted checkpoint is what its record says, and each thing that is not."""
+    console.print(
+        Text.assemble((report.output, HEAD), " against the conversion of ", (report.source, HEAD)), soft_wrap=True
+    )
+    grid = _grid()
+    for part, name in PARTS.items():
+        count = sum(finding.part == part for finding in report.findings)
+        told = Text.assemble((f"{NO} ", BAD), name, (f"  ×{count}", FAINT)) if count else agrees(True, name)
+        grid.add_row(part, told)
+    grid.add_row("compared", f"{report.files} files, {human_bytes(report.bytes)}")
+    grid.add_row("seconds", " · ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
+    grid.add_row("result", Text("passed", GOOD) if report.passed else Text("failed", BAD))
+    for note in report.notes:
+        grid.add_row("note", note)
+    console.print(_indented(grid))
+    found = [(f.subject, f.what) for f in report.findings]
+    shown = found if verbose or len(found) <= MANY else found[: MANY - 1]
+    for subject, what in shown:
+        console.print(_indented(Text.assemble((f"{NO} ", BAD), (subject, "yellow"), f" {what}")))
+    if len(shown) < len(found):
+        console.print(_indented(Text(f"and {len(found) - len(shown)} more (-v)", FAINT)))
 
 
 def figures(fidelity: Fidelity) -> RenderableType:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normconvert.checking import CheckReport
     from normconvert.fidelity import Fidelity
     from normconvert.result import Report
 
@@ -18,6 +19,11 @@ def report_document(command: str, report: Report) -> dict[str, Any]:
 def fidelity_document(a: str, b: str, fidelity: Fidelity) -> dict[str, Any]:
     """What ``verify`` found."""
     return {"command": "verify", "original": a, "converted": b, **fidelity.to_json()}
+
+
+def check_document(report: CheckReport) -> dict[str, Any]:
+    """What ``check`` found."""
+    return {"command": "check", **report.to_json()}
 
 
 def error_document(message: str, status: int, error: BaseException | None = None) -> dict[str, Any]:

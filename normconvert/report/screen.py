@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
 from normconvert.report.document import error_document, plain
+from normconvert.report.outputs import FileOutput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +58,12 @@ class Screen:
 
     def __init__(self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False) -> None:
         self.json_file = json_file
+        self.outputs: list[FileOutput] = []
+        """Files to be made from the command's document."""
+        self.annotate: Callable[[dict[str, Any], Callable[[str], None]], None] | None = None
+        """Called with the document and a function that prints, at the end of the command, however it ends."""
+        if json_file is not None and json_file != STDOUT:
+            self.outputs.append(FileOutput("--json", json_file, _json))
         self.verbose = verbose
         self.quiet = quiet
         for stream in (sys.stdout, sys.stderr):
@@ -156,22 +162,38 @@ class Screen:
         self.out.file.flush()
 
     def document(self, data: dict[str, Any]) -> None:
-        """Write the JSON document where ``--json`` says, if it does.
+        """Write the JSON document where ``--json`` says, if it does, and everything else that is made from it.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: a file cannot be written.
         """
-        if self.json_file is None:
-            return
-        text = json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        document = plain(data)
         if self.json_file == STDOUT:
-            sys.stdout.write(text)
+            sys.stdout.write(_json(document))
             sys.stdout.flush()
-            return
-        try:
-            _write_whole(Path(self.json_file).expanduser(), text)
-        except OSError as error:
-            raise InputError(f"--json {self.json_file}: cannot be written: {error.strerror or error}") from error
+        errors = []
+        for output in self.outputs:
+            try:
+                output.write(document)
+            except InputError as error:  # the others are still wanted
+                errors.append(error)
+        if self.annotate is not None:
+            self.annotate(document, self._write)
+        if errors:
+            raise errors[0]
+
+    def check(self) -> None:
+        """Refuse files that could not be written in the end.
+
+        Raises:
+            InputError: names the option and the reason.
+        """
+        for output in self.outputs:
+            output.check()
+
+    def _write(self, text: str) -> None:
+        self.out.file.write(text)
+        self.out.file.flush()
 
 
 def execute(screen: Screen, action: Callable[[], Done]) -> int:
@@ -181,6 +203,7 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted.
     """
     try:
+        screen.check()
         done = action()
         screen.clear()
         if not screen.quiet:
@@ -219,8 +242,13 @@ def _fail(screen: Screen, error: BaseException, message: str, status: int) -> in
     try:
         screen.document(error_document(message, status, error))
     except (InputError, OSError) as another:
-        screen.error(str(another))
+        if str(another) != str(error):  # the file that cannot be written may be the error itself
+            screen.error(str(another))
     return status
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _console(file: TextIO) -> Console:
@@ -245,22 +273,3 @@ def _byte_progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
-    if path.exists() and not path.is_file():  # /dev/stderr, a pipe
-        path.write_text(text, encoding="utf-8")
-        return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # as an ordinary new file; mkstemp's are private
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

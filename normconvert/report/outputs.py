@@ -1,0 +1,78 @@
+"""The files that a command writes beside its work: each is made from the command's JSON document and nothing else."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import InputError
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileOutput:
+    """A file made from the document.
+
+    Attributes:
+        option: what the user typed to get it, for errors.
+        path: where it goes.
+        render: makes its text.
+    """
+
+    option: str
+    path: str
+    render: Callable[[Document], str]
+
+    def check(self) -> None:
+        """Refuse a path that cannot be written, before any work is done.
+
+        Raises:
+            InputError: its folder does not exist or is not writable, or it is a folder itself.
+        """
+        path = Path(self.path).expanduser()
+        problem = None
+        if path.is_dir():
+            problem = "is a folder"
+        elif not path.absolute().parent.is_dir():
+            problem = "its folder does not exist"
+        elif not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            problem = "permission denied"
+        if problem:
+            raise InputError(f"{self.option} {self.path}: cannot be written: {problem}")
+
+    def write(self, document: Document) -> None:
+        """Write it, completely or not at all.
+
+        Raises:
+            InputError: that failed.
+        """
+        self.check()
+        try:
+            write_whole(Path(self.path).expanduser(), self.render(document))
+        except OSError as error:
+            raise InputError(f"{self.option} {self.path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there completely or not at all; names that are not Unicode get a "?"."""
+    if path.exists() and not path.is_file():  # /dev/stderr, a pipe
+        path.write_text(text, encoding="utf-8", errors="replace")
+        return
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # as an ordinary new file; mkstemp's are private
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
