@@ -91,7 +91,7 @@ def find_affine_norms(graph: Graph) -> list[Affine]:
                 calls[path].append((node, _forms(node, path, inside[path], vectors)))
     found = {path: affine for path, group in calls.items() if (affine := _affine(graph, path, group)) is not None}
     found |= {a.path: a for a in _batch_statistics(graph, found)}
-    return [a for path, a in found.items() if not _is_wrapper(path, a, found) and not _is_part(path, found)]
+    return [affine for path, affine in found.items() if not _is_part(path, found)]
 
 
 def _is_buffer(graph: Graph, name: str) -> bool:
@@ -269,6 +269,8 @@ def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, _F
         form = known[result]
         if form.dim is None or not any(_is_buffer(graph, n) for n in (*names_in(form.scale), *names_in(form.shift))):
             return None
+        if not any(module_path(n) == path and n.target is not MARK for n in form.nodes):
+            return None  # a container that does nothing itself: the norm is one of its children
         calls.append(Call(source, result, Place(form.dim, form.size), form.nodes))
         forms.append(form)
         keeps.append(keep)
@@ -372,13 +374,6 @@ def _reads_data(node: Any) -> bool:
     return False
 
 
-def _is_wrapper(path: str, affine: Affine, found: dict[str, Affine]) -> bool:
-    """Whether the module does no arithmetic of its own around an affine norm that it holds."""
-    inner = [a for p, a in found.items() if p.startswith(f"{path}.")]
-    own = {n for c in affine.calls for n in c.nodes if n.target is not MARK}
-    return bool(inner) and any({n for c in a.calls for n in c.nodes if n.target is not MARK} == own for a in inner)
-
-
 def _is_part(path: str, found: dict[str, Affine]) -> bool:
     """Whether the module is one term of a larger affine norm that holds it."""
-    return any(path.startswith(f"{p}.") and not _is_wrapper(p, a, found) and a.calls for p, a in found.items())
+    return any(path.startswith(f"{p}.") and a.calls for p, a in found.items())

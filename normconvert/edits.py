@@ -61,7 +61,7 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """
     vector = evaluate(edit["by"], lookup) + float(edit.get("offset", 0.0))
     groups = int(edit.get("groups", 1))
-    if groups > 1:
+    if groups > 1 and int(edit["axis"]) == 1:
         view = _grouped(x, groups)
         return (view * vector.reshape(groups, 1, -1, *[1] * (x.ndim - 2))).reshape(x.shape)
     view, dim, shape = _split(x, edit)
@@ -92,8 +92,10 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     axis, groups = int(edit["axis"]), int(edit.get("groups", 1))
     out = int(edit.get("out", 0 if axis else 1))
     if groups > 1:
-        weight = _grouped(weight, groups) * vector.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-        return x + weight.sum(dim=tuple(range(2, weight.ndim))).reshape(x.shape)
+        along = (groups, 1, -1) if axis == 1 else (groups, -1, 1)
+        weight = _grouped(weight, groups) * vector.reshape(*along, *[1] * (weight.ndim - 2))
+        gone = tuple(d for d in range(1, weight.ndim) if d != (1 if axis == 1 else 2))
+        return x + weight.sum(dim=gone).reshape(x.shape)
     view, dim, _ = _split(weight, edit)
     out = out if out < axis else out + 2
     start = int(edit.get("start", 0))

@@ -85,24 +85,30 @@ PROOFS: dict[str, Callable[[Graph, Graph, Plan], str]] = {"fuse-bn": difference}
 """Conversion -> what compares the edited model's graph with the original's: it names a difference that is not meant."""
 
 
-def plan_model(model: nn.Module, options: Options | None = None, method: str = "rmsnorm") -> Plan:
+def plan_model(
+    model: nn.Module,
+    options: Options | None = None,
+    method: str = "rmsnorm",
+    tracer: Callable[[nn.Module], Graph] = trace_model,
+) -> Plan:
     """The plan that converts the norms of ``model`` (on the meta device).
 
     Args:
         model: its weights are not read.
         options: what the user allows.
         method: one of :data:`REWRITES`.
+        tracer: how a model becomes a graph; by default with probe inputs that it accepts.
 
     Raises:
         TraceError: see :func:`trace_model`.
     """
-    graph = trace_model(model)
+    graph = tracer(model)
     plan = REWRITES[method](graph, options or Options())
     if method in PROOFS and plan.converted:
         edited = copy.deepcopy(model)
         apply_module_edits(edited, plan.modules)
         try:
-            found = PROOFS[method](graph, trace_model(edited), plan)
+            found = PROOFS[method](graph, tracer(edited), plan)
         except TraceError as error:
             found = str(error)
         if found:

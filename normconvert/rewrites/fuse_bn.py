@@ -198,7 +198,8 @@ def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:
     found: dict[int, Verdict] = {}
     for path, module in graph.modules.items():
         known = isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in seen | set(found)
-        if known and path not in called:
+        part = any(path == p or path.startswith(f"{p}.") for p in called)
+        if known and not part:
             reason = "no traced input makes the model run it."
             found[id(module)] = Verdict(path, type(module).__name__, False, reason, "unreached")
     return list(found.values())

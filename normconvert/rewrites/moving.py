@@ -258,7 +258,7 @@ class Walk:
                 raise Blocked(f"{operation(node)} reads it along other axes", "axes")
             _check_borders(node, weight)
             axis = 0 if name in TRANSPOSED else 1
-            groups = _groups(node) if name in CONVOLUTIONS else 1
+            groups = _groups(node)
             outputs = int(shape_of(node)[place.dim])
         else:
             if place.dim != len(shape_of(value)) - 1 or len(shape_of(weight)) != 2:
@@ -362,7 +362,7 @@ def _all(value: Any, wanted: int) -> bool:
 def _check_borders(node: fx.Node, weight: fx.Node) -> None:
     """A shift passes a convolution if every result sees the whole kernel: without zero padding.
 
-    Transposed convolutions add up a varying number of taps, unless their patches do not overlap.
+    Results of a transposed convolution see different taps, unless it has one only.
     """
     padding = _argument(node, 4, "padding", 0)
     kernel = [int(n) for n in shape_of(weight)[2:]]
@@ -370,12 +370,8 @@ def _check_borders(node: fx.Node, weight: fx.Node) -> None:
         if padding != "valid" and not (isinstance(padding, (int, list, tuple)) and _all(padding, 0)):
             raise Blocked(f"{operation(node)} pads it with zeros, which a shift would have to be zero for", "padding")
         return
-    stride = _argument(node, 3, "stride", 1)
-    strides = list(stride) if isinstance(stride, (list, tuple)) else [stride] * len(kernel)
-    patches = [int(s) for s in (strides * len(kernel))[: len(kernel)]] == kernel
-    if not (patches and _all(padding, 0) and _all(_argument(node, 5, "output_padding", 0), 0)
-            and _all(_argument(node, 7, "dilation", 1), 1)):  # fmt: skip
-        raise Blocked(f"{operation(node)} overlaps its patches, or pads", "padding")
+    if not all(n == 1 for n in kernel) or not _all(_argument(node, 3, "stride", 1), 1):
+        raise Blocked(f"{operation(node)} makes results of different taps, which a shift would tell apart", "padding")
 
 
 def _keeps_constants(node: fx.Node) -> bool:
