@@ -57,18 +57,16 @@ def judge(seed: int) -> str:
     return "fused"
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
+@settings(max_examples=MANY or 60, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.integers(0, 10**9))
 def test_random_networks(seed: int) -> None:
     event(judge(seed))
 
 
-if MANY:
-    test_random_networks = settings(test_random_networks, max_examples=MANY)  # type: ignore[assignment]
-
-
 def test_most_random_networks_have_something_to_fuse_and_something_to_keep() -> None:
     found = Counter(judge(seed) for seed in range(24))
     assert found["fused"] >= 6
-    assert SEEN["fused-before"] >= 10 and SEEN["fused-behind"] >= 1 and SEEN["unknown-op"] >= 5, SEEN
+    assert SEEN["fused-before"] >= 10, SEEN
+    assert SEEN["fused-behind"] >= 1, SEEN
+    assert SEEN["unknown-op"] >= 5, SEEN
