@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .fidelity import Fidelity
     from .plan import Plan
     from .sources import Source
+    from .sources.opening import Found
 
 SHIFTED = "shifted outputs: "
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -107,8 +108,8 @@ def convert(
             verdicts.
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
-    from .apply import write_checkpoint
     from .apply_output import check_output, staged_output
+    from .apply_scan import SourceReader
 
     check_method(method)
     if dtype not in DTYPES:
@@ -121,45 +122,49 @@ def convert(
         if verify:
             check_device(device)
     options = Options(tied, min_gain, allow_shifted_outputs, fold)
-    source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage)
-    _refuse_if_pointless(report, require_all)
-    if dry_run:
-        return report
-    report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
-    stored = _torch_dtype(dtype)
-    report = replace(
-        report,
-        stored=report.stored if dtype == "auto" else dtype,
-        options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
-    )
-    seconds = dict(report.seconds)
-    with staged_output(out, source.folder or source.files[0], overwrite) as folder:
-        say("write")
-        start = time.perf_counter()
-        written = write_checkpoint(
-            source, report.plan, folder, dtype=stored, max_shard_size=max_shard_size, progress=progress,
-            extra_files=loading_files(source, report.plan, dtype),
-        )  # fmt: skip
-        seconds["write"] = time.perf_counter() - start
+    with SourceReader() as reader:  # it reads the weights while this thread imports, builds and traces
+        found = None if dry_run else reader.begin
+        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found)
+        _refuse_if_pointless(report, require_all)
+        if dry_run:
+            return report
+        from .apply import write_checkpoint
+
+        report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
+        stored = _torch_dtype(dtype)
         report = replace(
             report,
-            out=str(out),
-            bytes_written=written.bytes_written,
-            tensors_edited=len(written.edited),
-            tensors_copied=written.copied,
-            seconds=seconds,
-            notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
+            stored=report.stored if dtype == "auto" else dtype,
+            options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
         )
-        write_record(folder, source, report, written.hashes)
-        if verify:
-            say("verify")
+        seconds = dict(report.seconds)
+        with staged_output(out, source.folder or source.files[0], overwrite) as folder:
+            say("write")
             start = time.perf_counter()
-            report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device))
-            seconds["verify"] = time.perf_counter() - start
-            if report.fidelity is None or not report.fidelity.passed:
-                raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
-        write_record(folder, source, report, written.hashes)
-        write_card(folder, source, report)
+            written = write_checkpoint(
+                source, report.plan, folder, dtype=stored, max_shard_size=max_shard_size, progress=progress,
+                extra_files=loading_files(source, report.plan, dtype), reader=reader,
+            )  # fmt: skip
+            seconds["write"] = time.perf_counter() - start
+            report = replace(
+                report,
+                out=str(out),
+                bytes_written=written.bytes_written,
+                tensors_edited=len(written.edited),
+                tensors_copied=written.copied,
+                seconds=seconds,
+                notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
+            )
+            write_record(folder, source, report, written.hashes)
+            if verify:
+                say("verify")
+                start = time.perf_counter()
+                report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device))
+                seconds["verify"] = time.perf_counter() - start
+                if report.fidelity is None or not report.fidelity.passed:
+                    raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
+            write_record(folder, source, report, written.hashes)
+            write_card(folder, source, report)
     return report
 
 
@@ -171,6 +176,7 @@ def _plan(
     options: Options,
     trust_remote_code: bool,
     stage: Stage | None,
+    found: Found | None = None,
 ) -> tuple[Source, Report]:
     check_method(method)
     options.check()
@@ -179,7 +185,7 @@ def _plan(
     start = time.perf_counter()
     from .sources import open_source
 
-    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
+    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code, found=found)
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from normconvert.errors import InputError
 from normconvert.sources import TensorInfo
 
-CHUNK = 1 << 22
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 26
+"""Bytes read at a time. Large: between two chunks the thread waits for whatever Python the main thread runs."""
+
+# dtype -> integers of its size, and the smallest bit patterns, positive and negative, of what is not finite
+# (infinity, then the NaNs): the largest integer of a chunk tells, and takes one quick pass to find.
+_LIMITS: Mapping[str, tuple[str, int, int]] = {
+    "F16": ("2", 0x7C00, 0xFC00),
+    "BF16": ("2", 0x7F80, 0xFF80),
+    "F32": ("4", 0x7F800000, 0xFF800000),
+    "F64": ("8", 0x7FF0000000000000, 0xFFF0000000000000),
+}
 
 
 def check_finite(name: str, values: Tensor, file: Path | None = None) -> None:
@@ -27,80 +38,108 @@ def check_finite(name: str, values: Tensor, file: Path | None = None) -> None:
     if not values.is_floating_point():
         return
     if not is_finite(values):
-        bad = values[~torch.isfinite(values)]
+        bad = values[~values.isfinite()]
         where = f"{file}: " if file else ""
         raise InputError(f"{where}tensor {name} holds {bad.numel()} values that are NaN or infinite ({bad[0].item()})")
 
 
 def is_finite(values: Tensor) -> bool:
     """Whether all values of a floating tensor are finite."""
-    # A sum is much faster than isfinite, and is not finite if any term is not; it may overflow, so then look closely.
-    total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+    if values.numel() == 0:
+        return True
+    # Much faster than isfinite on all of them; both ends are NaN if any value is.
+    low, high = values.aminmax()
+    return bool(low.isfinite()) and bool(high.isfinite())
 
 
-def _suspicious(chunk: memoryview, dtype: str) -> bool:
-    """Whether a chunk may hold a value that is not finite. Never misses one; may be wrong the other way."""
-    with np.errstate(all="ignore"):
-        if dtype == "BF16" and len(chunk) % 4 == 0:
-            pairs = np.frombuffer(chunk, np.uint32)  # bfloat16 is the upper half of float32, so two sums
-            total = pairs.view(np.float32).sum() + (pairs << np.uint32(16)).view(np.float32).sum()
-        elif dtype == "F16" and len(chunk) % 4 == 0:
-            pairs = np.frombuffer(chunk, np.uint32) & np.uint32(0x7C007C00)  # an exponent of all ones carries over
-            return bool(((pairs + np.uint32(0x04000400)) & np.uint32(0x80008000)).any())
-        elif dtype in ("F32", "F64"):
-            total = np.frombuffer(chunk, np.float32 if dtype == "F32" else np.float64).sum()
-        else:
-            return dtype in ("BF16", "F16")
-    return not bool(np.isfinite(total))
+def _all_finite(chunk: memoryview, dtype: str) -> bool:
+    """Whether a chunk of whole values of one dtype holds only finite ones."""
+    if dtype not in _LIMITS or not chunk:
+        return True
+    size, positive, negative = _LIMITS[dtype]
+    largest = int(np.frombuffer(chunk, f"<i{size}").max())  # of the values without a sign
+    smallest = int(np.frombuffer(chunk, f"<u{size}").max())  # of those with one, where there are any
+    return largest < positive and smallest < negative
 
 
 class SourceReader(threading.Thread):
-    """One pass over the weight files in the background.
+    """One pass over the weight files in the background, begun as soon as the files are known.
+
+    Use it as a context: leaving it waits for the end of the pass, or stops it if an exception is on its way.
 
     Attributes:
-        hashes: file name -> sha256, filled when the thread is done.
+        hashes: file name -> sha256, filled as files are done.
     """
 
-    def __init__(self, files: Sequence[Path], tensors: Sequence[TensorInfo], hashing: bool) -> None:
-        """``tensors``: those that must be finite, with their places in ``files`` (none for pickles)."""
+    def __init__(self, hashing: bool = True) -> None:
         super().__init__(name="normconvert-reader", daemon=True)
         self.hashes: dict[str, str] = {}
-        self._files, self._hashing = files, hashing
-        self._tensors = {file: sorted((t for t in tensors if t.file == file), key=_start) for file in files}
+        self._hashing = hashing
+        self._tensors: dict[Path, list[TensorInfo]] = {}
+        self._bad: list[TensorInfo] = []
+        self._required: frozenset[str] = frozenset()
         self._error: BaseException | None = None
         self._halt = threading.Event()
 
-    def __enter__(self) -> SourceReader:
+    def begin(self, tensors: Iterable[TensorInfo], folder: Path | None = None) -> None:
+        """Start to read the files that hold ``tensors``, and the config.json of ``folder``."""
+        for info in tensors:
+            queue = self._tensors.setdefault(info.file, [])
+            if info.start >= 0:  # pickles have no fixed places: their tensors are checked as they pass
+                queue.append(info)
+        for queue in self._tensors.values():
+            queue.sort(key=lambda info: info.start)
+        if folder is not None and (folder / "config.json").is_file():
+            self._tensors[folder / "config.json"] = []
         self.start()
+
+    def require(self, names: Iterable[str]) -> None:
+        """Say which tensors must be finite (checkpoint names); until then :meth:`check` lets all pass."""
+        self._required = frozenset(names)
+
+    def check(self) -> None:
+        """Raise what the thread found so far.
+
+        Raises:
+            InputError: a tensor that is required to be finite is not.
+        """
+        if self._error is not None:
+            raise self._error
+        for info in list(self._bad):
+            if info.name in self._required:
+                from normconvert.sources.safetensors_file import map_tensor
+
+                check_finite(info.name, map_tensor(info), info.file)
+
+    def finish(self) -> None:
+        """Wait for the end of the pass; raises as :meth:`check` does."""
+        if self.ident is not None:
+            self.join()
+        self.check()
+
+    def __enter__(self) -> SourceReader:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
             self._halt.set()
-        self.join()
-        if kind is None:
-            self.check()
-
-    def check(self) -> None:
-        """Raise what the thread found so far."""
-        if self._error is not None:
-            raise self._error
+        if self.ident is not None:
+            self.join()
 
     def run(self) -> None:
         """The thread's body."""
         try:
-            for file in self._files:
-                self._read(file)
+            largest = max((file.stat().st_size for file in self._tensors), default=0)
+            buffer = memoryview(bytearray(min(CHUNK, max(largest, 1))))
+            for file, queue in self._tensors.items():
+                self._read(file, queue, buffer)
         except BaseException as error:
             self._error = error
 
-    def _read(self, file: Path) -> None:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(CHUNK))
-        queue = self._tensors[file]
+    def _read(self, file: Path, queue: list[TensorInfo], buffer: memoryview) -> None:
         if not queue and not self._hashing:
             return
+        digest = hashlib.sha256()
         at = 0
         with file.open("rb", buffering=0) as handle:
             while not self._halt.is_set():
@@ -108,25 +147,22 @@ class SourceReader(threading.Thread):
                 while queue and at >= queue[0].end:
                     queue.pop(0)
                 inside = bool(queue) and at >= queue[0].start
-                limit = (queue[0].end if inside else queue[0].start) - at if queue else CHUNK
-                chunk = buffer[: min(limit, CHUNK)]
+                limit = (queue[0].end if inside else queue[0].start) - at if queue else len(buffer)
+                # A buffer that holds the largest file may be no multiple of a value's size.
+                size = min(limit, len(buffer) if limit <= len(buffer) else len(buffer) // 8 * 8)
+                chunk = buffer[:size]
                 got = _fill(handle, chunk)
                 if not got:
                     break
                 chunk = chunk[:got]
                 if self._hashing:
                     digest.update(chunk)
-                if inside and _suspicious(chunk, queue[0].dtype):
-                    from normconvert.sources.safetensors_file import map_tensor
-
-                    check_finite(queue[0].name, map_tensor(queue[0]), file)
+                # A file that ends early is somebody else's to report.
+                if inside and got == size and not _all_finite(chunk, queue[0].dtype):
+                    self._bad.append(queue[0])
                 at += got
         if self._hashing and not self._halt.is_set():
             self.hashes[file.name] = digest.hexdigest()
-
-
-def _start(info: TensorInfo) -> int:
-    return info.start
 
 
 def _fill(handle: Any, chunk: memoryview) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ from normconvert.errors import InputError
 from normconvert.records import RECORD_FILE, structural_edits
 from normconvert.sources.checkpoint import PICKLES, find_weights, load_json, majority_dtype, read_checkpoint
 from normconvert.sources.hub import HUB_ID, download
-from normconvert.sources.source import Source
+from normconvert.sources.source import Source, TensorInfo
 
 DEMOS = Path(__file__).parent.parent / "demos"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
+Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
 
 
 def open_source(
-    reference: str, *, revision: str | None = None, arch: str | None = None, trust_remote_code: bool = False
+    reference: str,
+    *,
+    revision: str | None = None,
+    arch: str | None = None,
+    trust_remote_code: bool = False,
+    found: Found | None = None,
 ) -> Source:
     """Open a checkpoint: find its files, check them, and map its tensors to the model's names. No weight is read.
 
@@ -27,18 +34,20 @@ def open_source(
         revision: branch, tag or commit on the hub.
         arch: ``timm:NAME``, the architecture of files that have no config.json.
         trust_remote_code: allow code that comes with the checkpoint to run.
+        found: called with the tensors' places and the folder as soon as they are known, before the library that
+            builds the model is imported, which takes seconds.
 
     Raises:
         InputError: anything that is wrong with the reference or the files, in one line.
     """
     path, commit = _locate(reference, revision)
     if path.is_dir():
-        return _open_folder(reference, path, commit, arch, trust_remote_code)
+        return _open_folder(reference, path, commit, arch, trust_remote_code, found)
     if arch is None:
         beside = path.parent / "config.json"
         hint = f"pass its folder {path.parent}" if beside.is_file() else "pass --arch timm:NAME"
         raise InputError(f"{path}: a bare weight file does not say its architecture: {hint}")
-    return _finish(reference, None, path, {}, arch, None, commit, trust_remote_code)
+    return _finish(reference, None, path, {}, arch, None, commit, trust_remote_code, found)
 
 
 def _locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
@@ -68,16 +77,18 @@ def _demo(name: str) -> Path:
     return folder
 
 
-def _open_folder(reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool) -> Source:
+def _open_folder(
+    reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool, found: Found | None
+) -> Source:
     config_file = folder / "config.json"
     if not config_file.is_file() and arch is None:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
-        raise InputError(f"{folder}: not a checkpoint: no config.json (found {found}); bare weights need --arch")
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
+        raise InputError(f"{folder}: not a checkpoint: no config.json (found {held}); bare weights need --arch")
     config = load_json(config_file) if config_file.is_file() and arch is None else {}
     record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
     _refuse_quantised(folder, config)
     weights = find_weights(folder, config, library_of(config, arch))
-    return _finish(reference, folder, weights, config, arch, record, commit, trust)
+    return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
 
 
 def _finish(
@@ -89,11 +100,14 @@ def _finish(
     record: dict[str, Any] | None,
     commit: str | None,
     trust: bool,
+    found: Found | None,
 ) -> Source:
     from normconvert.sources.libraries import describe, map_names
 
     library = library_of(config, arch)
     checkpoint = read_checkpoint(weights, trusted_links=_in_hub_cache(weights.parent))
+    if found is not None:
+        found(checkpoint.tensors.values(), folder)
     try:
         dtype = majority_dtype(checkpoint.tensors)
     except InputError as error:

@@ -1,0 +1,274 @@
+"""Writes the files of a layout: two tensors at a time, each by a thread of its own.
+
+Untouched tensors are copied as bytes inside the kernel; edited ones are computed by :mod:`normconvert.apply_blocks`.
+Every tensor has its place in its file before anything is written, so the order in which they are done does not show.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from normconvert.apply_blocks import block_dimension, blocks, edit_whole
+from normconvert.apply_layout import Layout, OutTensor
+from normconvert.apply_scan import SourceReader, check_finite, is_finite
+from normconvert.edits import apply_edits
+from normconvert.errors import InputError
+from normconvert.sources import Source
+from normconvert.sources.safetensors_file import read_tensor, torch_dtype
+
+Progress = Callable[[str, int, int], None]
+"""Called with the tensor being written, the bytes done and the bytes in all."""
+
+COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
+WORKERS = 2  # each holds one tensor: more would need more memory, and a disk is busy with two
+SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which many edits share
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor to be written at ``at`` of the open file ``fd``."""
+
+    fd: int
+    tensor: OutTensor
+    at: int
+
+
+class _Stopped(Exception):
+    """Another thread has failed."""
+
+
+class Writer:
+    """Writes the files of a layout."""
+
+    def __init__(self, source: Source, layout: Layout, reader: SourceReader, progress: Progress | None) -> None:
+        self._source, self._layout, self._reader, self._progress = source, layout, reader, progress
+        self._done, self._total = 0, sum(file.nbytes for file in layout.files)
+        self._small: dict[str, Tensor] = {}
+        self._events: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+
+    def write(self, folder: Path) -> None:
+        """Write all files.
+
+        Raises:
+            InputError: a weight is NaN or infinite, or overflows the output's dtype.
+            OSError: the disk is full, and the like.
+        """
+        with ExitStack() as stack:
+            files: list[deque[Task]] = []
+            for file in self._layout.files:
+                fd = stack.enter_context((folder / file.name).open("wb", buffering=0)).fileno()
+                _write_all(fd, memoryview(file.header), 0)
+                self._advance("", len(file.header))
+                tasks, at = deque[Task](), len(file.header)
+                for tensor in file.tensors:
+                    tasks.append(Task(fd, tensor, at))
+                    at += tensor.nbytes
+                files.append(tasks)
+            self._run(files)
+
+    def _run(self, files: list[deque[Task]]) -> None:
+        """Do the tasks; progress and errors come to this thread, which Ctrl-C reaches too."""
+        supply = _Supply(files)
+        count = min(WORKERS, os.cpu_count() or 1)
+        with _one_thread():
+            workers = [threading.Thread(target=self._work, args=(supply,), daemon=True) for _ in range(count)]
+            for worker in workers:
+                worker.start()
+            error: BaseException | None = None
+            try:
+                while count:
+                    event = self._events.get()
+                    if event is None:
+                        count -= 1
+                    elif isinstance(event, BaseException):
+                        error = error or event
+                    else:
+                        self._advance(*event)
+                        self._reader.check()
+            finally:
+                self._stop.set()
+                for worker in workers:
+                    worker.join()
+            if error is not None:
+                raise error
+
+    def _work(self, supply: _Supply) -> None:
+        torch.set_num_threads(1)  # torch keeps it by thread
+        try:
+            for task in supply:
+                self._write_task(task)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._stop.set()
+            self._events.put(error)
+        finally:
+            self._events.put(None)
+
+    def _write_task(self, task: Task) -> None:
+        tensor = task.tensor
+        if (
+            not tensor.edits
+            and self._source.tensors[tensor.origin].dtype == tensor.dtype
+            and not self._source.is_pickle
+        ):
+            self._copy(task)
+            return
+        try:
+            self._compute(task)
+        except ValueError as error:
+            raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
+
+    def _copy(self, task: Task) -> None:
+        info, tensor = self._source.tensors[task.tensor.origin], task.tensor
+        with info.file.open("rb", buffering=0) as handle:
+            done = 0
+            while done < tensor.nbytes:
+                count = min(COPY, tensor.nbytes - done)
+                n = _copy_range(handle.fileno(), task.fd, count, info.start + done, task.at + done)
+                if n == 0:
+                    raise InputError(f"{info.file}: ended while tensor {info.name} was copied: is it being changed?")
+                done += n
+                self._wrote(tensor.name, n)
+
+    def _compute(self, task: Task) -> None:
+        """Edit, convert and write one tensor, by the largest blocks that the edits permit."""
+        tensor = task.tensor
+        info, target = self._source.tensors[tensor.origin], torch_dtype(tensor.dtype)
+        dim = block_dimension(tensor.edits, info.shape, tensor.shape)
+        if dim != 0:
+            # Blocks of columns are put together in memory first, in place where the dtype stays.
+            own = not self._source.is_pickle
+            value = read_tensor(info) if own else self._source.read(tensor.origin)
+            self._write_tensor(task, self._edited(tensor, value, target, own), task.at)
+            return
+        # Blocks of rows lie one behind the other in the file: read, edit and write one at a time.
+        at = task.at
+        for start, stop in blocks(info.shape, 0, target.itemsize):
+            if self._source.is_pickle:
+                block = self._source.read(tensor.origin)[start:stop]
+            else:
+                block = read_tensor(info, (start, stop))
+            value = self._checked(tensor, block)
+            if tensor.edits:
+                value = apply_edits(value, tensor.edits, self._lookup)
+            at += self._write_tensor(task, self._fits(tensor, value.to(target)), at)
+
+    def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, in_place: bool) -> Tensor:
+        self._checked(tensor, value)
+        if not tensor.edits:
+            return self._fits(tensor, value.to(target))
+        return self._fits(tensor, edit_whole(value, tensor.edits, self._lookup, target, in_place=in_place))
+
+    def _checked(self, tensor: OutTensor, value: Tensor) -> Tensor:
+        if self._is_parameter(tensor) or tensor.edits:
+            check_finite(tensor.origin, value)
+        return value
+
+    def _fits(self, tensor: OutTensor, edited: Tensor) -> Tensor:
+        if self._is_parameter(tensor) and edited.is_floating_point() and not is_finite(edited):
+            largest = float(self._source.read(tensor.origin).abs().max())
+            raise InputError(
+                f"tensor {tensor.name} (up to {largest:.3g}) overflows {edited.dtype}: choose another --dtype"
+            )
+        return edited
+
+    def _is_parameter(self, tensor: OutTensor) -> bool:
+        return self._source.name_map.get(tensor.origin, "") not in {"", *self._source.buffers}
+
+    def _lookup(self, name: str) -> Tensor:
+        """A source tensor in float64 by its model name; small ones are kept, since many edits share them."""
+        if name not in self._small:
+            origin = self._layout.origins[name]
+            value = self._source.read(origin)
+            check_finite(origin, value)
+            value = value.to(torch.float64)
+            if value.numel() > SMALL:
+                return value
+            self._small[name] = value
+        return self._small[name]
+
+    def _write_tensor(self, task: Task, value: Tensor, at: int) -> int:
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        _write_all(task.fd, data, at)
+        self._wrote(task.tensor.name, len(data))
+        return len(data)
+
+    def _wrote(self, name: str, n: int) -> None:
+        """Tell the thread that runs the workers; raise if they are to stop."""
+        self._events.put((name, n))
+        if self._stop.is_set():
+            raise _Stopped
+
+    def _advance(self, name: str, n: int) -> None:
+        self._done += n
+        if self._progress is not None:
+            self._progress(name, self._done, self._total)
+
+
+class _Supply:
+    """Hands out tasks, of different files where it can: the kernel lets one thread at a time write to a file."""
+
+    def __init__(self, files: list[deque[Task]]) -> None:
+        self._files, self._lock = files, threading.Lock()
+        self._busy = [0] * len(files)
+
+    def __iter__(self) -> Iterator[Task]:
+        file = -1
+        while True:
+            with self._lock:
+                if file >= 0:
+                    self._busy[file] -= 1
+                left = [i for i, tasks in enumerate(self._files) if tasks]
+                if not left:
+                    return
+                file = min(left, key=lambda i: (self._busy[i], i != file, i))  # its own, if it is there alone
+                self._busy[file] += 1
+                task = self._files[file].popleft()
+            yield task
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to share out: threads would only wait for each other (measured: 10 x slower when busy)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_all(fd: int, data: memoryview, at: int) -> None:
+    while data:
+        n = os.pwrite(fd, data[:COPY], at)
+        data, at = data[n:], at + n
+
+
+def _copy_range(origin: int, target: int, count: int, from_offset: int, to_offset: int) -> int:
+    """Copy bytes between files inside the kernel where it can (and share them where the file system can)."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(origin, target, count, from_offset, to_offset)
+        except OSError as error:
+            # Other file systems and old kernels: by hand. A full disk is a full disk.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    data = os.pread(origin, min(count, 1 << 22), from_offset)
+    _write_all(target, memoryview(data), to_offset)
+    return len(data)
+
+
+__all__ = ["Progress", "Writer"]
