@@ -30,7 +30,7 @@ def test_the_number_of_threads_does_not_show(tmp_path: Path, form: str, monkeypa
     monkeypatch.setattr(apply_blocks, "BLOCK", 97)
     for workers in (1, 2, 5):
         monkeypatch.setattr(apply_write, "WORKERS", workers)
-        monkeypatch.setattr(apply_write.os, "cpu_count", lambda: 8)
+        monkeypatch.setattr("os.cpu_count", lambda: 8)
         apply_plan(source, PLAN, tmp_path / f"out{workers}")
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2") == contents(tmp_path / "out5")
 
