@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import convert, inspect
     from .checking import check
+    from .exporting import export
     from .loading import load
     from .result import Report
     from .verification import verify
@@ -27,9 +28,10 @@ _WHERE = {
     "Report": "result",
     "verify": "verification",
     "load": "loading",
+    "export": "exporting",
 }
 
-__all__ = ["Report", "__version__", "check", "convert", "inspect", "load", "verify"]
+__all__ = ["Report", "__version__", "check", "convert", "export", "inspect", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.plan import FORMAT, Plan
-from normconvert.records import read_record
+from normconvert.records import NotConverted, read_record
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,26 @@ def load(
     if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
     return model
+
+
+def load_any(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A checkpoint, converted or not: as :func:`load` where there is a record, else as its library loads it.
+
+    Raises:
+        InputError: as :func:`load`, but for the record.
+    """
+    from normconvert.sources import open_source
+
+    try:
+        return load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    except NotConverted:
+        return open_source(str(path), trust_remote_code=trust_remote_code).load(dtype=dtype, device=device)
 
 
 def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> dict[str, str | bytes]:

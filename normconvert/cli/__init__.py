@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from normconvert.cli import check, convert, demo, fuse_bn, inspect, verify  # noqa: F401
+from normconvert.cli import check, convert, demo, export, fuse_bn, inspect, verify  # noqa: F401
 from normconvert.cli.app import app
 from normconvert.cli.options import parse_size
 

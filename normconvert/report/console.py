@@ -22,6 +22,7 @@ from normconvert.report.words import auto_class, becomes, felt, human_bytes
 
 if TYPE_CHECKING:
     from normconvert.checking import CheckReport
+    from normconvert.exporting import ExportReport
     from normconvert.fidelity import Fidelity
     from normconvert.plan import Plan, Verdict
     from normconvert.result import Report
@@ -137,6 +138,22 @@ def show_check(console: Console, report: CheckReport, *, verbose: bool = False) 
         console.print(_indented(Text.assemble((f"{NO} ", BAD), (subject, "yellow"), f" {what}")))
     if len(shown) < len(found):
         console.print(_indented(Text(f"and {len(found) - len(shown)} more (-v)", FAINT)))
+
+
+def show_export(console: Console, report: ExportReport) -> None:
+    """What was exported, what may vary in it, how close it is."""
+    console.print(Text.assemble((report.source, HEAD), " → ", (report.file, HEAD)), soft_wrap=True)
+    grid = _grid()
+    grid.add_row("size", human_bytes(report.bytes_written))
+    free = [f"{name} ({', '.join(dims)})" for name, dims in report.dynamic.items() if dims]
+    grid.add_row("may vary", ", ".join(free) or "nothing")
+    grid.add_row("outputs", ", ".join(report.outputs))
+    grid.add_row("verified", f"{report.error:.2g} off the exported model at most")
+    if report.against is not None:
+        grid.add_row("", f"{report.against:.2g} off the original at most")
+    for note in report.notes:
+        grid.add_row("note", note)
+    console.print(_indented(grid))
 
 
 def figures(fidelity: Fidelity) -> RenderableType:
