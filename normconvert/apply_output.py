@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import importlib
 import json
 import os
 import shutil
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
+
+_FCNTL: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+"""Locks; elsewhere there are none, and leftovers stay."""
 
 # Weights in any format: the converted ones replace them, the others would be stale.
 WEIGHT_PATTERNS = (
@@ -37,17 +42,12 @@ def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> It
     check_output(out, source, overwrite)
     target = out.resolve()
     made = _make_parents(target.parent)
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
+    sweep(target)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        try:
-            staging.mkdir()
-        except OSError as error:
-            raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
-        yield staging
-        _replace(staging, target)
+        with claimed_folder(target.parent, f".{target.name}.partial-{os.getpid()}") as staging:
+            yield staging
+            _replace(staging, target)
     except BaseException:  # Ctrl-C too: nothing half-way may stay
-        shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
@@ -91,13 +91,69 @@ def _replace(staging: Path, target: Path) -> None:
         os.rename(staging, target)
         return
     aside = target.parent / f".{target.name}.old-{os.getpid()}"
-    os.rename(target, aside)
+    with locked(target):
+        os.rename(target, aside)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def claimed_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder that is locked while the block runs, and removed at its end if it is still there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    for attempt in range(100):
+        folder = parent / (f"{name}-{attempt}" if attempt else name)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another thread's
+            continue
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made: {error.strerror or error}") from error
+        try:
+            with locked(folder):
+                if folder.is_dir():  # between its making and the lock it could be taken for a leftover
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise InputError(f"{parent / name}: cannot be made: too many of them, or something removes it")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, which ends with the process however it ends. Yields whether it was to be had."""
+    handle = None
     try:
-        os.rename(staging, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        held = False
+        with suppress(OSError):  # somebody else has it, or this file system has no locks
+            if _FCNTL is not None:
+                handle = os.open(folder, os.O_RDONLY)
+                _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
+                held = True
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def sweep(target: Path) -> None:
+    """Remove what conversions to ``target`` left beside it when they were killed; those that run are let be."""
+    for kind in ("partial", "old"):
+        for folder in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            with suppress(OSError), locked(folder) as ours:
+                if not ours:
+                    continue
+                if kind == "old" and not target.exists():  # killed between two renames: this is the old output
+                    os.rename(folder, target)
+                else:
+                    shutil.rmtree(folder)
 
 
 def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:

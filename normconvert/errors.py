@@ -31,3 +31,9 @@ class TraceError(NormConvertError):
     """The model could not be traced, so nothing can be proved about it (exit status 3)."""
 
     exit_status = 3
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, with nothing half-way left."""
+
+    exit_status = 143

@@ -171,3 +171,52 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None
             if subprocess.run(["umount", str(disk)], capture_output=True).returncode == 0:
                 break
             time.sleep(0.1)
+
+
+def start_and_stop_half_way(folder: Path, out: Path, number: int) -> subprocess.Popen[str]:
+    """A conversion by the command line, sent a signal when some of its output is there."""
+    slow = (
+        "import time, normconvert.apply_write as w; f = w._write_all; w._write_all = lambda *a: (f(*a), time.sleep(1))"
+    )
+    main = "from normconvert.cli import main; import sys; sys.argv[1:] = sys.argv[1:]; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{slow}; {main}", "rmsnorm", str(folder), str(out), "--no-verify"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(600):
+        if list(out.parent.glob(".out.partial-*/*.safetensors")):
+            break
+        time.sleep(0.1)
+    child.send_signal(number)
+    return child
+
+
+def test_a_terminated_conversion_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    child = start_and_stop_half_way(folder, tmp_path / "out", signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 143, errors
+    assert errors.endswith("interrupted; nothing was written\n")
+    assert leftovers(tmp_path) == []
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(folder: Path, tmp_path: Path) -> None:
+    start_and_stop_half_way(folder, tmp_path / "out", signal.SIGKILL).communicate(timeout=60)
+    left = leftovers(tmp_path)
+    assert len(left) == 1
+    assert left[0].startswith(".out.partial-")
+    (tmp_path / ".other.partial-1").mkdir()
+    with staged_output(tmp_path / "out", folder) as running:
+        assert leftovers(tmp_path) == sorted([running.name, ".other.partial-1"])
+        with staged_output(tmp_path / "out", folder):  # it may not sweep what is being made
+            assert running.is_dir()
+    assert leftovers(tmp_path) == [".other.partial-1", "out"]
+
+
+def test_an_output_that_stepped_aside_for_one_that_never_came_is_put_back(folder: Path, tmp_path: Path) -> None:
+    aside = tmp_path / ".out.old-1"
+    aside.mkdir()
+    (aside / "mine.txt").write_text("precious")
+    with pytest.raises(RuntimeError), staged_output(tmp_path / "out", folder, overwrite=True) as staging:
+        _write_and_fail(staging)
+    assert contents(tmp_path / "out") == {"mine.txt": b"precious"}
+    assert leftovers(tmp_path) == ["out"]

@@ -5,6 +5,7 @@ One file a command; importing it registers the command with the application, in 
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from normconvert.cli import check, convert, demo, export, fuse_bn, inspect, verify  # noqa: F401
 from normconvert.cli.app import app
 from normconvert.cli.options import parse_size
+from normconvert.errors import Terminated
 
 __all__ = ["app", "main", "parse_size", "run"]
 
@@ -25,9 +27,9 @@ def run(arguments: Sequence[str]) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _usage_error(error, arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_status", 130)
     return status if isinstance(status, int) else 0
 
 
@@ -54,6 +56,13 @@ def _json_argument(arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    raise Terminated
+
+
 def main() -> None:
     """The entry point: ends the process with the exit status."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))

@@ -200,7 +200,8 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
     """Run a command to its exit status: show what it returns, or the error that ended it.
 
     Returns:
-        0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted.
+        0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted,
+        143 terminated.
     """
     try:
         screen.check()
@@ -217,7 +218,7 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         screen.clear()
         left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
         message = f"interrupted; {left}"
-        return _fail(screen, error, message, INTERRUPTED)
+        return _fail(screen, error, message, getattr(error, "exit_status", INTERRUPTED))
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain at exit about what it cannot flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
