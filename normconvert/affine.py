@@ -65,7 +65,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """a * x + b of the module's input x, along dimension ``dim`` (None: the same for all channels so far)."""
 
     scale: Expression
@@ -81,8 +81,8 @@ def find_affine_norms(graph: Graph) -> list[Affine]:
     A norm that uses the batch's own statistics is among them with an obstacle, since a user expects a word about it.
     """
     statistics = {n for n, p in graph.parameters.items() if p.stored and _is_buffer(graph, p.name)}
-    vectors = _Vectors(graph)
-    calls: dict[str, list[tuple[fx.Node, dict[fx.Node, _Form]]]] = defaultdict(list)
+    vectors = Vectors(graph)
+    calls: dict[str, list[tuple[fx.Node, dict[fx.Node, Form]]]] = defaultdict(list)
     inside = _nodes_by_module(graph)
     for node in graph.nodes:
         if node.target is MARK and node.args[2:4] == ("input", "0"):
@@ -120,26 +120,26 @@ def _may_be_norm(nodes: Any, graph: Graph, statistics: set[fx.Node]) -> bool:
     return len(nodes) <= LARGEST * 4 and any(n in statistics for node in nodes for n in node.all_input_nodes)
 
 
-def _forms(source: fx.Node, path: str, nodes: list[fx.Node], vectors: _Vectors) -> dict[fx.Node, _Form]:
+def _forms(source: fx.Node, path: str, nodes: list[fx.Node], vectors: Vectors) -> dict[fx.Node, Form]:
     """The affine forms of one call of the module, from the mark of its input on."""
-    forms = {source: _Form(1, 0, None, 1, frozenset())}
+    forms = {source: Form(1, 0, None, 1, frozenset())}
     for node in nodes:
         if any(n in forms for n in node.all_input_nodes) and (form := _step(node, forms, vectors)) is not None:
             forms[node] = form
     return forms
 
 
-_SAME = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"}
+SAME = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"}
 
 
-def _step(node: fx.Node, forms: dict[fx.Node, _Form], vectors: _Vectors) -> _Form | None:
+def _step(node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
     """The form of a node, if its operands' forms give one."""
     name = name_of(node)
     first = node.args[0] if node.args else None
-    if name in _SAME and isinstance(first, fx.Node) and first in forms and is_float(node):
+    if name in SAME and isinstance(first, fx.Node) and first in forms and is_float(node):
         return _with(forms[first], node)
     if "batch_norm" in name and first in forms:
-        return _batch_norm(node, forms[first], vectors)  # type: ignore[index]
+        return normalise(node, forms[first], vectors)  # type: ignore[index]
     if "getitem" in name and first in forms and node.args[1] == 0 and "batch_norm" in name_of(first):  # type: ignore[arg-type]
         return _with(forms[first], node)  # type: ignore[index]
     if name in ("aten.mul", "aten.add", "aten.sub", "aten.div") and node.kwargs.get("alpha", 1) == 1:
@@ -147,11 +147,11 @@ def _step(node: fx.Node, forms: dict[fx.Node, _Form], vectors: _Vectors) -> _For
     return None
 
 
-def _with(form: _Form, node: fx.Node) -> _Form:
-    return _Form(form.scale, form.shift, form.dim, form.size, form.nodes | {node})
+def _with(form: Form, node: fx.Node) -> Form:
+    return Form(form.scale, form.shift, form.dim, form.size, form.nodes | {node})
 
 
-def _batch_norm(node: fx.Node, form: _Form, vectors: _Vectors) -> _Form | None:
+def normalise(node: fx.Node, form: Form, vectors: Vectors) -> Form | None:
     """BN(x) = w (x - m) / sqrt(v + eps) + b with stored m and v; dimension 1 of the input."""
     args = list(node.args)
     frozen = name_of(node) == "aten._native_batch_norm_legit_no_training"
@@ -164,10 +164,15 @@ def _batch_norm(node: fx.Node, form: _Form, vectors: _Vectors) -> _Form | None:
         return None
     scale = times(1 if weight is None else weight, ["rsqrt", ["add", variance, float(eps)]])  # type: ignore[arg-type]
     shift = minus(0 if bias is None else bias, times(mean, scale))
-    return _Form(scale, shift, 1, int(shape_of(args[0])[1]), form.nodes | {node})
+    return Form(scale, shift, 1, int(shape_of(args[0])[1]), form.nodes | {node})
 
 
-def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, _Form], vectors: _Vectors) -> _Form | None:
+def is_data_batch_norm(node: fx.Node) -> bool:
+    """Whether a node is a batch norm of some kind."""
+    return node.op == "call_function" and "batch_norm" in name_of(node)
+
+
+def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
     a, b = node.args[:2]
     left = forms.get(a) if isinstance(a, fx.Node) else None
     right = forms.get(b) if isinstance(b, fx.Node) else None
@@ -179,7 +184,7 @@ def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, _Form], vectors: _V
         join = plus if op == "add" else minus
         dim, size = (left.dim, left.size) if left.dim is not None else (right.dim, right.size)
         nodes = left.nodes | right.nodes | {node}
-        return _Form(join(left.scale, right.scale), join(left.shift, right.shift), dim, size, nodes)
+        return Form(join(left.scale, right.scale), join(left.shift, right.shift), dim, size, nodes)
     form, other = (left, b) if left is not None else (right, a)
     if form is None or (left is None and op in ("div", "sub")):
         return None
@@ -193,14 +198,14 @@ def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, _Form], vectors: _V
     dim = form.dim if dim is None else dim
     nodes = form.nodes | {node}
     if op == "add":
-        return _Form(form.scale, plus(form.shift, vector), dim, size, nodes)
+        return Form(form.scale, plus(form.shift, vector), dim, size, nodes)
     if op == "sub":
-        return _Form(form.scale, minus(form.shift, vector), dim, size, nodes)
+        return Form(form.scale, minus(form.shift, vector), dim, size, nodes)
     factor = vector if op == "mul" else ["reciprocal", vector]
-    return _Form(times(form.scale, factor), times(form.shift, factor), dim, size, nodes)
+    return Form(times(form.scale, factor), times(form.shift, factor), dim, size, nodes)
 
 
-class _Vectors:
+class Vectors:
     """Values made of stored tensors alone, as expressions."""
 
     def __init__(self, graph: Graph) -> None:
@@ -256,10 +261,10 @@ class _Vectors:
         return None if target is None else (expression, target)
 
 
-def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, _Form]]]) -> Affine | None:
+def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, Form]]]) -> Affine | None:
     """The norm at ``path``, if every call of it ends in the same affine form of its input."""
     calls: list[Call] = []
-    forms: list[_Form] = []
+    forms: list[Form] = []
     keeps: list[tuple[str, ...]] = []
     for source, known in group:
         found = _result(graph, path, known)
@@ -282,7 +287,7 @@ def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, _F
     return Affine(path, kind, tuple(calls), first.scale, first.shift, keeps[0], obstacle, code)
 
 
-def _result(graph: Graph, path: str, forms: dict[fx.Node, _Form]) -> tuple[fx.Node, tuple[str, ...]] | None:
+def _result(graph: Graph, path: str, forms: dict[fx.Node, Form]) -> tuple[fx.Node, tuple[str, ...]] | None:
     """The last affine value of a call and the children that run after it; None if more than children runs there."""
     last = [n for n in forms if forms[n].nodes and _leaves(n, path, forms)]
     if len(last) != 1:
@@ -290,6 +295,15 @@ def _result(graph: Graph, path: str, forms: dict[fx.Node, _Form]) -> tuple[fx.No
     result = last[0]
     if result.target is MARK and result.args[1:4] == (path, "output", ""):
         return result, ()
+    keep = children_after(result, path)
+    own = {
+        module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in forms[result].nodes if n.target is not MARK
+    }
+    return None if keep is None or own & set(keep) else (result, keep)
+
+
+def children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
+    """The children of a module that run after ``result``, in order; None if more than children runs there."""
     keep: dict[str, None] = {}
     seen, work = {result}, [result]
     while work:
@@ -300,17 +314,17 @@ def _result(graph: Graph, path: str, forms: dict[fx.Node, _Form]) -> tuple[fx.No
             if user.target is MARK and user.args[1:4] == (path, "output", ""):
                 continue
             inner = module_path(user) if user.target is not MARK else str(user.args[1])
-            if inner == path and name_of(user) in _SAME:
+            if inner == path and name_of(user) in SAME:
                 work.append(user)
                 continue
             if not inner.startswith(f"{path}."):
                 return None
             keep[inner.removeprefix(f"{path}.").partition(".")[0]] = None
             work.append(user)
-    return result, tuple(keep)
+    return tuple(keep)
 
 
-def _leaves(node: fx.Node, path: str, forms: dict[fx.Node, _Form]) -> bool:
+def _leaves(node: fx.Node, path: str, forms: dict[fx.Node, Form]) -> bool:
     """Whether an affine value is read by what is not one, or is the module's output."""
     if node.target is MARK and node.args[1:4] == (path, "output", ""):
         return True
@@ -318,19 +332,25 @@ def _leaves(node: fx.Node, path: str, forms: dict[fx.Node, _Form]) -> bool:
 
 
 def _obstacle(graph: Graph, path: str, calls: list[Call]) -> tuple[str, str]:
-    """Who uses the module's tensors in another way than by calling it; empty if nobody does."""
-    prefix = f"{path}."
-    for node, parameter in graph.parameters.items():
-        if not any(alias.startswith(prefix) for alias in parameter.aliases):
-            continue
-        outside = _reader_outside(node, path)
-        if outside is not None:
-            return f"`{module_path(outside) or 'the model'}` uses `{parameter.name}` as well", "not-a-module"
+    """Who uses the module in another way than by calling it; empty if nobody does."""
+    if outside := uses_outside(graph, path):
+        return outside, "not-a-module"
     for call in calls:
         leaving = [u for n in call.nodes - {call.result} for u in n.users if u not in call.nodes]
         if any(name_of(u) not in NEUTRAL for u in leaving):
             return "something reads it half-way", "not-a-module"
     return "", ""
+
+
+def uses_outside(graph: Graph, path: str) -> str:
+    """Who reads the module's tensors from outside; empty if nobody does."""
+    prefix = f"{path}."
+    for node, parameter in graph.parameters.items():
+        if any(alias.startswith(prefix) for alias in parameter.aliases):
+            outside = _reader_outside(node, path)
+            if outside is not None:
+                return f"`{module_path(outside) or 'the model'}` uses `{parameter.name}` as well"
+    return ""
 
 
 def _reader_outside(node: fx.Node, path: str) -> fx.Node | None:

@@ -40,6 +40,7 @@ def inspect(
     tied: str = "center",
     min_gain: int = 3,
     allow_shifted_outputs: bool = False,
+    merge_branches: bool = False,
     trust_remote_code: bool = False,
     stage: Stage | None = None,
 ) -> Report:
@@ -49,7 +50,7 @@ def inspect(
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
     """
-    options = Options(tied, min_gain, allow_shifted_outputs, fold)
+    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches)
     return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
 
 
@@ -71,6 +72,7 @@ def convert(
     dry_run: bool = False,
     verify: bool = True,
     require_all: bool = False,
+    merge_branches: bool = False,
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     stage: Stage | None = None,
@@ -94,6 +96,7 @@ def convert(
         dry_run: plan only.
         verify: check the result numerically before ``out`` appears.
         require_all: refuse unless every norm can be converted.
+        merge_branches: with ``fuse-bn``, make parallel convolutions and skips of a block one convolution.
         trust_remote_code: allow code that comes with the checkpoint to run.
         progress: called with (tensor, bytes done, bytes in all) while writing.
         stage: called with each stage's name as it begins.
@@ -121,7 +124,7 @@ def convert(
         check_output(out, local if local.exists() else None, overwrite)
         if verify:
             check_device(device)
-    options = Options(tied, min_gain, allow_shifted_outputs, fold)
+    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches)
     with SourceReader() as reader:  # it reads the weights while this thread imports, builds and traces
         found = None if dry_run else reader.begin
         source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found)

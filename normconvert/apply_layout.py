@@ -148,8 +148,10 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
 
 def _beside(origin: str, like: str, name: str) -> str:
     """The checkpoint name of a new tensor: as its model name differs from that of the tensor beside it."""
-    old, new = like.rpartition(".")[2], name.rpartition(".")[2]
-    return origin.removesuffix(old) + new if origin.endswith(old) else name
+    while origin and like and origin.rpartition(".")[2] == like.rpartition(".")[2]:
+        origin, like = origin.rpartition(".")[0], like.rpartition(".")[0]
+    # What is left are the two names' different beginnings, such as a base model's prefix.
+    return f"{origin}.{name.removeprefix(like).lstrip('.')}".lstrip(".") if name.startswith(like) else name
 
 
 def _edits_by_checkpoint_name(

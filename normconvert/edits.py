@@ -118,6 +118,29 @@ def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return torch.zeros(tuple(edit["shape"]), dtype=torch.float64, device=x.device)
 
 
+def _add_kernel(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- x + by * W: a branch's kernel W, scaled per output channel, in place ``at`` of a larger kernel.
+
+    Without ``weight``, W is the identity: one tap from each channel to itself.
+    """
+    scale = evaluate(edit["by"], lookup)
+    x = x.clone()
+    at = [int(n) for n in edit["at"]]
+    if "weight" in edit:
+        weight = lookup(edit["weight"])
+        inside = x
+        for dim, (start, count) in enumerate(zip(at, weight.shape[2:], strict=True), start=2):
+            inside = inside.narrow(dim, start, count)
+        inside += weight * (scale.reshape(-1, *[1] * (x.ndim - 1)) if scale.ndim else scale)
+        return x
+    channels = torch.arange(x.shape[0], device=x.device)
+    tap = x
+    for start in at:
+        tap = tap.select(2, start)
+    tap[channels, channels % x.shape[1]] += scale
+    return x
+
+
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
@@ -126,6 +149,7 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "fill": _fill,
     "copy": _copy,
     "new": _new,
+    "add_kernel": _add_kernel,
 }
 
 

@@ -215,7 +215,8 @@ def _program(call: Flat) -> tuple[Any, dict[str, list[str]], list[str]]:
     """Export with the freest shapes that the model allows: batch and length, batch, none."""
     import torch
 
-    example: dict[str, Any] = dict(max(call.probes, key=lambda p: min(v.shape[0] for v in p.values() if v.ndim)))
+    batches = [min(v.shape[0] for v in p.values() if v.ndim) for p in call.probes]
+    example: dict[str, Any] = dict(call.probes[batches.index(max(batches))])
     error: Exception | None = None
     for free in (("batch", "length"), ("batch",), ()):
         names = {k: [d for d in free if d == "batch" or (v.ndim == 2 and not v.is_floating_point())]

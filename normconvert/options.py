@@ -24,12 +24,14 @@ class Options:
         min_gain: how many norms a centring operation must win.
         allow_shifted_outputs: the per-token mean of returned hidden states may change.
         fold: move the norms' weight and bias into the linear maps that read them.
+        merge_branches: with BatchNorms, make parallel convolutions and skips of a block one convolution.
     """
 
     tied: str = "center"
     min_gain: int = 3
     allow_shifted_outputs: bool = False
     fold: bool = False
+    merge_branches: bool = False
 
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""

@@ -329,6 +329,26 @@ def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
     module.register_parameter(name, nn.Parameter(weight.new_zeros(int(edit["size"])), weight.requires_grad))
 
 
+def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put one convolution, ``merged``, in the place of a block's parallel branches; ``keep`` as for ``absorb``."""
+    old = _get(model, edit["path"])
+    children = dict(old.named_children())
+    kinds: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    sample = next(p for p in old.parameters() if p.is_floating_point())
+    settings = {key: tuple(edit[key]) for key in ("stride", "padding", "dilation")}
+    conv = kinds[len(edit["kernel"])](
+        edit["inputs"], edit["outputs"], tuple(edit["kernel"]), **settings, groups=edit["groups"], device="meta"
+    )
+    conv = conv.to_empty(device=sample.device).to(sample.dtype)
+    new = Absorbed()
+    new.add_module("merged", conv)
+    for name in edit.get("keep", ()):
+        if name not in children:
+            raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
+        new.add_module(name, children[name])
+    _stand_in(model, old, new)
+
+
 def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give a parameter another shape, zeros until weights are loaded; ``set`` gives attributes of the module."""
     module, name = _get(model, edit["path"]), edit["name"]
@@ -350,8 +370,9 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "absorb": _absorb,
     "bias": _bias,
     "resize": _resize,
+    "merge": _merge,
 }
-STRUCTURAL = frozenset({"absorb", "bias", "resize"})
+STRUCTURAL = frozenset({"absorb", "bias", "resize", "merge"})
 """Edits after which the model holds other tensors than the plain architecture: weights fit only with them applied."""
 
 

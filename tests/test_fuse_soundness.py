@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from normconvert.errors import TraceError
+from normconvert.options import Options
 from normconvert.pipeline import plan_model
 from normconvert.running import algebra_model
 from normconvert.tracing import trace
@@ -35,7 +36,8 @@ def judge(seed: int) -> str:
         return "impossible"
     skeleton = Network(seed).double().eval().to("meta")
     try:
-        plan = plan_model(skeleton, method="fuse-bn", tracer=lambda m: trace(m, {"image": images[0].to("meta")}))
+        options = Options(merge_branches=seed % 2 == 0)
+        plan = plan_model(skeleton, options, "fuse-bn", lambda m: trace(m, {"image": images[0].to("meta")}))
     except TraceError:
         return "untraced"
     SEEN.update(v.code for v in plan.verdicts)

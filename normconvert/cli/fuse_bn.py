@@ -33,6 +33,11 @@ OptionalOut = Annotated[
     typer.Argument(metavar="[OUT]", help="The folder to make; for a weight file, NAME-fused beside it if left out."),
 ]
 
+MergeBranches = Annotated[
+    bool,
+    typer.Option("--merge-branches", help="Make parallel convolutions and skips of a block one convolution."),
+]
+
 
 @app.command("fuse-bn", short_help="Fuse BatchNorm into the layers beside it.")
 def fuse_bn(
@@ -41,6 +46,7 @@ def fuse_bn(
     revision: Revision = None,
     arch: Arch = None,
     dtype: StoredAs = Dtype.AUTO,
+    merge_branches: MergeBranches = False,
     require_all: RequireAll = False,
     trust_remote_code: Trust = False,
     max_shard_size: ShardSize = None,
@@ -69,7 +75,8 @@ def fuse_bn(
         report = convert(
             src, folder, "fuse-bn", revision=revision, arch=arch, dtype=dtype.value, device=device,
             max_shard_size=shard_bytes, overwrite=overwrite, dry_run=dry_run, verify=not no_verify,
-            require_all=require_all, trust_remote_code=trust_remote_code, progress=screen.progress, stage=stage,
+            require_all=require_all, merge_branches=merge_branches, trust_remote_code=trust_remote_code,
+            progress=screen.progress, stage=stage,
         )  # fmt: skip
         if report.out is not None:
             screen.written.append(report.out)

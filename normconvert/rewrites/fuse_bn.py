@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..affine import Affine, find_affine_norms
+from ..branches import Block, find_blocks
 from ..channels import NEUTRAL, name_of
 from ..options import Options
 from ..plan import Plan, Verdict
@@ -30,13 +31,19 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     Every norm gets a verdict.
     """
     norms = find_affine_norms(graph)
+    blocks = find_blocks(graph) if options.merge_branches else []
+    merged = frozenset(n for b in blocks for _, _, nodes in b.calls for n in nodes)
     gone: dict[fx.Node, fx.Node] = {}
     before: Edits = defaultdict(list)
     behind: Edits = defaultdict(list)
     made: dict[str, tuple[str, int]] = {}
     verdicts, modules, removed = [], [], []
     for norm in norms:
-        verdict, shares = _decide(graph, norm, gone)
+        if home := next((b for b in blocks if norm.path.startswith(f"{b.path}.") and _is_inside(norm, merged)), None):
+            reason = f"into one convolution, with the branches of `{home.path}`."
+            verdicts.append(Verdict(norm.path, norm.kind, True, reason, "merged"))
+            continue
+        verdict, shares = _decide(graph, norm, gone, merged)
         verdicts.append(verdict)
         if not verdict.converted:
             continue
@@ -46,10 +53,16 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
         for call in norm.calls:
             gone[call.result] = call.source
         modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
-        removed += _tensors_of(graph, norm)
+        removed += _tensors_under(graph, norm.path, norm.keep)
+    taken = [v for v in verdicts if v.code == "merged"]
+    blocks = [b for b in blocks if any(v.path.startswith(f"{b.path}.") for v in taken)]
+    merges: Edits = {}
+    for block in blocks:
+        modules.append(_merge(block, merges))
+        removed += _tensors_under(graph, block.path, block.keep)
     # What a norm behind scales is read before what the norm in front has scaled: see add_product in edits.py.
     graph_names = {alias for parameter in graph.parameters.values() for alias in parameter.aliases}
-    tensors: Edits = {}
+    tensors: Edits = merges
     for bias, (weight, size) in made.items():
         tensors[bias] = [{"op": "new", "shape": [size], "like": weight}]
     for side in (behind, before):
@@ -64,18 +77,42 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     return Plan("fuse-bn", tensors=tensors, modules=biases + modules, removed=removed, verdicts=verdicts)
 
 
-def _decide(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> tuple[Verdict, list[Share]]:
+def _is_inside(norm: Affine, merged: frozenset[fx.Node]) -> bool:
+    return bool(norm.calls) and all(call.nodes <= merged for call in norm.calls)
+
+
+def _merge(block: Block, edits: Edits) -> dict[str, Any]:
+    """The module edit that puts one convolution in place of a block's branches; its tensors' edits go to ``edits``."""
+    like = next(tap.weight for tap in block.taps if tap.weight is not None)
+    shape = [block.outputs, block.inputs // block.groups, *block.kernel]
+    rows: list[dict[str, Any]] = [{"op": "new", "shape": shape, "like": like}]
+    for tap in block.taps:
+        own = {"weight": tap.weight} if tap.weight is not None else {}
+        rows.append({"op": "add_kernel", **own, "by": tap.scale, "at": block.offset(tap)})
+    edits[f"{block.path}.merged.weight"] = rows
+    edits[f"{block.path}.merged.bias"] = [
+        {"op": "new", "shape": [block.outputs], "like": like},
+        {"op": "shift", "by": block.shift, "axis": 0},
+    ]
+    settings = {k: list(getattr(block, k)) for k in ("kernel", "stride", "padding", "dilation", "keep")}
+    return {"op": "merge", "path": block.path, "inputs": block.inputs, "outputs": block.outputs,
+            "groups": block.groups, **settings}  # fmt: skip
+
+
+def _decide(
+    graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node]
+) -> tuple[Verdict, list[Share]]:
     """Before or behind or nowhere, with the reason."""
     if norm.obstacle:
         return Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), []
     try:
-        shares = _backwards(graph, norm, gone)
+        shares = _backwards(graph, norm, gone, merged)
     except Blocked as blocked:
         first = blocked
     else:
         return Verdict(norm.path, norm.kind, True, f"into {_named(shares)} before it.", "fused-before"), shares
     try:
-        shares = _forwards(graph, norm, gone)
+        shares = _forwards(graph, norm, gone, merged)
     except Blocked as second:
         code = first.code if first.code != "unknown-op" else second.code
         return Verdict(norm.path, norm.kind, False, f"before it, {first}; behind it, {second}.", code), []
@@ -87,11 +124,11 @@ def _named(shares: list[Share]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> list[Share]:
+def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node]) -> list[Share]:
     """The linear maps that make what every call reads, if nobody else sees it."""
     walks = []
     for call in norm.calls:
-        walk = Walk(graph, gone)
+        walk = Walk(graph, gone, merged)
         walk.back(call.source, call.place, (0, call.place.size), True)
         walks.append(walk)
     changed = {node for walk in walks for node in walk.changed} | {n for call in norm.calls for n in call.nodes}
@@ -130,13 +167,13 @@ def _only_asks(user: fx.Node, node: fx.Node) -> bool:
     return name_of(user) in NEUTRAL or (like and user.args[0] is not node)
 
 
-def _forwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node]) -> list[Share]:
+def _forwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node]) -> list[Share]:
     """The linear maps that read what every call makes."""
     if norm.keep:
         raise Blocked(f"`{norm.path}.{norm.keep[0]}` reads it", "unknown-op")
     walks = []
     for call in norm.calls:
-        walk = Walk(graph, gone)
+        walk = Walk(graph, gone, merged)
         walk.ahead(call.result, call.place, 0, call.place.size)
         if not walk.shares:
             raise Blocked("nothing reads it", "unused")
@@ -184,12 +221,12 @@ def _edit(norm: Affine, share: Share, backwards: bool, edits: Edits, made: dict[
         edits[bias].append({"op": "shift", "by": shift, **along})
 
 
-def _tensors_of(graph: Graph, norm: Affine) -> list[str]:
+def _tensors_under(graph: Graph, path: str, keep: tuple[str, ...]) -> list[str]:
     """All tensors that a module holds, under all its names, but for those of the children that stay."""
-    module = graph.modules[norm.path]
-    paths = [path for path, other in graph.modules.items() if other is module]
-    names = [n for n in module.state_dict(keep_vars=True) if n.partition(".")[0] not in norm.keep]
-    return [f"{path}.{name}" for path in paths for name in names]
+    module = graph.modules[path]
+    paths = [name for name, other in graph.modules.items() if other is module]
+    names = [n for n in module.state_dict(keep_vars=True) if n.partition(".")[0] not in keep]
+    return [f"{own}.{name}" for own in paths for name in names]
 
 
 def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:

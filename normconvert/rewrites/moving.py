@@ -96,6 +96,7 @@ class Walk:
 
     graph: Graph
     gone: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    merged: frozenset[fx.Node] = frozenset()
     shares: list[Share] = field(default_factory=list)
     changed: set[fx.Node] = field(default_factory=set)
 
@@ -106,6 +107,8 @@ class Walk:
             Blocked: the value is made by what cannot take the map.
         """
         self.changed.add(node)
+        if node in self.merged:
+            raise Blocked(f"{operation(node)} is merged with the branches beside it", "merged-branch")
         if node in self.gone:  # an affine norm that has moved before: nothing is left of it
             return self.back(self.gone[node], place, channels, shift)
         name = name_of(node)
@@ -181,6 +184,8 @@ class Walk:
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
                 raise Blocked(f"the model returns it as {names}", "returned")
+            if user in self.merged:
+                raise Blocked(f"{operation(user)} is merged with the branches beside it", "merged-branch")
             if user in self.gone_inputs:
                 result = self.gone_inputs[user]
                 self.changed.add(user)

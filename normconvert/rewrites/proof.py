@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from ..affine import find_affine_norms
+from ..branches import find_blocks
 from ..channels import name_of
 from ..plan import Plan
 from ..streams import operation
@@ -25,9 +26,15 @@ SILENT = {"aten._assert_tensor_metadata"}
 def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
     """The first difference between the two graphs that the plan does not explain, in words; empty if there is none."""
     taken = {v.path for v in plan.converted}
-    gone = {c.result: c.source for a in find_affine_norms(graph) if a.path in taken for c in a.calls}
+    alone = {v.path for v in plan.converted if v.code != "merged"}
+    gone = {c.result: c.source for a in find_affine_norms(graph) if a.path in alone for c in a.calls}
     inside = {n for a in find_affine_norms(graph) if a.path in taken for c in a.calls for n in c.nodes}
-    skip = inside | _made_of(graph, set(plan.removed))
+    blocks = {e["path"]: e for e in plan.modules if e["op"] == "merge"}
+    merged = {result: (source, blocks[b.path]) for b in find_blocks(graph) if b.path in blocks
+              for source, result, _ in b.calls}  # fmt: skip
+    sums = {_through(result): found for result, found in merged.items()}
+    inside |= {n for b in find_blocks(graph) if b.path in blocks for _, _, nodes in b.calls for n in nodes} - set(sums)
+    skip = (inside | _made_of(graph, set(plan.removed))) - set(sums)
     names = {p.name: node for node, p in edited.parameters.items()}
     image: dict[fx.Node, fx.Node] = {}
     for node, parameter in graph.parameters.items():
@@ -45,6 +52,12 @@ def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
         other = next(rest, None)
         if other is None:
             return f"{operation(node)} does not run any more"
+        if node in sums:
+            source, edit = sums[node]
+            if not _is_merged(other, edit, _image(source, image, gone), names):
+                return f"`{edit['path']}` is not the convolution that it should be"
+            image[node] = other
+            continue
         if name_of(node) != name_of(other) or not _same(node, other, image, gone, biases):
             return f"{operation(node)} has become {operation(other)}, or reads something else"
         image[node] = other
@@ -57,6 +70,23 @@ def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
         if not set(labels) <= set(returned.get(_image(node, image, gone), ())):
             return f"the output {', '.join(labels)} is another value"
     return _unread_bias(edited, plan)
+
+
+def _is_merged(node: fx.Node, edit: dict[str, Any], source: Any, names: Mapping[str, fx.Node]) -> bool:
+    """Whether a node is the one convolution of a block, on its input, with its settings."""
+    args: list[Any] = [*node.args, *[None] * 7][:7]
+    wanted = [edit[key] for key in ("stride", "padding", "dilation")]
+    default = [[1], [0], [1]]
+    found = [list(a) if a is not None else d * len(edit["kernel"]) for a, d in zip(args[3:6], default, strict=True)]
+    tensors = [names.get(f"{edit['path']}.merged.{leaf}") for leaf in ("weight", "bias")]
+    return (
+        name_of(node) == f"aten.conv{len(edit['kernel'])}d"
+        and _through(args[0]) is source
+        and args[1] is tensors[0]
+        and args[2] is tensors[1]
+        and found == wanted
+        and (args[6] or 1) == edit["groups"]
+    )
 
 
 def _made_of(graph: Graph, removed: set[str]) -> set[fx.Node]:
