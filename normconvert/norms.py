@@ -75,7 +75,7 @@ def _called(graph: Graph, node: fx.Node) -> Norm:
     place = Place(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
     weight, bias = (_get(node, 2, "weight"), _get(node, 3, "bias"))
     eps = _get(node, 4, "eps")
-    return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps))
+    return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
 
 
 def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
@@ -118,6 +118,7 @@ def _norm(
     bias: Any,
     eps: float,
     read: fx.Node | None = None,
+    called: bool = False,
 ) -> Norm:
     path = module_path(result)
     module = graph.modules.get(path)
@@ -153,6 +154,8 @@ def _norm(
                 "offset": offset,
                 "upcast": float32,
             }
+            if called and settings["axis"] != -1:
+                settings["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
     kind = type(module).__name__ if module is not None else "layer_norm"
     reader = read if read is not None else result
     return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)

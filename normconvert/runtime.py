@@ -17,21 +17,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 CONFIG_KEY = "normconvert"
 """The key of config.json that holds ``{"format", "architecture", "modules"}``."""
 REMOTE_FILE = "modeling_normconvert.py"
 """The name of this file inside an output."""
 
-LAYER_NORM_BELOW = {False: 32_000, True: 1_500_000}
-"""CPU, float32 and float64: with fewer numbers in the input, a fused LayerNorm beats any chain of kernels; the key says
-whether there is a weight or bias to apply. In 16 bits it always does. Measured by tools/bench_norm.py."""
+BARE_FROM = 200_000
+"""CPU, mean-free input, no parameters or folded ones: numbers in the input for each thread from which on the definition
+without parameters beats fused LayerNorm, and it pays to look whether folded ones still are ones and zeros. Measured by
+tools/bench_norm.py, as is every choice of a kernel here."""
+IN_PLACE_FROM = {False: 25_000, True: 500_000}
+"""CPU, no promise of a mean-free input: numbers from which on few passes count for more than few operations; the key
+says whether there is a weight or bias to apply."""
 MEAN_LIMIT = 1e-2
 """Largest |mean|/rms of an input that still counts as mean-free (16-bit weights leave about 1e-3)."""
 MEAN_CHECK_EVERY = 256
@@ -59,6 +65,10 @@ class RMSNorm(nn.Module):
         mean_free: the caller has proved that inputs have mean zero along the axis. RMSNorm and LayerNorm are then the
             same function, and a fused LayerNorm kernel is used where it is the faster one. The proof is about the
             converted weights: ``train()`` ends it, and so does an input seen with another mean (adapters, say).
+        folded: the weight is all ones and the bias all zeros, if nobody has changed them since the conversion. They are
+            looked at before they are left out.
+        channels_last: for another axis than the last: in memory the result has that axis innermost, whatever the input,
+            as that of a norm that permutes, calls layer_norm and permutes back.
     """
 
     def __init__(
@@ -73,11 +83,15 @@ class RMSNorm(nn.Module):
         weight_name: str = "weight",
         bias_name: str = "bias",
         mean_free: bool = False,
+        folded: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.normalized_shape = (size,)
         self.eps = self.variance_epsilon = eps
-        self.axis, self.offset, self.mean_free, self.calls = axis, offset, mean_free, 0
+        self.axis, self.offset, self.channels_last = axis, offset, channels_last
+        self.mean_free, self.folded = mean_free, folded
+        self._until_look = [0]  # a list: to set an attribute of a module takes as long as a small norm
         self.weight_name, self.bias_name = weight_name, bias_name
         self.register_parameter(weight_name, weight)
         self.register_parameter(bias_name, bias)
@@ -95,52 +109,107 @@ class RMSNorm(nn.Module):
         shown += [f"offset={self.offset}"] if self.offset else []
         shown += [f"weight={self._parameters[self.weight_name] is not None}"]
         shown += [f"bias={self._parameters[self.bias_name] is not None}"]
-        return ", ".join(shown + (["mean_free=True"] if self.mean_free else []))
+        shown += [f"{name}=True" for name in ("mean_free", "folded") if getattr(self, name)]
+        return ", ".join(shown)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input`` of any float dtype along ``axis``; same shape and dtype out."""
-        if self.axis in (-1, input.ndim - 1):
-            input = input.contiguous()  # as layer_norm's result is, whatever its input: callers may view it
-        weight, bias = self._affine(self.weight_name, input.ndim), self._affine(self.bias_name, input.ndim)
+        # The common case first, and asked of as little as can be: for one token the questions cost as much as the norm.
+        if (
+            not is_compiling()
+            and self.mean_free
+            and type(input) is Tensor
+            and not torch.is_grad_enabled()
+            and input.is_cpu
+            and self.axis == -1
+            and not (self.offset or _is_tracing() or _transforms_active())
+        ):
+            held, dtype = self._parameters, input.dtype
+            weight, bias = held.get(self.weight_name, input), held.get(self.bias_name, input)
+            if (
+                weight is not input  # a parametrised weight is no parameter of the module
+                and bias is not input
+                and (weight is None or weight.dtype is dtype)
+                and (bias is None or bias.dtype is dtype)
+                and self._keeps_promise(input)
+            ):
+                return self._as_layer_norm(input, weight, bias)
+        return self._any(input)
+
+    def _keeps_promise(self, x: Tensor) -> bool:
+        """Whether the input of a ``mean_free`` norm is so; one call in many looks, and a False is for ever."""
+        until = self._until_look
+        if until[0] > 0:
+            until[0] -= 1
+            return True
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # a graph that is being captured cannot be asked
+        until[0] = MEAN_CHECK_EVERY - 1
+        self.mean_free = bool((x.mean(-1).abs() <= MEAN_LIMIT * x.square().mean(-1).sqrt()).all())
+        return self.mean_free
+
+    def _as_layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """CPU: a fused LayerNorm, which is the same function here; large and without parameters, the definition."""
+        size, bare = self.normalized_shape[0], weight is None and bias is None
+        large = (bare or self.folded) and x.numel() >= BARE_FROM * torch.get_num_threads()
+        if large and (bare or _is_identity(weight, bias, size, x.dtype)):
+            if x.element_size() > 2:
+                return _in_place(x.contiguous(), None, None, -1, self.eps)
+            return torch.layer_norm(x, self.normalized_shape, None, None, self.eps)
+        if weight is None and x.element_size() > 2:
+            weight = _ones(size, x.dtype)  # the kernel without a weight takes up to three times as long
+        return torch.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+    def _any(self, x: Tensor) -> Tensor:
+        """Every other case: compiled, traced, differentiated, on another device, along another axis."""
+        axis = -1 if self.channels_last or self.axis == x.ndim - 1 else self.axis
+        if self.channels_last:
+            x = x.movedim(self.axis, -1)
+        if axis == -1:
+            x = x.contiguous()  # as layer_norm's result is, whatever its input: callers may view it
+        weight, bias = self._affine(self.weight_name, axis % x.ndim, x), self._affine(self.bias_name, axis % x.ndim, x)
         if weight is not None and self.offset:
             weight = weight + self.offset
-        return self._kernel(input, weight, bias)(input, weight, bias, self.axis, self.eps)
+        y = self._kernel(x, weight, bias, axis)(x, weight, bias, axis, self.eps)
+        return y.movedim(-1, self.axis) if self.channels_last else y
 
-    def _affine(self, name: str, ndim: int) -> Tensor | None:
-        """The weight or bias, shaped to broadcast along the normalised axis."""
+    def _affine(self, name: str, axis: int, x: Tensor) -> Tensor | None:
+        """The weight or bias, shaped to broadcast along the normalised axis of x."""
         value: Tensor | None = getattr(self, name)
-        if value is None or value.ndim != 1:
-            return value
-        trailing = ndim - 1 - self.axis % ndim
-        return value.reshape(-1, *[1] * trailing) if trailing else value
+        trailing = x.ndim - 1 - axis
+        return value.reshape(-1, *[1] * trailing) if value is not None and value.ndim == 1 and trailing else value
 
-    def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Kernel:
-        """The fastest kernel that computes this norm; measured by tools/bench_norm.py."""
-        if _is_tracing() or _transforms_active():
-            return _formula
-        fused = self.axis in (-1, x.ndim - 1) and all(
+    def _kernel(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int = -1) -> Kernel:
+        """The fastest kernel that computes this norm."""
+        plain = is_compiling() or (type(x) in (Tensor, nn.Parameter) and not (_is_tracing() or _transforms_active()))
+        fits = plain and axis == -1 and all(
             v is None or (v.shape == self.normalized_shape and v.dtype == x.dtype) for v in (weight, bias)
-        )
-        if torch.compiler.is_compiling():
+        )  # fmt: skip
+        if is_compiling():
             # Exporters know the one operator (ONNX has RMSNormalization); a compiler fuses the formula.
-            return _fused_rms if fused and torch.compiler.is_exporting() else _formula
-        if type(x) not in (Tensor, nn.Parameter):
+            return _fused_rms if fits and torch.compiler.is_exporting() else _formula
+        if not plain:
             return _formula
-        if fused and self.mean_free and not torch.is_grad_enabled() and _layer_norm_is_faster(x, weight, bias):
-            if self.calls % MEAN_CHECK_EVERY == 0:
-                self.mean_free = bool((x.mean(-1).abs() <= MEAN_LIMIT * x.square().mean(-1).sqrt()).all())
-            self.calls += 1
-            return _layer_norm if self.mean_free else _in_place
-        if fused and x.device.type in _FUSED_RMS:
+        if not fits:
+            return _formula if torch.is_grad_enabled() else _in_place
+        fused = x.device.type in _FUSED_RMS
+        # On a GPU RMSNorm is one kernel, but it knows no bias: with one, LayerNorm is the only single kernel.
+        alike = self.mean_free and not torch.is_grad_enabled() and (x.is_cpu or (fused and bias is not None))
+        if alike and self._keeps_promise(x):
+            return _layer_norm
+        if fused:
             return _fused_rms
-        return _formula if torch.is_grad_enabled() else _in_place
+        if torch.is_grad_enabled():
+            return _formula
+        small = x.numel() < IN_PLACE_FROM[weight is not None or bias is not None]
+        return _fused_rms if small and (bias is None or x.element_size() > 2) else _in_place
 
 
 Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor]
 """(x, weight + offset, bias, axis, eps) -> y, shape and dtype of x."""
 
 
-_is_tracing: Callable[[], bool] = vars(torch.jit)["is_tracing"]
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 """Whether vmap or grad of torch.func is at work: values cannot be looked at then, nor results be written in place."""
 
@@ -175,10 +244,8 @@ def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, 
 
 def _fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """torch's own RMSNorm, last axis only."""
-    if bias is None:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    y = F.rms_norm(x, x.shape[-1:], None, eps)
-    return y + bias if weight is None else torch.addcmul(bias, y, weight)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
@@ -186,10 +253,23 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _layer_norm_is_faster(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if x.device.type != "cpu":
-        return False
-    return x.element_size() == 2 or x.numel() < LAYER_NORM_BELOW[weight is not None or bias is not None]
+@lru_cache(maxsize=64)
+def _ones(size: int, dtype: torch.dtype) -> Tensor:
+    """Ones on the CPU, to be read only."""
+    return torch.ones(size, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def _zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU, to be read only."""
+    return torch.zeros(size, dtype=dtype)
+
+
+def _is_identity(weight: Tensor | None, bias: Tensor | None, size: int, dtype: torch.dtype) -> bool:
+    """Whether the weight is all ones and the bias all zeros; looked at, since nothing tells when a weight changes."""
+    return (weight is None or torch.equal(weight, _ones(size, dtype))) and (
+        bias is None or torch.equal(bias, _zeros(size, dtype))
+    )
 
 
 class Center:
@@ -270,6 +350,8 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         weight_name=weight or "weight",
         bias_name=bias or "bias",
         mean_free=bool(edit.get("mean_free", False)),
+        folded=bool(edit.get("folded", False)),
+        channels_last=bool(edit.get("channels_last", False)),
     )
     _stand_in(model, old, new)
 
@@ -383,7 +465,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
 
     Args:
         model: the original architecture; on any device, with or without weights.
-        edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset"}`` and
+        edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset",
+            "mean_free", "folded", "channels_last"}`` and
             ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
             ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``.
 

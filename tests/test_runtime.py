@@ -101,11 +101,11 @@ def test_the_layer_norm_shortcut_needs_the_promise_and_ends_with_training() -> N
     x = mean_free(2, 48, dtype=torch.float32)
     affine = (torch.ones(48), torch.zeros(48))
     with torch.no_grad():
-        assert norm(dtype=torch.float32)._kernel(x, *affine) is runtime._in_place
+        assert norm(dtype=torch.float32)._kernel(x, *affine) is runtime._fused_rms
         promised = norm(dtype=torch.float32, mean_free=True)
         assert promised.eval()._kernel(x, *affine) is runtime._layer_norm
-        assert promised.train()._kernel(x, *affine) is runtime._in_place
-        assert promised.eval()._kernel(x, *affine) is runtime._in_place
+        assert promised.train()._kernel(x, *affine) is runtime._fused_rms
+        assert promised.eval()._kernel(x, *affine) is runtime._fused_rms
 
 
 def test_the_shortcut_notices_an_input_that_is_not_mean_free() -> None:
@@ -346,7 +346,7 @@ def test_the_runtime_file_needs_nothing_but_torch() -> None:
     tree = ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"__future__", "collections", "pathlib", "re", "typing", "torch", "transformers"}
+    allowed = {"__future__", "collections", "functools", "pathlib", "re", "typing", "torch", "transformers"}
     assert {name.split(".")[0] for name in imported} <= allowed
 
 

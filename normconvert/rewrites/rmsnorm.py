@@ -47,7 +47,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         {"op": "center", "path": path, "side": side, "key": key, "axis": axis}
         for (path, side, key), axis in inserted.items()
     ]
-    modules += [dict(calls[v.path][0].module or {}, mean_free=True) for v in verdicts if v.converted]
+    modules += [_replacement(calls[v.path][0], tensors) for v in verdicts if v.converted]
     return Plan(
         method="rmsnorm",
         tensors=tensors,
@@ -58,6 +58,15 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes=notes + _notes(analysis, converted, where, options, float32),
         float32_norms=float32,
     )
+
+
+def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:
+    """The row that puts an RMSNorm in the norm's place; ``folded`` if its parameters have become ones and zeros."""
+    row = dict(norm.module or {}, mean_free=True)
+    own = [f"{norm.path}.{row[key]}" for key in ("weight", "bias") if row[key]]
+    if own and all(tensors.get(name, [{}])[0].get("op") == "fill" for name in own):
+        row["folded"] = True
+    return row
 
 
 def _verdict(
