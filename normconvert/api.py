@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -74,6 +75,7 @@ def convert(
     require_all: bool = False,
     merge_branches: bool = False,
     trust_remote_code: bool = False,
+    limits: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     stage: Stage | None = None,
 ) -> Report:
@@ -98,6 +100,8 @@ def convert(
         require_all: refuse unless every norm can be converted.
         merge_branches: with ``fuse-bn``, make parallel convolutions and skips of a block one convolution.
         trust_remote_code: allow code that comes with the checkpoint to run.
+        limits: figure of the verification -> limit, as in :mod:`normconvert.limits`; those of ``algebra`` and
+            ``rounding`` may be narrower than what every conversion is held to, never wider.
         progress: called with (tensor, bytes done, bytes in all) while writing.
         stage: called with each stage's name as it begins.
 
@@ -113,6 +117,7 @@ def convert(
     """
     from .apply_output import check_output, staged_output
     from .apply_scan import SourceReader
+    from .limits import check_limits
 
     check_method(method)
     if dtype not in DTYPES:
@@ -120,6 +125,7 @@ def convert(
     out = Path(out).expanduser()
     say = stage or (lambda name: None)
     local = Path(src).expanduser()
+    limits = check_limits(limits or {})
     if not dry_run:
         check_output(out, local if local.exists() else None, overwrite)
         if verify:
@@ -162,7 +168,7 @@ def convert(
             if verify:
                 say("verify")
                 start = time.perf_counter()
-                report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device))
+                report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device, limits))
                 seconds["verify"] = time.perf_counter() - start
                 if report.fidelity is None or not report.fidelity.passed:
                     raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
@@ -256,28 +262,33 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def _fidelity(source: Source, plan: Plan, folder: Path, stored: torch.dtype | None, device: str) -> Fidelity:
+def _fidelity(
+    source: Source, plan: Plan, folder: Path, stored: torch.dtype | None, device: str, limits: Mapping[str, float]
+) -> Fidelity:
     import torch
 
+    from .limits import judge_limits
     from .loading import load
     from .probes import verification_inputs
-    from .verification import tolerance_for, verify_models
+    from .verification import ROUNDING_TOLERANCE, tolerance_for, verify_models
 
     dtype = stored or source.dtype
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")
     trust = source.trust_remote_code
     probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer())
-    return verify_models(
+    fidelity = verify_models(
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
         probes=probes,
-        tolerance=tolerance_for(plan),
+        tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
+        rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", math.inf)),
         converted_norms=[edit["path"] for edit in plan.modules if edit["op"] == "replace"],
         shifted_outputs=set(shifted.removeprefix(SHIFTED).split(", ")) - {""},
     )
+    return judge_limits(fidelity, limits)
 
 
 def _fidelity_message(report: Report) -> str:

@@ -10,7 +10,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from normconvert.cli import check, convert, demo, export, fuse_bn, inspect, verify  # noqa: F401
+from normconvert.cli import (  # noqa: F401
+    check,
+    convert,
+    demo,
+    export,
+    fuse_bn,
+    inspect,
+    run_recipes,
+    schema,
+    verify,
+)
 from normconvert.cli.app import app
 from normconvert.cli.options import parse_size
 from normconvert.errors import Terminated

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from normconvert.sizes import parse_size
+
 if TYPE_CHECKING:
     from normconvert.report.screen import Screen
+
+__all__ = ["parse_size"]
 
 
 class Dtype(str, Enum):
@@ -78,24 +81,6 @@ Verbose = Annotated[
     ),
 ]  # fmt: skip
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
-
-
-def parse_size(text: str) -> int:
-    """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number, as huggingface reads them (GB is 10⁹, GiB 2³⁰).
-
-    Raises:
-        InputError: it is none of these.
-    """
-    from normconvert.errors import InputError
-
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", text.upper())
-    size = 0
-    if match:
-        number, letter, binary = match.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter) + 1 if letter else 0))
-    if size < 1:
-        raise InputError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
-    return size
 
 
 def make_screen(json: str | None, verbose: int, quiet: bool) -> Screen:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 from normconvert.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+LOOK_UP = 10.0
+"""Seconds to wait for the hub's description of a model."""
 
 # Never wanted: weights of other frameworks, training states, pictures and other bulk.
 SKIPPED = (
@@ -35,6 +40,69 @@ def wanted_files(names: list[str]) -> list[str]:
     return sorted({*small, *weights})
 
 
+@dataclass(frozen=True)
+class Found:
+    """A model as the hub describes it, or as the cache holds it.
+
+    Attributes:
+        commit: what the revision means now; None if that cannot be known.
+        sizes: the files that a download would fetch -> bytes, None where the hub does not say.
+        dtypes: safetensors dtype -> elements; empty where the hub does not say.
+    """
+
+    commit: str | None
+    sizes: dict[str, int | None]
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+
+def find(repo: str, revision: str | None) -> Found:
+    """Look a model up without downloading it; where the hub cannot be asked, in the cache.
+
+    Raises:
+        InputError: as :func:`download`.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    with explained(repo, revision):
+        if not constants.HF_HUB_OFFLINE:
+            api = huggingface_hub.HfApi()
+            try:
+                info = api.model_info(repo, revision=revision, files_metadata=True, timeout=LOOK_UP)
+                if info.gated:
+                    api.auth_check(repo)
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+                raise
+            except Exception:  # no network, hub down: the cache may do
+                pass
+            else:
+                files = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+                dtypes = info.safetensors.parameters if info.safetensors else {}
+                return Found(info.sha, {name: files[name] for name in wanted_files(list(files))}, dict(dtypes))
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        sizes: dict[str, int | None] = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        }
+        return Found(_commit(folder), sizes)
+
+
+def list_author(author: str) -> list[str]:
+    """The ids of an author's models, sorted.
+
+    Raises:
+        InputError: the hub cannot be asked, or knows no models of theirs.
+    """
+    import huggingface_hub
+
+    try:
+        found = sorted(model.id for model in huggingface_hub.HfApi().list_models(author=author))
+    except Exception as error:
+        raise InputError(f"the models of {author}: the hub cannot be asked for them: {_first_line(error)}") from error
+    if not found:
+        raise InputError(f"the models of {author}: the hub knows none")
+    return found
+
+
 def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder in the hub's cache that holds the model, and its commit.
 
@@ -42,16 +110,29 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
         InputError: not found, gated, no access, offline and not cached, no network.
     """
     import huggingface_hub
-    from huggingface_hub import errors
 
-    name = f"{repo}@{revision}" if revision else repo
-    try:
+    with explained(repo, revision):
         names = _list_files(repo, revision)
         # Without a listing (offline, or cached by another tool) whatever is cached is taken and checked later.
         patterns = wanted_files(names) if names else None
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, local_files_only=names is None
         )
+    return Path(folder), _commit(Path(folder))
+
+
+@contextmanager
+def explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Whatever huggingface_hub raises, as one line.
+
+    Raises:
+        InputError: instead of it.
+    """
+    from huggingface_hub import errors
+
+    name = f"{repo}@{revision}" if revision else repo
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise InputError(f"{name}: a gated model: ask for access on the hub, then log in or set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
@@ -68,8 +149,11 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
         ) from error
     except Exception as error:
         raise InputError(f"{name}: download failed: {_first_line(error)}") from error
-    commit = Path(folder).name
-    return Path(folder), commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that a snapshot's folder is named after."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def _list_files(repo: str, revision: str | None) -> list[str] | None:

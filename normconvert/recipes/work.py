@@ -1,0 +1,190 @@
+"""One job, done wherever it runs: claim the output, convert, hold the result against the limits, publish, upload."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError, NormConvertError
+from normconvert.recipes.claim import NEW, claim, publish
+from normconvert.recipes.fingerprint import stats, take
+from normconvert.recipes.job import Job, Result
+from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
+from normconvert.recipes.storage import Store, is_url
+from normconvert.records import RECORD_FILE
+
+if TYPE_CHECKING:
+    from normconvert.result import Report
+
+Say = Callable[[str, dict[str, Any]], None]
+"""Called with the kind and the data of an :class:`normconvert.recipes.job.Event`."""
+EVERY = 0.2
+"""Seconds between two words about progress."""
+FIGURES = ("algebra", "rounding", "top1", "kl", "loss_difference", "mean_over_rms")
+
+
+def perform(job: Job, say: Say, place: str = "", attempt: int = 1) -> Result:
+    """Do a job; whatever goes wrong with it is a result, too.
+
+    Args:
+        job: what to do.
+        say: hears of its stages and its progress.
+        place: what runs it, for the result.
+        attempt: how often it has been started, this time included.
+    """
+    start = time.perf_counter()
+    try:
+        result = _perform(job, say)
+    except NormConvertError as error:
+        result = Result("failed", error.exit_status, str(error), type(error).__name__)
+    except (OSError, MemoryError) as error:
+        message = " ".join(str(error).split()) or "out of memory"
+        result = Result("failed", InputError.exit_status, message, type(error).__name__)
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        name = type(error).__name__
+        message = f"{name}: {first} (a bug in normconvert: please report it)"
+        result = Result("failed", InputError.exit_status, message, name)
+    return replace(result, seconds=time.perf_counter() - start, place=place, attempts=attempt)
+
+
+def _perform(job: Job, say: Say) -> Result:
+    if is_url(job.output):
+        return _into_store(job, say)
+    out = Path(job.output)
+    with claim(out) as folder:
+        done = _done_before(job)
+        if done is None:
+            report, state = _convert(job, folder / NEW, say)
+            write_state(folder / NEW, state)
+            publish(folder, out)
+            done = _result(job, report)
+    return _upload(job, out, done, say)
+
+
+def _into_store(job: Job, say: Say) -> Result:
+    """The output is made in a temporary folder of this machine and copied to its place."""
+    with tempfile.TemporaryDirectory(prefix="normconvert-") as folder:
+        done = _done_before(job)
+        if done is not None:
+            if job.upload:
+                raise InputError(f"{job.output}: is complete but not uploaded to {job.upload.repo}: --force does both")
+            return done
+        made = Path(folder) / NEW
+        report, state = _convert(job, made, say)
+        say("stage", {"name": "copy"})
+        store = Store(job.output)
+        store.put(made, first=RECORD_FILE, last=STATE)
+        done = _upload(job, made, _result(job, report), say)
+        store.write(STATE, replace(state, stored=store.files(), uploaded=done.uploaded).dump())
+        return done
+
+
+def _done_before(job: Job) -> Result | None:
+    """The result, if an earlier attempt of this very batch, or another batch, has made the output in the meantime."""
+    decision = decide(replace(job, redo=False, upload=None))
+    state = decision.state
+    if state is not None and (not job.redo or state.run == job.run):
+        return Result(
+            "converted" if state.run == job.run else "skipped",
+            message="" if state.run == job.run else decision.why,
+            norms=state.norms,
+            figures=state.figures,
+        )
+    decision = decide(job) if job.redo else decision
+    if decision.action == "refuse":
+        raise InputError(f"{job.output}: {decision.why}")
+    return None
+
+
+def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
+    """Make the output in a folder that nobody sees yet.
+
+    Raises:
+        NormConvertError: as :func:`normconvert.convert`; or the source changed meanwhile.
+    """
+    from normconvert.api import convert
+    from normconvert.apply_output import check_output
+
+    path = source_path(job)
+    if path is not None and not is_url(job.output):
+        check_output(Path(job.output), path, overwrite=True)
+    seen, before = time.time_ns(), stats(path) if path is not None else {}
+    with _told(say) as (stage, progress):
+        report = convert(
+            job.source, made, job.method, **job.options, revision=job.revision, arch=job.arch, dtype=job.dtype,
+            device=job.device, max_shard_size=job.max_shard_size, verify=job.verify, require_all=job.require_all,
+            trust_remote_code=job.trust_remote_code, limits=job.limits, progress=progress, stage=stage,
+        )  # fmt: skip
+    source_files = None
+    if path is not None:
+        known = json.loads((made / RECORD_FILE).read_text(encoding="utf-8"))["source"]["sha256"]
+        source_files = replace(take(path, known), seen=seen)
+        if {name: file.stat for name, file in source_files.files.items()} != before:
+            raise InputError(f"{job.source}: changed while it was converted: run again when it is complete")
+    state = State(
+        settings=job.settings, source=source_name(job), revision=job.revision, source_files=source_files,
+        output_files=take(made), verified=report.fidelity is not None, figures=_figures(report),
+        norms=(report.converted, report.total), run=job.run,
+    )  # fmt: skip
+    return report, state
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    found = report.fidelity.to_json() if report.fidelity is not None else {}
+    return {name: found[name] for name in FIGURES if name in found}
+
+
+def _result(job: Job, report: Report) -> Result:
+    return Result(
+        "converted", norms=(report.converted, report.total), figures=_figures(report),
+        bytes_written=report.bytes_written, notes=tuple(report.notes),
+    )  # fmt: skip
+
+
+def _upload(job: Job, folder: Path, done: Result, say: Say) -> Result:
+    """Upload a finished output to the hub, if the job says so, and note that in its state."""
+    if job.upload is None:
+        return done
+    import huggingface_hub
+
+    say("stage", {"name": "upload"})
+    repo = job.upload.repo
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repo, private=job.upload.private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=[".cache/**"],
+            commit_message=f"Converted by normconvert ({job.method})",
+        )  # fmt: skip
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{job.output}: complete, but not uploaded to {repo}: {reason}") from error
+    state = read_state(folder)
+    if state is not None:
+        write_state(folder, replace(state, uploaded=repo))
+    return replace(done, uploaded=repo)
+
+
+@contextmanager
+def _told(say: Say) -> Iterator[tuple[Callable[[str], None], Callable[[str, int, int], None]]]:
+    """What ``convert`` takes for ``stage`` and ``progress``, passed on at a bearable pace."""
+    last = 0.0
+
+    def stage(name: str) -> None:
+        say("stage", {"name": name})
+
+    def progress(name: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= EVERY or done == total:
+            last = now
+            say("progress", {"done": done, "total": total})
+
+    yield stage, progress
