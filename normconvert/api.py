@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
-from .options import METHODS, Options, check_method
+from .options import DTYPES, METHODS, Options, check_method
 from .output import loading_files, write_card, write_record
 from .result import Report
 from .statistics import check_statistics
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .sources.opening import Found
 
 SHIFTED = "shifted outputs: "
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Failure = TypeVar("Failure", bound=NormConvertError)
 Stage = Callable[[str], None]

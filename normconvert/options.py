@@ -14,6 +14,9 @@ METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 CHOICES: Mapping[str, tuple[str, ...]] = {"tied": ("center", "untie")}
 """Option -> what it may be."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""How weights may be stored; ``auto`` is each tensor's own."""
+
 
 @dataclass(frozen=True)
 class Options:

@@ -22,7 +22,6 @@ from pydantic import (
 )
 
 from normconvert import options as conversion
-from normconvert.api import DTYPES
 from normconvert.errors import InputError
 from normconvert.limits import FIGURES
 from normconvert.sizes import parse_size
@@ -73,7 +72,7 @@ def _attribute_docs(kind: type) -> dict[str, str]:
     for line in (kind.__doc__ or "").partition("Attributes:")[2].splitlines():
         head, colon, rest = line.strip().partition(": ")
         if line.startswith(" " * 8) and not line.startswith(" " * 9) and colon and head.isidentifier():
-            name, found[head] = head, rest
+            name, found[head] = head, rest[:1].upper() + rest[1:]
         elif name and line.strip():
             found[name] += f" {line.strip()}"
     return found
@@ -109,7 +108,7 @@ def _limits_model() -> type[Part]:
     for figure in FIGURES:
         largest = NARROWEST.get(figure.name, figure.largest)
         top = None if largest == float("inf") else largest
-        words = f"{figure.words}: {'at least' if figure.at_least else 'at most'} this."
+        words = f"{figure.words[0].upper()}{figure.words[1:]}: {'at least' if figure.at_least else 'at most'} this."
         made[figure.name] = (float, Field(None, description=words, ge=0, le=top))
     return create_model("Limits", __base__=Part, __doc__=_LIMITS, **made)
 
@@ -152,7 +151,7 @@ class Settings(Part):
     """The conversion; rmsnorm by default."""
     options: Options = UNSET  # type: ignore[valid-type]
     """What the conversion is allowed to do."""
-    dtype: Literal[DTYPES] = UNSET  # type: ignore[valid-type]
+    dtype: Literal[conversion.DTYPES] = UNSET  # type: ignore[valid-type]
     """Store the weights in this dtype; auto keeps each tensor's own."""
     max_shard_size: Bytes = UNSET
     """Size of a weight file, such as 5GB; the source's files by default."""

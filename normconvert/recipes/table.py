@@ -28,7 +28,7 @@ STAGES = {
     "start": "starting", "open": "opening", "trace": "tracing", "write": "writing", "verify": "verifying",
     "copy": "copying", "upload": "uploading",
 }  # fmt: skip
-WORDS = {"convert": "convert", "redo": "convert again", "skip": "nothing", "refuse": "refuse", "upload": "upload"}
+WORDS = {"convert": "convert", "redo": "convert again", "skip": "", "refuse": "refuse", "upload": "upload"}
 RECENT = 5
 """Finished jobs that stay on the live screen."""
 
@@ -48,11 +48,11 @@ def show_plan(console: Console, batch: Batch) -> None:
         decision, job = entry.decision, entry.job
         what = Text(WORDS[decision.action], BAD if decision.action == "refuse" else "")
         if decision.why:
-            what.append(f": {decision.why}", FAINT)
+            what.append(f"{': ' if what else ''}{decision.why}", FAINT)
         memory = f"{job.resources.memory / 1e9:.1f} GB" if job.resources.memory else "?"
         size = human_bytes(job.size) if job.size is not None else "?"
         table.add_row(job.label, what, size, memory, shown(job.output))
-    console.print(table)
+    _print(console, table)
     todo = [entry for entry in batch.entries if entry.decision.action in ("convert", "redo")]
     total = human_bytes(sum(entry.job.size or 0 for entry in todo))
     console.print(f"{_jobs(len(batch.entries))}: {len(todo)} to be converted ({total}); dry run, nothing was written")
@@ -62,7 +62,7 @@ def show_batch(console: Console, batch: Batch) -> None:
     """What became of the jobs: one line each, the reasons of those that failed, and a last line that sums up."""
     done = [e for e in batch.entries if e.result is not None and e.result.status == "converted"]
     if done or batch.count("failed"):
-        console.print(_results(batch))
+        _print(console, _results(batch))
     for entry in batch.entries:
         if entry.result is not None and entry.result.status == "failed":
             console.print(
@@ -70,6 +70,14 @@ def show_batch(console: Console, batch: Batch) -> None:
             )
             console.print(Padding(Text(entry.result.message), (0, 0, 0, 4)), soft_wrap=True)
     console.print(Text(summary(batch), HEAD))
+
+
+def _print(console: Console, table: Table) -> None:
+    """A table as wide as a terminal is, and as wide as it has to be where nobody folds lines."""
+    width = console.width
+    if not console.is_terminal:
+        width = max(width, console.measure(table, options=console.options.update(width=400)).maximum)
+    console.print(table, width=width, soft_wrap=False)
 
 
 def summary(batch: Batch) -> str:
