@@ -125,6 +125,8 @@ def convert(
     say = stage or (lambda name: None)
     local = Path(src).expanduser()
     limits = check_limits(limits or {})
+    if limits and not verify:
+        raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
     if not dry_run:
         check_output(out, local if local.exists() else None, overwrite)
         if verify:

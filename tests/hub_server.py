@@ -1,11 +1,13 @@
 """A real HTTP server on the loopback that answers like the Hugging Face hub, for huggingface_hub to talk to.
 
-It serves folders as model repositories: ``/api/models/{id}``, ``…/revision/{rev}``, ``…/tree/{rev}`` and
-``/{id}/resolve/{rev}/{file}``. Point a process at it with ``HF_ENDPOINT``.
+It serves folders as model repositories: ``/api/models/{id}``, ``…/revision/{rev}``, ``…/tree/{rev}``,
+``/api/models?author={author}`` and ``/{id}/resolve/{rev}/{file}``; and takes uploads of small files. Point a process at
+it with ``HF_ENDPOINT``.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -15,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(r"/api/models/(?P<id>[^/]+(?:/[^/]+)??)(?:/(?P<kind>revision|tree)/(?P<rev>[^/]+)(?:/.*)?)?")
+UPLOAD = re.compile(r"/api/models/(?P<id>[^/]+/[^/]+)/(?P<kind>preupload|commit)/(?P<rev>[^/]+)")
 FILE = re.compile(r"/(?P<id>[^/]+(?:/[^/]+)??)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
 
 
@@ -51,26 +54,33 @@ class Repository:
 
 @dataclass
 class Hub:
-    """A running server: its address and the requests it saw as ``METHOD path``."""
+    """A running server: its address, the requests it saw as ``METHOD path``, and what was uploaded.
+
+    ``uploads`` is repository -> file -> content; ``made`` is what was said when a repository was made.
+    """
 
     url: str
     requests: list[str]
+    uploads: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    made: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
 @contextmanager
 def serve(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
     """Serve ``repositories`` (id -> repository) until the block ends."""
-    requests: list[str] = []
+    hub = Hub("", [])
 
     class Handler(_Handler):
         repos = repositories
-        log = requests
+        log = hub.requests
+        seen = hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield Hub(f"http://127.0.0.1:{server.server_address[1]}", requests)
+        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield hub
     finally:
         server.shutdown()
         server.server_close()
@@ -80,6 +90,7 @@ def serve(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     repos: Mapping[str, Repository] = {}
     log: list[str] = []  # noqa: RUF012 (set by serve)
+    seen = Hub("", [])
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -88,12 +99,41 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        self.log.append(f"POST {path}")
+        match = UPLOAD.fullmatch(path)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            self.seen.made[name] = asked
+            self._json({"url": f"{self.seen.url}/{name}", "id": name}, True)
+        elif match and match["kind"] == "preupload":
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": f["path"], **mode} for f in json.loads(body)["files"]]
+            self._json({"files": files}, True)
+        elif match:
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            new = {file["path"]: base64.b64decode(file["content"]) for file in files}
+            self.seen.uploads.setdefault(match["id"], {}).update(new)
+            url = f"{self.seen.url}/{match['id']}/commit/{'c' * 40}"
+            self._json({"success": True, "commitOid": "c" * 40, "commitUrl": url}, True)
+        else:  # checks of a card's metadata
+            self._json({"errors": [], "warnings": []}, True)
+
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on stderr."""
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.log.append(f"{self.command} {path}")
+        asked = parse_qs(urlsplit(self.path).query)
+        if path == "/api/models":
+            names = [name for name in self.repos if name.startswith(f"{asked['author'][0]}/")]
+            self._json([{"id": name, "tags": [], "private": False} for name in names], body)
+            return
         match = FILE.fullmatch(path) or API.fullmatch(path)
         repo = self.repos.get(match["id"]) if match else None
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -111,8 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif match["kind"] == "tree":
             self._json([self._entry(repo, file) for file in repo.files()], body)
         else:
-            names = [{"rfilename": str(file.relative_to(repo.folder))} for file in repo.files()]
-            self._json({"id": match["id"], "sha": commit, "siblings": names, "private": False, "tags": []}, body)
+            siblings: list[dict[str, object]] = [
+                {"rfilename": str(file.relative_to(repo.folder))}
+                | ({"size": file.stat().st_size} if "blobs" in asked else {})
+                for file in repo.files()
+            ]
+            self._json({"id": match["id"], "sha": commit, "siblings": siblings, "private": False, "tags": []}, body)
 
     def _entry(self, repo: Repository, file: Path) -> dict[str, object]:
         return {"type": "file", "path": str(file.relative_to(repo.folder)), "size": file.stat().st_size,

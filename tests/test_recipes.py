@@ -86,7 +86,7 @@ matrix:
   - {name: half, dtype: bfloat16, options: {min_gain: 5}}
 sources:
   - demo:gpt2
-  - {source: demo:vit, options: {min_gain: 1}, limits: {kl: 1e-3}, verify: false}
+  - {source: demo:vit, options: {min_gain: 1}, limits: {kl: 1e-3}, require_all: true}
 """
     )
     a, b, c, d = jobs_of(path)
@@ -95,7 +95,7 @@ sources:
     assert all(job.options["fold"] for job in (a, b, c, d))
     assert [job.dtype for job in (a, b, c, d)] == ["float16", "bfloat16", "float16", "bfloat16"]
     assert [job.limits for job in (b, d)] == [{"rounding": 1.5, "kl": 1e-6}, {"rounding": 1.5, "kl": 1e-3}]
-    assert [job.verify for job in (a, c)] == [True, False]
+    assert [job.require_all for job in (a, c)] == [False, True]
 
 
 def test_memory_is_estimated_from_the_weights_and_what_is_done_with_them(write: Write) -> None:
@@ -220,6 +220,8 @@ ERRORS = [
      "r.yaml:2:5: expected one of source, folder, author, found source and folder"),
     ("no kind of source", "sources:\n  - {method: rmsnorm}\n", "found none of them"),
     ("stray pattern", "sources:\n  - {source: a, models: b}\n", "models goes with author, found source"),
+    ("limits on nothing", "sources:\n  - demo:gpt2\ndefaults: {verify: false, limits: {kl: 1}}\n",
+     "r.yaml:2:5: limits are held against the verification"),
     ("source is a number", "sources: [12]\n", "r.yaml:1:11: "),
     ("not YAML", "sources: [a\n", "r.yaml:2:1: not valid YAML"),
     ("tab", "sources:\n\t- a\n", "r.yaml:2:1: not valid YAML"),
@@ -246,7 +248,7 @@ def test_all_errors_of_all_recipes_are_told_at_once_in_order(
     status = run(["run", "one.yaml", "two.yaml", "missing.yaml"])
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
-    for words in ("one.yaml:2:1: unknown key 'ouput'", "one.yaml:4:3: unknown key 'dtpye'", "two.yaml:1:1", "missing.y"):
+    for words in ("one.yaml:2:1: unknown key 'ouput'", "one.yaml:4:3: unknown key 'dtpye'", "two.yaml:1:1", "missing"):
         assert words in err
     assert "Traceback" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
@@ -258,8 +260,8 @@ def test_missing_sources_are_listed_all_at_once_before_anything_runs(
     (tmp_path / "empty").mkdir()
     checkpoint(tmp_path / "bare")
     (tmp_path / "bare/model.safetensors").unlink()
-    text = "sources:\n  - demo:gpt2\n  - ./missing\n  - empty\n  - demo:gpt3\n  - bare\n  - a/b/c\nmatrix: [rmsnorm, fuse-bn]\n"
-    assert run(["run", str(write(text))]) == 2
+    sources = "".join(f"  - {name}\n" for name in ("demo:gpt2", "./missing", "empty", "demo:gpt3", "bare", "a/b/c"))
+    assert run(["run", str(write(f"sources:\n{sources}matrix: [rmsnorm, fuse-bn]\n"))]) == 2
     first, *lines = capsys.readouterr().err.splitlines()
     assert first == "error: 5 sources cannot be had; nothing was run:"
     places = [line.split(": ")[0].strip() for line in lines]
@@ -316,11 +318,12 @@ def test_the_schema_is_valid_and_agrees_with_the_checks(capsys: pytest.CaptureFi
         {"sources": [{"source": "a", "limits": {"kl": 1e-3}, "max_shard_size": "5GB"}], "matrix": ["rmsnorm", {}]},
     ):
         validator.validate(good)
-    for bad in (
+    refused: tuple[dict[str, Any], ...] = (
         {}, {"sources": []}, {"sources": [{"source": "a", "folder": "b"}]}, {"sources": [{}]},
         {"sources": ["a"], "defaults": {"options": {"min_gian": 1}}}, {"sources": ["a"], "matrix": ["nonsense"]},
         {"sources": ["a"], "defaults": {"limits": {"rounding": 3}}}, {"sources": ["a"], "defaults": {"dtype": None}},
-    ):  # fmt: skip
+    )  # fmt: skip
+    for bad in refused:
         assert not validator.is_valid(bad), bad
 
 

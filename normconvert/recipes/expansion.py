@@ -107,6 +107,10 @@ def _resolve(entry: Source) -> list[str]:
 def _job(wish: Wish, origin: Origin, variant: Variant | None) -> Job:
     parts = [wish.recipe.recipe.defaults, *([variant] if variant is not None else []), wish.entry]
     said = merge(parts)
+    if said["limits"] and not said["verify"]:
+        raise wish.recipe.file.error(
+            wish.key, "limits are held against the verification, which verify: false leaves out"
+        )
     name = wish.entry.name or origin.name
     label = (variant.name if variant is not None and "name" in variant.model_fields_set else None) or said["method"]
     words = {

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +28,7 @@ STAGES = {
     "copy": "copying", "upload": "uploading",
 }  # fmt: skip
 WORDS = {"convert": "convert", "redo": "convert again", "skip": "", "refuse": "refuse", "upload": "upload"}
+WIDE = 1000
 RECENT = 5
 """Finished jobs that stay on the live screen."""
 
@@ -68,7 +68,8 @@ def show_batch(console: Console, batch: Batch) -> None:
             console.print(
                 Text.assemble((f"{NO} ", BAD), (entry.job.label, HEAD), f"  {entry.job.where}"), soft_wrap=True
             )
-            console.print(Padding(Text(entry.result.message), (0, 0, 0, 4)), soft_wrap=True)
+            for line in entry.result.message.splitlines():
+                console.print(Text(f"    {line}"), soft_wrap=True)  # whole, since it may hold a path to be copied
     console.print(Text(summary(batch), HEAD))
 
 
@@ -76,8 +77,9 @@ def _print(console: Console, table: Table) -> None:
     """A table as wide as a terminal is, and as wide as it has to be where nobody folds lines."""
     width = console.width
     if not console.is_terminal:
-        width = max(width, console.measure(table, options=console.options.update(width=400)).maximum)
-    console.print(table, width=width, soft_wrap=False)
+        console.width = max(width, console.measure(table, options=console.options.update(width=WIDE)).maximum)
+    console.print(table)
+    console.width = width
 
 
 def summary(batch: Batch) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normconvert.apply_output import check_output
 from normconvert.errors import InputError, NormConvertError
 from normconvert.recipes.claim import NEW, claim, publish
 from normconvert.recipes.fingerprint import stats, take
@@ -90,13 +91,10 @@ def _done_before(job: Job) -> Result | None:
     """The result, if an earlier attempt of this very batch, or another batch, has made the output in the meantime."""
     decision = decide(replace(job, redo=False, upload=None))
     state = decision.state
-    if state is not None and (not job.redo or state.run == job.run):
-        return Result(
-            "converted" if state.run == job.run else "skipped",
-            message="" if state.run == job.run else decision.why,
-            norms=state.norms,
-            figures=state.figures,
-        )
+    ours = state is not None and state.run == job.run != ""
+    if state is not None and (ours or not job.redo):
+        status, why = ("converted", "") if ours else ("skipped", decision.why)
+        return Result(status, message=why, norms=state.norms, figures=state.figures)
     decision = decide(job) if job.redo else decision
     if decision.action == "refuse":
         raise InputError(f"{job.output}: {decision.why}")
@@ -109,13 +107,12 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
     Raises:
         NormConvertError: as :func:`normconvert.convert`; or the source changed meanwhile.
     """
-    from normconvert.api import convert
-    from normconvert.apply_output import check_output
-
     path = source_path(job)
     if path is not None and not is_url(job.output):
         check_output(Path(job.output), path, overwrite=True)
     seen, before = time.time_ns(), stats(path) if path is not None else {}
+    from normconvert.api import convert
+
     with _told(say) as (stage, progress):
         report = convert(
             job.source, made, job.method, **job.options, revision=job.revision, arch=job.arch, dtype=job.dtype,
