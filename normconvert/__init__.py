@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .checking import check
     from .exporting import export
     from .loading import load
+    from .recipes.batch import run_recipes
     from .result import Report
     from .verification import verify
 
@@ -29,9 +30,10 @@ _WHERE = {
     "verify": "verification",
     "load": "loading",
     "export": "exporting",
+    "run_recipes": "recipes.batch",
 }
 
-__all__ = ["Report", "__version__", "check", "convert", "export", "inspect", "load", "verify"]
+__all__ = ["Report", "__version__", "check", "convert", "export", "inspect", "load", "run_recipes", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -75,18 +75,19 @@ class Batch:
     Attributes:
         entries: in the order of the recipes.
         seconds: what the run took.
-        interrupted: whether it was ended from outside.
+        interrupted: the exit status of what ended it from outside: 130 for Ctrl-C, 143 for SIGTERM; else 0.
+        logs: what the libraries said: index of the job, line.
     """
 
     entries: list[Entry]
     seconds: float = 0.0
-    interrupted: bool = False
+    interrupted: int = 0
     logs: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def exit_status(self) -> int:
-        """The worst of its jobs: 1 before 2 before 3 before 0; 130 if it was interrupted."""
-        return 130 if self.interrupted else worst([e.result.exit_status for e in self.entries if e.result is not None])
+        """The worst of its jobs: 1 before 2 before 3 before 0; that of the interruption if there was one."""
+        return self.interrupted or worst([e.result.exit_status for e in self.entries if e.result is not None])
 
     def count(self, status: str) -> int:
         """How many jobs ended so."""
@@ -196,10 +197,10 @@ def run_batch(
             for event in _events(todo, jobs, ray, memory):
                 _note(batch, event)
                 tell(batch, event)
-    except KeyboardInterrupt:
-        batch.interrupted = True
+    except KeyboardInterrupt as error:
+        batch.interrupted = status = getattr(error, "exit_status", 130)
         for entry in batch.entries:
-            entry.result = entry.result or Result("interrupted", 130, "interrupted", attempts=entry.attempts)
+            entry.result = entry.result or Result("interrupted", status, "interrupted", attempts=entry.attempts)
     finally:
         for folder in made:
             with suppress(OSError):  # only if it is still empty

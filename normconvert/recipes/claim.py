@@ -6,16 +6,19 @@ is cleared away by whoever claims the output next.
 
 from __future__ import annotations
 
-import fcntl
+import importlib.util
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from normconvert.errors import InputError
 
+# Where there are no such locks, two runs for one output at a time are the user's to avoid.
+_FCNTL: Any = importlib.import_module("fcntl") if importlib.util.find_spec("fcntl") else None
 PATIENCE = 20.0
 """Seconds to wait for a claim: a process that was just killed may take a moment to be gone."""
 NEW, OLD = "new", "old"
@@ -77,7 +80,7 @@ def _lock(folder: Path, out: Path, patience: float) -> int:
         except OSError as error:
             raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(handle)
             if os.stat(folder).st_ino == os.fstat(handle).st_ino:
                 return handle
         except BlockingIOError:
@@ -88,6 +91,21 @@ def _lock(folder: Path, out: Path, patience: float) -> int:
         except FileNotFoundError:  # removed after it was opened
             pass
         os.close(handle)
+
+
+def _flock(handle: int) -> None:
+    """Lock, if the file system can.
+
+    Raises:
+        BlockingIOError: somebody else has.
+    """
+    if _FCNTL is None:
+        return
+    try:
+        _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
 
 
 def _restore(folder: Path, out: Path) -> None:

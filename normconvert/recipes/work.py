@@ -93,8 +93,8 @@ def _done_before(job: Job) -> Result | None:
     state = decision.state
     ours = state is not None and state.run == job.run != ""
     if state is not None and (ours or not job.redo):
-        status, why = ("converted", "") if ours else ("skipped", decision.why)
-        return Result(status, message=why, norms=state.norms, figures=state.figures)
+        done = Result("converted") if ours else Result("skipped", message=decision.why)
+        return replace(done, norms=state.norms, figures=state.figures)
     decision = decide(job) if job.redo else decision
     if decision.action == "refuse":
         raise InputError(f"{job.output}: {decision.why}")
