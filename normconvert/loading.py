@@ -111,9 +111,10 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
         for parent in parents:
             section = section[parent]
         section[last] = value
+    guard = plan.guard or (config.get(runtime.CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
     config[runtime.CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
-    if plan.guard is not None:
-        config[runtime.CONFIG_KEY]["guard"] = plan.guard
+    if guard is not None:
+        config[runtime.CONFIG_KEY]["guard"] = guard
     module = Path(runtime.REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
     own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]

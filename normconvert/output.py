@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .result import Report
@@ -27,7 +28,12 @@ def loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | byt
     if dtype != "auto":
         config["dtype"] = dtype
         config.pop("torch_dtype", None)
-    return huggingface_files(config, plan, source.architecture)
+    return huggingface_files(config, replace(plan, modules=all_modules(source, plan)), source.architecture)
+
+
+def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
+    """The module edits of the output: those that the source needs already, then the plan's."""
+    return [*source.modules, *plan.modules]
 
 
 def write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
@@ -42,6 +48,7 @@ def write_record(folder: Path, source: Source, report: Report, hashes: dict[str,
         "options": report.options,
         "versions": versions(source.library),
         "plan": report.plan.to_json(),
+        **({"modules": all_modules(source, report.plan)} if source.modules else {}),
         "verification": report.fidelity.to_json() if report.fidelity else None,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"

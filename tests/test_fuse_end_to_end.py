@@ -15,6 +15,7 @@ import normconvert
 from normconvert import demos
 from normconvert.cli import run
 from normconvert.errors import InputError, NothingToConvert
+from normconvert.runtime import RMSNorm
 from tests.perturb import perturb
 from tools.digits import digits
 from tools.train_demos import DIGIT_MODELS, accuracy
@@ -154,3 +155,28 @@ def test_inspection_says_where_each_norm_would_go() -> None:
     reasons = {v.path: v.reason for v in report.plan.verdicts}
     assert reasons["layer1.0.bn1"] == "into `layer1.0.conv1` before it."
     assert len(reasons) == 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [("fuse-bn", "rmsnorm"), ("rmsnorm", "fuse-bn")])
+def test_one_conversion_after_another(tmp_path: Path, order: tuple[str, str]) -> None:
+    """A converted folder is a source like any other, and what it was stays done."""
+    import timm
+
+    source = tmp_path / "mobilevit"
+    source.mkdir()
+    torch.manual_seed(0)
+    model = timm.create_model("mobilevit_xxs").eval()
+    perturb(model)
+    save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text('{"architecture": "mobilevit_xxs", "num_classes": 1000}', encoding="utf-8")
+    first = normconvert.convert(source, tmp_path / "one", order[0], verify=False)
+    report = normconvert.convert(tmp_path / "one", tmp_path / "two", order[1])
+    assert first.converted > 0
+    assert report.converted > 0
+    found = normconvert.load(tmp_path / "two")
+    assert _norms(found) == 0
+    assert sum(isinstance(m, RMSNorm) for m in found.modules()) >= 20 or order[0] == "rmsnorm"
+    x = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        assert torch.allclose(found(x), model(x), rtol=1e-3, atol=1e-4)
