@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import convert, inspect
+    from .benchmark.bench import bench
     from .checking import check
     from .exporting import export
     from .loading import load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .verification import verify
 
 _WHERE = {
+    "bench": "benchmark.bench",
     "check": "checking",
     "convert": "api",
     "inspect": "api",
@@ -33,7 +35,7 @@ _WHERE = {
     "run_recipes": "recipes.batch",
 }
 
-__all__ = ["Report", "__version__", "check", "convert", "export", "inspect", "load", "run_recipes", "verify"]
+__all__ = ["Report", "__version__", "bench", "check", "convert", "export", "inspect", "load", "run_recipes", "verify"]
 
 
 def __getattr__(name: str) -> Any:

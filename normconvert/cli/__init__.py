@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from normconvert.cli import (  # noqa: F401
+    bench,
     check,
     convert,
     demo,

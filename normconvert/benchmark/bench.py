@@ -1,0 +1,173 @@
+"""``normconvert bench``: original, converted, and the bound, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normconvert.errors import InputError, NothingToConvert
+from normconvert.options import METHODS, Options, check_method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normconvert.benchmark.compare import Progress
+    from normconvert.benchmark.result import Benchmark
+    from normconvert.plan import Plan
+    from normconvert.sources import Source
+    from normconvert.tracing import Graph
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def bench(
+    src: str | Path,
+    out: str | Path | None = None,
+    *,
+    batch: Sequence[int] | None = None,
+    length: Sequence[int] | None = None,
+    compile: bool = False,
+    graphs: bool = False,
+    decode: bool = True,
+    device: str = "cpu",
+    dtype: str = "auto",
+    seconds: float = 3.0,
+    threads: int | None = None,
+    method: str | None = None,
+    revision: str | None = None,
+    arch: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Benchmark:
+    """Time a model beside its conversion and beside itself without its norms, interleaved in this process.
+
+    The model without its norms is the *bound*: nothing that only touches norms can be faster. Without ``out`` it says
+    what there is to gain before anything is converted.
+
+    Args:
+        src: as for :func:`normconvert.convert`.
+        out: a folder that normconvert wrote from ``src``; None measures the original and the bound.
+        batch: rows; None takes 1 and 8.
+        length: tokens; None takes 32 and 512, or as many as the model can take. Models without text have none.
+        compile: measure under ``torch.compile``, too.
+        graphs: measure captured in CUDA graphs, too.
+        decode: measure one token with a cache, too, if it is a causal language model.
+        device: where to run, ``cpu`` or ``cuda``, say.
+        dtype: of all parameters; ``auto`` is that of the source's files.
+        seconds: for each cell, but five rounds at least.
+        threads: for operations on the CPU; None leaves torch's choice.
+        method: whose norms the bound lacks, if there is no ``out``; None takes the first that converts any.
+        revision: branch, tag or commit on the hub.
+        arch: ``timm:NAME`` for bare weights.
+        trust_remote_code: allow code that comes with the checkpoint to run.
+        progress: called with a line before each cell is measured.
+
+    Raises:
+        InputError: bad input or usage.
+        TraceError: the model cannot be traced, or no input is known for it.
+        NothingToConvert: no norm can be converted, so there is nothing to gain.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if seconds <= 0:
+        raise InputError(f"seconds is {seconds:g}; expected more than 0")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected 1 or more")
+    if method is not None:
+        check_method(method)
+    import torch
+
+    from normconvert.api import check_device
+    from normconvert.benchmark.compare import compare
+    from normconvert.benchmark.machine import machine
+    from normconvert.benchmark.memory import parameter_bytes
+    from normconvert.benchmark.result import Benchmark
+    from normconvert.benchmark.versions import versions
+    from normconvert.benchmark.workloads import grid
+    from normconvert.sources import open_source
+
+    check_device(device)
+    where = torch.device(device)
+    if graphs and where.type != "cuda":
+        raise InputError(f"graphs are CUDA's, and the device is {device}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    say = progress or (lambda line: None)
+    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
+    plan = _recorded_plan(source, out) if out is not None else _made_plan(source, method)
+    works = grid(source.skeleton(), batch, length, decode)
+    used = source.dtype if dtype == "auto" else getattr(torch, dtype)
+    say("loading")
+    models = versions(source, out, plan, works[0], used, where)
+    modes = ["eager", *["compiled"] * compile, *["graphs"] * graphs]
+    cells = [(mode, work) for mode in modes for work in works]
+    rows = []
+    for number, (mode, work) in enumerate(cells, 1):
+        say(f"measuring {work.name} {mode} ({number} of {len(cells)})")
+        rows.append(compare(models, work, mode, used, where, seconds))
+    return Benchmark(
+        source=str(src),
+        converted=None if out is None else str(out),
+        library=source.library,
+        architecture=source.architecture,
+        method=plan.method,
+        norms={"converted": len(plan.converted), "total": len(plan.verdicts)},
+        device=device,
+        dtype=str(used).removeprefix("torch."),
+        machine=machine(where),
+        parameter_bytes={name: parameter_bytes(model) for name, model in models.items()},
+        rows=tuple(rows),
+    )
+
+
+def _recorded_plan(source: Source, out: str | Path) -> Plan:
+    """The plan that the converted folder was made by."""
+    from normconvert.plan import Plan
+    from normconvert.records import RECORD_FILE, read_record
+    from normconvert.sources.checkpoint import load_json
+
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{out}: no such folder; expected one that normconvert wrote from {source.reference}")
+    record = read_record(folder)
+    if record["architecture"] != source.architecture:
+        raise InputError(
+            f"expected two checkpoints of one model, found {source.architecture} in {source.reference} and "
+            f"{record['architecture']} in {out}"
+        )
+    if not (folder / RECORD_FILE).is_file():
+        raise InputError(f"{folder}: no {RECORD_FILE}, which says what norms were converted: convert again")
+    try:
+        return Plan.from_json(load_json(folder / RECORD_FILE)["plan"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / RECORD_FILE}: cannot be read ({error!r}): convert again") from error
+
+
+def _made_plan(source: Source, method: str | None) -> Plan:
+    """The plan of the method, or of the first one that converts any norm of this model."""
+    from normconvert.pipeline import REWRITES, plan_model, trace_model
+
+    model = source.skeleton()
+    graph = trace_model(model)
+
+    def tracer(wanted: nn.Module) -> Graph:
+        return graph if wanted is model else trace_model(wanted)
+
+    wanted = [method] if method is not None else [name for name in METHODS if name in REWRITES]
+    norms = 0
+    for name in wanted:
+        plan = plan_model(model, Options(), name, tracer)
+        norms += len(plan.verdicts)
+        if plan.converted:
+            return plan
+    what = " or ".join(METHODS[name] for name in wanted)
+    if not norms:
+        raise NothingToConvert(f"{source.reference}: nothing to gain: {source.architecture} has no {what}")
+    raise NothingToConvert(
+        f"{source.reference}: nothing to gain: none of {norms} norms can be converted; "
+        f"`normconvert inspect {source.reference}` says why"
+    )
+
+
+__all__ = ["bench"]
