@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,13 +42,20 @@ class Accuracy:
     same_answers: int
 
 
-def run_demo(screen: Screen, out: Path | None = None, *, overwrite: bool = False) -> Done:
+def run_demo(
+    screen: Screen,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    measure: Callable[[str, str], dict[str, Any]] | None = None,
+) -> Done:
     """Convert ``demo:gpt2`` and ``demo:vit`` into folders of ``out`` and compare what the models do.
 
     Args:
         screen: shows the stages.
         out: where to keep the converted models; None for a temporary folder.
         overwrite: replace folders that exist.
+        measure: called with an original and its conversion; what it returns becomes a part of that report's document.
 
     Returns:
         Exit status 1 if a model, once converted, does anything else than before.
@@ -64,11 +72,12 @@ def run_demo(screen: Screen, out: Path | None = None, *, overwrite: bool = False
         vision = _convert(screen, "vit", place, overwrite)
         screen.say("reading digits")
         accuracy = read_digits(place / "vit")
+        found = [measure(f"demo:{n}", str(place / n)) if measure is not None else {} for n in ("gpt2", "vit")]
     good = continuation.same and (accuracy is None or accuracy.same_answers == accuracy.images)
     kept = {} if out is not None else {"out": None}
     document = {
         "command": "demo",
-        "reports": [language.to_json() | kept, vision.to_json() | kept],
+        "reports": [language.to_json() | found[0] | kept, vision.to_json() | found[1] | kept],
         "text": asdict(continuation),
         "digits": asdict(accuracy) if accuracy is not None else None,
     }

@@ -68,21 +68,41 @@ def first_divergence(truth: nn.Module, other: nn.Module, inputs: dict[str, Any],
     """
     traces = [_record(model, inputs) for model in (truth, other)]
     rows = [
-        (path, _apart(a, b) > tolerance)
+        (path, apart(a, b) > tolerance)
         for (path, a), (other_path, b) in zip(*traces, strict=False)
         if path == other_path
     ]
+    starts = [modules[agreed + 1][:2] for modules, agreed in _towers(rows) if agreed + 1 < len(modules)]
+    return min(starts)[1] if starts else None
+
+
+def comparable(rows: Sequence[tuple[str, bool]], *, trailing: bool) -> set[int]:
+    """Which modules are meant to compute the same in both models, by position.
+
+    Args:
+        rows: (path, whether the two differ there), in the order of execution.
+        trailing: whether those that differ up to a tower's end count as well; they do not where the outputs agree.
+
+    Returns:
+        All that agree; those that differ only if nothing that follows in their tower agrees again.
+    """
+    return {
+        position
+        for modules, agreed in _towers(rows)
+        for i, (position, _, differs) in enumerate(modules)
+        if not differs or (trailing and i > agreed)
+    }
+
+
+def _towers(rows: Sequence[tuple[str, bool]]) -> Iterator[tuple[list[tuple[int, str, bool]], int]]:
+    """Each tower's (position, path, differs) in order, and the index in it of the last module that agrees, or -1."""
     towers: dict[str, list[tuple[int, str, bool]]] = {}
     depth = _common_depth([path for path, _ in rows])
     for position, (path, differs) in enumerate(rows):
         tower = ".".join(path.split(".")[: depth + 1])
         towers.setdefault(tower, []).append((position, path, differs))
-    starts = []
     for modules in towers.values():
-        agreed = max((i for i, (_, _, differs) in enumerate(modules) if not differs), default=-1)
-        if agreed + 1 < len(modules):
-            starts.append(modules[agreed + 1][:2])
-    return min(starts)[1] if starts else None
+        yield modules, max((i for i, (_, _, differs) in enumerate(modules) if not differs), default=-1)
 
 
 def _common_depth(paths: list[str]) -> int:
@@ -118,8 +138,8 @@ def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]
     return record
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """Relative distance, or that of the mean-free parts if smaller."""
+def apart(a: Tensor, b: Tensor) -> float:
+    """Relative distance of b from a, or that of the mean-free parts if smaller."""
     plain = distance(b, a).relative
     if a.ndim == 0 or a.shape != b.shape or a.shape[-1] < 2:
         return plain

@@ -278,7 +278,7 @@ def verify(
     limits = check_limits(limits or {})
     first = open_source(str(a), trust_remote_code=trust_remote_code)
     second = open_source(str(b), trust_remote_code=trust_remote_code)
-    plan = _plan(second.record) if first.record is None else None
+    plan = recorded_plan(second.record) if first.record is None else None
     used = dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))
     original = _loader(first, used, device)()
@@ -301,7 +301,12 @@ def verify(
     return judge_limits(fidelity, limits)
 
 
-def _plan(record: Mapping[str, Any] | None) -> Plan | None:
+def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:
+    """The plan in the record of a converted folder; None if there is no record.
+
+    Raises:
+        InputError: another version wrote it.
+    """
     if record is None or not record.get("plan"):
         return None
     try:

@@ -22,7 +22,7 @@ from normconvert.cli import (  # noqa: F401
     schema,
     verify,
 )
-from normconvert.cli.app import app
+from normconvert.cli.app import ARGUMENTS, app
 from normconvert.cli.options import parse_size
 from normconvert.errors import Terminated
 
@@ -31,6 +31,7 @@ __all__ = ["app", "main", "parse_size", "run"]
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of ``normconvert *arguments``."""
+    ARGUMENTS.set(tuple(arguments))
     try:
         status: Any = app(list(arguments), prog_name="normconvert", standalone_mode=False)
     except Exception as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Annotated
 
 import typer
 
 from normconvert import __version__
+
+ARGUMENTS: ContextVar[tuple[str, ...]] = ContextVar("ARGUMENTS", default=())
+"""What the user typed behind ``normconvert``, while a command runs."""
 
 app = typer.Typer(
     name="normconvert",

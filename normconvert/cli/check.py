@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from normconvert.cli.app import app
-from normconvert.cli.options import Github, Json, Junit, Markdown, Quiet, Revision, Trust, Verbose, add_ci, make_screen
+from normconvert.cli.options import (
+    Github,
+    Json,
+    Junit,
+    Markdown,
+    Quiet,
+    ReportFile,
+    Revision,
+    Trust,
+    Verbose,
+    add_ci,
+    add_report,
+    make_screen,
+)
 
 
 @app.command(short_help="Check a converted checkpoint against its source and plan, byte for byte.")
@@ -27,6 +40,7 @@ def check(
     junit: Junit = None,
     markdown: Markdown = None,
     github: Github = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -35,6 +49,7 @@ def check(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
     add_ci(screen, junit, markdown, github)
 
     def action() -> Done:

@@ -15,6 +15,7 @@ from normconvert.cli.options import (
     Out,
     Overwrite,
     Quiet,
+    ReportFile,
     RequireAll,
     Revision,
     ShardSize,
@@ -25,7 +26,9 @@ from normconvert.cli.options import (
     TiedTo,
     Trust,
     Verbose,
+    add_report,
     make_screen,
+    measured,
     parse_size,
 )
 
@@ -48,6 +51,7 @@ def rmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     device: Device = "cpu",
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -56,6 +60,7 @@ def rmsnorm(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
@@ -73,8 +78,13 @@ def rmsnorm(
         )  # fmt: skip
         if report.out is not None:
             screen.written.append(report.out)
+        found = measured(
+            screen, report_file, src, report.out, revision=revision, arch=arch, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         return Done(
-            report_document("rmsnorm", report), lambda console: show_summary(console, report, verbose=verbose > 0)
+            {**found, **report_document("rmsnorm", report)},
+            lambda console: show_summary(console, report, verbose=verbose > 0, measures=found.get("measures")),
         )
 
     return execute(screen, action)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,8 +12,11 @@ from normconvert.cli.options import (
     Json,
     Overwrite,
     Quiet,
+    ReportFile,
     Verbose,
+    add_report,
     make_screen,
+    measured,
 )
 
 
@@ -23,6 +26,7 @@ def demo(
         Path | None, typer.Argument(metavar="OUT", help="Keep the converted models here; else they are deleted.")
     ] = None,
     overwrite: Overwrite = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -31,6 +35,10 @@ def demo(
     from normconvert.report.screen import execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
     from normconvert.demo import run_demo
 
-    return execute(screen, lambda: run_demo(screen, out, overwrite=overwrite))
+    def measure(source: str, converted: str) -> dict[str, Any]:
+        return measured(screen, report_file, source, converted)
+
+    return execute(screen, lambda: run_demo(screen, out, overwrite=overwrite, measure=measure))

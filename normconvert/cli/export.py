@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from normconvert.cli.app import app
-from normconvert.cli.options import Json, Overwrite, Quiet, Src, Trust, Verbose, make_screen
+from normconvert.cli.options import Json, Overwrite, Quiet, ReportFile, Src, Trust, Verbose, add_report, make_screen
 
 
 @app.command(short_help="Write an ONNX file or a torch.export program.")
@@ -20,6 +20,7 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -28,6 +29,7 @@ def export(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         screen.say(f"exporting {src}")

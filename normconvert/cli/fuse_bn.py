@@ -17,6 +17,7 @@ from normconvert.cli.options import (
     NoVerify,
     Overwrite,
     Quiet,
+    ReportFile,
     RequireAll,
     Revision,
     ShardSize,
@@ -24,7 +25,9 @@ from normconvert.cli.options import (
     StoredAs,
     Trust,
     Verbose,
+    add_report,
     make_screen,
+    measured,
     parse_size,
 )
 
@@ -54,6 +57,7 @@ def fuse_bn(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     device: Device = "cpu",
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -62,6 +66,7 @@ def fuse_bn(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         folder = out or beside(src)
@@ -80,8 +85,13 @@ def fuse_bn(
         )  # fmt: skip
         if report.out is not None:
             screen.written.append(report.out)
+        found = measured(
+            screen, report_file, src, report.out, revision=revision, arch=arch, device=device,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         return Done(
-            report_document("fuse-bn", report), lambda console: show_summary(console, report, verbose=verbose > 0)
+            {**found, **report_document("fuse-bn", report)},
+            lambda console: show_summary(console, report, verbose=verbose > 0, measures=found.get("measures")),
         )
 
     return execute(screen, action)

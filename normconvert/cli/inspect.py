@@ -9,6 +9,7 @@ from normconvert.cli.options import (
     Json,
     MinGain,
     Quiet,
+    ReportFile,
     Revision,
     Shifted,
     Src,
@@ -16,6 +17,7 @@ from normconvert.cli.options import (
     TiedTo,
     Trust,
     Verbose,
+    add_report,
     make_screen,
 )
 
@@ -30,6 +32,7 @@ def inspect(
     min_gain: MinGain = 3,
     allow_shifted_outputs: Shifted = False,
     trust_remote_code: Trust = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -38,6 +41,7 @@ def inspect(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         stage = screen.stages(src)

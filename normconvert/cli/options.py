@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,6 +73,10 @@ Json = Annotated[
 Junit = Annotated[str | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML, for CI systems.")]
 Markdown = Annotated[str | None, typer.Option("--markdown", metavar="FILE", help="Write a summary for pull requests.")]
 Github = Annotated[bool, typer.Option("--github", help="Annotate the GitHub job that this runs in.")]
+ReportFile = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE", help="Write an HTML report; measures every layer and norm for it."),
+]
 Verbose = Annotated[
     int,
     typer.Option(
@@ -85,11 +89,51 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors.")]
 
 def make_screen(json: str | None, verbose: int, quiet: bool) -> Screen:
     """Where a command prints, with the libraries hushed."""
+    import shlex
+
+    from normconvert.cli.app import ARGUMENTS
     from normconvert.report.screen import Screen
 
-    screen = Screen(json_file=json, verbose=verbose, quiet=quiet)
+    command = shlex.join(["normconvert", *ARGUMENTS.get()])
+    screen = Screen(json_file=json, verbose=verbose, quiet=quiet, command_line=command)
     screen.hush()
     return screen
+
+
+def add_report(screen: Screen, file: str | None) -> None:
+    """Have the command's result written as an HTML report as well."""
+    from normconvert.report.outputs import FileOutput
+
+    def render(document: dict[str, Any]) -> str:
+        from normconvert.report.html import html_report
+
+        return html_report(document)
+
+    if file is not None:
+        screen.outputs.append(FileOutput("--report", file, render))
+
+
+def measured(screen: Screen, file: str | None, a: str, b: str | None, **options: Any) -> dict[str, Any]:
+    """What a report needs beside the document of a command; nothing if none is wanted or nothing was written.
+
+    Args:
+        screen: of the command.
+        file: the report, None for none.
+        a: the original.
+        b: the converted checkpoint, None for none.
+        options: of :func:`normconvert.measures.measure`.
+    """
+    if file is None or b is None:
+        return {}
+    from normconvert.errors import NormConvertError
+    from normconvert.measures import measure
+
+    screen.say("measuring every layer")
+    try:
+        found = measure(a, b, **options)
+    except NormConvertError as error:
+        return {"measures_error": str(error)}
+    return {"measures": found.to_json(), "plan": found.plan.to_json() if found.plan is not None else None}
 
 
 def add_ci(screen: Screen, junit_file: str | None, markdown_file: str | None, annotate: bool) -> None:

@@ -15,11 +15,14 @@ from normconvert.cli.options import (
     Junit,
     Markdown,
     Quiet,
+    ReportFile,
     RunIn,
     Trust,
     Verbose,
     add_ci,
+    add_report,
     make_screen,
+    measured,
 )
 
 
@@ -37,6 +40,7 @@ def verify(
     junit: Junit = None,
     markdown: Markdown = None,
     github: Github = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -45,6 +49,7 @@ def verify(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
     add_ci(screen, junit, markdown, github)
 
     def action() -> Done:
@@ -60,14 +65,19 @@ def verify(
         from normconvert.verification import verify as verify_checkpoints
 
         check_device(device)
+        run_in = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
         screen.hush_bars()
         fidelity = verify_checkpoints(
-            a, b, device=device, dtype=None if dtype is Dtype.AUTO else getattr(torch, dtype.value),
+            a, b, device=device, dtype=run_in,
             trust_remote_code=trust_remote_code, seed=seed, limits=wanted,
         )  # fmt: skip
+        found = measured(
+            screen, report_file, a, b, device=device, dtype=run_in,
+            trust_remote_code=trust_remote_code, seed=seed,
+        )  # fmt: skip
         return Done(
-            fidelity_document(a, b, fidelity),
-            lambda console: show_fidelity(console, a, b, fidelity, verbose=verbose > 0),
+            {**fidelity_document(a, b, fidelity), **found},
+            lambda console: show_fidelity(console, a, b, fidelity, verbose=verbose > 0, measures=found.get("measures")),
             0 if fidelity.passed else 1,
         )
 

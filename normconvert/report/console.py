@@ -5,10 +5,11 @@ Everything is laid out for 80 columns and reads the same in a terminal and in a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.console import Group as Lines
@@ -16,6 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from normconvert.report.blocks import centring_points, norm_lines
+from normconvert.report.charts import short
 from normconvert.report.collapse import Row, collapse
 from normconvert.report.junit import PARTS
 from normconvert.report.words import auto_class, becomes, felt, human_bytes
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from normconvert.checking import CheckReport
     from normconvert.exporting import ExportReport
     from normconvert.fidelity import Fidelity
-    from normconvert.plan import Plan, Verdict
+    from normconvert.plan import Plan
     from normconvert.result import Report
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
@@ -35,8 +38,23 @@ MANY = 12
 """More lines than this of one kind are cut short without -v."""
 
 
-def show_summary(console: Console, report: Report, *, verbose: bool = False, kept: bool = True) -> None:
-    """The result of a conversion, or of a dry run; if the output is ``kept``, where it is and how to load it."""
+def show_summary(
+    console: Console,
+    report: Report,
+    *,
+    verbose: bool = False,
+    kept: bool = True,
+    measures: Mapping[str, Any] | None = None,
+) -> None:
+    """The result of a conversion, or of a dry run.
+
+    Args:
+        console: where to print.
+        report: the result.
+        verbose: every norm for itself.
+        kept: the output stays; say where it is and how to load it.
+        measures: what was measured for an HTML report, as :meth:`normconvert.measures.Measures.to_json` gives it.
+    """
     dry = report.out is None
     title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)
     console.print(title, soft_wrap=True)
@@ -50,6 +68,8 @@ def show_summary(console: Console, report: Report, *, verbose: bool = False, kep
         grid.add_row("fidelity", figures(report.fidelity))
     elif not dry:
         grid.add_row("fidelity", Text("not verified (--no-verify)", "yellow"))
+    for label, told in measured_lines(measures):
+        grid.add_row(label, told)
     grid.add_row("seconds", " · ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
     for note in report.notes:
         grid.add_row("note", note)
@@ -58,16 +78,53 @@ def show_summary(console: Console, report: Report, *, verbose: bool = False, kep
         for label, line in zip(("load it", ""), how_to_load(report), strict=False):
             # Code to be copied is never wrapped.
             console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
+    if verbose or (report.plan.kept and report.plan.converted):
+        from normconvert.report.tree import norm_tree
+
+        console.print()
+        console.print(norm_tree(report.architecture, report.plan, verbose=verbose))
     show_kept(console, report.plan, verbose=verbose)
+
+
+def measured_lines(measures: Mapping[str, Any] | None) -> Iterator[tuple[str, Text]]:
+    """(label, what was found) for what the HTML report has charts of: the error of every layer, as a row of bars."""
+    if not measures:
+        return
+    layers = measures["layers"]
+    names = short([layer["name"] for layer in layers])
+    for i, (words, key) in enumerate((("float64", "algebra"), (measures["dtype"], "converted"), ("noise", "original"))):
+        values = [float(layer[key]) for layer in layers]
+        if values:
+            worst = max(range(len(values)), key=values.__getitem__)
+            told = f" at most {values[worst]:.1g}, at {names[worst]}"
+            yield "" if i else "layers", Text.assemble(f"{words:9}", (sparkline(values), "cyan"), (told, FAINT))
+    if measures["perplexity"]:
+        before, after = measures["perplexity"]["original"], measures["perplexity"]["converted"]
+        yield "perplexity", Text(f"{after:.6g}, {before:.6g} before")
+
+
+def sparkline(values: Sequence[float], width: int = 20) -> str:
+    """A row of bars for positive values on a logarithmic scale; neighbours share a bar where there are too many.
+
+    >>> sparkline([1e-16, 1e-15, 1e-14, 0.0])
+    '▁▅█▁'
+    """
+    size = max(1, -(-len(values) // width))
+    shown = [max(values[i : i + size]) for i in range(0, len(values), size)]
+    logs = [math.log10(v) if 0 < v < math.inf else None for v in shown]
+    known = [v for v in logs if v is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    levels = (0.0 if v is None else (v - low) / (high - low or 1.0) for v in logs)
+    return "".join("▁▂▃▄▅▆▇█"[round(level * 7)] for level in levels)
 
 
 def show_kept(console: Console, plan: Plan, *, verbose: bool = False) -> None:
     """The norms that stay as they are, and why; alike ones together unless ``verbose``."""
     if plan.kept:
         console.print(Text.assemble("\nkept as they are", style=HEAD), f"({len(plan.kept)} of {len(plan.verdicts)})")
-        for name, kind, reason, count in verdict_lines(plan.kept, verbose=verbose):
-            console.print(_indented(_norm_line(name, kind, count)))
-            console.print(_indented(Text(reason, FAINT), 6))
+        for line in norm_lines(plan.kept, verbose=verbose):
+            console.print(_indented(_norm_line(line.name, line.kind, line.count)))
+            console.print(_indented(Text(line.reason, FAINT), 6))
 
 
 def show_inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
@@ -100,14 +157,24 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
         console.print(Padding(Text.assemble(("note  ", "yellow"), note), (1, 0, 0, 2)))
 
 
-def show_fidelity(console: Console, a: str, b: str, fidelity: Fidelity, *, verbose: bool = False) -> None:
-    """The figures of a verification, and for each that is out of its limit why."""
+def show_fidelity(
+    console: Console,
+    a: str,
+    b: str,
+    fidelity: Fidelity,
+    *,
+    verbose: bool = False,
+    measures: Mapping[str, Any] | None = None,
+) -> None:
+    """The figures of a verification, and for each that is out of its limit why; ``measures`` as for a conversion."""
     console.print(Text.assemble((b, HEAD), " against ", (a, HEAD)))
     grid = _grid()
     grid.add_row("fidelity", figures(fidelity))
     ran = len({row["probe"] for row in fidelity.probes if "skipped" not in row})
     skipped = [row for row in fidelity.probes if "skipped" in row]
     grid.add_row("probes", f"{ran} run" + (f", {len(skipped)} not fit for the original" if skipped else ""))
+    for label, told in measured_lines(measures):
+        grid.add_row(label, told)
     grid.add_row("result", Text("passed", GOOD) if fidelity.passed else Text("failed", BAD))
     console.print(_indented(grid))
     for reason in fidelity.reasons:
@@ -174,20 +241,6 @@ def figures(fidelity: Fidelity) -> RenderableType:
     if fidelity.worst_module is not None:
         lines.append(Text.assemble("the two part first at ", (fidelity.worst_module, HEAD)))
     return Lines(*lines)
-
-
-def verdict_lines(verdicts: Sequence[Verdict], *, verbose: bool = False) -> list[tuple[str, str, str, int]]:
-    """(name, kind, reason, count) of each line to print: one for each norm if ``verbose``, else alike ones together."""
-    if verbose:
-        return [(v.path, v.kind, v.reason, 1) for v in verdicts]
-    groups = collapse(Row(v.path, v.reason, (v.kind, v.converted, v.code)) for v in verdicts)
-    return [(g.name, g.key[0], g.text, g.count) for g in groups]  # type: ignore[index]
-
-
-def centring_points(plan: Plan) -> list[tuple[str, str]]:
-    """(module, ``output`` or ``input``) of every centring operation, alike ones together."""
-    rows = (Row(edit["path"], "", edit["side"]) for edit in plan.modules if edit["op"] == "center")
-    return [(group.name or "the model", str(group.key)) for group in collapse(rows)]
 
 
 def agrees(good: bool, text: str) -> Text:

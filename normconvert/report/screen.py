@@ -54,9 +54,13 @@ class Screen:
         json_file: where the JSON document goes: a file, ``-`` for stdout, None for none.
         verbose: 1 lists everything and lets the libraries speak, 2 adds tracebacks.
         quiet: only errors (and the JSON document).
+        command_line: what the user typed, for whoever wants to do it again; becomes a part of the document.
     """
 
-    def __init__(self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False, command_line: str | None = None
+    ) -> None:
+        self.command_line = command_line
         self.json_file = json_file
         self.outputs: list[FileOutput] = []
         """Files to be made from the command's document."""
@@ -167,7 +171,7 @@ class Screen:
         Raises:
             InputError: a file cannot be written.
         """
-        document = plain(data)
+        document = plain(data if self.command_line is None else {**data, "command_line": self.command_line})
         if self.json_file == STDOUT:
             sys.stdout.write(_json(document))
             sys.stdout.flush()

@@ -1,0 +1,75 @@
+"""What the charts of a report show, as data: labels and series. How they look is the page's business."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+FLOOR = 1e-18
+"""Zero has no place on a logarithmic axis; it is drawn here and told as 0."""
+
+Chart = dict[str, Any]
+
+
+def layer_chart(measures: dict[str, Any]) -> Chart | None:
+    """Error per layer: float64 and stored dtype, each with the noise that is there anyway."""
+    layers = measures["layers"]
+    if not layers:
+        return None
+    dtype = measures["dtype"]
+    names = [layer["name"] for layer in layers]
+    series = [
+        _series(f"original in {dtype}: the noise floor", layers, "original", "noise"),
+        _series(f"converted in {dtype}", layers, "converted", "native"),
+        _series("converted in float64", layers, "algebra", "algebra"),
+        {"name": "float64's rounding unit", "role": "unit", "values": [sys.float_info.epsilon / 2] * len(layers)},
+    ]
+    return {
+        "title": "Error per layer",
+        "about": (
+            f"Largest relative error against the original in float64, on the probe {measures['probe']}. "
+            "Modules that are changed on purpose, such as centred writers, are left out."
+        ),
+        "labels": short(names),
+        "names": names,
+        "series": series,
+    }
+
+
+def norm_chart(measures: dict[str, Any], becomes: str) -> Chart | None:
+    """|mean|/rms at each norm's input, before and after; none where no norm is left to read anything."""
+    norms = [norm for norm in measures["norms"] if norm["after"] is not None]
+    if not norms:
+        return None
+    names = [norm["path"] for norm in norms]
+    return {
+        "title": "Mean at each norm",
+        "about": (
+            f"Largest |mean|/rms over the positions at the norm's input. What becomes {becomes} "
+            "may have no mean left but rounding; a norm that stays keeps it."
+        ),
+        "labels": short(names),
+        "names": names,
+        "series": [_series("original", norms, "before", "noise"), _series("converted", norms, "after", "native")],
+    }
+
+
+def _series(name: str, rows: Sequence[dict[str, Any]], key: str, role: str) -> dict[str, Any]:
+    return {"name": name, "role": role, "values": [_finite(row[key]) for row in rows]}
+
+
+def _finite(value: Any) -> float | None:
+    """A number to draw; what is not finite leaves a gap."""
+    number = float(value)
+    return max(number, FLOOR) if abs(number) < float("inf") else None
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """The names without the components that all dotted ones share at their beginning."""
+    dotted = [name.split(".") for name in names if "." in name]
+    shared = 0
+    while dotted and all(len(p) > shared + 1 and p[shared] == dotted[0][shared] for p in dotted):
+        shared += 1
+    prefix = ".".join(dotted[0][:shared]) + "." if shared else ""
+    return [name.removeprefix(prefix) for name in names]

@@ -1,0 +1,320 @@
+"""The HTML report: one file that needs no network, made from a command's JSON document and nothing else.
+
+Every text goes through the template's escaping. A content security policy lets the report's own two scripts run, known
+by their hashes, and nothing else: no other script, no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normconvert import __version__
+from normconvert.comparing import Finding
+from normconvert.limits import outcomes
+from normconvert.plan import Plan
+from normconvert.report.blocks import NormLine, model_blocks, norm_lines
+from normconvert.report.charts import layer_chart, norm_chart
+from normconvert.report.console import how_to_load
+from normconvert.report.junit import PARTS
+from normconvert.report.words import becomes, human_bytes, percent
+from normconvert.result import Report
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+    from markupsafe import Markup
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("chart.umd.min.js", "report.js")
+
+Document = dict[str, Any]
+
+EMPTY: dict[str, Any] = {
+    "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "probes": [],
+    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [],
+}  # fmt: skip
+"""What a section of the page may leave out."""
+
+
+def html_report(document: Document) -> str:
+    """The page for the document of any command that converts, verifies or checks, or for its error."""
+    from markupsafe import Markup
+
+    sections = [{**EMPTY, **section} for section in _sections(document)]
+    charts = {f"chart-{i}-{j}": chart for i, s in enumerate(sections) for j, chart in enumerate(s["charts"])}
+    scripts = [Markup((ASSETS / name).read_text(encoding="utf-8")) for name in SCRIPTS]  # ours, not escaped
+    return _template().render(
+        title=_title(document),
+        command=document.get("command_line"),
+        error=document.get("error"),
+        kind=document.get("kind"),
+        sections=sections,
+        text=document.get("text"),
+        digits=document.get("digits"),
+        charts=_embedded(charts),
+        style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
+        scripts=scripts if charts else [],
+        policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts) if charts else "'none'",
+        version=__version__,
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = _prose
+    return environment.get_template("report.html.jinja")
+
+
+def _prose(text: Any) -> Markup:
+    """A sentence of ours: what stands in backticks is code."""
+    from markupsafe import Markup
+
+    parts = str(text).split("`")
+    if len(parts) % 2 == 0:  # a backtick that is no mark-up
+        return Markup("{}").format(text)
+    marked = (Markup("<code>{}</code>" if i % 2 else "{}").format(part) for i, part in enumerate(parts))
+    return Markup("").join(marked)
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _embedded(data: Any) -> Markup:
+    """JSON for a script element: nothing in it can end the element or begin another."""
+    from markupsafe import Markup
+
+    text = json.dumps(data, allow_nan=False)  # ASCII only
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _title(document: Document) -> str:
+    if "reports" in document:
+        return "normconvert demo"
+    if document.get("command") == "check":
+        return f"{document['output']}, checked"
+    if "converted" in document:
+        return f"{document['converted']} against {document['original']}"
+    inner = document.get("report", document)
+    if "source" not in inner:
+        return "normconvert"
+    out = inner.get("out") or inner.get("file")
+    return f"{inner['source']} → {out}" if out else str(inner["source"])
+
+
+def _sections(document: Document) -> Iterator[dict[str, Any]]:
+    if document.get("command") == "check" and "error" not in document:
+        yield _check(document)
+    elif "reports" in document:
+        for report in document["reports"]:
+            yield _conversion(report)
+    elif "report" in document:  # an error that came with what was known by then
+        yield _conversion(document["report"])
+    elif "plan" in document and "source" in document:
+        yield _conversion(document)
+    elif "probes" in document:
+        yield _verification(document)
+    elif "error" not in document:
+        yield _other(document)
+
+
+def _conversion(data: Document) -> dict[str, Any]:
+    """A conversion, a dry run or an inspection."""
+    plan = Plan.from_json(data["plan"])
+    fidelity = data.get("fidelity")
+    stored = f", stored as {data['stored']}" if data["stored"] != data["dtype"] else ""
+    report = Report(data["source"], data["library"], data["architecture"], data["method"], data["out"], plan)
+    return {
+        "heading": f"{data['source']} → {data['out']}" if data["out"] else data["source"],
+        "about": f"{data['architecture']} · {data['library']} · {data['dtype']}{stored}",
+        "badge": _badge(fidelity["passed"] if fidelity else None, "not verified" if data["out"] else "nothing written"),
+        "tiles": [*_norm_tiles(plan), *_tiles(fidelity, data.get("measures"))],
+        **_plan_view(plan, data["architecture"]),
+        **_figures(fidelity, data.get("measures"), plan.method),
+        "work": list(_work(data)),
+        "seconds": _bars(data["seconds"]),
+        "notes": [*data["notes"], *_note(data)],
+        "load": how_to_load(report) if data["out"] else [],
+    }
+
+
+def _verification(data: Document) -> dict[str, Any]:
+    """Two checkpoints held against each other."""
+    plan = Plan.from_json(data["plan"]) if data.get("plan") else None
+    measures = data.get("measures")
+    about = f"{measures['architecture']} · {measures['library']} · run in {measures['dtype']}" if measures else ""
+    return {
+        "heading": f"{data['converted']} against {data['original']}",
+        "about": about,
+        "badge": _badge(data["passed"], ""),
+        "tiles": [*(_norm_tiles(plan) if plan else ()), *_tiles(data, measures)],
+        **(_plan_view(plan, measures["architecture"] if measures else "the model") if plan else {}),
+        **_figures(data, measures, plan.method if plan else ""),
+        "work": list(_sizes(measures)),
+        "seconds": [],
+        "notes": list(_note(data)),
+        "load": [],
+    }
+
+
+def _check(data: Document) -> dict[str, Any]:
+    """A converted checkpoint held against its record."""
+    findings = [Finding(**finding) for finding in data["findings"]]
+    counts = {part: sum(f.part == part for f in findings) for part in PARTS}
+    return {
+        "heading": data["output"],
+        "about": f"converted again from {data['source']} and compared byte for byte",
+        "badge": _badge(data["passed"], ""),
+        "tiles": [_tile("compared", human_bytes(data["bytes"]), f"{data['files']} files")],
+        "parts": [(name, counts[part]) for part, name in PARTS.items()],
+        "findings": [(f.subject, f.what) for f in findings],
+        "work": [],
+        "seconds": _bars(data["seconds"]),
+        "notes": data["notes"],
+        "load": [],
+    }
+
+
+def _other(data: Document) -> dict[str, Any]:
+    """Any other command: its figures by their names."""
+    left_out = {"command", "command_line", "exit_status", "notes"}
+    rows = [(key.replace("_", " "), _told(value)) for key, value in data.items() if key not in left_out]
+    return {
+        "heading": _title(data),
+        "about": str(data.get("command", "")),
+        "badge": ("plain", ""),
+        "work": [(key, value) for key, value in rows if value],
+        "notes": data.get("notes", []),
+    }
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_told(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_told(item) for item in value)
+    return "" if value is None else str(value)
+
+
+def _badge(passed: bool | None, otherwise: str) -> tuple[str, str]:
+    return {None: ("plain", otherwise), True: ("good", "passed"), False: ("bad", "failed")}[passed]
+
+
+def _tile(label: str, value: str, below: str = "", state: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "below": below, "state": state}
+
+
+def _norm_tiles(plan: Plan) -> Iterator[dict[str, str]]:
+    done, total = len(plan.converted), len(plan.verdicts)
+    state = "good" if done == total else "warn"
+    yield _tile("norms", f"{done} of {total}", f"→ {becomes(plan.method)}", state)
+
+
+def _tiles(fidelity: Document | None, measures: Document | None) -> Iterator[dict[str, str]]:
+    if fidelity:
+        for outcome in outcomes(fidelity):
+            name = outcome.figure.name
+            state = {None: "", True: "good", False: "bad"}[outcome.passed]
+            if name == "algebra":
+                yield _tile("algebra, float64", f"{outcome.found:.2g}", outcome.bound, state)
+            elif name == "rounding" and outcome.found is not None:
+                yield _tile("rounding", f"{outcome.found:.3g} ×", f"the original's, {outcome.bound}", state)
+            elif name == "top1" and outcome.found is not None:
+                yield _tile("top-1 the same", percent(outcome.found), outcome.bound, state)
+            elif name == "kl" and outcome.found is not None:
+                yield _tile("KL divergence", f"{outcome.found:.1g}", outcome.bound or "nats", state)
+    perplexity = measures.get("perplexity") if measures else None
+    if perplexity:
+        before, after = perplexity["original"], perplexity["converted"]
+        tokens = f"{before:.6g} before, {perplexity['tokens']} tokens"
+        yield _tile("perplexity", f"{after:.6g}", tokens)
+
+
+def _plan_view(plan: Plan, architecture: str) -> dict[str, Any]:
+    """The model as a column of blocks, and every reason in full below it."""
+    return {
+        "model": model_blocks(architecture, plan),
+        "kept": _by_reason(plan, converted=False),
+        "converted": _by_reason(plan, converted=True),
+        "counts": (len(plan.converted), len(plan.verdicts)),
+        "becomes": becomes(plan.method),
+    }
+
+
+def _by_reason(plan: Plan, *, converted: bool) -> list[tuple[str, list[NormLine]]]:
+    """(reason, the norms that it holds for), in the order of execution."""
+    reasons: dict[str, list[NormLine]] = {}
+    for line in norm_lines(plan.verdicts):
+        if line.converted is converted:
+            reasons.setdefault(line.reason, []).append(line)
+    return list(reasons.items())
+
+
+def _figures(fidelity: Document | None, measures: Document | None, method: str) -> dict[str, Any]:
+    charts = []
+    if measures:
+        charts = [
+            chart for chart in (layer_chart(measures), norm_chart(measures, becomes(method))) if chart is not None
+        ]
+    if not fidelity:
+        return {"charts": charts}
+    return {
+        "figures": list(outcomes(fidelity)),
+        "reasons": fidelity["reasons"],
+        "worst": fidelity["worst_module"],
+        "probes": [_probe(row) for row in fidelity["probes"]],
+        "charts": charts,
+    }
+
+
+def _probe(row: Document) -> tuple[str, ...]:
+    if "skipped" in row:
+        return (row["probe"], row["skipped"], "", "", "")
+    numbers = (row[key] for key in ("algebra", "original_error", "converted_error"))
+    return (row["probe"], row["output"], *("–" if n is None else f"{float(n):.2g}" for n in numbers))
+
+
+def _work(data: Document) -> Iterator[tuple[str, str]]:
+    """What was done to the files."""
+    if data["out"]:
+        yield "tensors", f"{data['tensors_edited']} edited, {data['tensors_copied']} copied as they are"
+        yield "written", human_bytes(data["bytes_written"])
+    else:
+        yield "tensors", f"{len(data['plan']['tensors'])} to be edited"
+    yield from _sizes(data.get("measures"))
+
+
+def _sizes(measures: Document | None) -> Iterator[tuple[str, str]]:
+    if measures:
+        for label, words in (("parameters", "{:,}"), ("bytes", "")):
+            before, after = measures[label]["original"], measures[label]["converted"]
+            told = [words.format(n) if words else human_bytes(n) for n in (before, after)]
+            change = f" ({(after - before) / before:+.2%})" if before and after != before else ""
+            yield {"bytes": "weights"}.get(label, label), f"{told[0]} before, {told[1]} after{change}"
+
+
+def _bars(seconds: dict[str, float]) -> list[tuple[str, str, int]]:
+    """(stage, its time, its share in percent of the longest)."""
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [(stage, f"{s:.2f} s", max(1, round(100 * s / longest))) for stage, s in seconds.items()]
+
+
+def _note(data: Document) -> Iterator[str]:
+    if data.get("measures_error"):
+        yield f"not measured layer by layer: {data['measures_error']}"
