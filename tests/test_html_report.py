@@ -277,6 +277,38 @@ def test_sparklines_fit_their_width() -> None:
     assert sparkline([float("inf"), 1e-3, 1e-2])[1:] == "▁█"
 
 
+SPREAD = {"median": 1.25, "low": 1.2, "high": 1.3}
+BENCH: dict[str, Any] = {
+    "command": "bench", "source": "demo:gpt2", "converted": "out", "library": "transformers", "architecture": "GPT2",
+    "method": "rmsnorm", "norms": {"converted": 9, "total": 9}, "device": "cpu", "dtype": "float32",
+    "machine": {"processor": "a processor", "threads": 1, "torch": "2.15"}, "parameter_bytes": {"original": 1000},
+    "rows": [
+        {
+            "mode": "eager", "kind": "forward", "batch": batch, "length": 32, "rounds": 5, "calls": 1, "share": None,
+            "milliseconds": {"original": SPREAD, "converted": SPREAD, "bound": SPREAD},
+            "speedup": {"converted": SPREAD, "bound": SPREAD}, "peak_bytes": {"original": None}, "failures": {},
+        }
+        for batch in (1, 8)
+    ],
+}  # fmt: skip
+
+
+def test_a_benchmark_is_shown_by_itself_and_beside_a_verification(converted: tuple[Path, Path], tmp_path: Path) -> None:
+    said = " ".join(Page(html_report(BENCH)).text.split())
+    for words in ("demo:gpt2 → out", "a processor, 1 thread, torch 2.15", "forward 8 × 32", "1.25 ms", "9 of 9"):
+        assert words in said
+    bench, file = tmp_path / "bench.json", tmp_path / "verify.html"
+    arguments = ["verify", *map(str, converted), "--bench", str(bench), "--report", str(file), "-q"]
+    bench.write_text(json.dumps(BENCH))
+    assert run(arguments) == 0
+    page = Page(file.read_text())
+    charts = json.loads(next(s for s in page.scripts if s.startswith("{")))
+    assert [chart["title"] for chart in charts.values()] == ["Error per layer", "Mean at each norm", "Speed"]
+    assert charts["chart-1-0"]["series"][0]["values"] == [1.25, 1.25]
+    bench.write_text('{"command": "bench"}')
+    assert run(arguments) == 2
+
+
 # That nothing in it comes to life
 
 
@@ -315,6 +347,7 @@ def hostile() -> dict[str, dict[str, Any]]:
             "bytes_written": 3,
             "notes": [EVIL],
         },
+        "bench": {**BENCH, **dict.fromkeys(("source", "converted", "architecture", "library", "device"), EVIL)},
         "demo": {"command": "demo", "reports": [convert, convert], "text": texts, "digits": None},
     }
 

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from normconvert.cli.app import app
-from normconvert.cli.options import Arch, Dtype, Json, Quiet, Revision, Src, Trust, Verbose, make_screen
+from normconvert.cli.options import (
+    Arch,
+    Dtype,
+    Json,
+    Quiet,
+    ReportFile,
+    Revision,
+    Src,
+    Trust,
+    Verbose,
+    add_report,
+    make_screen,
+)
 
 Numbers = str | None
 
@@ -37,6 +49,7 @@ def bench(
     revision: Revision = None,
     arch: Arch = None,
     trust_remote_code: Trust = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -48,6 +61,7 @@ def bench(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         batches, lengths = _numbers("--batch", batch), _numbers("--length", length)

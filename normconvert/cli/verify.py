@@ -41,6 +41,9 @@ def verify(
     markdown: Markdown = None,
     github: Github = False,
     report_file: ReportFile = None,
+    bench: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The JSON of `normconvert bench`, to show in the HTML report.")
+    ] = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -54,8 +57,10 @@ def verify(
 
     def action() -> Done:
         from normconvert.limits import read_limits
+        from normconvert.report.benchmark import read_benchmark
 
         wanted = read_limits(limits) if limits is not None else {}
+        timed = {"bench": read_benchmark(bench)} if bench is not None else {}
         screen.say(f"comparing {b} with {a}")
         import torch
 
@@ -76,7 +81,7 @@ def verify(
             trust_remote_code=trust_remote_code, seed=seed,
         )  # fmt: skip
         return Done(
-            {**fidelity_document(a, b, fidelity), **found},
+            {**fidelity_document(a, b, fidelity), **found, **timed},
             lambda console: show_fidelity(console, a, b, fidelity, verbose=verbose > 0, measures=found.get("measures")),
             0 if fidelity.passed else 1,
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normconvert.benchmark.result import BOUND, CONVERTED, ORIGINAL, WORTH, Benchmark, Row
+from normconvert.errors import InputError
 from normconvert.report.console import BAD, FAINT, GOOD, HEAD
 from normconvert.report.words import human_bytes
 
@@ -29,6 +32,25 @@ SLOWER = 0.99
 def benchmark_document(result: Benchmark) -> dict[str, Any]:
     """For ``--json``."""
     return {"command": "bench", **result.to_json()}
+
+
+def read_benchmark(file: Path) -> dict[str, Any]:
+    """The JSON document that ``normconvert bench --json`` wrote.
+
+    Raises:
+        InputError: it is something else.
+    """
+    from normconvert.sources.checkpoint import load_json
+
+    data = load_json(file)
+    try:
+        Benchmark(**{f.name: data[f.name] for f in fields(Benchmark)})
+        rows = [Row.from_json(row).name for row in data["rows"]]
+        if not rows or data["command"] != "bench":
+            raise ValueError("no rows")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not the JSON of `normconvert bench` ({error!r})") from error
+    return data
 
 
 def show_benchmark(console: Console, result: Benchmark, *, verbose: bool = False) -> None:

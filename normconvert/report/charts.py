@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from normconvert.benchmark.result import BOUND, CONVERTED, Row
+
 FLOOR = 1e-18
 """Zero has no place on a logarithmic axis; it is drawn here and told as 0."""
 
@@ -31,6 +33,7 @@ def layer_chart(measures: dict[str, Any]) -> Chart | None:
             f"Largest relative error against the original in float64, on the probe {measures['probe']}. "
             "Modules that are changed on purpose, such as centred writers, are left out."
         ),
+        "kind": "line",
         "labels": short(names),
         "names": names,
         "series": series,
@@ -49,9 +52,33 @@ def norm_chart(measures: dict[str, Any], becomes: str) -> Chart | None:
             f"Largest |mean|/rms over the positions at the norm's input. What becomes {becomes} "
             "may have no mean left but rounding; a norm that stays keeps it."
         ),
+        "kind": "line",
         "labels": short(names),
         "names": names,
         "series": [_series("original", norms, "before", "noise"), _series("converted", norms, "after", "native")],
+    }
+
+
+def bench_chart(rows: Sequence[Row]) -> Chart | None:
+    """How many times faster than the original each version is, by workload."""
+    versions = [(CONVERTED, "native"), (BOUND, "algebra")]
+    series = [
+        {"name": name, "role": role, "values": [r.speedup[name].median if name in r.speedup else None for r in rows]}
+        for name, role in versions
+        if any(name in row.speedup for row in rows)
+    ]
+    if not series:
+        return None
+    return {
+        "title": "Speed",
+        "about": (
+            "The original's time divided by each version's own; 1 is as fast. The bound is the original without the "
+            "norms in question: nothing that only touches norms can be faster."
+        ),
+        "kind": "bar",
+        "labels": [row.name for row in rows],
+        "names": [row.name for row in rows],
+        "series": series,
     }
 
 

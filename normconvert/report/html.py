@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
+from normconvert.benchmark.result import Row
 from normconvert.comparing import Finding
 from normconvert.limits import outcomes
 from normconvert.plan import Plan
+from normconvert.report.benchmark import machine_in_words, milliseconds
 from normconvert.report.blocks import NormLine, model_blocks, norm_lines
-from normconvert.report.charts import layer_chart, norm_chart
+from normconvert.report.charts import bench_chart, layer_chart, norm_chart
 from normconvert.report.console import how_to_load
 from normconvert.report.junit import PARTS
 from normconvert.report.words import becomes, human_bytes, percent
@@ -36,7 +38,7 @@ Document = dict[str, Any]
 
 EMPTY: dict[str, Any] = {
     "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "probes": [],
-    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [],
+    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None,
 }  # fmt: skip
 """What a section of the page may leave out."""
 
@@ -46,6 +48,8 @@ def html_report(document: Document) -> str:
     from markupsafe import Markup
 
     sections = [{**EMPTY, **section} for section in _sections(document)]
+    if document.get("bench"):  # measured before, shown beside
+        sections.append({**EMPTY, **_benchmark(document["bench"])})
     charts = {f"chart-{i}-{j}": chart for i, s in enumerate(sections) for j, chart in enumerate(s["charts"])}
     scripts = [Markup((ASSETS / name).read_text(encoding="utf-8")) for name in SCRIPTS]  # ours, not escaped
     return _template().render(
@@ -107,12 +111,12 @@ def _title(document: Document) -> str:
         return "normconvert demo"
     if document.get("command") == "check":
         return f"{document['output']}, checked"
-    if "converted" in document:
+    if "original" in document:
         return f"{document['converted']} against {document['original']}"
     inner = document.get("report", document)
     if "source" not in inner:
         return "normconvert"
-    out = inner.get("out") or inner.get("file")
+    out = inner.get("out") or inner.get("file") or inner.get("converted")
     return f"{inner['source']} → {out}" if out else str(inner["source"])
 
 
@@ -128,6 +132,8 @@ def _sections(document: Document) -> Iterator[dict[str, Any]]:
         yield _conversion(document)
     elif "probes" in document:
         yield _verification(document)
+    elif document.get("command") == "bench" and "error" not in document:
+        yield _benchmark(document)
     elif "error" not in document:
         yield _other(document)
 
@@ -165,9 +171,7 @@ def _verification(data: Document) -> dict[str, Any]:
         **(_plan_view(plan, measures["architecture"] if measures else "the model") if plan else {}),
         **_figures(data, measures, plan.method if plan else ""),
         "work": list(_sizes(measures)),
-        "seconds": [],
         "notes": list(_note(data)),
-        "load": [],
     }
 
 
@@ -187,6 +191,31 @@ def _check(data: Document) -> dict[str, Any]:
         "notes": data["notes"],
         "load": [],
     }
+
+
+def _benchmark(data: Document) -> dict[str, Any]:
+    """Times of several versions of a model."""
+    sizes = ", ".join(f"{version} {human_bytes(n)}" for version, n in data["parameter_bytes"].items())
+    about = f"{data['architecture']} · {data['library']} · run in {data['dtype']}"
+    return {
+        "heading": _title(data),
+        "about": f"{about} on {data['device']}: {machine_in_words(data['machine'])}",
+        "badge": ("plain", ""),
+        "work": [("norms", f"{data['norms']['converted']} of {data['norms']['total']}"), ("parameters", sizes)],
+        **_bench_view(data),
+    }
+
+
+def _bench_view(data: Document) -> dict[str, Any]:
+    rows = [Row.from_json(row) for row in data["rows"]]
+    chart = bench_chart(rows)
+    versions = list(dict.fromkeys(version for row in rows for version in row.milliseconds))
+    table = [
+        (row.name, *(milliseconds(row.milliseconds[v].median) if v in row.milliseconds else "–" for v in versions))
+        for row in rows
+    ]
+    failures = [f"{row.name}: {version} not measured: {why}" for row in rows for version, why in row.failures.items()]
+    return {"bench": (versions, table), "charts": [chart] if chart is not None else [], "notes": failures}
 
 
 def _other(data: Document) -> dict[str, Any]:

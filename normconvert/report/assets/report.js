@@ -37,6 +37,7 @@
       pointRadius: look.points,
       pointHitRadius: 12,
       pointBackgroundColor: line,
+      maxBarThickness: 28,
       tension: 0,
     };
   };
@@ -46,7 +47,7 @@
     const grid = { color: colour("line") };
     const values = chart.series.flatMap((series) => series.values).filter((value) => value !== null);
     return new Chart(document.getElementById(id), {
-      type: "line",
+      type: chart.kind,
       data: { labels: chart.labels, datasets: chart.series.map(dataset) },
       options: {
         animation: false,
@@ -56,14 +57,14 @@
         scales: {
           x: {
             grid,
-            ticks: { color: text, autoSkip: true, maxRotation: 60, callback: (value, index) => tail(chart.labels[index]) },
+            ticks: { color: text, autoSkip: true, maxRotation: 60, callback: (value, index) => (chart.kind === "bar" ? chart.labels[index] : tail(chart.labels[index])) },
           },
           y: {
-            type: "logarithmic",
-            min: Math.min(...values) / 2,
-            max: Math.max(...values) * 2,
+            ...(chart.kind === "bar"
+              ? { type: "linear", beginAtZero: true }
+              : { type: "logarithmic", min: Math.min(...values) / 2, max: Math.max(...values) * 2 }),
             grid,
-            ticks: { color: text, callback: power, autoSkip: true, maxTicksLimit: 12 },
+            ticks: { color: text, autoSkip: true, maxTicksLimit: 12, ...(chart.kind === "bar" ? {} : { callback: power }) },
           },
         },
         plugins: {
