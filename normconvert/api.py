@@ -37,10 +37,11 @@ def inspect(
     revision: str | None = None,
     arch: str | None = None,
     fold: bool = False,
-    tied: str = "center",
-    min_gain: int = 3,
+    tied: str | None = None,
+    min_gain: int | None = None,
     allow_shifted_outputs: bool = False,
     merge_branches: bool = False,
+    basis: str = "isometric",
     trust_remote_code: bool = False,
     stage: Stage | None = None,
 ) -> Report:
@@ -50,7 +51,7 @@ def inspect(
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
     """
-    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches)
+    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
     return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
 
 
@@ -63,9 +64,10 @@ def convert(
     arch: str | None = None,
     dtype: str = "auto",
     fold: bool = False,
-    tied: str = "center",
-    min_gain: int = 3,
+    tied: str | None = None,
+    min_gain: int | None = None,
     allow_shifted_outputs: bool = False,
+    basis: str = "isometric",
     device: str = "cpu",
     max_shard_size: int | None = None,
     overwrite: bool = False,
@@ -88,9 +90,11 @@ def convert(
         arch: ``timm:NAME`` for bare weights.
         dtype: store the weights in this dtype; ``auto`` keeps each tensor's own.
         fold: move the norms' weight and bias into the linear maps that read them, where each can take them.
-        tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
-        min_gain: insert a centring operation only where it wins at least this many norms.
+        tied: ``center`` keeps an embedding that is also the output head and centres its output; ``untie`` makes two of
+            it. None: ``center`` for rmsnorm, ``untie`` for crmsnorm.
+        min_gain: insert a centring operation only where it wins at least this many norms. None: 3, for crmsnorm 2.
         allow_shifted_outputs: the per-token mean of returned hidden states may change.
+        basis: how crmsnorm stores a stream in one channel less: ``isometric`` or ``paper``.
         device: where verification runs.
         max_shard_size: bytes a weight file; None keeps the source's files.
         overwrite: replace an ``out`` that exists, once the new one is complete.
@@ -131,7 +135,7 @@ def convert(
         check_output(out, local if local.exists() else None, overwrite)
         if verify:
             check_device(device)
-    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches)
+    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
     with SourceReader() as reader:  # it reads the weights while this thread imports, builds and traces
         found = None if dry_run else reader.begin
         source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found)
@@ -271,7 +275,7 @@ def _fidelity(
     from .limits import judge_limits
     from .loading import load
     from .probes import verification_inputs
-    from .verification import ROUNDING_TOLERANCE, tolerance_for, verify_models
+    from .verification import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
 
     dtype = stored or source.dtype
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")
@@ -286,7 +290,7 @@ def _fidelity(
         probes=probes,
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
         rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", math.inf)),
-        converted_norms=[edit["path"] for edit in plan.modules if edit["op"] == "replace"],
+        converted_norms=watched_norms(plan),
         shifted_outputs=set(shifted.removeprefix(SHIFTED).split(", ")) - {""},
     )
     return judge_limits(fidelity, limits)

@@ -24,6 +24,9 @@ NEEDS_WHOLE: dict[str, Callable[[Edit, int], set[int]]] = {
     "scale": lambda edit, ndim: {0, 1} if "groups" in edit else {int(edit["axis"]) % ndim},
     "shift": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "fill": lambda edit, ndim: set(),
+    "compress": lambda edit, ndim: {int(edit["axis"]) % ndim},
+    "read_compressed": lambda edit, ndim: {int(edit["axis"]) % ndim},
+    "drop": lambda edit, ndim: {int(edit["axis"]) % ndim},
 }
 
 
@@ -35,14 +38,14 @@ def block_dimension(edits: Sequence[Edit], before: tuple[int, ...], after: tuple
         before: the tensor's shape.
         after: its shape when they are applied.
     """
-    if not before or after != before or 0 in before:
+    if not before or len(after) != len(before) or 0 in before:
         return None
     whole: set[int] = set()
     for edit in edits:
         if edit["op"] not in NEEDS_WHOLE:
             return None
         whole |= NEEDS_WHOLE[edit["op"]](edit, len(before))
-    free = [dim for dim in range(len(before)) if dim not in whole]
+    free = [dim for dim in range(len(before)) if dim not in whole and after[dim] == before[dim]]
     if 0 in free:
         return 0
     return max(free, key=lambda dim: before[dim], default=None)
@@ -65,15 +68,18 @@ def edit_whole(
     Args:
         value: any shape and floating dtype.
         edits: rows of a plan.
-        lookup: gives the source value of another tensor in float64.
+        lookup: gives the source value of another tensor.
         target: dtype of the result.
         in_place: ``value`` may be overwritten.
     """
     dim = block_dimension(edits, tuple(value.shape), tuple(value.shape))
     if dim is None:
         return apply_edits(value, edits, lookup).to(target)
-    whole = value if in_place and value.dtype == target else torch.empty(value.shape, dtype=target)
+    whole = value
     for start, stop in blocks(tuple(value.shape), dim, value.element_size()):
-        block = value.narrow(dim, start, stop - start)
-        whole.narrow(dim, start, stop - start).copy_(apply_edits(block, edits, lookup))
+        block = apply_edits(value.narrow(dim, start, stop - start), edits, lookup)
+        shape = (*block.shape[:dim], value.shape[dim], *block.shape[dim + 1 :])  # other dimensions may have shrunk
+        if start == 0 and not (in_place and value.dtype == target and value.shape == shape):
+            whole = torch.empty(shape, dtype=target)
+        whole.narrow(dim, start, stop - start).copy_(block)
     return whole

@@ -137,6 +137,8 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
             raise InputError(f"the plan edits tensor {name}, which {source.reference} does not hold")
         rows = tuple(plan.tensors[name])
         origin = next((origins[e["from"]] for e in rows if e["op"] == "copy" and e["from"] in origins), origins[name])
+        if rows[0]["op"] == "copy" and rows[0]["from"] in origins:
+            rows = rows[1:]  # what is read is already what is copied
         like = next((str(e["like"]) for e in rows if e["op"] == "new"), None)
         stored = name if like is None else _beside(origin, like, name)
         tensor = _out_tensor(source, plan, origins, stored, origin, rows, dtype)

@@ -37,7 +37,7 @@ def save_loaded(
         check_finite(name, state[name])
 
     def lookup(name: str) -> Tensor:
-        return state[name].to(torch.float64)
+        return state[name]
 
     def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
         return state[next((row["like"] for row in rows if row["op"] == "new"), name)]
@@ -59,10 +59,10 @@ def save_loaded(
 
 
 def _shape(model: nn.Module, plan: Plan) -> None:
-    """Give the model the tensors that the plan's module edits add, and take away those that they remove."""
+    """Give the model the tensors that the plan's module edits add or resize, and take away those that they remove."""
     from normconvert.runtime import STRUCTURAL, apply_module_edits
 
-    apply_module_edits(model, [edit for edit in plan.modules if edit["op"] in STRUCTURAL])
+    apply_module_edits(model, [e for e in plan.modules if e["op"] in STRUCTURAL or e.get("dropped")])
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:

@@ -189,15 +189,14 @@ class Writer:
         return self._source.name_map.get(tensor.origin, "") not in {"", *self._source.buffers}
 
     def _lookup(self, name: str) -> Tensor:
-        """A source tensor in float64 by its model name; small ones are kept, since many edits share them."""
+        """A source tensor by its model name; small ones are kept, in float64, since many edits share them."""
         if name not in self._small:
             origin = self._layout.origins[name]
             value = self._source.read(origin)
             check_finite(origin, value)
-            value = value.to(torch.float64)
             if value.numel() > SMALL:
                 return value
-            self._small[name] = value
+            self._small[name] = value.to(torch.float64)
         return self._small[name]
 
     def _write_tensor(self, task: Task, value: Tensor, at: int) -> int:

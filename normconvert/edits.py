@@ -17,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .runtime import BASES, compress
 from .vectors import evaluate
 
 Edit = Mapping[str, Any]
 Lookup = Callable[[str], Tensor]
-"""Returns a *source* tensor (not edited) in float64 by its name in the model."""
+"""Returns a *source* tensor (not edited) by its name in the model, in any floating dtype."""
+
+BLOCK = 1 << 20
+"""Elements of a large tensor that are turned into float64 at a time."""
 
 
 def _split(x: Tensor, edit: Edit) -> tuple[Tensor, int, tuple[int, ...]]:
@@ -90,17 +94,20 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """
     weight, vector = lookup(edit["weight"]), evaluate(edit["by"], lookup)
     axis, groups = int(edit["axis"]), int(edit.get("groups", 1))
-    out = int(edit.get("out", 0 if axis else 1))
     if groups > 1:
         along = (groups, 1, -1) if axis == 1 else (groups, -1, 1)
-        weight = _grouped(weight, groups) * vector.reshape(*along, *[1] * (weight.ndim - 2))
+        weight = _grouped(weight.to(torch.float64), groups) * vector.reshape(*along, *[1] * (weight.ndim - 2))
         gone = tuple(d for d in range(1, weight.ndim) if d != (1 if axis == 1 else 2))
         return x + weight.sum(dim=gone).reshape(x.shape)
-    view, dim, _ = _split(weight, edit)
-    out = out if out < axis else out + 2
-    start = int(edit.get("start", 0))
-    view = view.narrow(dim, start, vector.numel()) * _vector(view.narrow(dim, start, vector.numel()), dim, vector)
-    return x + view.sum(dim=[d for d in range(view.ndim) if d != out]).reshape(x.shape)
+    out, start = int(edit.get("out", 0 if axis else 1)), int(edit.get("start", 0))
+    weight = weight.movedim(out, 0)
+    at = {**edit, "axis": axis + (out > axis)}
+    sums = []
+    for rows in weight.split(max(1, BLOCK * weight.shape[0] // max(1, weight.numel()))):
+        view, dim, _ = _split(rows.to(torch.float64), at)
+        view = view.narrow(dim, start, vector.numel())
+        sums.append((view * _vector(view, dim, vector)).flatten(1).sum(1))
+    return x + torch.cat(sums).reshape(x.shape)
 
 
 def _fill(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
@@ -110,7 +117,7 @@ def _fill(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 def _copy(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- another source tensor: an untied copy. ``x`` may be empty, since the tensor is new."""
-    return lookup(edit["from"]).clone()
+    return lookup(edit["from"]).to(torch.float64, copy=True)
 
 
 def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
@@ -141,6 +148,38 @@ def _add_kernel(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return x
 
 
+def _compress(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- B x along the channels: what writes into a stream that is stored in one channel less."""
+    view, dim, shape = _split(x, edit)
+    view = compress(view, dim, edit["basis"])
+    return _merge(view, dim, edit, shape)
+
+
+def _reads_compressed(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """W <- W L along the channels it reads, (W L)_j = (w_j - c sum_i<d w_i - e w_d) / s: see ``runtime.BASES``."""
+    view, dim, shape = _split(x, edit)
+    size = view.shape[dim]
+    scale, _, _, head, last = BASES[edit["basis"]](size)
+    first = view.narrow(dim, 0, size - 1)
+    shift = view.narrow(dim, size - 1, 1) * last
+    if head:
+        shift = shift + first.sum(dim, keepdim=True) * head
+    return _merge((first - shift) / scale, dim, edit, shape)
+
+
+def _merge(view: Tensor, dim: int, edit: Edit, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``_split`` for a view whose channels are fewer."""
+    axis = int(edit["axis"]) % len(shape)
+    size = view.shape[dim - 1] * view.shape[dim] * view.shape[dim + 1]
+    return view.reshape(*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _drop(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- x without its last channel: a layer scale that has become ones."""
+    view, dim, shape = _split(x, edit)
+    return _merge(view.narrow(dim, 0, view.shape[dim] - 1), dim, edit, shape)
+
+
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
@@ -150,6 +189,9 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "copy": _copy,
     "new": _new,
     "add_kernel": _add_kernel,
+    "compress": _compress,
+    "read_compressed": _reads_compressed,
+    "drop": _drop,
 }
 
 
@@ -159,7 +201,7 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup) -> Tensor
     Args:
         tensor: any shape, any floating dtype; for a new tensor (first edit ``copy`` or ``new``) its value is ignored.
         edits: rows of a plan, each with ``op`` naming a row of :data:`EDITS`.
-        lookup: gives the *source* value of another tensor in float64.
+        lookup: gives the *source* value of another tensor.
 
     Returns:
         The edited tensor in float64.

@@ -120,7 +120,10 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
     own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
     files: dict[str, str | bytes] = {}
     if not own_code:
-        classes = dict(_auto_classes(str(config.get("model_type")), architecture)) or {"AutoModel": architecture}
+        classes = dict(_auto_classes(str(config.get("model_type")), architecture))
+        if any(edit["op"] == "resize" for edit in plan.modules):  # for other classes of the family it does not load
+            classes = {auto: name for auto, name in classes.items() if name == architecture}
+        classes = classes or {"AutoModel": architecture}
         config["auto_map"] = auto_map | {auto: f"{module}.{name}" for auto, name in classes.items()}
         files[runtime.REMOTE_FILE] = Path(runtime.__file__).read_bytes()
     files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

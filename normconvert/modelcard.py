@@ -18,7 +18,9 @@ METHODS = {
     ),
     "crmsnorm": (
         "The mean-free stream is stored in one channel less and the norms are CRMSNorm: *Pre-RMSNorm and Pre-CRMSNorm "
-        f"Transformers: Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER}))."
+        f"Transformers: Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). Many tensors "
+        "have other shapes than the original's, and the norms' weights and biases have moved into the linear maps that "
+        "read them. The outputs are the original's; hidden states inside the model have one channel less."
     ),
     "fuse-bn": (
         "Norms that are affine maps at inference (BatchNorm and its kin) were fused into the convolutions and linear "
@@ -125,7 +127,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str) -> st
         blocks = [own, remote] if plan.structural else [own, remote, plain]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
     if plan.structural:
-        return f"{text}\n\nUnmodified {library} cannot load it: tensors of the plain architecture are missing here."
+        missing = "tensors of the plain architecture are missing here, or have other shapes"
+        return f"{text}\n\nUnmodified {library} cannot load it: {missing}."
     if plan.method != "rmsnorm":
         return text
     return text + (

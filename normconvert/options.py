@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import InputError
 
-METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
+METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {"tied": ("center", "untie")}
+CHOICES: Mapping[str, tuple[str, ...]] = {"tied": ("center", "untie"), "basis": ("paper", "isometric")}
 """Option -> what it may be."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_gain": 2}}
+"""Conversion -> what its options are if the user does not say, where that differs from the general default."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +27,33 @@ class Options:
 
     Attributes:
         tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
-        min_gain: how many norms a centring operation must win.
+            None: what suits the method (:data:`DEFAULTS`).
+        min_gain: how many norms a centring operation must win. None: what suits the method.
         allow_shifted_outputs: the per-token mean of returned hidden states may change.
         fold: move the norms' weight and bias into the linear maps that read them.
         merge_branches: with BatchNorms, make parallel convolutions and skips of a block one convolution.
+        basis: how crmsnorm stores d - 1 numbers: ``paper`` drops a channel, ``isometric`` is an orthogonal basis.
     """
 
-    tied: str = "center"
-    min_gain: int = 3
+    tied: str | None = None
+    min_gain: int | None = None
     allow_shifted_outputs: bool = False
     fold: bool = False
     merge_branches: bool = False
+    basis: str = "isometric"
+
+    def for_method(self, method: str) -> Options:
+        """The same, with the method's own defaults for what the user left open."""
+        general: dict[str, Any] = {"tied": "center", "min_gain": 3, **DEFAULTS.get(method, {})}
+        return replace(self, **{name: value for name, value in general.items() if getattr(self, name) is None})
 
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
         for name, allowed in CHOICES.items():
             value: Any = getattr(self, name)
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise InputError(f"unknown value {value!r} for {name}; expected {' or '.join(allowed)}")
-        if self.min_gain < 1:
+        if self.min_gain is not None and self.min_gain < 1:
             raise InputError(f"min_gain is {self.min_gain}; expected 1 or more")
 
 

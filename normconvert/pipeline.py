@@ -14,6 +14,7 @@ from .errors import TraceError
 from .options import Options
 from .plan import Plan, Verdict
 from .probes import further_inputs, quiet, trace_inputs_candidates
+from .rewrites.crmsnorm import plan_crmsnorm
 from .rewrites.fuse_bn import plan_fuse_bn
 from .rewrites.proof import difference
 from .rewrites.rmsnorm import plan_rmsnorm
@@ -78,7 +79,11 @@ def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Mo
                 yield more, base
 
 
-REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {"rmsnorm": plan_rmsnorm, "fuse-bn": plan_fuse_bn}
+REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {
+    "rmsnorm": plan_rmsnorm,
+    "crmsnorm": plan_crmsnorm,
+    "fuse-bn": plan_fuse_bn,
+}
 """Conversion -> what makes its plan from the traced model."""
 
 PROOFS: dict[str, Callable[[Graph, Graph, Plan], str]] = {"fuse-bn": difference}

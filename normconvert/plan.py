@@ -82,7 +82,10 @@ class Plan:
         """A removed tensor of which transformers outputs keep the name, with no elements.
 
         transformers initialises tensors that a checkpoint lacks and only warns; a tensor of another shape it refuses.
+        None where tensors have other shapes anyway.
         """
+        if any(edit["op"] == "resize" for edit in self.modules):
+            return None
         return next((name for name in self.removed if name.endswith((".weight", ".running_var"))), None)
 
     def to_json(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
             raise InputError(
                 f"the plan names the tensor {name!r}, which the model does not have: is it another model's?"
             )
-        return source[name].to(torch.float64)
+        return source[name]
 
     target = named_tensors(model)
     for name, edits in plan.tensors.items():

@@ -272,6 +272,91 @@ def _is_identity(weight: Tensor | None, bias: Tensor | None, size: int, dtype: t
     )
 
 
+BASES: dict[str, Callable[[int], tuple[float, float, float, float, float]]] = {
+    "paper": lambda d: (1.0, 1.0 / d, 0.0, 0.0, 1.0),
+    "isometric": lambda d: (
+        (1.0 - 1.0 / d) ** 0.5, 1.0 / (d + d**0.5), 1.0 / (1.0 + d**0.5), 1.0 / (d + d**0.5), d**-0.5
+    ),
+}  # fmt: skip
+"""Bases of the mean-free vectors of size d: the numbers (s, a, b, c, e) of two maps B and L with L B = I - 11'/d,
+
+    (B x)_i = s (x_i - a sum(x) - b x_d)    and    (L y)_i = (y_i - c sum(y)) / s,  (L y)_d = -e sum(y) / s,    i < d.
+
+``paper`` drops the last channel (arXiv 2305.14858, section 3). In ``isometric`` the rows of B are those of the
+Householder reflection that takes 1/sqrt(d) to the last axis, without its last row: orthogonal to each other and to 1.
+Their length s makes the norm over d a plain RMSNorm over d - 1 numbers: |B x|^2 / (d - 1) = |P x|^2 / d.
+"""
+
+
+def compress(x: Tensor, axis: int, basis: str) -> Tensor:
+    """B x along ``axis``, one channel less; rounded to the dtype of x once. See :data:`BASES`."""
+    size = x.shape[axis]
+    scale, mean, last, _, _ = BASES[basis](size)
+    wide = x.to(_wide(x))
+    shift = wide.sum(axis, keepdim=True) * mean
+    if last:
+        shift = shift + wide.narrow(axis, size - 1, 1) * last
+    return ((wide.narrow(axis, 0, size - 1) - shift) * scale).to(x.dtype)
+
+
+def lift(y: Tensor, axis: int, basis: str) -> Tensor:
+    """L y along ``axis``, the mean-free vectors with one channel more, in the dtype to accumulate in."""
+    scale, _, _, head, last = BASES[basis](y.shape[axis] + 1)
+    wide = y.to(_wide(y))
+    total = wide.sum(axis, keepdim=True)
+    if scale == 1.0 and head == 0.0:
+        return torch.cat([wide, total * -last], axis)
+    return torch.cat([wide - total * head, total * -last], axis) * (1.0 / scale)
+
+
+class CRMSNorm(RMSNorm):
+    """The norm of a mean-free vector of ``size`` channels that is given by ``size`` - 1 numbers, B x.
+
+    Folded, it gives such numbers again, B x / sqrt(|P x|^2 / size + eps), and its weight and bias have moved into the
+    linear maps that read it. With ``expand`` it gives all channels, weight and bias applied, for readers that need
+    them: what it is in place of did the same.
+
+    Args:
+        size: channels of the original norm.
+        eps: as there.
+        basis: one of :data:`BASES`.
+        expand: give ``size`` channels.
+        options: as for :class:`RMSNorm`.
+    """
+
+    def __init__(
+        self, size: int, eps: float = 1e-5, *, basis: str = "isometric", expand: bool = False, **options: Any
+    ) -> None:
+        if basis not in BASES:
+            raise ValueError(f"module edit: unknown basis {basis!r}; this file is older than the checkpoint")
+        super().__init__(size if expand else size - 1, eps, **options)
+        self.basis, self.expand = basis, expand
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{super().extra_repr()}, basis={self.basis}, expand={self.expand}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` of any float dtype along ``axis``; the same dtype out."""
+        if self.expand:
+            return super().forward(lift(input, self.axis, self.basis)).to(input.dtype)
+        if self.basis != "paper":
+            return super().forward(input)
+        if self.channels_last:
+            return _two_sums(input.movedim(self.axis, -1).contiguous(), -1, self.eps).movedim(-1, self.axis)
+        input = input.contiguous() if self.axis in (-1, input.ndim - 1) else input
+        return _two_sums(input, self.axis, self.eps)
+
+
+def _two_sums(x: Tensor, axis: int, eps: float) -> Tensor:
+    """x / sqrt((sum(x^2) + sum(x)^2) / d + eps) for d - 1 numbers x (CRMSNorm of arXiv 2305.14858)."""
+    wide = x.to(_wide(x))
+    # sum(x)^2 before the squares are added: of a mean-free vector neither is larger than d times the other
+    total = wide.sum(axis, keepdim=True).square() + wide.square().sum(axis, keepdim=True)
+    result: Tensor = (wide * torch.rsqrt(total * (1.0 / (x.shape[axis] + 1)) + eps)).to(x.dtype)
+    return result
+
+
 class Center:
     """x - mean(x) along an axis, as a forward hook or a forward pre-hook of a module; picklable, copyable, stateless.
 
@@ -288,13 +373,29 @@ class Center:
     def __call__(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """As a forward hook: (module, args, output). As a pre-hook with keywords: (module, args, kwargs)."""
         if self.side == "output":
-            return _replace_in(rest, self.key, self.axis)
+            return _replace_in(rest, self.key, self.change)
         if self.key.isdigit() and int(self.key) < len(args):
-            return _replace_in(args, self.key, self.axis), rest
-        return args, _replace_in(rest, self.key, self.axis)
+            return _replace_in(args, self.key, self.change), rest
+        return args, _replace_in(rest, self.key, self.change)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is done to the tensor."""
+        return center(x, self.axis)
 
     def __repr__(self) -> str:
-        return f"Center({self.side!r}, key={self.key!r}, axis={self.axis})"
+        return f"{type(self).__name__}({self.side!r}, key={self.key!r}, axis={self.axis})"
+
+
+class Compress(Center):
+    """B x along an axis, at a place as for :class:`Center`; one channel less comes out. See :data:`BASES`."""
+
+    def __init__(self, side: str, key: str, axis: int, basis: str) -> None:
+        super().__init__(side, key, axis)
+        self.basis = basis
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is done to the tensor."""
+        return compress(x, self.axis, self.basis)
 
 
 def center(x: Tensor, axis: int = -1) -> Tensor:
@@ -302,16 +403,16 @@ def center(x: Tensor, axis: int = -1) -> Tensor:
     return (x - x.mean(axis, keepdim=True, dtype=_wide(x))).to(x.dtype)
 
 
-def _replace_in(value: Any, key: str, axis: int) -> Any:
-    """A copy of ``value`` with the tensor at ``key`` centred."""
+def _replace_in(value: Any, key: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``value`` with the tensor at ``key`` changed."""
     if key == "":
-        return center(value, axis)
+        return change(value)
     if isinstance(value, (tuple, list)):
         items = list(value)
-        items[int(key)] = center(items[int(key)], axis)
+        items[int(key)] = change(items[int(key)])
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     value = value.copy() if type(value) is dict else value
-    value[key] = center(value[key], axis)
+    value[key] = change(value[key])
     return value
 
 
@@ -331,7 +432,7 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
     if kind not in NORMS:
         raise ValueError(f"module edit: unknown norm {kind!r}; this file is older than the checkpoint")
     old = _get(model, path)
-    names = {name for name in (edit.get("weight"), edit.get("bias")) if name}
+    names = {name for name in (edit.get("weight"), edit.get("bias"), *edit.get("dropped", ())) if name}
     found = set(old.state_dict(keep_vars=True))
     inner = [name for name, child in old.named_children() if not isinstance(child, nn.Identity)]
     if found != names or inner:
@@ -352,6 +453,7 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         mean_free=bool(edit.get("mean_free", False)),
         folded=bool(edit.get("folded", False)),
         channels_last=bool(edit.get("channels_last", False)),
+        **{key: edit[key] for key in ("basis", "expand") if key in edit},
     )
     _stand_in(model, old, new)
 
@@ -369,7 +471,16 @@ def _stand_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Centre one input or output of a module."""
-    hook = Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1)))
+    add_hook(model, edit, Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1))))
+
+
+def _compress(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Compress one input or output of a module."""
+    add_hook(model, edit, Compress(edit["side"], str(edit.get("key", "")), int(edit["axis"]), edit["basis"]))
+
+
+def add_hook(model: nn.Module, edit: Mapping[str, Any], hook: Center) -> None:
+    """Let ``hook`` change one input or output of the module that ``edit`` names."""
     module = _get(model, edit["path"])
     if hook.side == "output":
         module.register_forward_hook(hook)
@@ -434,18 +545,24 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
 def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give a parameter another shape, zeros until weights are loaded; ``set`` gives attributes of the module."""
     module, name = _get(model, edit["path"]), edit["name"]
-    old: Any = module._parameters.get(name)
+    old: Any = module._parameters.get(name, module._buffers.get(name))
     if old is None:
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
     if old.shape != tuple(edit["shape"]):  # tied parameters stay one
         old.data = old.new_zeros(tuple(edit["shape"]))
+    _set(model, edit)
+
+
+def _set(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give attributes of a module other values: sizes that follow those of its parameters."""
+    module = _get(model, edit["path"])
     for attribute, value in edit.get("set", {}).items():
         if not hasattr(module, attribute):
             raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}")
         setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm, "crmsnorm": CRMSNorm}
 MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "replace": _replace,
     "center": _center,
@@ -453,8 +570,10 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "bias": _bias,
     "resize": _resize,
     "merge": _merge,
+    "set": _set,
+    "compress": _compress,
 }
-STRUCTURAL = frozenset({"absorb", "bias", "resize", "merge"})
+STRUCTURAL = frozenset({"absorb", "bias", "resize", "merge", "set"})
 """Edits after which the model holds other tensors than the plain architecture: weights fit only with them applied."""
 
 
@@ -468,7 +587,9 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
         edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset",
             "mean_free", "folded", "channels_last"}`` and
             ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
-            ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``.
+            ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``,
+            ``{"op": "set", "path", "set"}``, ``{"op": "compress", "path", "side", "key", "axis", "basis"}``. A norm of
+            kind ``crmsnorm`` also has ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:
         ValueError: a row names a module the model lacks, a module that is more than a norm, or an unknown operation.
@@ -484,10 +605,18 @@ def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, An
 
     For another class than the converted one, paths gain or lose the base model's prefix, and norms of absent heads drop
     out: a norm left as it was is always right. A centring without its place is not, so then nothing is edited at all.
+
+    Raises:
+        ValueError: tensors have other sizes since the conversion, which moved norms into the head that it saw.
     """
     edits = [dict(edit) for edit in section["modules"]]
     if section.get("architecture") == type(model).__name__:
         return edits
+    if any(edit["op"] == "resize" for edit in edits):
+        raise ValueError(
+            f"this checkpoint was converted as {section.get('architecture')} and cannot be loaded as "
+            f"{type(model).__name__}: convert the original as that"
+        )
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     present = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
     for edit in edits:

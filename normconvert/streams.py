@@ -86,7 +86,7 @@ class Analysis:
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self.data = self._data_dependent()
-        self._live = self._reaching_an_output()
+        self.live = self._reaching_an_output()
         self.streams: list[Stream] = []
         self.stream_of: dict[Spot, Stream] = {}
         for norm in norms:
@@ -196,7 +196,7 @@ class Analysis:
         node, place = spot
         for user in node.users:
             name = name_of(user)
-            if user not in self._live:
+            if user not in self.live:
                 continue
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"

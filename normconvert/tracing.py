@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .caches import fresh_caches
@@ -51,6 +52,8 @@ class Graph:
         outputs: node -> names of the model outputs it is.
         modules: module path -> module on the meta device.
         unreached: name -> shape of the parameters that the traced calls do not read.
+        constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
+        calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -58,6 +61,8 @@ class Graph:
     outputs: Mapping[fx.Node, tuple[str, ...]]
     modules: Mapping[str, nn.Module]
     unreached: Mapping[str, tuple[int, ...]]
+    constants: tuple[str, ...] = ()
+    calls: tuple[tuple[Mapping[str, Any], str], ...] = ()
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
@@ -75,7 +80,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = _export(model, inputs, entry)
+            program, constants = _export(model, inputs, entry)
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -89,6 +94,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         outputs=_outputs(program, module.graph),
         modules=dict(model.named_modules(remove_duplicate=False)),
         unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
+        constants=constants,
+        calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
     )
 
 
@@ -98,7 +105,8 @@ def merge(first: Graph, second: Graph) -> Graph:
     What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same.
     """
     graph = first.nodes[0].graph
-    by_name = {p.name: node for node, p in first.parameters.items()}
+    # Tied parameters have several placeholders, of which one is used.
+    by_name = {p.name: node for node, p in sorted(first.parameters.items(), key=lambda item: bool(item[0].users))}
     mapping: dict[fx.Node, fx.Node] = {}
     parameters, outputs, copies = dict(first.parameters), dict(first.outputs), []
     for node in second.nodes:
@@ -119,18 +127,20 @@ def merge(first: Graph, second: Graph) -> Graph:
         outputs=outputs,
         modules=first.modules,
         unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
+        constants=first.constants + second.constants,
+        calls=first.calls + second.calls,
     )
 
 
-def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None) -> Any:
-    """Export with marks, functional in the end.
+def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None) -> tuple[Any, tuple[str, ...]]:
+    """Export with marks, functional in the end; and what the model made constants of.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
     in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark.
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), _entered(model, entry), fresh_caches():
+        with _marked(model, without), _entered(model, entry), fresh_caches(), _Constants() as constants:
             program = torch.export.export(model, (), dict(inputs), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(marks_that_lie(graph) for graph in graphs))
@@ -139,7 +149,23 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None
         without |= written
     if any(mutates(node) for graph in graphs for node in graph.nodes):
         program = program.run_decompositions({})
-    return program
+    return program, tuple(constants.made)
+
+
+class _Constants(TorchFunctionMode):
+    """Notes what ``torch.tensor`` and its like are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        data = args[1:2] if func is Tensor.new_tensor else args[:1]
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and data and not isinstance(data[0], Tensor):
+            self.made.append(repr(data[0]))
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -294,11 +294,16 @@ def verify(
         probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
         tolerance=limits.get("algebra", tolerance),
         rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
-        converted_norms=[verdict.path for verdict in plan.converted] if plan is not None else (),
+        converted_norms=watched_norms(plan) if plan is not None else (),
         plan=plan,
         seed=seed,
     )
     return judge_limits(fidelity, limits)
+
+
+def watched_norms(plan: Plan) -> list[str]:
+    """The norms whose input is to be mean-free as it is."""
+    return [edit["path"] for edit in plan.modules if edit["op"] == "replace" and edit["kind"] == "rmsnorm"]
 
 
 def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:

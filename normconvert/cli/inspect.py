@@ -5,15 +5,18 @@ from __future__ import annotations
 from normconvert.cli.app import app
 from normconvert.cli.options import (
     Arch,
+    Basis,
     Fold,
+    For,
+    InBasis,
     Json,
+    Method,
     MinGain,
     Quiet,
     ReportFile,
     Revision,
     Shifted,
     Src,
-    Tied,
     TiedTo,
     Trust,
     Verbose,
@@ -25,12 +28,14 @@ from normconvert.cli.options import (
 @app.command(short_help="Show what would be converted, and why the rest would not.")
 def inspect(
     src: Src,
+    method: For = Method.RMSNORM,
     revision: Revision = None,
     arch: Arch = None,
     fold: Fold = False,
-    tied: TiedTo = Tied.CENTER,
-    min_gain: MinGain = 3,
+    tied: TiedTo = None,
+    min_gain: MinGain = None,
     allow_shifted_outputs: Shifted = False,
+    basis: InBasis = Basis.ISOMETRIC,
     trust_remote_code: Trust = False,
     report_file: ReportFile = None,
     json: Json = None,
@@ -51,8 +56,9 @@ def inspect(
         from normconvert.report.document import report_document
 
         report = inspect_source(
-            src, revision=revision, arch=arch, fold=fold, tied=tied.value, min_gain=min_gain,
-            allow_shifted_outputs=allow_shifted_outputs, trust_remote_code=trust_remote_code, stage=stage,
+            src, method.value, revision=revision, arch=arch, fold=fold, tied=tied and tied.value, min_gain=min_gain,
+            allow_shifted_outputs=allow_shifted_outputs, basis=basis.value, trust_remote_code=trust_remote_code,
+            stage=stage,
         )  # fmt: skip
         return Done(
             report_document("inspect", report), lambda console: show_inspection(console, report, verbose=verbose > 0)

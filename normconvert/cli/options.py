@@ -32,6 +32,21 @@ class Tied(str, Enum):
     UNTIE = "untie"
 
 
+class Basis(str, Enum):
+    """How a mean-free stream is stored in one channel less."""
+
+    ISOMETRIC = "isometric"
+    PAPER = "paper"
+
+
+class Method(str, Enum):
+    """The conversions."""
+
+    RMSNORM = "rmsnorm"
+    CRMSNORM = "crmsnorm"
+    FUSE_BN = "fuse-bn"
+
+
 Src = Annotated[
     str,
     typer.Argument(metavar="SRC", help="Hub id (org/name, @revision), folder, weight file with --arch, or demo:NAME."),
@@ -44,15 +59,20 @@ Fold = Annotated[
     typer.Option("--fold/--no-fold", help="Move the norms' weight and bias into what reads them."),
 ]
 TiedTo = Annotated[
-    Tied,
+    Tied | None,
     typer.Option(
-        help="An embedding that is also the output head: centre its output, or untie and centre a copy.",
+        help="An embedding that is also the output head: centre its output, or untie it (default for crmsnorm).",
     ),
 ]
 MinGain = Annotated[
-    int,
-    typer.Option(metavar="N", help="Insert a centring only where it wins at least N norms."),
+    int | None,
+    typer.Option(metavar="N", help="Insert an operation only where it wins at least N norms; 3, for crmsnorm 2."),
 ]
+InBasis = Annotated[
+    Basis,
+    typer.Option(help="Store d - 1 numbers in an orthogonal basis, or as the paper: drop the last channel."),
+]
+For = Annotated[Method, typer.Option("--for", metavar="METHOD", help="The conversion to look at.")]
 Shifted = Annotated[
     bool,
     typer.Option("--allow-shifted-outputs", help="The mean of returned hidden states may change."),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from normconvert.plan import Plan, Verdict
 
 CONVERTED, KEPT, CENTRED = "converted", "kept", "centred"
+INSERTED = ("center", "compress")
+"""Module edits that insert an operation."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def model_blocks(root: str, plan: Plan, *, verbose: bool = False) -> Block:
     """
     top = Block(root)
     for name, side in centring_points(plan):
-        _at(top, name).chips.append(Chip(CENTRED, f"{side} centred"))
+        change = "compressed" if plan.method == "crmsnorm" else "centred"
+        _at(top, name).chips.append(Chip(CENTRED, f"{side} {change}"))
     for line in norm_lines(plan.verdicts, verbose=verbose):
         state, change = (CONVERTED, f"→ {becomes(plan.method)}") if line.converted else (KEPT, "stays")
         _at(top, line.name).chips.append(Chip(state, f"{line.kind} {change}", line.reason, line.count))
@@ -85,7 +88,7 @@ def norm_lines(verdicts: Sequence[Verdict], *, verbose: bool = False) -> list[No
 
 def centring_points(plan: Plan) -> list[tuple[str, str]]:
     """(module, ``output`` or ``input``) of every centring operation, alike ones together."""
-    rows = (Row(edit["path"], "", edit["side"]) for edit in plan.modules if edit["op"] == "center")
+    rows = (Row(edit["path"], "", edit["side"]) for edit in plan.modules if edit["op"] in INSERTED)
     return [(group.name or "the model", str(group.key)) for group in collapse(rows)]
 
 

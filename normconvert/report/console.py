@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from normconvert.report.blocks import centring_points, norm_lines
+from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
 from normconvert.report.collapse import Row, collapse
 from normconvert.report.junit import PARTS
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
 YES, NO = "✓", "✗"
-PLAIN = {"fuse-bn"}
-"""Conversions that never insert a centring operation."""
+CHANGES = {"rmsnorm": "centring", "crmsnorm": "compressing"}
+"""Conversion -> what the operations that it inserts do."""
 MANY = 12
 """More lines than this of one kind are cut short without -v."""
 
@@ -61,8 +61,8 @@ def show_summary(
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(report.plan))
-    if report.method not in PLAIN:
-        grid.add_row("centring", _centring(report.plan))
+    if report.method in CHANGES:
+        grid.add_row(CHANGES[report.method], _inserted(report.plan))
     grid.add_row("tensors", _tensors(report))
     if report.fidelity is not None:
         grid.add_row("fidelity", figures(report.fidelity))
@@ -148,8 +148,8 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     if plan.tensors or plan.modules:
         console.print(Text.assemble("\nwhat a conversion does", style=HEAD))
         grid = _grid()
-        if report.method not in PLAIN:
-            grid.add_row("centring", _centring(plan))
+        if report.method in CHANGES:
+            grid.add_row(CHANGES[report.method], _inserted(plan))
         for op, names in _edit_lines(plan, verbose=verbose):
             grid.add_row(op, names)
         console.print(_indented(grid))
@@ -295,9 +295,9 @@ def _norms(plan: Plan) -> Text:
     return Text.assemble((f"{share[0]} of {share[1]}", style), f" {one}{of_kinds}")
 
 
-def _centring(plan: Plan) -> str:
+def _inserted(plan: Plan) -> str:
     points = [f"{side} of {name}" for name, side in centring_points(plan)]
-    count = sum(edit["op"] == "center" for edit in plan.modules)
+    count = sum(edit["op"] in INSERTED for edit in plan.modules)
     if not count:
         return "no operation inserted"
     return f"{count} operation{'s' if count > 1 else ''} inserted: " + ", ".join(points)

@@ -51,6 +51,19 @@ def leaks_of(stream: Stream, options: Options) -> list[Any]:
 
 def centre_streams(analysis: Analysis, options: Options) -> Centring:
     """Decide for all streams of the graph."""
+    result, marks = survey(analysis, options)
+    for stream in result.usable:
+        _insert(analysis, stream, result, options, marks)
+    return result
+
+
+def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey, list[Spot]]]:
+    """Which streams, tensors and layer scales may be changed, and where an operation may be inserted.
+
+    Returns:
+        The outcome so far, without mean-free spots; and for each place at a module's boundary the values there, one
+        for each call.
+    """
     result = Centring(usable=[s for s in analysis.streams if not leaks_of(s, options)])
     usable = {spot for stream in result.usable for spot in stream.members}
     places: dict[fx.Node, set[Place]] = defaultdict(set)
@@ -68,10 +81,7 @@ def centre_streams(analysis: Analysis, options: Options) -> Centring:
     result.scales = _resolve_scales(analysis, products)
     if options.tied == "untie":
         result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
-    marks = _marks(analysis, usable)
-    for stream in result.usable:
-        _insert(analysis, stream, result, options, marks)
-    return result
+    return result, _marks(analysis, usable)
 
 
 def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
@@ -211,6 +221,7 @@ def _insert(
             return False
         return all(part in clean or part in also for part in made.parts)
 
+    least = options.min_gain or 1
     inserted = set(result.inserted)
     for spot in stream.members:
         if key_of.get(spot) in inserted or is_clean(spot, set()):
@@ -236,7 +247,7 @@ def _insert(
             new = flips(key)
             gain = sum(norms_at[s] for s in new)
             own = options.tied == "center" and any(s[0] in _embedding_marks(s, result) for s in marks[key])
-            if gain >= (1 if own else options.min_gain) and gain > (best[0] if best else 0):
+            if gain >= (1 if own else least) and gain > (best[0] if best else 0):
                 best = (gain, key, new)
                 if gain == dirty:
                     break

@@ -1,0 +1,231 @@
+"""Who reads a norm's result: the linear maps into which its weight and bias can move.
+
+W (g * n + b) + c = (W diag(g)) n + (W b + c) for the normalised value n: exact if every reader of the norm is a linear
+map with a stored weight that nobody else reads, and, where the norm has a bias b, if what stands between leaves b as it
+is (a zero padding does not) and the map has, or can be given, a bias of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from ..channels import name_of, terms_of
+from ..norms import COPIES, MOVES, Norm
+from ..places import Place, carry_back, shape_of
+from ..streams import Analysis, Leak, Spot, described, operation
+from ..tracing import module_path
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear map that reads a norm.
+
+    Attributes:
+        nodes: its calls.
+        weight: the stored tensor.
+        place: where the norm's channels are in it.
+        out: its dimension of the results.
+        bias: the bias that the norm's may move into; None if the norm has none, or there is none yet.
+        module: the module that can be given a bias; empty if ``bias`` is there, or not needed.
+    """
+
+    nodes: frozenset[fx.Node]
+    weight: str
+    place: Place
+    out: int
+    bias: str | None
+    module: str = ""
+
+
+class Unfoldable(Exception):
+    """Why a norm cannot move into its readers."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The arguments of a linear map, and the dimensions of its weight: x, weight, bias, in, out."""
+
+    x: int
+    weight: int
+    bias: int | None
+    dim: int
+    out: int
+
+
+_CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
+_FORMS = {
+    "aten.linear": _Form(0, 1, 2, 1, 0),
+    "aten.addmm": _Form(1, 2, 0, 0, 1),
+    "aten.mm": _Form(0, 1, None, 0, 1),
+    "aten.matmul": _Form(0, 1, None, 0, 1),
+    **dict.fromkeys(_CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
+}
+
+KEEPS_CONSTANTS = {
+    *MOVES,
+    *COPIES,
+    *["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze"],
+    *["aten.unsqueeze", "aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.expand", "aten.expand_as"],
+    *["aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.broadcast_to", "aten.dropout"],
+    *["aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind", "aten.split"],
+    *["aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "<built-in function getitem>", "aten.repeat"],
+    *["aten.tile", "aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select", "aten.index"],
+    *["aten.gather", "aten.mean", "aten.cat", "aten.concat", "aten.concatenate", "aten.stack"],
+    *["aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
+}
+"""Operations that make of values which are all b a value which is all b. Padding, masks and sums are not among them."""
+
+_STORED = MOVES | COPIES | {"aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.detach", "aten.alias"}
+"""What may stand between a stored weight and the map that uses it."""
+
+
+def readers_of(
+    analysis: Analysis, calls: list[Norm], untied: dict[str, str] | None = None, new_biases: bool = False
+) -> tuple[list[Reader], set[Spot]]:
+    """The linear maps that read a norm, one entry for each weight, and the values between.
+
+    Args:
+        analysis: the streams.
+        calls: all calls of one norm.
+        untied: tied table -> name that the reading side has once it is untied.
+        new_biases: a reader may be given a bias.
+
+    Raises:
+        Unfoldable: something else reads it, too.
+    """
+    module = calls[0].module or {}
+    has_bias = module.get("bias") is not None
+    starts: list[Spot] = [(call.output, call.place) for call in calls if call.place is not None]
+    values, leaks = _values(analysis, starts, has_bias)
+    if not leaks:
+        raise Unfoldable("nothing reads it")
+    found: dict[str, list[Reader]] = {}
+    for leak in leaks:
+        reader = _reader(analysis, leak, has_bias, untied or {}, new_biases)
+        found.setdefault(reader.weight, []).append(reader)
+    result = []
+    apart = set((untied or {}).values())  # that nobody else reads the reading side of an untied table has been checked
+    for same in found.values():
+        reader = replace(same[0], nodes=frozenset().union(*(r.nodes for r in same)))
+        name = operation(next(iter(same[0].nodes)))
+        if any(replace(other, nodes=reader.nodes) != reader for other in same):
+            raise Unfoldable(f"{name} reads it in several ways")
+        for argument, tensor in (("weight", reader.weight), ("bias", reader.bias)):
+            if tensor is not None and tensor not in apart:
+                _check_users(analysis, tensor, f"{argument} of {name}", reader.nodes)
+        result.append(reader)
+    biases = [reader.bias for reader in result if reader.bias is not None]
+    if len(set(biases)) != len(biases):
+        raise Unfoldable("two linear maps that read it share a bias")
+    return result, values
+
+
+def _values(analysis: Analysis, starts: list[Spot], has_bias: bool) -> tuple[set[Spot], list[Leak]]:
+    """What is made of the norm's result alone, channel by channel, and what reads that."""
+    values: set[Spot] = set()
+    leaks: list[Leak] = []
+    work = list(starts)
+    while work:
+        spot = work.pop()
+        if spot in values:
+            continue
+        values.add(spot)
+        for onward in analysis.onward(spot):
+            if onward.norm is not None:
+                raise Unfoldable(f"the norm {described(onward.norm.path)} reads it")
+            if onward.leak is not None:
+                leaks.append(onward.leak)
+            elif onward.to is not None:
+                if has_bias and name_of(onward.to[0]) not in KEEPS_CONSTANTS:
+                    raise Unfoldable(f"{operation(onward.to[0])} does not keep its bias as it is")
+                work.append(onward.to)
+    for spot in values - set(starts):
+        made = analysis.made(spot)
+        if made.how != "sum" or made.constant or not set(made.parts) <= values:
+            raise Unfoldable(f"{operation(spot[0])} adds it to {made.reason or 'other values'}")
+    return values, leaks
+
+
+def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
+    node, (value, place) = leak.reader, leak.spot
+    form = _FORMS.get(name_of(node))
+    if leak.code != "linear" or form is None or node.kwargs:
+        raise Unfoldable(leak.reason)
+    args = [*node.args, *[None] * 3]
+    weight, bias = args[form.weight], args[form.bias] if form.bias is not None else None
+    if args[form.x] is not value or not isinstance(weight, fx.Node):
+        raise Unfoldable(leak.reason)
+    convolution = name_of(node) in _CONVOLUTIONS
+    rank = len(shape_of(weight))
+    batched = convolution and len(shape_of(value)) == rank
+    if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or (rank != 2 and not convolution):
+        raise Unfoldable(f"{operation(node)} is no plain linear map")
+    if has_bias and convolution and not _unpadded(node):
+        raise Unfoldable(f"{operation(node)} pads with zeros, which a bias moved behind it would not be")
+    at = Place(form.dim, place.size, place.outer, place.inner)
+    name, stored, out = _stored(analysis, weight, at, form.out, node)
+    name = untied.get(name, name)
+    if not has_bias:
+        return Reader(frozenset([node]), name, stored, out, None)
+    if isinstance(bias, fx.Node):
+        if len(shape_of(bias)) != 1:
+            raise Unfoldable(f"{operation(node)} has a bias that is no vector")
+        bias_name, _, _ = _stored(analysis, bias, Place(0, int(shape_of(bias)[0])), 0, node)
+        return Reader(frozenset([node]), name, stored, out, bias_name)
+    path = module_path(node)
+    module = analysis.graph.modules.get(path)
+    plain = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
+    if not new_biases or not plain or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
+        raise Unfoldable(f"{operation(node)} has no bias to take the norm's")
+    return Reader(frozenset([node]), name, stored, out, None, path)
+
+
+def _unpadded(node: fx.Node) -> bool:
+    padding: Any = node.args[4] if len(node.args) > 4 else 0
+    return padding in ("valid", 0) or (isinstance(padding, (list, tuple)) and not any(padding))
+
+
+def _stored(analysis: Analysis, node: fx.Node, place: Place, out: int, reader: fx.Node) -> tuple[str, Place, int]:
+    """The stored tensor behind an operand, where ``place`` and dimension ``out`` are there."""
+    while True:
+        parameter = analysis.graph.parameters.get(node)
+        if parameter is not None:
+            if not parameter.stored:
+                raise Unfoldable(f"the weight of {operation(reader)} is not stored")
+            return parameter.name, place, out
+        terms = terms_of(node) if name_of(node) in _STORED else None
+        if terms is None or len(terms) != 1 or len(terms[0]) != 1:
+            raise Unfoldable(f"the weight of {operation(reader)} is computed")
+        operand = terms[0][0]
+        back = carry_back(operand, place, node)
+        if back is None or out not in operand.dims.values():
+            raise Unfoldable(f"the weight of {operation(reader)} is computed")
+        out = next(source for source, target in operand.dims.items() if target == out)
+        node, place = operand.node, back
+
+
+def _check_users(analysis: Analysis, name: str, described_as: str, readers: frozenset[fx.Node]) -> None:
+    """Refuse a tensor that anything but these readers uses."""
+    for node, parameter in analysis.graph.parameters.items():
+        if parameter.name != name:
+            continue
+        if len(parameter.aliases) > 1:
+            raise Unfoldable(f"the {described_as} is tied")
+        for user in _users(node):
+            if user not in readers:
+                raise Unfoldable(f"{operation(user)} reads the {described_as} too")
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """Who does more with a tensor than to reshape or cast it."""
+    for user in node.users:
+        if name_of(user).startswith("aten._assert"):
+            continue
+        if name_of(user) in _STORED and user.all_input_nodes == [node]:
+            yield from _users(user)
+        else:
+            yield user

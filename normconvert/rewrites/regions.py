@@ -1,0 +1,181 @@
+"""Which part of the streams is compressed: all values of it in one channel less, by as few operations as pay.
+
+A value that is compressed must be made of compressed values only and read as such, so the values between two module
+boundaries are all compressed or none is. At a boundary an operation may turn a whole value into a compressed one. What
+cannot be compressed (a GELU's result, a tensor that others read, a norm that is no module) keeps what is made of it,
+and what that is made of, up to such operations. Choosing them so that the norms lost and the operations, each at the
+price of ``min_gain`` norms, are least is a minimum cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+
+import networkx as nx
+
+from ..streams import Analysis, Spot, Stream, operation
+from .centring import Centring, MarkKey, axis_of
+
+Marks = Mapping[MarkKey, list[Spot]]
+
+UNIT = 5040
+"""What a norm counts, so that the price of an operation divides by the number of its calls."""
+
+
+@dataclass(frozen=True)
+class Stays:
+    """Why a value stays as it is: what it is, in words; or ``whole``, a sentence by itself and the class of reason."""
+
+    what: str
+    whole: str = ""
+    code: str = "not-compressible"
+
+
+@dataclass(frozen=True)
+class Region:
+    """The outcome.
+
+    Attributes:
+        compressed: values in one channel less.
+        inserted: the operations, with the axis that each compresses.
+        reasons: for every value that stays as it is why, and the class of the reason.
+    """
+
+    compressed: frozenset[Spot]
+    inserted: dict[MarkKey, int]
+    reasons: dict[Spot, tuple[str, str]]
+
+
+@dataclass
+class _Sets:
+    """Values that are compressed together or not: disjoint sets."""
+
+    parent: dict[Spot, Spot] = field(default_factory=dict)
+
+    def find(self, spot: Spot) -> Spot:
+        root = spot
+        while (up := self.parent.get(root, root)) != root:
+            root = up
+        while spot != root:
+            self.parent[spot], spot = root, self.parent.get(spot, spot)
+        return root
+
+    def union(self, a: Spot, b: Spot) -> None:
+        self.parent[self.find(a)] = self.find(b)
+
+
+def choose_region(
+    analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], min_gain: int
+) -> Region:
+    """The best region of the usable streams.
+
+    Args:
+        analysis: the streams.
+        survey: which of them and which tensors may be changed.
+        marks: where operations may stand.
+        stay: values that cannot be compressed, with the reason.
+        min_gain: what an operation costs, in norms.
+    """
+    forbidden: set[MarkKey] = set()
+    while True:
+        region, halfway = _cut(analysis, survey, marks, stay, min_gain, forbidden)
+        if not halfway:
+            return region
+        forbidden |= halfway
+
+
+def _cut(
+    analysis: Analysis,
+    survey: Centring,
+    marks: Marks,
+    stay: Mapping[Spot, Stays],
+    min_gain: int,
+    forbidden: set[MarkKey],
+) -> tuple[Region, set[MarkKey]]:
+    key_of = {spot: key for key, calls in marks.items() if key not in forbidden for spot in calls}
+    sets, seeds, steps = _Sets(), dict(stay), []
+    calls: dict[Hashable, Spot] = {}  # a norm or a layer scale that is used several times
+    norms: dict[Spot, set[str]] = defaultdict(set)
+    for stream in survey.usable:
+        for spot, made in stream.members.items():
+            if what := _obstacle(analysis, stream, spot, survey):
+                seeds.setdefault(spot, Stays(what))
+            if spot in key_of:
+                steps += [(part, spot, key_of[spot]) for part in made.parts]
+            elif made.how == "sum":
+                for part in made.parts:
+                    sets.union(spot, part)
+            elif spot in survey.scales:
+                sets.union(spot, calls.setdefault(survey.scales[spot].factor, spot))
+        for norm, spot in stream.norms:
+            sets.union(spot, calls.setdefault(norm.path, spot))
+    for stream in survey.usable:
+        for norm, spot in stream.norms:
+            norms[sets.find(spot)].add(norm.path)
+    capacity: dict[tuple[Hashable, Hashable], float] = defaultdict(float)
+    for spot in seeds:
+        capacity["stay", sets.find(spot)] = math.inf
+    for root, paths in norms.items():
+        capacity[root, "norms"] = UNIT * len(paths)
+    for part, spot, key in steps:
+        a, b = sets.find(part), sets.find(spot)
+        if a != b:
+            capacity[a, b] += -(-UNIT * min_gain // len(marks[key]))
+            capacity[b, a] = math.inf  # what stays as it is is made of what stays as it is
+    graph = nx.DiGraph()
+    graph.add_nodes_from(["stay", "norms"])
+    graph.add_edges_from((a, b, {"capacity": c}) for (a, b), c in capacity.items())
+    # Of equal cuts the one nearest to what stays: networkx gives the one nearest to the target, hence reversed.
+    _, (_, staying) = nx.minimum_cut(graph.reverse(copy=False), "norms", "stay")
+    spots = [spot for stream in survey.usable for spot in stream.members]
+    compressed = {spot for spot in spots if sets.find(spot) not in staying}
+    inserted, halfway = {}, set()
+    cuts: dict[MarkKey, set[tuple[bool, bool]]] = defaultdict(set)
+    for part, spot, key in steps:
+        cuts[key].add((part in compressed, spot in compressed))
+    for key, cut in cuts.items():
+        if (False, True) in cut:
+            inserted[key] = axis_of(marks[key][0])
+            halfway |= {key} if len(cut) > 1 else set()
+    return Region(frozenset(compressed), inserted, _reasons(graph, sets, spots, compressed, seeds)), halfway
+
+
+def _obstacle(analysis: Analysis, stream: Stream, spot: Spot, survey: Centring) -> str:
+    """Why a value cannot be compressed by changing what it is made of; empty if it can."""
+    made = stream.members[spot]
+    if made.how == "parameter" and spot not in survey.editable and spot not in survey.untied:
+        reader = survey.blocked.get(spot)
+        name = analysis.graph.parameters[spot[0]].name
+        return f"the parameter `{name}`, which {operation(reader) if reader else 'others'} reads too"
+    if made.how == "scale" and spot not in survey.scales:
+        return f"{operation(spot[0])}, a scale by channel that cannot be folded"
+    if made.how == "opaque":
+        return made.reason
+    if made.constant:
+        return f"{operation(spot[0])}, which adds the same number to all channels"
+    return ""
+
+
+def _reasons(
+    graph: nx.DiGraph, sets: _Sets, spots: list[Spot], compressed: set[Spot], seeds: Mapping[Spot, Stays]
+) -> dict[Spot, tuple[str, str]]:
+    """For each value that stays the nearest one that cannot be compressed, as a sentence, and the class of reason."""
+    nearest: dict[Spot, Stays] = {}
+    for spot, reason in seeds.items():
+        nearest.setdefault(sets.find(spot), reason)
+    work = list(nearest)
+    for root in work:  # breadth first; the list grows
+        for other in (*graph.successors(root), *graph.predecessors(root)):
+            if other not in ("stay", "norms") and other not in nearest:
+                nearest[other] = nearest[root]
+                work.append(other)
+    found: dict[Spot, tuple[str, str]] = {}
+    for spot in spots:
+        stays = nearest.get(sets.find(spot)) if spot not in compressed else None
+        if stays is not None:
+            text = f"its stream cannot be stored in fewer channels, or not with gain: it contains {stays.what}"
+            found[spot] = (stays.whole or text, stays.code)
+    return found

@@ -1,0 +1,101 @@
+"""Why a norm cannot be converted, whatever the conversion: verdicts that rewrites share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..norms import Norm
+from ..options import Options
+from ..plan import Verdict
+from ..streams import Leak, Spot, Stream, operation
+from ..tracing import Graph, module_path
+from ..writes import MARK
+from .centring import leaks_of
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """The class of a reason, and the reason as a sentence."""
+
+    code: str
+    reason: str
+
+
+def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options) -> Obstacle | None:
+    """What keeps a norm (all calls of one module) from being converted: what it is, or what its streams are."""
+    for norm in group:
+        if norm.module is None:
+            return Obstacle("not-a-module", f"{norm.obstacle}.")
+        if norm not in where:
+            return Obstacle("unused", "nothing that the model returns depends on it.")
+        stream = where[norm][0]
+        if leaks := leaks_of(stream, options):
+            return Obstacle(*explain_leak(leaks, stream))
+    return None
+
+
+def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
+    """Who uses a norm's module in another way than by calling the norm."""
+    if reader := _reader_outside(path, group, graph):
+        return Obstacle("not-a-module", f"{reader}, past the calls of the module.")
+    if any(norm.module != group[0].module for norm in group):
+        return Obstacle("not-a-module", "it is called in different ways.")
+    return None
+
+
+def never_called(graph: Graph, called: set[str]) -> list[Verdict]:
+    """Verdicts for the LayerNorms that no traced call runs."""
+    found: dict[int, Verdict] = {}
+    for path, module in graph.modules.items():
+        if isinstance(module, nn.LayerNorm) and path not in called and id(module) not in found:
+            found[id(module)] = Verdict(
+                path, type(module).__name__, False, "no traced input makes the model run it.", "unreached"
+            )
+    seen = {id(graph.modules[path]) for path in called if path in graph.modules}
+    return [verdict for key, verdict in found.items() if key not in seen]
+
+
+def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
+    """Who uses the module or its parameters in another way than by calling the norm; empty if nobody does."""
+    calls = [n for n in graph.nodes if n.target is MARK and n.args[1:4] == (path, "output", "")]
+    if len(calls) != len(group):
+        return f"`{path}` does something else in {len(calls) - len(group)} of its calls"
+    names = {f"{path}.{leaf}" for key in ("weight", "bias") if (leaf := (group[0].module or {}).get(key))}
+    for node, parameter in graph.parameters.items():
+        if names & set(parameter.aliases):
+            outside = next((u for u in node.users if module_path(u) != path), None)
+            if outside is not None:
+                return f"{operation(outside)} uses `{parameter.name}`"
+    return ""
+
+
+def explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
+    """The most telling leak, in words."""
+    returned = [leak for leak in leaks if leak.code == "returned"]
+    others = [leak for leak in leaks if leak.code != "returned"]
+    for leak in others:
+        if leak.code == "linear" and _from_norm(leak.spot, stream):
+            return "post-norm", f"{operation(leak.reader)} reads the normalised stream directly (Post-LN)."
+    if others:
+        leak = others[0]
+        maker = f"in `{module_path(leak.spot[0])}`" if module_path(leak.spot[0]) else "in the model"
+        rest = len(others) - 1
+        more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
+        return leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}."
+    leak = returned[0]
+    if _from_norm(leak.spot, stream):
+        return "post-norm", f"its stream is the normalised value itself, and {leak.reason} (Post-LN)."
+    return "returned", f"{leak.reason}, with its mean; --allow-shifted-outputs lets that mean change."
+
+
+def _from_norm(spot: Spot, stream: Stream) -> bool:
+    """Whether the value at ``spot`` is a norm's output, moved or cast."""
+    while True:
+        made = stream.members.get(spot)
+        if made is None or made.how == "opaque":
+            return made is not None and made.reason.startswith("the output of the norm")
+        if made.how != "sum" or len(made.parts) != 1:
+            return False
+        spot = made.parts[0]

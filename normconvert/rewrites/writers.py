@@ -1,0 +1,69 @@
+"""What writes into a stream takes the stream's change of basis: centring is P, compressing is B.
+
+P(Wx + b) = (PW)x + Pb, and likewise for any linear map on the channels: every stored tensor that writes into a stream
+takes it, and a layer scale gamma * (Wx + b) = (diag(gamma) W)x + gamma b moves into its writer first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..streams import Analysis, Spot
+from ..tracing import module_path
+from .centring import Centring
+from .fold import along
+
+Edits = dict[str, list[dict[str, Any]]]
+
+
+def writer_edits(
+    analysis: Analysis, centring: Centring, needed: Collection[Spot], change: Mapping[str, Any]
+) -> tuple[Edits, dict[str, list[str]], dict[str, Any], list[str]]:
+    """The edits of the stored tensors and layer scales among ``needed``.
+
+    Args:
+        analysis: the streams.
+        centring: which tensors and scales may be changed, and how.
+        needed: values of the streams.
+        change: the edit, without its axis: ``{"op": "center"}`` or ``{"op": "compress", "basis": ...}``.
+
+    Returns:
+        Tensor edits, aliases of tied tensors, changes of the config, and sentences for the user.
+    """
+    tensors: Edits = {}
+    aliases: dict[str, list[str]] = {}
+    config: dict[str, Any] = {}
+    notes: list[str] = []
+
+    def edit(spot: Spot, name: str, **row: Any) -> None:
+        rows = tensors.setdefault(name, [])
+        if row not in rows:
+            rows.append(row)
+        names = analysis.graph.parameters[spot[0]].aliases
+        if len(names) > 1 and spot not in centring.untied:
+            aliases[name] = list(names)
+
+    for spot in (s for s in centring.scales if s in needed):
+        scale = centring.scales[spot]
+        by = analysis.graph.parameters[scale.factor[0]].name
+        for writer in scale.writers:
+            name = analysis.graph.parameters[writer[0]].name
+            edit(writer, name, op="scale", by=by, **along(writer[1]))
+            edit(writer, name, **change, **along(writer[1]))
+        edit(scale.factor, by, op="fill", value=1.0)
+        if change["op"] == "compress":
+            edit(scale.factor, by, op="drop", **along(scale.factor[1]))
+    for spot in (s for stream in centring.usable for s in stream.members if s in needed):
+        if spot in centring.untied:
+            parameter = analysis.graph.parameters[spot[0]]
+            table = next(u for u in spot[0].users if "embedding" in str(u.target))
+            own = f"{module_path(table)}.weight"
+            other = next(n for n in parameter.aliases if n != own)
+            tensors[other] = [{"op": "copy", "from": own}]
+            edit(spot, own, **change, **along(spot[1]))
+            config["tie_word_embeddings"] = False
+            notes.append(f"`{own}` and `{other}` are no longer tied: the output has one table more.")
+        elif spot in centring.editable:
+            edit(spot, analysis.graph.parameters[spot[0]].name, **change, **along(spot[1]))
+    return tensors, aliases, config, notes
