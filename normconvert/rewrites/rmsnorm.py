@@ -18,7 +18,7 @@ from ..tracing import Graph
 from .centring import Centring, MarkKey, axis_of, centre_streams, root_of_taint
 from .fold import fold_norms
 from .verdicts import misuse, never_called, obstacle
-from .writers import writer_edits
+from .writers import Edits, writer_edits
 
 
 def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
