@@ -27,8 +27,8 @@ class Options:
 
     Attributes:
         tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
-            None: what suits the method (:data:`DEFAULTS`).
-        min_gain: how many norms a centring operation must win. None: what suits the method.
+            If left out, ``center``, and ``untie`` for crmsnorm.
+        min_gain: how many norms a centring operation must win; if left out 3, and 2 for crmsnorm.
         allow_shifted_outputs: the per-token mean of returned hidden states may change.
         fold: move the norms' weight and bias into the linear maps that read them.
         merge_branches: with BatchNorms, make parallel convolutions and skips of a block one convolution.

@@ -32,16 +32,16 @@ def distance(y: Tensor, truth: Tensor) -> float:
 
 
 def norm(dtype: torch.dtype, basis: str, options: dict[str, Any], axis: int = -1) -> CRMSNorm:
-    parameters = {k: nn.Parameter(torch.randn(D)) for k in ("weight", "bias") if options.get(k)}
-    rest = {k: v for k, v in options.items() if k not in parameters}
-    return CRMSNorm(D, 1e-3, basis=basis, axis=axis, **rest, **parameters).to(dtype).eval()
+    given: dict[str, Any] = dict(options)
+    given |= {k: nn.Parameter(torch.randn(D)) for k in ("weight", "bias") if k in options}
+    return CRMSNorm(D, 1e-3, basis=basis, axis=axis, **given).to(dtype).eval()
 
 
 def definition(x: Tensor, module: CRMSNorm) -> Tensor:
     """LayerNorm of the value that ``x`` stands for, in float64; of a folded norm compressed again."""
     full = lift(x.double(), module.axis, module.basis).movedim(module.axis, -1)
-    affine = [v.double() if (v := module._parameters[k]) is not None else None for k in ("weight", "bias")]
-    y = F.layer_norm(full, (D,), *affine, eps=module.eps).movedim(-1, module.axis)
+    weight, bias = (v.double() if (v := module._parameters[k]) is not None else None for k in ("weight", "bias"))
+    y = F.layer_norm(full, (D,), weight, bias, module.eps).movedim(-1, module.axis)
     return y if module.expand else compress(y, module.axis, module.basis)
 
 
@@ -75,7 +75,8 @@ def test_it_is_layer_norm_of_what_is_stored(
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradients_are_those_of_the_definition(basis: str, options: str) -> None:
-    module = norm(torch.float64, basis, OPTIONS[options]).train()
+    module = norm(torch.float64, basis, OPTIONS[options])
+    module.train()
     x = torch.randn(3, D - 1, dtype=torch.float64, requires_grad=True)
     gradients = [torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (module, lambda x: definition(x, module))]
     torch.testing.assert_close(*gradients)

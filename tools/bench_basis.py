@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,9 @@ def main() -> None:
     for size in options.sizes:
         for tokens in options.tokens:
             base, ratios = times(size, tokens)
-            print(f"| {size} | {tokens} | {base * 1e6:.1f} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |", flush=True)
+            print(
+                f"| {size} | {tokens} | {base * 1e6:.1f} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |", flush=True
+            )
 
 
 def random_gpt2(folder: Path, width: int) -> str:
@@ -57,7 +60,7 @@ def random_gpt2(folder: Path, width: int) -> str:
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=997, n_positions=64, n_embd=width, n_layer=4, n_head=width // 64)
-    model = perturb(GPT2LMHeadModel(config).eval())
+    model: Any = perturb(GPT2LMHeadModel(config).eval())
     model.save_pretrained(folder)
     return str(folder)
 

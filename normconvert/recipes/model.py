@@ -84,10 +84,16 @@ def _options_model() -> type[Part]:
     made: dict[str, Any] = {}
     for option in fields(conversion.Options):
         choices = conversion.CHOICES.get(option.name)
-        kind: Any = Literal[tuple(choices)] if choices else hints[option.name]
-        extra = {} if option.default is MISSING else {"default": option.default}
+        kind: Any = Literal[tuple(choices)] if choices else _without_none(hints[option.name])
+        extra = {} if option.default in (MISSING, None) else {"default": option.default}
         made[option.name] = (kind, Field(None, description=docs.get(option.name), json_schema_extra=extra))
     return create_model("Options", __base__=_CheckedOptions, **made)
+
+
+def _without_none(hint: Any) -> Any:
+    """A type that may be None, in Options for what depends on the method, without it: here such a field is left out."""
+    rest = [kind for kind in get_args(hint) if kind is not type(None)]
+    return rest[0] if len(rest) == 1 < len(get_args(hint)) else hint
 
 
 class _CheckedOptions(Part):
