@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .sources import Source
     from .sources.opening import Found
+    from .streaming import Stream
 
 SHIFTED = "shifted outputs: "
+NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 Failure = TypeVar("Failure", bound=NormConvertError)
 Stage = Callable[[str], None]
@@ -77,6 +80,7 @@ def convert(
     merge_branches: bool = False,
     trust_remote_code: bool = False,
     limits: Mapping[str, float] | None = None,
+    stream: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     stage: Stage | None = None,
 ) -> Report:
@@ -105,6 +109,9 @@ def convert(
         trust_remote_code: allow code that comes with the checkpoint to run.
         limits: figure of the verification -> limit, as in :mod:`normconvert.limits`; those of ``algebra`` and
             ``rounding`` may be narrower than what every conversion is held to, never wider.
+        stream: fetch the shards of a model on the hub one by one and delete each when it is converted, so that the
+            disk holds the output and one shard. Interrupted, it goes on where it stopped. Verified only if the disk
+            has room for all shards.
         progress: called with (tensor, bytes done, bytes in all) while writing.
         stage: called with each stage's name as it begins.
 
@@ -121,6 +128,7 @@ def convert(
     from .apply_output import check_output, staged_output
     from .apply_scan import SourceReader
     from .limits import check_limits
+    from .streaming import streamed
 
     check_method(method)
     if dtype not in DTYPES:
@@ -136,9 +144,13 @@ def convert(
         if verify:
             check_device(device)
     options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
-    with SourceReader() as reader:  # it reads the weights while this thread imports, builds and traces
-        found = None if dry_run else reader.begin
-        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found)
+    with ExitStack() as stack:
+        remote = None
+        if stream:
+            remote = stack.enter_context(streamed(None if dry_run else out, overwrite, verify, stage))
+        reader = stack.enter_context(SourceReader())  # it reads while this thread imports, builds and traces
+        found = None if dry_run or stream else reader.begin
+        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found, remote)
         _refuse_if_pointless(report, require_all)
         if dry_run:
             return report
@@ -152,12 +164,16 @@ def convert(
             options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
         )
         seconds = dict(report.seconds)
-        with staged_output(out, source.folder or source.files[0], overwrite) as folder:
+        if remote is None:
+            place = staged_output(out, source.folder or source.files[0], overwrite)
+        else:
+            place = remote.output(source, {**report.options, "plan": report.plan.to_json()})
+        with place as folder:
             say("write")
             start = time.perf_counter()
             written = write_checkpoint(
                 source, report.plan, folder, dtype=stored, max_shard_size=max_shard_size, progress=progress,
-                extra_files=loading_files(source, report.plan, dtype), reader=reader,
+                extra_files=loading_files(source, report.plan, dtype), reader=reader, stream=remote,
             )  # fmt: skip
             seconds["write"] = time.perf_counter() - start
             report = replace(
@@ -170,6 +186,9 @@ def convert(
                 notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
             )
             write_record(folder, source, report, written.hashes)
+            if verify and remote is not None and not remote.verifiable:
+                verify = False
+                report = replace(report, notes=(*report.notes, NO_ROOM))
             if verify:
                 say("verify")
                 start = time.perf_counter()
@@ -191,6 +210,7 @@ def _plan(
     trust_remote_code: bool,
     stage: Stage | None,
     found: Found | None = None,
+    remote: Stream | None = None,
 ) -> tuple[Source, Report]:
     check_method(method)
     options.check()
@@ -199,7 +219,10 @@ def _plan(
     start = time.perf_counter()
     from .sources import open_source
 
-    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code, found=found)
+    if remote is not None:
+        source = remote.open(str(src), revision, arch, trust_remote_code)
+    else:
+        source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code, found=found)
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +19,12 @@ from normconvert.apply_loaded import save_loaded
 from normconvert.apply_output import copy_other_files, edit_config, set_dtype, staged_output, write_json
 from normconvert.apply_scan import SourceReader
 from normconvert.apply_write import Progress, Writer
-from normconvert.errors import InputError
+from normconvert.errors import InputError, Unfinished
 from normconvert.plan import Plan
 from normconvert.sources import Source
+
+if TYPE_CHECKING:
+    from normconvert.streaming import Stream
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,12 @@ def write_checkpoint(
     extra_files: Mapping[str, str | bytes] | None = None,
     hash_source: bool = True,
     reader: SourceReader | None = None,
+    stream: Stream | None = None,
 ) -> ApplyResult:
     """:func:`apply_plan` into a folder that exists: for callers that check the result inside ``staged_output``.
 
-    ``reader`` is one that was begun before, when the files were found; ``hash_source`` is then its own affair.
+    ``reader`` is one that was begun before, when the files were found; ``hash_source`` is then its own affair, as it is
+    with ``stream``, which brings the files one by one.
     """
     notes: list[str] = []
     try:
@@ -104,8 +109,8 @@ def write_checkpoint(
         with SourceReader(hash_source) if reader is None else nullcontext(reader) as pass_over_files:
             if reader is None:
                 pass_over_files.begin(source.tensors.values(), source.folder)
-            edited, copied = _write_weights(
-                source, plan, folder, dtype, max_shard_size, progress, pass_over_files, notes
+            edited, copied, hashes = _write_weights(
+                source, plan, folder, dtype, max_shard_size, progress, pass_over_files, notes, stream
             )
         _write_config(source, plan, folder, dtype)
         for name, content in (extra_files or {}).items():
@@ -113,10 +118,11 @@ def write_checkpoint(
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
-        raise InputError(f"cannot write the output: {error.strerror or error}{name}; nothing was kept") from error
+        kept = "" if stream is not None else "; nothing was kept"
+        raise Unfinished(f"cannot write the output: {error.strerror or error}{name}{kept}") from error
     files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    return ApplyResult(files, size, edited, copied, dict(pass_over_files.hashes), tuple(notes))
+    return ApplyResult(files, size, edited, copied, hashes, tuple(notes))
 
 
 def _write_weights(
@@ -128,25 +134,38 @@ def _write_weights(
     progress: Progress | None,
     reader: SourceReader,
     notes: list[str],
-) -> tuple[tuple[str, ...], int]:
-    reader.require(name for name, target in source.name_map.items() if target not in source.buffers)
+    stream: Stream | None,
+) -> tuple[tuple[str, ...], int, dict[str, str]]:
+    parameters = [name for name, target in source.name_map.items() if target not in source.buffers]
+    reader.require(parameters)
     if can_stream(source, plan):
         layout = make_layout(source, plan, dtype, max_shard_size)
         notes += layout.notes
-        Writer(source, layout, reader, progress).write(folder)
+        writer = Writer(source, layout, folder, progress)
+        if stream is None:
+            writer.run(writer.start(), reader)
+        else:
+            hashes = stream.write(source, writer, parameters)
         if layout.index is not None:
             (folder / layout.index[0]).write_bytes(index_bytes(source, layout.index))
         tensors = [t for file in layout.files for t in file.tensors]
         edited = tuple(t.name for t in tensors if t.edits)
         copied = len(tensors) - len(edited)
+    elif stream is not None:
+        raise InputError(
+            f"{source.reference}: {source.library} merges or splits tensors of this checkpoint when it loads them, "
+            "and for that all of them have to be there: convert it without --stream"
+        )
     else:
         edited, copied = save_loaded(source, plan, folder, dtype, max_shard_size)
         notes.append(
             f"{source.library} merges, splits or reshapes tensors of this checkpoint when it loads them: "
             "the plan was applied to the loaded model, which was saved again"
         )
-    reader.finish()
-    return edited, copied
+    if stream is None:
+        reader.finish()
+        hashes = dict(reader.hashes)
+    return edited, copied, hashes
 
 
 def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:

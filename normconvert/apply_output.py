@@ -41,12 +41,12 @@ def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> It
     out = Path(out)
     check_output(out, source, overwrite)
     target = out.resolve()
-    made = _make_parents(target.parent)
+    made = make_parents(target.parent)
     sweep(target)
     try:
         with claimed_folder(target.parent, f".{target.name}.partial-{os.getpid()}") as staging:
             yield staging
-            _replace(staging, target)
+            replace(staging, target)
     except BaseException:  # Ctrl-C too: nothing half-way may stay
         for folder in made:
             with suppress(OSError):
@@ -75,7 +75,7 @@ def check_output(out: Path, source: Path | None, overwrite: bool = False) -> Non
         raise InputError(f"{out}: exists and is not empty; name another folder or pass --overwrite")
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
     """Make missing parents; returns those made, innermost first, to be removed again on failure."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
@@ -85,7 +85,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _replace(staging: Path, target: Path) -> None:
+def replace(staging: Path, target: Path) -> None:
     """Rename into place; an old output steps aside first and comes back if that fails."""
     if not target.exists():
         os.rename(staging, target)
@@ -127,16 +127,22 @@ def claimed_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder, which ends with the process however it ends. Yields whether it was to be had."""
+def locked(folder: Path) -> Iterator[bool | None]:
+    """Hold the lock of a folder, which ends with the process however it ends.
+
+    Yields whether it was to be had; None where there are no locks.
+    """
     handle = None
     try:
-        held = False
-        with suppress(OSError):  # somebody else has it, or this file system has no locks
+        held: bool | None = None
+        with suppress(OSError):  # a file system without locks
             if _FCNTL is not None:
                 handle = os.open(folder, os.O_RDONLY)
-                _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
-                held = True
+                try:
+                    _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
+                    held = True
+                except BlockingIOError:
+                    held = False
         yield held
     finally:
         if handle is not None:

@@ -11,8 +11,8 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from normconvert.apply_layout import Layout, OutTensor
 from normconvert.apply_scan import SourceReader, check_finite, is_finite
 from normconvert.edits import apply_edits
 from normconvert.errors import InputError
-from normconvert.sources import Source
+from normconvert.sources import Source, TensorInfo
 from normconvert.sources.safetensors_file import read_tensor, torch_dtype
 
 Progress = Callable[[str, int, int], None]
@@ -37,9 +37,9 @@ SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which m
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor to be written at ``at`` of the open file ``fd``."""
+    """One tensor to be written at ``at`` of a file."""
 
-    fd: int
+    file: Path
     tensor: OutTensor
     at: int
 
@@ -49,38 +49,48 @@ class _Stopped(Exception):
 
 
 class Writer:
-    """Writes the files of a layout."""
+    """Writes the files of a layout.
 
-    def __init__(self, source: Source, layout: Layout, reader: SourceReader, progress: Progress | None) -> None:
-        self._source, self._layout, self._reader, self._progress = source, layout, reader, progress
-        self._done, self._total = 0, sum(file.nbytes for file in layout.files)
+    Attributes:
+        total: bytes of all files.
+    """
+
+    def __init__(self, source: Source, layout: Layout, folder: Path, progress: Progress | None) -> None:
+        self._source, self._layout, self._folder, self._progress = source, layout, folder, progress
+        self._done, self.total = 0, sum(file.nbytes for file in layout.files)
         self._small: dict[str, Tensor] = {}
-        self._events: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
 
-    def write(self, folder: Path) -> None:
-        """Write all files.
+    def start(self) -> list[Task]:
+        """Make the files, with their headers; those that are there keep their data. Returns what is to be written."""
+        tasks = []
+        for file in self._layout.files:
+            path, at = self._folder / file.name, len(file.header)
+            path.touch()
+            with path.open("r+b", buffering=0) as handle:
+                _write_all(handle.fileno(), memoryview(file.header), 0)
+                handle.truncate(file.nbytes)
+            self._advance("", len(file.header))
+            for tensor in file.tensors:
+                tasks.append(Task(path, tensor, at))
+                at += tensor.nbytes
+        return tasks
+
+    def skip(self, tasks: Iterable[Task]) -> None:
+        """Count tasks as done that were done before."""
+        for task in tasks:
+            self._advance(task.tensor.name, task.tensor.nbytes)
+
+    def run(self, tasks: Iterable[Task], reader: SourceReader) -> None:
+        """Do the tasks, looking at what the reader finds; progress and errors come to this thread, as Ctrl-C does.
 
         Raises:
             InputError: a weight is NaN or infinite, or overflows the output's dtype.
             OSError: the disk is full, and the like.
         """
-        with ExitStack() as stack:
-            files: list[deque[Task]] = []
-            for file in self._layout.files:
-                fd = stack.enter_context((folder / file.name).open("wb", buffering=0)).fileno()
-                _write_all(fd, memoryview(file.header), 0)
-                self._advance("", len(file.header))
-                tasks, at = deque[Task](), len(file.header)
-                for tensor in file.tensors:
-                    tasks.append(Task(fd, tensor, at))
-                    at += tensor.nbytes
-                files.append(tasks)
-            self._run(files)
-
-    def _run(self, files: list[deque[Task]]) -> None:
-        """Do the tasks; progress and errors come to this thread, which Ctrl-C reaches too."""
-        supply = _Supply(files)
+        tasks = list(tasks)
+        supply, before = _Supply(tasks), self._done
+        self._events: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
         count = min(WORKERS, os.cpu_count() or 1)
         with _one_thread():
             workers = [threading.Thread(target=self._work, args=(supply,), daemon=True) for _ in range(count)]
@@ -96,15 +106,18 @@ class Writer:
                         error = error or event
                     else:
                         self._advance(*event)
-                        self._reader.check()
+                        reader.check()
             finally:
                 self._stop.set()
                 for worker in workers:
                     worker.join()
-            if error is not None:
-                raise error
+        if error is not None:
+            raise error
+        expected = sum(task.tensor.nbytes for task in tasks)
+        if self._done - before != expected:  # a file has its full length from the start: nobody else would notice
+            raise RuntimeError(f"{self._done - before} bytes written, expected {expected}")
 
-    def _work(self, supply: _Supply) -> None:
+    def _work(self, supply: Iterable[Task]) -> None:
         torch.set_num_threads(1)  # torch keeps it by thread
         try:
             for task in supply:
@@ -119,40 +132,43 @@ class Writer:
 
     def _write_task(self, task: Task) -> None:
         tensor = task.tensor
-        if (
-            not tensor.edits
-            and self._source.tensors[tensor.origin].dtype == tensor.dtype
-            and not self._source.is_pickle
-        ):
-            self._copy(task)
-            return
-        try:
-            self._compute(task)
-        except ValueError as error:
-            raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
+        with task.file.open("r+b", buffering=0) as handle:
+            fd = handle.fileno()
+            if not (tensor.edits or self._source.is_pickle) and self._info(tensor).dtype == tensor.dtype:
+                self._copy(fd, task)
+                return
+            try:
+                self._compute(fd, task)
+            except ValueError as error:
+                raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
 
-    def _copy(self, task: Task) -> None:
-        info, tensor = self._source.tensors[task.tensor.origin], task.tensor
+    def _info(self, tensor: OutTensor) -> TensorInfo:
+        if self._source.fetch is not None:
+            self._source.fetch(tensor.origin)
+        return self._source.tensors[tensor.origin]
+
+    def _copy(self, fd: int, task: Task) -> None:
+        info, tensor = self._info(task.tensor), task.tensor
         with info.file.open("rb", buffering=0) as handle:
             done = 0
             while done < tensor.nbytes:
                 count = min(COPY, tensor.nbytes - done)
-                n = _copy_range(handle.fileno(), task.fd, count, info.start + done, task.at + done)
+                n = _copy_range(handle.fileno(), fd, count, info.start + done, task.at + done)
                 if n == 0:
                     raise InputError(f"{info.file}: ended while tensor {info.name} was copied: is it being changed?")
                 done += n
                 self._wrote(tensor.name, n)
 
-    def _compute(self, task: Task) -> None:
+    def _compute(self, fd: int, task: Task) -> None:
         """Edit, convert and write one tensor, by the largest blocks that the edits permit."""
         tensor = task.tensor
-        info, target = self._source.tensors[tensor.origin], torch_dtype(tensor.dtype)
+        info, target = self._info(tensor), torch_dtype(tensor.dtype)
         dim = block_dimension(tensor.edits, info.shape, tensor.shape)
         if dim != 0:
             # Blocks of columns are put together in memory first, in place where the dtype stays.
             own = not self._source.is_pickle
             value = read_tensor(info) if own else self._source.read(tensor.origin)
-            self._write_tensor(task, self._edited(tensor, value, target, own), task.at)
+            self._write_tensor(fd, tensor, self._edited(tensor, value, target, own), task.at)
             return
         # Blocks of rows lie one behind the other in the file: read, edit and write one at a time.
         at = task.at
@@ -164,7 +180,7 @@ class Writer:
             value = self._checked(tensor, block)
             if tensor.edits:
                 value = apply_edits(value, tensor.edits, self._lookup)
-            at += self._write_tensor(task, self._fits(tensor, value.to(target)), at)
+            at += self._write_tensor(fd, tensor, self._fits(tensor, value.to(target)), at)
 
     def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, in_place: bool) -> Tensor:
         self._checked(tensor, value)
@@ -199,10 +215,10 @@ class Writer:
             self._small[name] = value.to(torch.float64)
         return self._small[name]
 
-    def _write_tensor(self, task: Task, value: Tensor, at: int) -> int:
+    def _write_tensor(self, fd: int, tensor: OutTensor, value: Tensor, at: int) -> int:
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        _write_all(task.fd, data, at)
-        self._wrote(task.tensor.name, len(data))
+        _write_all(fd, data, at)
+        self._wrote(tensor.name, len(data))
         return len(data)
 
     def _wrote(self, name: str, n: int) -> None:
@@ -214,14 +230,17 @@ class Writer:
     def _advance(self, name: str, n: int) -> None:
         self._done += n
         if self._progress is not None:
-            self._progress(name, self._done, self._total)
+            self._progress(name, self._done, self.total)
 
 
 class _Supply:
     """Hands out tasks, of different files where it can: the kernel lets one thread at a time write to a file."""
 
-    def __init__(self, files: list[deque[Task]]) -> None:
-        self._files, self._lock = files, threading.Lock()
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        files: dict[Path, deque[Task]] = {}
+        for task in tasks:
+            files.setdefault(task.file, deque()).append(task)
+        self._files, self._lock = list(files.values()), threading.Lock()
         self._busy = [0] * len(files)
 
     def __iter__(self) -> Iterator[Task]:
@@ -270,4 +289,4 @@ def _copy_range(origin: int, target: int, count: int, from_offset: int, to_offse
     return len(data)
 
 
-__all__ = ["Progress", "Writer"]
+__all__ = ["Progress", "Task", "Writer"]

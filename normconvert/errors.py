@@ -15,6 +15,10 @@ class InputError(NormConvertError):
     exit_status = 2
 
 
+class Unfinished(InputError):
+    """Something outside is in the way, such as the network or a full disk: the same again may succeed later."""
+
+
 class FidelityError(NormConvertError):
     """The converted checkpoint does not compute what the original computes (exit status 1)."""
 

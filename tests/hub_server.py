@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,12 +33,14 @@ class Repository:
         revisions: branch or tag -> commit.
         token: what a request must bring to see it; None: public.
         gated: visible, but nobody has been given access.
+        ranges: parts of files may be asked for.
     """
 
     folder: Path
     revisions: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     gated: bool = False
+    ranges: bool = True
 
     def __post_init__(self) -> None:
         self.revisions.setdefault("main", hashlib.sha1(str(self.folder).encode()).hexdigest())
@@ -54,28 +56,38 @@ class Repository:
 
 @dataclass
 class Hub:
-    """A running server: its address, the requests it saw as ``METHOD path``, and what was uploaded.
+    """A running server.
 
-    ``uploads`` is repository -> file -> content; ``made`` is what was said when a repository was made.
+    Attributes:
+        url: its address.
+        requests: those it saw, as ``METHOD path``, with `` bytes=A-B`` where a part is asked for.
+        uploads: repository -> file -> content.
+        made: what was said when a repository was made.
+        damaged: weight file -> what is sent instead of it.
+        refused: weight files that may be described, but are not sent whole.
+        before: called with each request before it is answered; may wait, and may raise to break the connection.
     """
 
     url: str
-    requests: list[str]
+    requests: list[str] = field(default_factory=list)
     uploads: dict[str, dict[str, bytes]] = field(default_factory=dict)
     made: dict[str, dict[str, object]] = field(default_factory=dict)
+    damaged: dict[str, bytes] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    before: Callable[[str], None] = lambda request: None
 
 
 @contextmanager
 def serve(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
     """Serve ``repositories`` (id -> repository) until the block ends."""
-    hub = Hub("", [])
+    hub = Hub("")
 
     class Handler(_Handler):
         repos = repositories
         log = hub.requests
         seen = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -87,10 +99,15 @@ def serve(repositories: Mapping[str, Repository]) -> Iterator[Hub]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing on stderr: clients are killed on purpose, and connections broken."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     repos: Mapping[str, Repository] = {}
     log: list[str] = []  # noqa: RUF012 (set by serve)
-    seen = Hub("", [])
+    seen = Hub("")
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -128,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.log.append(f"{self.command} {path}")
+        request = " ".join([self.command, path, *filter(None, [self.headers.get("Range")])])
+        self.log.append(request)
+        self.seen.before(request)
         asked = parse_qs(urlsplit(self.path).query)
         if path == "/api/models":
             names = [name for name in self.repos if name.startswith(f"{asked['author'][0]}/")]
@@ -171,7 +190,16 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
         if name.endswith((".safetensors", ".bin")):  # as for files in large-file storage
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-        self._send(200, data, "application/octet-stream", body, headers)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted is None and name in self.seen.refused and body:
+            self._error(404, "EntryNotFound", "Entry not found", body)
+            return
+        if wanted is None or not repo.ranges:
+            self._send(200, self.seen.damaged.get(name, data), "application/octet-stream", body, headers)
+            return
+        start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
+        headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+        self._send(206, data[start:stop], "application/octet-stream", body, headers)
 
     def _json(self, data: object, body: bool) -> None:
         self._send(200, json.dumps(data).encode(), "application/json", body)

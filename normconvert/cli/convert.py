@@ -27,6 +27,7 @@ from normconvert.cli.options import (
     Shifted,
     Src,
     StoredAs,
+    Streamed,
     TiedTo,
     Trust,
     Verbose,
@@ -51,6 +52,7 @@ def rmsnorm(
     require_all: RequireAll = False,
     trust_remote_code: Trust = False,
     max_shard_size: ShardSize = None,
+    stream: Streamed = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
@@ -62,10 +64,11 @@ def rmsnorm(
 ) -> int:
     """Turn every LayerNorm for which it is provably exact into RMSNorm, and write the checkpoint to OUT."""
     return _convert(
-        "rmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, revision=revision, arch=arch, dtype=dtype.value,
+        "rmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, revision=revision, arch=arch,
+        dtype=dtype.value,
         fold=fold, tied=tied and tied.value, min_gain=min_gain, allow_shifted_outputs=allow_shifted_outputs,
         device=device, overwrite=overwrite, dry_run=dry_run, verify=not no_verify, require_all=require_all,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, stream=stream,
     )  # fmt: skip
 
 
@@ -82,6 +85,7 @@ def crmsnorm(
     require_all: RequireAll = False,
     trust_remote_code: Trust = False,
     max_shard_size: ShardSize = None,
+    stream: Streamed = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
@@ -96,9 +100,10 @@ def crmsnorm(
     The result loads by normconvert.load or trust_remote_code only: tensors have other shapes.
     """
     return _convert(
-        "crmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, basis=basis.value, revision=revision, arch=arch,
-        dtype=dtype.value, tied=tied and tied.value, min_gain=min_gain, device=device, overwrite=overwrite,
+        "crmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, basis=basis.value, revision=revision,
+        arch=arch, dtype=dtype.value, tied=tied and tied.value, min_gain=min_gain, device=device, overwrite=overwrite,
         dry_run=dry_run, verify=not no_verify, require_all=require_all, trust_remote_code=trust_remote_code,
+        stream=stream,
     )  # fmt: skip
 
 
@@ -110,7 +115,7 @@ def _convert(
     json: str | None,
     verbose: int,
     quiet: bool,
-    report_file: Path | None,
+    report_file: str | None,
     **options: Any,
 ) -> int:
     """Run a conversion with ``options`` of :func:`normconvert.convert`, and show what came of it."""

@@ -23,6 +23,7 @@ from normconvert.cli.options import (
     ShardSize,
     Src,
     StoredAs,
+    Streamed,
     Trust,
     Verbose,
     add_report,
@@ -53,6 +54,7 @@ def fuse_bn(
     require_all: RequireAll = False,
     trust_remote_code: Trust = False,
     max_shard_size: ShardSize = None,
+    stream: Streamed = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
@@ -80,7 +82,7 @@ def fuse_bn(
         report = convert(
             src, folder, "fuse-bn", revision=revision, arch=arch, dtype=dtype.value, device=device,
             max_shard_size=shard_bytes, overwrite=overwrite, dry_run=dry_run, verify=not no_verify,
-            require_all=require_all, merge_branches=merge_branches, trust_remote_code=trust_remote_code,
+            require_all=require_all, merge_branches=merge_branches, trust_remote_code=trust_remote_code, stream=stream,
             progress=screen.progress, stage=stage,
         )  # fmt: skip
         if report.out is not None:

@@ -82,6 +82,10 @@ RequireAll = Annotated[bool, typer.Option("--require-all", help="Refuse unless e
 StoredAs = Annotated[Dtype, typer.Option(help="Store the weights in this dtype.")]
 RunIn = Annotated[Dtype, typer.Option(help="Run both in this dtype; auto is that of B's files.")]
 ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 5GB or 500MB; else as the source.")]
+Streamed = Annotated[
+    bool,
+    typer.Option("--stream", help="Fetch, convert and delete the shards on the hub one by one; goes on if stopped."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT that exists, once the new one is whole.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan only; write nothing.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not check the result.")]

@@ -83,7 +83,10 @@ class Screen:
         self._task: Any = None
 
     def stages(self, src: str, out: str | None = None) -> Callable[[str], None]:
-        """A function to be called with each stage's name as it begins: ``open``, ``trace``, ``write``, ``verify``."""
+        """A function to be called with each stage's name as it begins: ``open``, ``trace``, ``write``, ``verify``.
+
+        Another name is shown as it is.
+        """
         texts = {
             "open": f"opening {src}",
             "trace": "tracing the model",
@@ -96,7 +99,7 @@ class Screen:
         def begin(stage: str) -> None:
             if stage == self._stage:
                 return
-            self.say(texts[stage], spin=not (stage == "open" and downloads))
+            self.say(texts.get(stage, stage), spin=not (stage == "open" and downloads))
             self._stage = stage
             if stage != "open":
                 self.hush_bars()
@@ -221,7 +224,7 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
     except KeyboardInterrupt as error:
         screen.clear()
         left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
-        message = f"interrupted; {left}"
+        message = "; ".join(["interrupted", left, *map(str, error.args)])
         return _fail(screen, error, message, getattr(error, "exit_status", INTERRUPTED))
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain at exit about what it cannot flush.

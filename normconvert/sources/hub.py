@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, Unfinished
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LOOK_UP = 10.0
@@ -123,16 +123,19 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
 
 @contextmanager
 def explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever huggingface_hub raises, as one line.
+    """Whatever huggingface_hub raises, as one line; our own errors pass.
 
     Raises:
         InputError: instead of it.
+        Unfinished: the hub cannot be reached, or a transfer failed.
     """
     from huggingface_hub import errors
 
     name = f"{repo}@{revision}" if revision else repo
     try:
         yield
+    except InputError:
+        raise
     except errors.GatedRepoError as error:
         raise InputError(f"{name}: a gated model: ask for access on the hub, then log in or set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
@@ -144,11 +147,11 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise InputError(f"{name}: no such folder, and not a valid hub id") from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(
+        raise Unfinished(
             f"{name}: no such folder, and not in the hub's cache while the hub is offline or cannot be reached"
         ) from error
     except Exception as error:
-        raise InputError(f"{name}: download failed: {_first_line(error)}") from error
+        raise Unfinished(f"{name}: download failed: {_first_line(error)}") from error
 
 
 def _commit(folder: Path) -> str | None:

@@ -42,7 +42,7 @@ def open_source(
     """
     path, commit = _locate(reference, revision)
     if path.is_dir():
-        return _open_folder(reference, path, commit, arch, trust_remote_code, found)
+        return open_folder(reference, path, commit, arch, trust_remote_code, found)
     if arch is None:
         beside = path.parent / "config.json"
         hint = f"pass its folder {path.parent}" if beside.is_file() else "pass --arch timm:NAME"
@@ -61,12 +61,21 @@ def _locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
         return path, None
+    return download(*hub_id(reference, revision))
+
+
+def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
+    """The name and the revision of ``org/name@revision``.
+
+    Raises:
+        InputError: it is no hub id, or names another revision than ``revision``.
+    """
     name, _, at = reference.partition("@")
     if not HUB_ID.fullmatch(name) or name.endswith(WEIGHT_SUFFIXES) or (at and revision and at != revision):
         if at and revision:
             raise InputError(f"{reference}: two revisions, {at} and {revision}: give one")
         raise InputError(f"{reference}: no such file or folder, and not a hub id (name or org/name)")
-    return download(name, at or revision)
+    return name, at or revision
 
 
 def _demo(name: str) -> Path:
@@ -77,9 +86,10 @@ def _demo(name: str) -> Path:
     return folder
 
 
-def _open_folder(
+def open_folder(
     reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool, found: Found | None
 ) -> Source:
+    """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
     config_file = folder / "config.json"
     if not config_file.is_file() and arch is None:
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,7 @@ class Source:
         modules: module edits without which the weights do not fit the architecture: rows of
             :data:`normconvert.runtime.MODULE_EDITS`, for a folder that normconvert wrote.
         described: ``config`` was made from ``--arch``, not read from the folder.
+        fetch: to be called with a checkpoint name before that tensor's data is read, for files that are not here.
         pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
     """
 
@@ -75,6 +77,7 @@ class Source:
     revision: str | None = None
     described: bool = False
     modules: tuple[dict[str, Any], ...] = ()
+    fetch: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -120,6 +123,8 @@ class Source:
         """
         from normconvert.sources.safetensors_file import map_tensor
 
+        if self.fetch is not None:
+            self.fetch(name)
         return self.pickled[name] if name in self.pickled else map_tensor(self.tensors[name])
 
     def tokenizer(self) -> Any | None:
