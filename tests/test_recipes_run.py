@@ -28,7 +28,7 @@ from normconvert.recipes.expansion import expand
 from normconvert.recipes.job import Event, Job, Resources, Result
 from normconvert.recipes.reading import read_recipe
 from normconvert.records import RECORD_FILE
-from tests.tiny_checkpoints import contents, gpt2, save
+from tests.tiny_checkpoints import contents, gpt2, save, talkative
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COMMAND = [sys.executable, "-m", "normconvert", "run"]
@@ -137,11 +137,13 @@ def test_a_batch_that_was_killed_goes_on_where_it_stopped(here: Path) -> None:
 def test_one_failure_stops_nobody_and_the_worst_status_counts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("model", "damaged")
     Path("damaged/model.safetensors").write_bytes(b"not a checkpoint")
+    talkative(Path("model"))
     Path("r.yaml").write_text(
         "sources:\n  - damaged\n  - {source: model, method: fuse-bn}\n"
         "  - {source: model, limits: {rounding: 0}, output: out/strict}\n  - model\n"
+        "defaults: {trust_remote_code: true}\n"
     )
-    assert run(["run", "r.yaml", "--json", "-"]) == 1
+    assert run(["run", "r.yaml", "-v", "--json", "-"]) == 1
     out, err = capsys.readouterr()
     report = json.loads(out)
     results = [job["result"] for job in report["jobs"]]
@@ -151,7 +153,7 @@ def test_one_failure_stops_nobody_and_the_worst_status_counts(here: Path, capsys
     assert results[3]["norms"] == [3, 3]
     assert sorted(p.name for p in Path("out").iterdir()) == ["model-rmsnorm"]
     assert report["exit_status"] == 1
-    for words in ("r.yaml:2:5", "r.yaml:3:5", "r.yaml:4:5", "4 jobs: 1 converted, 3 failed"):
+    for words in ("r.yaml:2:5", "r.yaml:3:5", "r.yaml:4:5", "4 jobs: 1 converted, 3 failed", "hello from the model"):
         assert words in err
 
 
@@ -363,7 +365,9 @@ def test_a_second_conversion_passes_over_the_state_of_the_first(here: Path) -> N
 def test_a_changed_byte_is_seen_whatever_the_times_say(tmp_path: Path, times: str) -> None:
     (tmp_path / "a").write_bytes(b"one")
     mark = fingerprint.take(tmp_path)
+    mark = replace(mark, seen=mark.seen + 10 * fingerprint.TICK)  # as if it had been there for long
     before = (tmp_path / "a").stat()
+    time.sleep(0.05)  # the clock of the file system ticks
     (tmp_path / "a").write_bytes(b"two")
     if times == "kept":
         os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))

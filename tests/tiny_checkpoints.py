@@ -62,6 +62,17 @@ def save_vit(model: nn.Module, folder: Path, arguments: dict[str, Any] | None = 
     return folder
 
 
+def talkative(folder: Path) -> None:
+    """Give a checkpoint code of its own that prints as it is imported."""
+    (folder / "mine.py").write_text(
+        "from transformers import GPT2LMHeadModel\nprint('hello from the model')\n"
+        "class Mine(GPT2LMHeadModel):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Mine"], "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, by relative name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -285,8 +285,10 @@ class _Board:
 
 def _perform(board: Any, index: int, job: dict[str, Any], number: int, version: str) -> dict[str, Any]:
     """A job on a node."""
-    node = socket.gethostname()
-    place = f"{node}, process {os.getpid()}"
+    import ray
+
+    node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:8]})"
+    place = f"node {node}"
     if version != __version__:
         message = f"{node} has normconvert {__version__}, the batch is run by {version}: install the same version"
         return Result("failed", 2, message, "InputError", place=place, attempts=number).to_json()
