@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .loading import load
     from .recipes.batch import run_recipes
     from .result import Report
+    from .tuning.swapping import swap
     from .verification import verify
 
 _WHERE = {
@@ -33,9 +34,22 @@ _WHERE = {
     "load": "loading",
     "export": "exporting",
     "run_recipes": "recipes.batch",
+    "swap": "tuning.swapping",
 }
 
-__all__ = ["Report", "__version__", "bench", "check", "convert", "export", "inspect", "load", "run_recipes", "verify"]
+__all__ = [
+    "Report",
+    "__version__",
+    "bench",
+    "check",
+    "convert",
+    "export",
+    "inspect",
+    "load",
+    "run_recipes",
+    "swap",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

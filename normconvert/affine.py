@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .channels import NEUTRAL, name_of
 from .places import Place, is_float, shape_of
 from .rows import broadcast
+from .runtime import Affine as AffineNorm
 from .tracing import Graph, module_path
 from .vectors import Expression, minus, names_in, plus, times
 from .writes import MARK
@@ -95,9 +96,10 @@ def find_affine_norms(graph: Graph) -> list[Affine]:
 
 
 def _is_buffer(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a statistic: a buffer, or what has become of one in a swapped norm."""
     owner, _, leaf = name.rpartition(".")
     module = graph.modules.get(owner)
-    return module is not None and leaf in module._buffers
+    return module is not None and (leaf in module._buffers or isinstance(module, AffineNorm))
 
 
 def _nodes_by_module(graph: Graph) -> dict[str, list[fx.Node]]:

@@ -54,7 +54,7 @@ def save_loaded(
         _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
     if dtype is not None:
         model = model.to(dtype)
-    _save(source, plan, model, folder, max_shard_size)
+    save_model(source, plan, model, folder, max_shard_size)
     return tuple(edited), len(state) - len(edited)
 
 
@@ -78,7 +78,8 @@ def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:
         old.data = value
 
 
-def _save(source: Source, plan: Plan, model: Any, folder: Path, max_shard_size: int | None) -> None:
+def save_model(source: Source, plan: Plan, model: Any, folder: Path, max_shard_size: int | None) -> None:
+    """Save a loaded model with its config in the library's format; the plan says what changes in the config."""
     if source.library == "timm":
         from safetensors.torch import save_file
 

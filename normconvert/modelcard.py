@@ -28,6 +28,18 @@ METHODS = {
         "these weights."
     ),
 }
+TRAINED = {
+    "swap un": ("Unified Normalization", "2208.01313"),
+    "swap repbn": ("RepBN", "2405.11582"),
+    "swap powernorm": ("PowerNorm", "2003.07845"),
+    "swap ln-free": ("nothing: LayerNorm's divisor was frozen, norm by norm", "2507.02559"),
+}
+"""Swap -> what LayerNorm was swapped for, and its paper."""
+METHODS |= {
+    swap: f"LayerNorm was swapped for {norm} ([arXiv:{paper}](https://arxiv.org/abs/{paper})) while the model learnt "
+    "to say what the original says; at inference such a norm is one scale and shift per channel."
+    for swap, (norm, paper) in TRAINED.items()
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 BASE_MODEL = re.compile(r"^base_model(?:_relation)?:.*\n?(?:^(?:[ \t]+|-[ \t]).*\n?)*", re.MULTILINE)
@@ -104,9 +116,12 @@ def _summary(plan: Plan, base: str | None, architecture: str) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "the original checkpoint"
     count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
     method = METHODS.get(plan.method, "")
+    claim = (
+        "trained to compute nearly the same" if plan.method in TRAINED else "computing the same function up to rounding"
+    )
     return (
         f"This is {origin}{f' ({architecture})' if architecture else ''} after `normconvert {plan.method}`: {count} "
-        f"converted, computing the same function up to rounding.\n\n{method}"
+        f"converted, {claim}.\n\n{method}"
     ).strip()
 
 
@@ -126,6 +141,12 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str) -> st
         plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture"
         blocks = [own, remote] if plan.structural else [own, remote, plain]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if any(edit["op"] == "affine" and edit["eps"] != 1.0 for edit in plan.modules):
+        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture, ε = 10¹²"
+        why = "All ways give the same outputs: a LayerNorm of so large an ε divides by √ε, whatever it reads."
+        return f"{text}\n\n```python\n{plain}\n```\n\n{why}"
+    if any(edit["op"] == "affine" for edit in plan.modules):
+        return f"{text}\n\nUnmodified {library} cannot load it: its norms would compute something else."
     if plan.structural:
         missing = "tensors of the plain architecture are missing here, or have other shapes"
         return f"{text}\n\nUnmodified {library} cannot load it: {missing}."

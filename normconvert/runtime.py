@@ -513,6 +513,79 @@ def _absorb(model: nn.Module, edit: Mapping[str, Any]) -> None:
     _stand_in(model, old, new if len(new) else nn.Identity())
 
 
+class Affine(nn.Module):
+    """y = x * (weight / sqrt(eps)) + bias, channel by channel: a norm whose statistics are fixed.
+
+    The weight and bias are those of the norm that it stands for. With a large ``eps``, a LayerNorm that divides by
+    sqrt(var + eps) computes the same of a mean-free x, so that code which knows nothing of this class can, too.
+
+    Args:
+        size: number of channels.
+        eps: see above; 1.0 leaves the weight as it is.
+        axis: of the channels in the input.
+        weight: shape (size,), or (1, size), which no other norm loads by mistake.
+        bias: shape (size,).
+        weight_name: name the weight is registered under.
+        bias_name: name the bias is registered under.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float = 1.0,
+        *,
+        axis: int = -1,
+        weight: nn.Parameter | None = None,
+        bias: nn.Parameter | None = None,
+        weight_name: str = "weight",
+        bias_name: str = "bias",
+    ) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps, self.axis = (size,), eps, axis
+        self.weight_name, self.bias_name = weight_name, bias_name
+        self.register_parameter(weight_name, nn.Parameter(torch.ones(size)) if weight is None else weight)
+        self.register_parameter(bias_name, nn.Parameter(torch.zeros(size)) if bias is None else bias)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.normalized_shape[0]}" + (f", axis={self.axis}" if self.axis != -1 else "")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale and shift ``input``; same shape and dtype out."""
+        weight, bias = getattr(self, self.weight_name), getattr(self, self.bias_name)
+        if self.eps != 1.0:
+            weight = weight * self.eps**-0.5
+        trailing = input.ndim - 1 - self.axis % input.ndim
+        if trailing or weight.ndim > 1:
+            weight, bias = weight.reshape(-1, *[1] * trailing), bias.reshape(-1, *[1] * trailing)
+        return input * weight + bias
+
+
+def _affine(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put an affine map where a norm stands, on the same parameters; one that is missing is made."""
+    old = _get(model, edit["path"])
+    held = {name for name, _ in old.named_parameters()}
+    names = {kind: edit.get(kind) or kind for kind in ("weight", "bias")}
+    if held - set(names.values()):
+        raise ValueError(
+            f"module edit: {edit['path']!r} ({type(old).__name__}) holds {sorted(held)}, "
+            f"expected {sorted(names.values())}: it is not a plain norm"
+        )
+    device = next((p.device for p in model.parameters()), None)
+    size = int(edit["size"])
+    guarded = nn.Parameter(torch.ones(1, size)) if edit.get("guarded") else None
+    new = Affine(
+        size,
+        float(edit["eps"]),
+        axis=int(edit.get("axis", -1)),
+        weight=guarded if guarded is not None else getattr(old, names["weight"], None),
+        bias=getattr(old, names["bias"], None),
+        weight_name=names["weight"],
+        bias_name=names["bias"],
+    )
+    _stand_in(model, old, new if device is None else new.to(device))
+
+
 def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give a linear map or convolution the bias that it was built without; zeros until weights are loaded."""
     module, name = _get(model, edit["path"]), edit.get("name", "bias")
@@ -572,9 +645,11 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "merge": _merge,
     "set": _set,
     "compress": _compress,
+    "affine": _affine,
 }
-STRUCTURAL = frozenset({"absorb", "bias", "resize", "merge", "set"})
-"""Edits after which the model holds other tensors than the plain architecture: weights fit only with them applied."""
+STRUCTURAL = frozenset({"absorb", "affine", "bias", "resize", "merge", "set"})
+"""Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
+the edits applied."""
 
 
 def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
@@ -588,7 +663,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             "mean_free", "folded", "channels_last"}`` and
             ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
             ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``,
-            ``{"op": "set", "path", "set"}``, ``{"op": "compress", "path", "side", "key", "axis", "basis"}``. A norm of
+            ``{"op": "set", "path", "set"}``, ``{"op": "compress", "path", "side", "key", "axis", "basis"}``,
+            ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``. A norm of
             kind ``crmsnorm`` also has ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:

@@ -149,14 +149,14 @@ class FrozenReference:
             self.sigma = sigma
         else:
             self.sigma = np.where(first & self.apart, self.first, self.average)
-        self.z = self.centred / self.sigma[:, None]
+        self.z = (x if self.frozen else self.centred) / self.sigma[:, None]
         return self.gamma * self.z + self.beta
 
     def backward(self, dy: Array) -> tuple[Array, Array, Array]:
         g = dy * self.gamma
-        dx = g - g.mean(1, keepdims=True)
+        dx = g
         if not self.frozen:
-            dx = dx - self.z * (g * self.z).mean(1, keepdims=True)
+            dx = dx - g.mean(1, keepdims=True) - self.z * (g * self.z).mean(1, keepdims=True)
         return dx / self.sigma[:, None], (dy * self.z).sum(0), dy.sum(0)
 
     def state(self) -> dict[str, Any]:

@@ -351,7 +351,8 @@ def test_the_runtime_file_needs_nothing_but_torch() -> None:
 
 
 def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:
-    assert set(MODULE_EDITS) == {"replace", "center", "absorb", "bias", "resize", "merge", "set", "compress"}
+    known = {"replace", "center", "absorb", "affine", "bias", "resize", "merge", "set", "compress"}
+    assert set(MODULE_EDITS) == known
     assert repr(Center("output", "0", -1)) == "Center('output', key='0', axis=-1)"
 
 
@@ -361,3 +362,26 @@ def test_the_result_can_be_viewed_as_layer_norms_can() -> None:
     with torch.no_grad():
         assert not x.is_contiguous()
         assert norm(x).view(8, 6).shape == nn.functional.layer_norm(x, (6,)).view(8, 6).shape
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+@pytest.mark.parametrize("axis", [-1, -3])
+def test_an_affine_map_stands_where_a_norm_stood(axis: int, guarded: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(6, bias=False))
+    row = {"op": "affine", "path": "0", "size": 6, "eps": 4.0, "axis": axis, "guarded": guarded}
+    apply_module_edits(model, [row])
+    affine: Any = model[0]
+    assert affine.weight.shape == ((1, 6) if guarded else (6,))
+    with torch.no_grad():
+        affine.weight.copy_(torch.arange(6.0))
+        affine.bias.copy_(torch.ones(6))
+    x = torch.randn(2, 6, 3, 4) if axis == -3 else torch.randn(2, 5, 6)
+    expected = (x.movedim(axis, -1) * torch.arange(6.0) / 2 + 1).movedim(-1, axis)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_affine_map_takes_no_other_modules_place() -> None:
+    with pytest.raises(ValueError, match="it is not a plain norm"):
+        apply_module_edits(nn.Sequential(nn.MultiheadAttention(6, 2)), [
+            {"op": "affine", "path": "0", "size": 6, "eps": 1.0}
+        ])  # fmt: skip

@@ -20,6 +20,7 @@ from normconvert.cli import (  # noqa: F401
     inspect,
     run_recipes,
     schema,
+    swap,
     verify,
 )
 from normconvert.cli.app import ARGUMENTS, app

@@ -117,6 +117,13 @@ class Screen:
         else:
             self.err.print(f"{text} ...", style="dim", soft_wrap=True)
 
+    def update(self, text: str) -> None:
+        """Change the words beside the spinner, where there is one."""
+        from rich.status import Status
+
+        if isinstance(self._display, Status):
+            self._display.update(f"{text} …")
+
     def progress(self, name: str, done: int, total: int) -> None:
         """One more tensor is written; ``done`` and ``total`` in bytes."""
         if not self.live:

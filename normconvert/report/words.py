@@ -39,6 +39,11 @@ def percent(share: float) -> str:
     return "100 %" if share >= 1.0 else f"{int(share * 10000) / 100:.2f} %"
 
 
+def human_number(value: float | None) -> str:
+    """Three significant digits; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def human_bytes(size: float) -> str:
     """``2.7 MB``; decimal units, as huggingface counts."""
     units = ["bytes", "kB", "MB", "GB", "TB"]

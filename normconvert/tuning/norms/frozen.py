@@ -1,14 +1,13 @@
 """No norm at all: LayerNorm with a frozen divisor (arXiv 2507.02559; the authors' code: submarat/removing-layer-norm).
 
     before   y = γ∘Px / σ(x) + β,   σ(x) = √(|Px|²/d + ε),   P = I - 11'/d
-    after    y = γ∘Px / σ̄ + β,      σ̄ the average of σ(x) over tokens when the norm was frozen
+    after    y = γ∘x / σ̄ + β,       σ̄ the average of σ(x) over tokens when the norm was frozen
 
 Norms are frozen one after another, with training in between. In language models the first position has a σ that is far
 from that of all others, so it keeps an average of its own, until that, too, is replaced by σ̄ (the paper's last step).
 
-P is kept here. On a stream that nothing but norms reads, centring what writes into it makes P the identity without
-changing anything else (see :mod:`normconvert.rewrites.rmsnorm`): then ``after`` is one affine map per channel. The
-authors drop the mean in ``after``, so there the model has to learn it.
+Freezing drops P, as in the authors' code. Where the stream has been centred (see :mod:`normconvert.rewrites.rmsnorm`)
+and is kept so, P is the identity and nothing is lost by that; elsewhere the model has to learn it.
 
 The auxiliary loss of the paper (section 3.3) is :attr:`FrozenNorm.spread`, mean (σ(x) - mean σ)²: it makes all tokens
 have one σ before it is frozen.
@@ -61,21 +60,19 @@ class FrozenNorm(nn.Module):
         """Normalise ``input``, any shape with ``size`` channels at ``axis``; same shape and dtype out."""
         axis = self.axis
         if self.frozen and not self.apart and not self.training:
-            x = input - input.mean(axis, keepdim=True) if self.centred else input
-            return x * along(self.weight / self.average, input, axis).to(input.dtype) + along(
+            return input * along(self.weight / self.average, input, axis).to(input.dtype) + along(
                 self.bias, input, axis
             ).to(input.dtype)
         x = rows(input, axis)
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
         is_first = first_tokens(input, axis)
         if not self.frozen or (self.training and self.keep_spread):
-            sigma = (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
+            centred = x - x.mean(-1, keepdim=True) if self.centred else x
+            sigma = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
             if self.training:
                 self._observe(sigma, weights_of(self.valid, input, axis), is_first)
         if not self.frozen:
-            divisor = sigma
-        elif bool(self.apart) and is_first is not None:
+            return unrows(centred / sigma * self.weight + self.bias, input, axis)
+        if bool(self.apart) and is_first is not None:
             divisor = torch.where(is_first, self.first, self.average).to(x.dtype)
         else:
             divisor = self.average.to(x.dtype)
@@ -116,7 +113,7 @@ class FrozenNorm(nn.Module):
                 self.average.copy_(self.first)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """(a, b) in float64: once frozen this norm is a∘Px + b in eval mode."""
+        """(a, b) in float64: once frozen this norm is a∘x + b in eval mode."""
         return self.weight.detach().double() / self.average.detach().double(), self.bias.detach().double()
 
 

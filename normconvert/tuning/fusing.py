@@ -1,0 +1,108 @@
+"""The swapped norms, affine maps by now, move into the linear maps beside them; what is left computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..apply import write_checkpoint
+from ..errors import NothingToConvert
+from ..fidelity import Fidelity
+from ..options import Options
+from ..output import loading_files
+from ..pipeline import plan_model
+from ..plan import Plan, Verdict
+from ..probes import verification_inputs
+from ..sources import Source, open_source
+from ..verification import tolerance_for, verify_models
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What fusing did.
+
+    Attributes:
+        plan: of the output, as seen from the original architecture.
+        absorbed: paths of the norms that are gone.
+        fidelity: the output against the unfused model.
+        notes: sentences for the user.
+    """
+
+    plan: Plan
+    absorbed: tuple[str, ...]
+    fidelity: Fidelity
+    notes: tuple[str, ...]
+
+
+def fuse_folder(
+    tuned: Path, folder: Path, original: Source, tuned_plan: Plan, device: str, record: Callable[[Plan], None]
+) -> Fused:
+    """Fuse the norms of the checkpoint in ``tuned`` and write the result into ``folder``.
+
+    Args:
+        tuned: an output without fusing, with its record.
+        folder: exists, and is empty.
+        original: the source of the swap; the result has its dtype.
+        tuned_plan: the plan in the record of ``tuned``.
+        device: where the two are compared.
+        record: writes the record of ``folder``, given its plan.
+
+    Returns:
+        What was done. The fidelity may have failed.
+    """
+    from ..loading import load
+
+    arch = f"timm:{original.architecture}" if not (tuned / "config.json").is_file() else None
+    source = open_source(str(tuned), arch=arch, trust_remote_code=original.trust_remote_code)
+    plan = plan_model(source.skeleton(), Options(), "fuse-bn")
+    swapped = [edit["path"] for edit in tuned_plan.modules if edit["op"] == "affine"]
+    absorbed = tuple(edit["path"] for edit in plan.modules if edit["op"] == "absorb" and edit["path"] in swapped)
+    if not absorbed:
+        reasons = "; ".join(dict.fromkeys(v.reason for v in plan.kept)) or "none was found"
+        raise NothingToConvert(
+            f"{original.reference}: none of the swapped norms can be fused: {reasons}; --no-fuse keeps them"
+        )
+    combined = _combined(tuned_plan, plan, set(absorbed))
+    dtype = original.dtype
+    written = write_checkpoint(
+        source, plan, folder, dtype=dtype, hash_source=False,
+        # combined stands for the edits that `tuned` needs, too
+        extra_files=loading_files(replace(source, modules=()), combined, str(dtype).removeprefix("torch.")),
+    )  # fmt: skip
+    record(combined)
+    fidelity = verify_models(
+        truth=lambda: source.load(dtype=torch.float64, device=device),
+        algebra=None,
+        plan=plan,
+        original=lambda: source.load(dtype=dtype, device=device),
+        converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=original.trust_remote_code),
+        probes=verification_inputs(source.skeleton(), seed=0, tokenizer=original.tokenizer()),
+        tolerance=tolerance_for(plan),
+    )
+    kept = [v for v in plan.verdicts if v.path in swapped and not v.converted]
+    notes = [f"`{v.path}` stays as an affine map: {v.reason}" for v in kept]
+    return Fused(combined, absorbed, fidelity, (*plan.notes, *notes, *written.notes))
+
+
+def _combined(tuned: Plan, fused: Plan, absorbed: set[str]) -> Plan:
+    """Both plans as one: the norms that are absorbed need not become affine maps before."""
+    first = [edit for edit in tuned.modules if edit["path"] not in absorbed]
+    reasons = {v.path: v for v in fused.verdicts}
+
+    def verdict(old: Verdict) -> Verdict:
+        new = reasons.get(old.path)
+        if new is None or old.code != "swapped":
+            return old
+        more = f"fused {new.reason}" if new.converted else f"it stays as an affine map: {new.reason}"
+        return replace(old, reason=f"{old.reason.rstrip('.')}; {more}")
+
+    return replace(
+        tuned,
+        modules=first + fused.modules,
+        removed=list(fused.removed),
+        verdicts=[verdict(v) for v in tuned.verdicts],
+        notes=list(dict.fromkeys((*tuned.notes, *fused.notes))),
+    )

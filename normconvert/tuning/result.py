@@ -1,0 +1,79 @@
+"""What a swap did: the value that :func:`normconvert.swap` returns and the report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from ..fidelity import Fidelity
+    from ..plan import Plan
+    from .evaluation import Figures
+    from .settings import Settings
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did.
+
+    Attributes:
+        source: what the user named.
+        library: ``transformers`` or ``timm``.
+        architecture: class or model name.
+        out: the output folder; None in a process that does not write.
+        settings: what the user chose.
+        swapped: paths of the norms that were swapped, in execution order.
+        left: paths of the norms that still run in the output, swapped or not.
+        plan: module edits and verdicts of the output.
+        figures: ``original``, ``calibrated``, ``tuned`` -> what it is worth on the evaluation data.
+        eval_data: what that is, in words.
+        fused: the fused model against the unfused one; None without fusing.
+        steps: optimiser steps taken.
+        trace: loss, agreement and λ over the steps.
+        seconds: stage -> seconds it took.
+        notes: sentences for the user.
+    """
+
+    source: str
+    library: str
+    architecture: str
+    out: str | None
+    settings: Settings
+    swapped: tuple[str, ...]
+    left: tuple[str, ...]
+    plan: Plan
+    figures: dict[str, Figures]
+    eval_data: str
+    fused: Fidelity | None = None
+    steps: int = 0
+    trace: tuple[dict[str, float], ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """The method of the swap."""
+        return self.settings.method
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "normconvert": __version__,
+            "source": self.source,
+            "library": self.library,
+            "architecture": self.architecture,
+            "out": self.out,
+            "method": self.method,
+            "settings": self.settings.to_json(),
+            "norms": {"swapped": list(self.swapped), "left": list(self.left)},
+            "figures": {name: figures.to_json() for name, figures in self.figures.items()},
+            "eval_data": self.eval_data,
+            "fused": self.fused.to_json() if self.fused else None,
+            "steps": self.steps,
+            "trace": list(self.trace),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "plan": self.plan.to_json(),
+        }

@@ -1,0 +1,230 @@
+"""The two models of a swap: the teacher, which is the original, and the student, whose norms are the training norms.
+
+Both are the original with the ``rmsnorm`` plan's centring applied, which changes nothing that they compute. From then
+on the student is kept centred: after each optimiser step the writers' means, which no LayerNorm can see, are taken out
+again. So the norms that end as a∘x + b read mean-free values, and LayerNorm's subtraction of the mean, which no such
+map can express, is nowhere needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..edits import apply_edits
+from ..plan import Plan
+from ..running import algebra_model, named_tensors
+from .norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
+from .norms.frozen import first_tokens
+from .norms.tokens import Moments, rows, summed, weights_of
+from .seats import Seat
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model whose norms are being swapped.
+
+    Attributes:
+        model: in train mode where its training norms are concerned, in eval mode otherwise (no dropout).
+        norms: path -> the training norm there, in execution order.
+        seats: what they replace.
+        writers: name -> the edits that centre it.
+    """
+
+    model: nn.Module
+    norms: dict[str, SwapNorm]
+    seats: tuple[Seat, ...]
+    writers: dict[str, list[dict[str, Any]]]
+
+    def project(self) -> None:
+        """Take the means out of what writes into centred streams."""
+        tensors = named_tensors(self.model)
+        with torch.no_grad():
+            for name, edits in self.writers.items():
+                value = tensors[name]
+                value.copy_(apply_edits(value, edits, tensors.__getitem__).to(value.dtype))
+
+    def train(self, mode: bool = True) -> None:
+        """Let the training norms measure, or let them be what they end as."""
+        self.model.eval()
+        for norm in self.norms.values():
+            norm.train(mode)
+
+    @contextmanager
+    def masked(self, batch: Batch) -> Iterator[None]:
+        """Tell the norms which tokens of a batch are padding."""
+        mask = batch.get("attention_mask")
+        for norm in self.norms.values():
+            norm.valid = None if mask is None or mask.ndim != 2 else mask.bool()
+        try:
+            yield
+        finally:
+            for norm in self.norms.values():
+                norm.valid = None
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch, whose labels it does not see."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+
+def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """A batch on the device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def make_teacher(original: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Module:
+    """The original with the plan's centring, and its own norms.
+
+    Args:
+        original: in float64; not changed.
+        plan: of the ``rmsnorm`` rewrite.
+        dtype: of the result.
+    """
+    centred = replace(plan, modules=[edit for edit in plan.modules if edit["op"] != "replace"])
+    teacher = algebra_model(original, centred).to(dtype).eval()
+    return teacher.requires_grad_(False)
+
+
+def make_student(
+    teacher: nn.Module, plan: Plan, seats: Sequence[Seat], method: str, options: Mapping[str, Any] | None = None
+) -> Student:
+    """A copy of the teacher with training norms at ``seats``, which start with the parameters of the norms there.
+
+    Args:
+        teacher: see :func:`make_teacher`.
+        plan: the same.
+        seats: the norms to swap.
+        method: a row of :data:`normconvert.tuning.norms.TRAINING_NORMS`.
+        options: further arguments of the training norm.
+    """
+    model = copy.deepcopy(teacher)
+    norms: dict[str, SwapNorm] = {}
+    for seat in seats:
+        old = model.get_submodule(seat.path)
+        more = {"centred": True} if method in ("repbn", "ln-free") else {}
+        norm = TRAINING_NORMS[method](seat.size, seat.eps, axis=seat.axis, **more, **(options or {}))
+        weight = getattr(old, seat.weight) + seat.offset if seat.weight else torch.ones(seat.size)
+        bias = getattr(old, seat.bias) if seat.bias else torch.zeros(seat.size)
+        with torch.no_grad():
+            norm.weight.copy_(weight.reshape(-1))
+            norm.bias.copy_(bias.reshape(-1))
+            if isinstance(norm, RepBatchNorm):
+                norm.old_weight.copy_(norm.weight)
+                norm.old_bias.copy_(norm.bias)
+        _put(model, old, norm.to(next(model.parameters()).device))
+        norms[seat.path] = norm
+    centred = {
+        name: [edit for edit in edits if edit["op"] == "center"]
+        for name, edits in plan.tensors.items()
+        if any(edit["op"] == "center" for edit in edits)
+    }
+    tensors = named_tensors(model)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            fixed = any(edit["op"] == "fill" for edit in plan.tensors.get(name, ()))
+            tensor.requires_grad_(tensor.is_floating_point() and not fixed)
+    student = Student(model, norms, tuple(seats), centred)
+    student.train()
+    return student
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def measure(teacher: nn.Module, seats: Sequence[Seat], batches: Iterator[Batch]) -> dict[str, Moments]:
+    """One pass over ``batches``: what the norms at ``seats`` read and make, over all processes.
+
+    Args:
+        teacher: with its own norms.
+        seats: the norms to measure.
+        batches: inputs.
+
+    Returns:
+        Path -> sums over tokens.
+    """
+    found: dict[str, Moments] = {}
+    mask: list[Tensor | None] = [None]
+    hooks = [
+        teacher.get_submodule(seat.path).register_forward_hook(_Measure(seat, found, mask), with_kwargs=True)
+        for seat in seats
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                attention = batch.get("attention_mask")
+                mask[0] = attention.bool() if attention is not None and attention.ndim == 2 else None
+                call(teacher, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for seat in seats:
+        if seat.path in found:
+            _sum_over_processes(found[seat.path])
+    return found
+
+
+class _Measure:
+    """A forward hook that adds a norm's input and output to its moments."""
+
+    def __init__(self, seat: Seat, found: dict[str, Moments], mask: list[Tensor | None]) -> None:
+        self.seat, self.found, self.mask = seat, found, mask
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        input = args[0] if args else next(iter(kwargs.values()))
+        axis = self.seat.axis
+        x, y = rows(input, axis).double(), rows(output, axis).double()
+        weight = weights_of(self.mask[0], input, axis)
+        weight = x.new_ones(x.shape[0], 1) if weight is None else weight.double()
+        beginning = first_tokens(input, axis)
+        first = torch.zeros_like(weight) if beginning is None else weight * beginning
+        sigma = (x.var(-1, unbiased=False, keepdim=True) + self.seat.eps).sqrt()
+        new = Moments(
+            n=float(weight.sum()),
+            x=(x * weight).sum(0),
+            y=(y * weight).sum(0),
+            xx=(x * x * weight).sum(0),
+            xy=(x * y * weight).sum(0),
+            yy=(y * y * weight).sum(0),
+            deviation=float((sigma * (weight - first)).sum()),
+            first=float((sigma * first).sum()),
+            n_rest=float((weight - first).sum()),
+            n_first=float(first.sum()),
+        )
+        old = self.found.get(self.seat.path)
+        values = {k: getattr(old, k) + v for k, v in vars(new).items()} if old is not None else vars(new)
+        self.found[self.seat.path] = Moments(**values)
+
+
+def _sum_over_processes(moments: Moments) -> None:
+    numbers = ("n", "deviation", "first", "n_rest", "n_first")
+    totals = summed(moments.x.new_tensor([getattr(moments, k) for k in numbers]))
+    for key, total in zip(numbers, totals.tolist(), strict=True):
+        setattr(moments, key, total)
+    for key in ("x", "y", "xx", "xy", "yy"):
+        setattr(moments, key, summed(getattr(moments, key)))
+
+
+def finish(student: Student) -> None:
+    """Make every norm what it ends as: nothing of the old one is left."""
+    for norm in student.norms.values():
+        if isinstance(norm, RepBatchNorm):
+            norm.set_mix(0.0)
+        if isinstance(norm, FrozenNorm):
+            norm.freeze()
+            norm.merge_first()
+            norm.keep_spread = False
+    student.project()
+    student.train(False)

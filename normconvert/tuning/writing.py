@@ -1,0 +1,153 @@
+"""The trained student as a checkpoint folder: the original's tensors under their names, an affine map at each norm.
+
+With a large ε a LayerNorm is such a map: it divides by √(var + ε) ≈ √ε, whatever it reads. Where the model's config
+holds the ε of exactly the norms that were swapped, and all of them read mean-free values, the folder says ε = 10¹² and
+the weights are 10⁶ times as large. It then loads in unmodified library code, too (as in arXiv 2507.02559's releases).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply_loaded import save_model
+from ..apply_output import copy_other_files
+from ..errors import InputError, NormConvertError
+from ..output import loading_files
+from ..plan import Plan, Verdict
+from ..running import named_tensors
+from ..runtime import STRUCTURAL, apply_module_edits
+from ..sources import Source
+from .seats import Seat
+from .settings import SWAPS
+from .student import Student
+
+LARGE_EPS = 1e12
+
+
+def plan_of(
+    student: Student, plan: Plan, method: str, *, eps: float = 1.0, config_key: str | None = None, guarded: bool = False
+) -> Plan:
+    """What the folder's record says: the centring, the norms that stay, an affine map at each that was swapped.
+
+    Args:
+        student: finished.
+        plan: of the ``rmsnorm`` rewrite.
+        method: of the swap.
+        eps: of the affine maps.
+        config_key: where config.json holds it; None: nowhere.
+        guarded: the plain architecture shall refuse the weights, since it would take them for something else.
+    """
+    swapped = {seat.path for seat in student.seats}
+    modules = [edit for edit in plan.modules if edit["op"] == "center" or edit["path"] not in swapped]
+    modules += [
+        {"op": "affine", "path": seat.path, "size": seat.size, "eps": eps, "axis": seat.axis,
+         "weight": seat.weight or "weight", "bias": seat.bias or "bias", **({"guarded": True} if guarded else {})}
+        for seat in student.seats
+    ]  # fmt: skip
+    verdicts = [
+        Verdict(v.path, v.kind, True, f"its statistics are learnt ({SWAPS[method]}).", "swapped")
+        if v.path in swapped
+        else v
+        for v in plan.verdicts
+    ]
+    config = dict(plan.config) | ({config_key: eps} if config_key else {})
+    return Plan(f"swap {method}", modules=modules, config=config, verdicts=verdicts, notes=list(plan.notes))
+
+
+def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights, and the other files of the source, into ``folder``.
+
+    Args:
+        source: the original.
+        student: finished.
+        plan: see :func:`plan_of`.
+        folder: exists, and is empty.
+        dtype: to store the weights in.
+
+    Raises:
+        InputError: it cannot be written, or a weight is beyond the dtype.
+    """
+    model = source.load(dtype=torch.float32)
+    apply_module_edits(model, [edit for edit in plan.modules if edit["op"] in STRUCTURAL])
+    trained = named_tensors(student.model)
+    affine = {seat.path: student.norms[seat.path].affine() for seat in student.seats}
+    rows = {edit["path"]: edit for edit in plan.modules if edit["op"] == "affine"}
+    if "tie_word_embeddings" in plan.config:
+        _untie(model, trained)
+    for name, tensor in named_tensors(model).items():
+        path, _, leaf = name.rpartition(".")
+        if path in affine:
+            a, b = affine[path]
+            value = a * rows[path]["eps"] ** 0.5 if leaf == rows[path]["weight"] else b
+        elif name in trained:
+            value = trained[name].detach()
+        else:
+            continue
+        stored = value.to(dtype) if tensor.is_floating_point() else value
+        if stored.is_floating_point() and isinstance(tensor, nn.Parameter) and not torch.isfinite(stored).all():
+            raise InputError(f"tensor {name} (up to {float(value.abs().max()):.3g}) overflows {dtype}")
+        tensor.data = stored.to(tensor.device).reshape(tensor.shape)
+    model.to(dtype)
+    try:
+        if source.folder is not None:
+            copy_other_files(source.folder, folder)
+        save_model(source, plan, model, folder, None)
+        for file, content in loading_files(source, plan, str(dtype).removeprefix("torch.")).items():
+            (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise InputError(f"cannot write the output: {error.strerror or error}; nothing was kept") from error
+
+
+def _untie(model: nn.Module, trained: dict[str, Tensor]) -> None:
+    """Give each name of a tensor that is no longer shared its own."""
+    for name, tensor in list(named_tensors(model).items()):
+        other = [n for n, t in named_tensors(model).items() if t is tensor and n != name]
+        if any(n in trained and name in trained and trained[n] is not trained[name] for n in other):
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+
+
+def eps_key(source: Source, seats: Sequence[Seat], norms: int) -> str | None:
+    """The key of config.json that holds the ε of the swapped norms, of all norms and of nothing else; None if none.
+
+    Args:
+        source: the original.
+        seats: the norms that are swapped.
+        norms: how many norms the model has.
+    """
+    plain = all(seat.mean_free and seat.weight and seat.bias and not seat.offset for seat in seats)
+    if source.library != "transformers" or not seats or not plain or len(seats) != norms:
+        return None
+    before = _epsilons(source.skeleton())
+    for key, value in source.config.items():
+        if isinstance(value, float) and value == seats[0].eps:
+            after = _epsilons_with(source, {**source.config, key: LARGE_EPS})
+            changed = {path for path in after if after[path] != before.get(path)}
+            if changed == {seat.path for seat in seats} and all(after[p] == LARGE_EPS for p in changed):
+                return key
+    return None
+
+
+def _epsilons_with(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The ε of all modules of the architecture that another config.json describes; empty if there is none."""
+    with tempfile.TemporaryDirectory(prefix="normconvert-") as folder:
+        for file in source.folder.glob("*.py") if source.folder else ():
+            shutil.copyfile(file, Path(folder) / file.name)
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            return _epsilons(replace(source, folder=Path(folder), config=config).skeleton())
+        except (NormConvertError, ValueError):
+            return {}
+
+
+def _epsilons(model: nn.Module) -> dict[str, Any]:
+    return {path: getattr(module, "eps", None) for path, module in model.named_modules() if hasattr(module, "eps")}
