@@ -1,7 +1,8 @@
-"""Memoised functions of model code, emptied around every run on fake tensors.
+"""Memoised values of model code, set back around every run on fake tensors.
 
-Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache``. A fake tensor made
-while tracing must not turn up in a real run, nor a real one in a trace.
+Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache`` or in dictionaries of
+its modules. A fake tensor made while tracing must not turn up in a real run or in another trace, nor a real one in a
+trace.
 """
 
 from __future__ import annotations
@@ -13,18 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 _KEPT = ("torch", "sympy", "functools", "typing", "re", "numpy", "huggingface_hub", "rich", "typer")
 """Packages whose memoised functions hold no tensors of a model."""
 
 
 @contextmanager
-def fresh_caches() -> Iterator[None]:
-    """Empty them before and after."""
+def fresh_caches(model: nn.Module) -> Iterator[None]:
+    """Empty functions' caches before and after; the dictionaries of ``model`` hold afterwards what they held before."""
+    ours = vars(nn.Module())
+    tables = [t for m in model.modules() for k, t in vars(m).items() if type(t) is dict and k not in ours]
+    before = [dict(table) for table in tables]
     clear_caches()
     try:
         yield
     finally:
         clear_caches()
+        for table, held in zip(tables, before, strict=True):
+            table.clear()
+            table.update(held)
 
 
 def clear_caches() -> None:

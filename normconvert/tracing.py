@@ -140,7 +140,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), _entered(model, entry), fresh_caches(), _Constants() as constants:
+        with _marked(model, without), _entered(model, entry), fresh_caches(model), _Constants() as constants:
             program = torch.export.export(model, (), dict(inputs), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(marks_that_lie(graph) for graph in graphs))

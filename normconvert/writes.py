@@ -33,7 +33,10 @@ def mutates(node: fx.Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
-_MAY_RETURN_ITS_INPUT = ("dropout", "to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view")
+_MAY_RETURN_ITS_INPUT = (
+    *("dropout", "to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view"),
+    *("meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
+)
 """Operations that return their input itself, or a view of it, although their schema does not always say so."""
 
 
@@ -77,12 +80,8 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
         return node
 
     for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or node.target is MARK:
-            continue
-        operation = str(node.target).split(".")[1] if schema is not None else "view"
-        if schema is None or operation in _MAY_RETURN_ITS_INPUT or any(r.alias_info for r in schema.returns):
-            for source in node.all_input_nodes:
+        if node.op == "call_function" and node.target is not MARK:
+            for source in _named_again(node):
                 if find(source) is not find(node):
                     parent[find(source)] = find(node)
     root = {node: find(node) for node in graph.nodes}
@@ -90,3 +89,22 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
     for node, r in root.items():
         members[r].append(node)
     return root, members
+
+
+def _named_again(node: fx.Node) -> list[fx.Node]:
+    """The operands that a result may be another name of: those of which the schema says so, or all if it is silent.
+
+    ``x.add_(y)`` is x and not y.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or str(node.target).split(".")[1] in _MAY_RETURN_ITS_INPUT:
+        return node.all_input_nodes
+    if not any(r.alias_info for r in schema.returns):
+        return []
+    named = [a.alias_info is not None or "List" in str(a.type) for a in schema.arguments]
+    if not any(named):
+        return node.all_input_nodes
+    values = [v for v, alias in zip(node.args, named, strict=False) if alias]
+    values += [node.kwargs[a.name] for a, alias in zip(schema.arguments, named, strict=True)
+               if alias and a.name in node.kwargs]  # fmt: skip
+    return [n for v in values for n in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(n, fx.Node)]

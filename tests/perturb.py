@@ -44,7 +44,7 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
                     continue
                 done.add(id(tensor))
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                if name in parameters:
+                if name in parameters or (name in ("weight", "bias") and _is_norm(module)):  # frozen norms: buffers
                     tensor.copy_(_parameter(module, name, tensor.double(), noise))
                 elif name == "running_var":
                     tensor.copy_(0.5 + noise.abs())

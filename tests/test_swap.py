@@ -265,8 +265,8 @@ def test_two_processes_see_the_statistics_of_one_with_the_doubled_batch(tmp_path
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     one = [sys.executable, *common, str(tmp_path / "one"), *more, "--batch-size", "64"]
     two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *common, str(tmp_path / "two"), *more,
-           "--batch-size", "32"]  # fmt: skip
+           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *common,
+           str(tmp_path / "two"), *more, "--batch-size", "32"]  # fmt: skip
     for command in (one, two):
         assert subprocess.run(command, env=environment, cwd=ROOT).returncode == 0
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))

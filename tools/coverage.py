@@ -5,6 +5,7 @@ weights: the plan applied to float64 weights must equal the original. One proces
 and a memory limit; every result is a line of a work file, so that an interrupted sweep goes on where it stopped.
 
     python tools/coverage.py                                  # everything -> docs/coverage.md
+    python tools/coverage.py --method fuse-bn                 # the page's section about BatchNorm
     python tools/coverage.py --library timm --only hiera_tiny_224 --fresh -v --out -
     python tools/coverage.py --stage trace                    # census of tracing only
 """
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,12 @@ Key = tuple[str, str]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep, then write the page. Returns 1 if a converted model does not compute what its original computes."""
-    from tools.coverage_page import page, summary
+    from tools.coverage_page import is_wrong, summary, write_page
+    from tools.zoo.methods import METHODS
 
     arguments = _parser().parse_args(argv)
-    keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only)))
+    arguments.work = arguments.work or ROOT / "build" / METHODS[arguments.method].work
+    keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
     rows = {} if arguments.fresh else _read(arguments.work)
     todo = [] if arguments.page_only else [key for key in keys if key not in rows]
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +62,17 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.verbose:
                 print(f"{done}/{len(todo)} {_one_line(row)}", flush=True)
     swept = [rows[key] for key in keys if key in rows]
-    print(summary(swept))
+    print(summary(swept, arguments.method))
     if str(arguments.out) != "-":
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(page(swept, _versions(), left=len(keys) - len(swept)))
-    return int(any(row.get("mismatch") for row in swept))
+        write_page(arguments.out, arguments.method, swept, _versions(), left=len(keys) - len(swept))
+    return int(any(is_wrong(row) for row in swept))
 
 
 def _parser() -> argparse.ArgumentParser:
+    from tools.zoo.methods import METHODS
+
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--method", choices=list(METHODS), default="rmsnorm", help="the conversion (default: rmsnorm)")
     parser.add_argument("--library", action="append", choices=LIBRARIES, help="default: both")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
     parser.add_argument("--stage", choices=STAGES, default="verify", help="how far to go (default: verify)")
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit for one model")
     parser.add_argument("--min-gain", type=int, default=None)
     parser.add_argument("--allow-shifted-outputs", action="store_true")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "coverage.jsonl", help="results so far")
+    parser.add_argument("--work", type=Path, default=None, help="results so far (default: one file a method in build/)")
     parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
     parser.add_argument("--page-only", action="store_true", help="sweep nothing; write the page of what is there")
@@ -83,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keys(libraries: Iterable[str], only: set[str]) -> Iterator[Key]:
+def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
     from tools.zoo.timm_zoo import timm_names
     from tools.zoo.transformers_zoo import transformers_types
 
     for library in libraries:
-        names = transformers_types() if library == "transformers" else timm_names()
+        names = transformers_types() if library == "transformers" else timm_names(norm)
         # Any timm model may be named, not only those of the table.
         extra = sorted(only - set(names)) if library == "timm" and list(libraries) == ["timm"] else []
         yield from ((library, name) for name in [*names, *extra] if not only or name in only)
@@ -120,7 +126,7 @@ def _one_line(row: Row) -> str:
     elif "failure" in row:
         what = f"{row['cause']}: {row['failure']}"
     else:
-        what = f"{row.get('converted', '-')}/{row.get('norms', row['layernorms'])} error {row.get('error', '-')}"
+        what = f"{row.get('converted', '-')}/{row.get('norms', '-')} error {row.get('error', '-')}"
         what += " MISMATCH" if row.get("mismatch") else ""
         what += f" {row['reasons']}" if row.get("reasons") else ""
     return f"{row['library']} {row['name']} {what}  [{row['seconds']} s]"[:250]
@@ -220,12 +226,17 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     """Build, trace, plan and verify one model; the row holds what each stage found."""
     from normconvert.errors import TraceError
     from normconvert.options import Options
-    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.pipeline import plan_model, trace_model
     from tools.zoo.case import Skipped
+    from tools.zoo.methods import METHODS
     from tools.zoo.timm_zoo import timm_case
     from tools.zoo.transformers_zoo import transformers_case
 
     make = transformers_case if library == "transformers" else timm_case
+    method = METHODS[arguments.method]
+    options = Options(allow_shifted_outputs=arguments.allow_shifted_outputs)
+    if arguments.min_gain is not None:
+        options = Options(min_gain=arguments.min_gain, allow_shifted_outputs=arguments.allow_shifted_outputs)
     row: Row = {}
     level = 0
     for attempt in range(ATTEMPTS):
@@ -235,31 +246,31 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
             return row if row else {"skipped": str(error)}
         if attempt == 0 or "failure" in row:
             found = _facts(case)
-        if not case.layernorms or arguments.stage == "build":
+        if not found[method.count] or arguments.stage == "build":
             return found
         try:
-            graph = _trace(case)
+            if arguments.stage == "trace":
+                trace_model(case.skeleton())
+                return found
+            plan = plan_model(case.skeleton(), options, arguments.method)
         except TraceError as error:
             row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
             level += 1
             continue
+        except Exception as error:
+            return {**found, "failure": first_line(error), "cause": "plan"}
         row = found
         break
     else:
         return row
-    if arguments.stage == "trace":
+    row |= _verdicts(plan, case.skeleton(), method.is_norm)
+    if arguments.stage == "plan":
         return row
-    options = Options(allow_shifted_outputs=arguments.allow_shifted_outputs)
-    if arguments.min_gain is not None:
-        options = Options(min_gain=arguments.min_gain, allow_shifted_outputs=arguments.allow_shifted_outputs)
-    try:
-        plan = plan_rmsnorm(graph, options)
-    except Exception as error:
-        return {**row, "failure": first_line(error), "cause": "plan"}
-    row |= _verdicts(plan, case.skeleton())
-    if arguments.stage == "plan" or not plan.converted:
-        return row
-    return row | _fidelity(case, plan, arguments.allow_shifted_outputs)
+    if plan.converted:
+        row |= _fidelity(case, plan, arguments.allow_shifted_outputs)
+    if method.again and row["left"]:
+        row["again"] = _again(case, replace(options, **method.again), arguments.method, len(row["left"]))
+    return row | (_beside(case, method.beside) if method.beside is not None else {})
 
 
 def _facts(case: Any) -> Row:
@@ -272,31 +283,58 @@ def _facts(case: Any) -> Row:
     }
 
 
-def _trace(case: Any) -> Any:
-    from normconvert.pipeline import trace_model
+def _again(case: Any, options: Any, name: str, left: int) -> Row:
+    """The same model with other options: what they take that was left."""
+    from normconvert.pipeline import plan_model
+    from tools.zoo.methods import METHODS
 
-    return trace_model(case.skeleton())
+    try:
+        plan = plan_model(case.skeleton(), options, name)
+    except Exception as error:
+        return {"failure": first_line(error), "cause": "plan"}
+    row = _verdicts(plan, case.skeleton(), METHODS[name].is_norm)
+    return row | (_fidelity(case, plan, False) if len(row["left"]) < left else {})
 
 
-def _verdicts(plan: Any, model: Any) -> Row:
-    """Norms by verdict; one that the trace never met counts as a norm that stays."""
-    from tools.zoo.case import is_layernorm
+def _beside(case: Any, columns: Any) -> Row:
+    """Further columns, from the first of the probes."""
+    from normconvert.probes import verification_inputs
 
+    inputs = verification_inputs(case.skeleton(), seed=0)[0].inputs
+    return {"inputs": list(inputs), **columns(case, inputs)}
+
+
+def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
+    """Norms by verdict; one that the trace never met counts as a norm that stays.
+
+    A verdict may be about a module that holds the norm, so norms are also listed by their own paths.
+    """
+    paths = [path for path, module in model.named_modules() if is_norm(module)]
     met = {verdict.path for verdict in plan.verdicts}
-    unreached = [path for path, module in model.named_modules() if is_layernorm(module) and path not in met]
+    unreached = [path for path in paths if not _is_within(path, met)]
     reasons: dict[str, int] = {"unreached": len(unreached)} if unreached else {}
     for verdict in plan.kept:
         reasons[verdict.code] = reasons.get(verdict.code, 0) + 1
     example = {"unreached": f"`{unreached[0]}`"} if unreached else {}
     example |= {v.code: f"`{v.path}`: {v.reason}" for v in reversed(plan.kept)}
+    taken = {verdict.path for verdict in plan.converted}
     return {
         "norms": len(plan.verdicts) + len(unreached),
         "converted": len(plan.converted),
+        "without_verdict": len(unreached),
+        "taken": [path for path in paths if _is_within(path, taken)],
+        "left": [path for path in paths if not _is_within(path, taken)],
         "reasons": reasons,
         "examples": example,
         "centrings": sum(edit["op"] == "center" for edit in plan.modules),
         "float32_norms": plan.float32_norms,
     }
+
+
+def _is_within(path: str, owners: set[str]) -> bool:
+    """Whether a module is one of ``owners`` or inside one."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in owners for n in range(1, len(parts) + 1))
 
 
 def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:

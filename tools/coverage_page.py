@@ -1,10 +1,15 @@
-"""The page that the coverage sweep writes: summary, tables, causes."""
+"""The page that the coverage sweep writes: a section for each conversion, with summary, tables, causes.
+
+A sweep writes its own section and leaves those of the other conversions as they are. This file has what they share and
+the section of ``rmsnorm``; ``coverage_fuse_page.py`` has that of ``fuse-bn``.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tools.zoo.timm_zoo import timm_table
@@ -48,8 +53,9 @@ def state(row: Row) -> str:
     return "complete" if is_complete(row) else "partly"
 
 
-def _modules() -> dict[str, str]:
-    return {name: module for module, names in timm_table().items() for name in names}
+def modules_of_timm(norm: str = "LayerNorm") -> dict[str, str]:
+    """Model -> timm module, for the variants of the table."""
+    return {name: module for module, names in timm_table(norm).items() for name in names}
 
 
 def counts(rows: list[Row]) -> dict[str, int]:
@@ -70,17 +76,57 @@ def counts(rows: list[Row]) -> dict[str, int]:
     }
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: list[Row], method: str = "rmsnorm") -> str:
     """A few lines for the terminal."""
-    lines = []
-    for library, part in _by_library(rows).items():
-        lines.append(f"{library}: " + ", ".join(f"{v} {k}" for k, v in counts(part).items()))
-        if library == "timm":
-            lines.append(f"timm: {len(_complete_modules(part))} modules with a complete model")
-    return "\n".join(lines)
+    figures, _ = _sections()[method]
+    parts = by_library(rows)
+    return "\n".join(
+        f"{lib}: " + ", ".join(f"{v} {k}" for k, v in figures(part).items()) for lib, part in parts.items()
+    )
 
 
-def _by_library(rows: list[Row]) -> dict[str, list[Row]]:
+def write_page(path: Path, method: str, rows: list[Row], versions: dict[str, str], left: int = 0) -> None:
+    """Write the section of ``method`` into the page at ``path``; other sections stay."""
+    order = list(_sections())
+    found = sections(path.read_text(), order) if path.exists() else {}
+    found[method] = _sections()[method][1](rows, versions, left)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(_begin(name) + found[name] for name in order if name in found))
+
+
+def sections(text: str, methods: list[str]) -> dict[str, str]:
+    """Method -> its section of a page; a comment line begins each. A page without any is the first method's."""
+    starts = {method: text.index(_begin(method)) for method in methods if _begin(method) in text}
+    if not starts:
+        return {methods[0]: text}
+    ends = sorted([*starts.values(), len(text)])
+    return {
+        method: text[start + len(_begin(method)) : ends[ends.index(start) + 1]].rstrip("\n") + "\n"
+        for method, start in starts.items()
+    }
+
+
+def _begin(method: str) -> str:
+    return f"<!-- {method} -->\n"
+
+
+def _sections() -> Mapping[str, tuple[Callable[[list[Row]], dict[str, int]], Callable[..., str]]]:
+    """Method -> its figures and its section, in the order of the page."""
+    from tools.coverage_fuse_page import fuse_counts, fuse_section
+
+    return {"rmsnorm": (counts, page), "fuse-bn": (fuse_counts, fuse_section)}
+
+
+def is_wrong(row: Row) -> bool:
+    """Whether a row shows a fault of ours, for the exit status."""
+    from tools.coverage_fuse_page import is_incomplete
+
+    wrong = row.get("mismatch") or row.get("again", {}).get("mismatch")
+    return bool(wrong) or is_incomplete(row)
+
+
+def by_library(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each library."""
     parts: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         parts[row["library"]].append(row)
@@ -88,13 +134,13 @@ def _by_library(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _complete_modules(rows: list[Row]) -> list[str]:
-    modules = _modules()
+    modules = modules_of_timm()
     return sorted({modules.get(row["name"], str(row["name"])) for row in rows if is_complete(row)})
 
 
 def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
     """The whole page in Markdown."""
-    parts = _by_library(rows)
+    parts = by_library(rows)
     lines = [
         "# Coverage",
         "",
@@ -106,75 +152,83 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
         "",
         "Made by `python tools/coverage.py` with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
-        *_unfinished(len(rows), left),
+        *unfinished(len(rows), left),
         "## Summary",
         "",
     ]
     figures = {library: counts(part) for library, part in parts.items()}
     names = list(next(iter(figures.values()), {}))
-    lines += _table(["", *figures], [[name, *(str(f[name]) for f in figures.values())] for name in names])
+    lines += table(["", *figures], [[name, *(str(f[name]) for f in figures.values())] for name in names])
     if "timm" in parts:
         complete = _complete_modules(parts["timm"])
         lines += ["", f"timm modules with a complete model: {len(complete)} ({', '.join(complete)})."]
-    lines += _reason_table(rows) + _mismatches(rows) + _failures(rows)
+    found = bearing(rows)
+    lines += reason_table(found, REASONS, "## Why norms stay") + mismatches(rows, "## Mismatches")
+    lines += failures(found, "## What could not be traced or verified, by cause")
     for library, part in parts.items():
         lines += ["", f"## {library}", ""] + _models(bearing(part), library)
     lines += _left_out(parts)
     return "\n".join(lines) + "\n"
 
 
-def _unfinished(swept: int, left: int) -> list[str]:
+def unfinished(swept: int, left: int) -> list[str]:
+    """What to say of a sweep that was interrupted."""
     if not left:
         return []
     return [f"**The sweep is unfinished:** {swept} of {swept + left} types and models; the rest is missing here.", ""]
 
 
-def _table(head: list[str], body: list[list[str]]) -> list[str]:
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    """A Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text for a cell."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _error(row: Row) -> str:
+def error_of(row: Row) -> str:
+    """The float64 error for a cell."""
     return f"{row['error']:.0e}" if row.get("error") is not None else ""
 
 
 def _models(rows: list[Row], library: str) -> list[str]:
-    modules = _modules()
+    modules = modules_of_timm()
     first = ["module", "model"] if library == "timm" else ["type"]
     body = []
     for row in sorted(rows, key=lambda r: (modules.get(r["name"], ""), r["name"])):
         reasons = ", ".join(f"{code} {n}" for code, n in sorted(row.get("reasons", {}).items()))
         names = [modules.get(row["name"], ""), row["name"]] if library == "timm" else [row["name"]]
         norms, converted = str(row.get("norms", row.get("layernorms", ""))), str(row.get("converted", ""))
-        body.append([*names, row.get("model_class", ""), norms, converted, state(row), _error(row), reasons])
-    return _table([*first, "class", "norms", "converted", "result", "float64 error", "reasons of the rest"], body)
+        body.append([*names, row.get("model_class", ""), norms, converted, state(row), error_of(row), reasons])
+    return table([*first, "class", "norms", "converted", "result", "float64 error", "reasons of the rest"], body)
 
 
-def _reason_table(rows: list[Row]) -> list[str]:
+def reason_table(rows: list[Row], meanings: Mapping[str, str], title: str) -> list[str]:
+    """Why norms stay: how many for each class of reason, with an example."""
     models: Counter[str] = Counter()
     norms: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    for row in bearing(rows):
+    for row in rows:
         for code, n in row.get("reasons", {}).items():
             models[code] += 1
             norms[code] += n
             examples.setdefault(code, f"{row['name']}, {row['examples'][code]}")
     body = [
-        [code, REASONS.get(code, ""), str(n), str(models[code]), _escape(examples[code])]
+        [code, meanings.get(code, ""), str(n), str(models[code]), escape(examples[code])]
         for code, n in norms.most_common()
     ]
-    return ["", "## Why norms stay", "", *_table(["code", "meaning", "norms", "models", "an example"], body)]
+    return ["", title, "", *table(["code", "meaning", "norms", "models", "an example"], body)]
 
 
-def _mismatches(rows: list[Row]) -> list[str]:
+def mismatches(rows: list[Row], title: str) -> list[str]:
+    """Models that do not compute what they did, if there are any."""
     bad = [row for row in rows if row.get("mismatch")]
     if not bad:
         return []
-    body = [[row["library"], row["name"], _error(row), _escape("; ".join(row["worst"]))] for row in bad]
-    return ["", "## Mismatches", "", *_table(["library", "model", "error", "where"], body)]
+    body = [[row["library"], row["name"], error_of(row), escape("; ".join(row["worst"]))] for row in bad]
+    return ["", title, "", *table(["library", "model", "error", "where"], body)]
 
 
 CAUSES = {
@@ -191,8 +245,9 @@ def cause_of(message: str) -> str:
     return next((cause for cause, words in CAUSES.items() if re.search(words, message, re.IGNORECASE)), "other")
 
 
-def _failures(rows: list[Row]) -> list[str]:
-    failed = [row for row in bearing(rows) if "failure" in row or "unverified" in row]
+def failures(rows: list[Row], title: str) -> list[str]:
+    """Models that could not be traced or verified, by cause."""
+    failed = [row for row in rows if "failure" in row or "unverified" in row]
     if not failed:
         return []
     groups: dict[str, list[Row]] = defaultdict(list)
@@ -201,12 +256,11 @@ def _failures(rows: list[Row]) -> list[str]:
         cause = str(row.get("cause", "converted, but not verified"))
         groups[cause_of(message) if cause == "trace" else cause].append(row)
     body = [
-        [_escape(cause), row["library"], row["name"], _escape(row.get("failure") or row["unverified"])]
+        [escape(cause), row["library"], row["name"], escape(row.get("failure") or row["unverified"])]
         for cause, members in sorted(groups.items(), key=lambda kv: -len(kv[1]))
         for row in members
     ]
-    title = "## What could not be traced or verified, by cause"
-    return ["", title, "", *_table(["cause", "library", "model", "message"], body)]
+    return ["", title, "", *table(["cause", "library", "model", "message"], body)]
 
 
 def _left_out(parts: dict[str, list[Row]]) -> list[str]:
@@ -220,5 +274,5 @@ def _left_out(parts: dict[str, list[Row]]) -> list[str]:
                 groups[row["skipped"]].append(row["name"])
         for reason, names in sorted(groups.items(), key=lambda kv: -len(kv[1])):
             listed = f": {', '.join(names)}" if len(names) < 8 else ""
-            lines.append(f"- {library}: {len(names)} skipped, {_escape(reason)}{listed}")
+            lines.append(f"- {library}: {len(names)} skipped, {escape(reason)}{listed}")
     return lines

@@ -324,7 +324,7 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
     """Call a model, or a method of it, on inputs of these shapes in fake mode, on the device of its parameters."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     device = next((p.device for p in model.parameters()), torch.device("meta"))
-    with torch.no_grad(), fresh_caches(), mode:
+    with torch.no_grad(), fresh_caches(model), mode:
         fake = {
             name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()

@@ -18,7 +18,7 @@ from ..channels import NEUTRAL, name_of
 from ..options import Options
 from ..plan import Plan, Verdict
 from ..streams import operation
-from ..tracing import Graph
+from ..tracing import Graph, module_path
 from ..vectors import part
 from .moving import Blocked, Share, Walk
 
@@ -230,13 +230,17 @@ def _tensors_under(graph: Graph, path: str, keep: tuple[str, ...]) -> list[str]:
 
 
 def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:
-    """Verdicts for the BatchNorms that no traced call runs."""
+    """Verdicts for the BatchNorms, and other modules with a running variance, that were not found in any call."""
     seen = {id(graph.modules[path]) for path in called if path in graph.modules}
+    run = {module_path(node) for node in graph.nodes}
     found: dict[int, Verdict] = {}
     for path, module in graph.modules.items():
-        known = isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in seen | set(found)
+        known = isinstance(module, nn.modules.batchnorm._BatchNorm) or "running_var" in module._buffers
         part = any(path == p or path.startswith(f"{p}.") for p in called)
-        if known and not part:
-            reason = "no traced input makes the model run it."
-            found[id(module)] = Verdict(path, type(module).__name__, False, reason, "unreached")
+        if not known or part or id(module) in seen | set(found):
+            continue
+        reason, code = "no traced input makes the model run it.", "unreached"
+        if path in run:
+            reason, code = "what it computes is not seen to be an affine map of its input, channel by channel.", "form"
+        found[id(module)] = Verdict(path, type(module).__name__, False, reason, code)
     return list(found.values())

@@ -1,15 +1,16 @@
 """At least one variant of every timm module, as small as its arguments allow.
 
-Which variants is a table, ``timm_variants.json``, since finding the smallest of 1,400 models takes minutes: of every
-module the smallest model, and the smallest LayerNorm-bearing one of each family the module holds (``mixer`` and
-``gmlp`` of ``mlp_mixer``). ``python -m tools.zoo.timm_zoo`` writes it anew for the timm that is installed.
+Which variants is a table, ``timm_variants.json``, since finding the smallest of 1,400 models takes minutes. For each
+norm that a conversion looks for: of every module the smallest model that bears it, for each family the module holds
+(``mixer`` and ``gmlp`` of ``mlp_mixer``); for LayerNorm the smallest model of the module, too, whatever it bears.
+``python -m tools.zoo.timm_zoo`` writes it anew for the timm that is installed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,19 @@ ARGUMENTS: tuple[dict[str, Any], ...] = (
 
 DEFAULT_CLASSES = 11
 
+VARIANTS = {"LayerNorm": "variants", "BatchNorm": "batchnorm_variants"}
+"""Norm -> its table in the file."""
 
-def timm_table() -> dict[str, list[str]]:
-    """Module -> variants to sweep."""
-    table: dict[str, list[str]] = json.loads(TABLE.read_text())["variants"]
+
+def timm_table(norm: str = "LayerNorm") -> dict[str, list[str]]:
+    """Module -> variants to sweep for a norm, ``LayerNorm`` or ``BatchNorm``."""
+    table: dict[str, list[str]] = json.loads(TABLE.read_text())[VARIANTS[norm]]
     return table
 
 
-def timm_names() -> list[str]:
+def timm_names(norm: str = "LayerNorm") -> list[str]:
     """All variants of the table, by module."""
-    return [name for names in timm_table().values() for name in names]
+    return [name for names in timm_table(norm).values() for name in names]
 
 
 def timm_case(name: str, first_level: int = 0) -> tuple[Case, int]:
@@ -62,9 +66,8 @@ def timm_case(name: str, first_level: int = 0) -> tuple[Case, int]:
     for index, (arguments, side) in enumerate(levels(name)):
         if index < first_level:
             continue
-        label = ", ".join([f"{k}={v}" for k, v in arguments.items()] + ([f"image {side}"] if side else [])) or "none"
         try:
-            return make_case(name, "timm", label, _constructor(name, arguments, side)), index
+            return make_case(name, "timm", label(arguments, side), constructor(name, arguments, side)), index
         except Skipped as error:
             reason = error
         except Exception as error:  # any library error: the next way may do
@@ -87,7 +90,14 @@ def levels(name: str) -> list[tuple[dict[str, Any], int | None]]:
     return rows
 
 
-def _constructor(name: str, arguments: dict[str, Any], side: int | None) -> Any:
+def label(arguments: dict[str, Any], side: int | None) -> str:
+    """A way of building in words."""
+    return ", ".join([f"{k}={v}" for k, v in arguments.items()] + ([f"image {side}"] if side else [])) or "none"
+
+
+def constructor(name: str, arguments: dict[str, Any], side: int | None) -> Callable[[], nn.Module]:
+    """What builds a model in one of the ways of :func:`levels`."""
+
     def construct() -> nn.Module:
         import timm
 
@@ -115,31 +125,36 @@ def _family(name: str) -> str:
     return match.group(1) if match else name
 
 
-def choose_variants() -> dict[str, list[str]]:
-    """Build every timm model on the meta device and choose; takes minutes."""
+def choose_variants() -> dict[str, dict[str, list[str]]]:
+    """Build every timm model on the meta device and choose; takes minutes. The tables are named as in the file."""
     import timm
     import torch
 
-    from tools.zoo.case import is_layernorm
+    from tools.zoo.case import is_batchnorm, is_layernorm
 
-    chosen: dict[str, list[str]] = {}
+    chosen: dict[str, dict[str, list[str]]] = {table: {} for table in VARIANTS.values()}
     for module in timm.list_modules():
-        sizes: list[tuple[int, str, bool]] = []
+        sizes: list[tuple[int, str, bool, bool]] = []
         for name in timm.list_models(module=module):
             with torch.device("meta"):
                 model = timm.create_model(name, pretrained=False)
-            norms = any(is_layernorm(m) for m in model.modules())
-            sizes.append((sum(p.numel() for p in model.parameters()), name, norms))
+            modules = list(model.modules())
+            layernorms, batchnorms = any(map(is_layernorm, modules)), any(map(is_batchnorm, modules))
+            sizes.append((sum(p.numel() for p in model.parameters()), name, layernorms, batchnorms))
         sizes.sort()
-        families = {}
-        for _, name, norms in reversed(sizes):
-            if norms:
-                families[_family(name)] = name
-        chosen[module] = list(dict.fromkeys([name for _, name, _ in sizes[:1]] + sorted(families.values())))
+        smallest = [name for _, name, _, _ in sizes[:1]]
+        chosen["variants"][module] = list(dict.fromkeys(smallest + _by_family([n for _, n, ln, _ in sizes if ln])))
+        if found := _by_family([n for _, n, _, bn in sizes if bn]):
+            chosen["batchnorm_variants"][module] = found
     return chosen
+
+
+def _by_family(names: list[str]) -> list[str]:
+    """The first of each family."""
+    return sorted({_family(name): name for name in reversed(names)}.values())
 
 
 if __name__ == "__main__":
     import timm
 
-    TABLE.write_text(json.dumps({"timm": timm.__version__, "variants": choose_variants()}, indent=1) + "\n")
+    TABLE.write_text(json.dumps({"timm": timm.__version__, **choose_variants()}, indent=1) + "\n")

@@ -51,11 +51,12 @@ Whole models come before parts: an encoder-decoder before its decoder as a causa
 before its image tower, and an encoder's masked language model (what its checkpoints are) before a causal one.
 """
 
-RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1],
+RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 20, 24, 28], "depths": [1, 1, 1, 1],
           "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
 DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features": ["stage4"]}}
 
 REQUIRED: dict[str, dict[str, Any]] = {
+    "align": {"vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.5}},
     "blip-2": {"image_token_index": 100},
     "autoformer": {"prediction_length": 6, "context_length": 12},
     "informer": {"prediction_length": 6, "context_length": 12},
@@ -75,7 +76,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
 }
-"""Values without which a type's own default configuration does not build (they are None or name a file to download)."""
+"""Values without which a type's own default configuration does not build (they are None or name a file to download).
+
+Coefficients of an EfficientNet, which is hundreds of layers deep by default, are here as well.
+"""
 
 CLASSES = {
     "musicgen": "MusicgenForConditionalGeneration",
