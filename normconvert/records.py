@@ -22,7 +22,7 @@ def structural_edits(folder: Path) -> tuple[dict[str, Any], ...]:
 
     try:
         modules = read_record(folder)["modules"]
-    except NotConverted:
+    except InputError:  # no record, or none that can be read: then the plain architecture has to fit
         return ()
     return tuple(modules) if any(edit.get("op") in STRUCTURAL for edit in modules) else ()
 

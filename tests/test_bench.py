@@ -258,7 +258,7 @@ def test_the_command_measures_all_three(pair: tuple[Path, Path], capsys: pytest.
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
         *["command", "source", "converted", "library", "architecture", "method", "norms", "device", "dtype"],
-        *["machine", "parameter_bytes", "rows", "exit_status"],
+        *["machine", "parameter_bytes", "rows", "exit_status", "command_line"],
     }
     assert document["norms"] == {"converted": 5, "total": 5}
     assert document["machine"].keys() >= {"processor", "threads", "torch", "transformers"}

@@ -189,7 +189,7 @@ def test_a_dry_run_says_what_each_job_would_do_and_how_large_it_is(
     out, _ = capsys.readouterr()
     rows = {line.split()[1]: line for line in out.splitlines() if line.startswith(" model")}
     assert "up to date" in rows["rmsnorm"]
-    assert "convert again: min_gain was 7, is 3" in rows["old"]
+    assert "convert again: min_gain was 7, is not set" in rows["old"]
     assert "refuse: the output exists and was not made by normconvert" in rows["mine"]
     assert rows["new"].split()[2] == "convert"
     size = Path("model/model.safetensors").stat().st_size
@@ -215,7 +215,7 @@ def test_what_is_done_is_skipped_until_something_about_it_changes(here: Path) ->
         return f"{decision.action}: {decision.why}"
 
     said = "sources: [{source: model, %s}]\noutput: out/model-rmsnorm\n"
-    assert reason(said % "options: {min_gain: 2}") == "redo: min_gain was 3, is 2"
+    assert reason(said % "options: {min_gain: 2}") == "redo: min_gain was not set, is 2"
     assert reason(said % "dtype: bfloat16") == "redo: dtype was auto, is bfloat16"
     assert reason(said % "method: fuse-bn") == "redo: method was rmsnorm, is fuse-bn"
     assert reason(said % "limits: {rounding: 1.99, top1: 0.5}") == "skip: up to date"

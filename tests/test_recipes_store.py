@@ -75,7 +75,7 @@ def test_an_output_in_an_object_store_is_that_of_a_folder_and_complete_when_its_
     # Known again; never replaced if somebody edited it; made again if it is out of date or not complete.
     assert state.decide(job).action == "skip"
     assert perform(job).status == "skipped"
-    assert state.decide(job_of("defaults: {options: {min_gain: 2}}\n")).why == "min_gain was 3, is 2"
+    assert state.decide(job_of("defaults: {options: {min_gain: 2}}\n")).why == "min_gain was not set, is 2"
     weights = store.objects.pop(f"{OUT}/model.safetensors")
     assert state.decide(job).why == "model.safetensors is missing"
     store.objects[f"{OUT}/model.safetensors"] = weights[:-1] + bytes([weights[-1] ^ 1])

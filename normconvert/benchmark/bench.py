@@ -161,7 +161,7 @@ def _made_plan(source: Source, method: str | None) -> Plan:
         norms += len(plan.verdicts)
         if plan.converted:
             return plan
-    what = " or ".join(METHODS[name] for name in wanted)
+    what = " or ".join(dict.fromkeys(METHODS[name] for name in wanted))
     if not norms:
         raise NothingToConvert(f"{source.reference}: nothing to gain: {source.architecture} has no {what}")
     raise NothingToConvert(

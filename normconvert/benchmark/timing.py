@@ -7,8 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SAMPLE = 0.01
 """Seconds that one sample lasts at least, if it may: several calls of something quick are timed as one."""
@@ -52,6 +54,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
+    import torch  # not with the file: the reports of commands that need no torch read results
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
