@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .benchmark.bench import bench
     from .checking import check
     from .exporting import export
+    from .identification import Identification, identify
     from .loading import load
     from .recipes.batch import run_recipes
     from .result import Report
@@ -28,6 +29,8 @@ _WHERE = {
     "bench": "benchmark.bench",
     "check": "checking",
     "convert": "api",
+    "identify": "identification",
+    "Identification": "identification",
     "inspect": "api",
     "Report": "result",
     "verify": "verification",
@@ -38,12 +41,14 @@ _WHERE = {
 }
 
 __all__ = [
+    "Identification",
     "Report",
     "__version__",
     "bench",
     "check",
     "convert",
     "export",
+    "identify",
     "inspect",
     "load",
     "run_recipes",

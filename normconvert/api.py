@@ -87,11 +87,11 @@ def convert(
     """Convert the norms of a checkpoint and write the result to ``out``, complete or not at all.
 
     Args:
-        src: hub id (``name``, ``org/name``, ``@revision``), folder, weight file (with ``arch``), or ``demo:NAME``.
+        src: hub id (``name``, ``org/name``, ``@revision``), folder, weight file, or ``demo:NAME``.
         out: the folder to make.
         method: a conversion, one of :data:`normconvert.options.METHODS`.
         revision: branch, tag or commit on the hub.
-        arch: ``timm:NAME`` for bare weights.
+        arch: ``timm:NAME`` for bare weights; None: found by their names and shapes, if that is possible.
         dtype: store the weights in this dtype; ``auto`` keeps each tensor's own.
         fold: move the norms' weight and bias into the linear maps that read them, where each can take them.
         tied: ``center`` keeps an embedding that is also the output head and centres its output; ``untie`` makes two of
@@ -240,7 +240,7 @@ def _plan(
         dtype=str(source.dtype).removeprefix("torch."),
         stored=str(source.dtype).removeprefix("torch."),
         seconds={"open": opened - start, "trace": traced - opened},
-        notes=tuple(plan.notes),
+        notes=(*source.notes, *plan.notes),
         options={**asdict(options), "revision": revision, "arch": arch},
     )
 

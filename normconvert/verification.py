@@ -273,11 +273,10 @@ def verify(
         InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
     """
     from normconvert.limits import check_limits, judge_limits
-    from normconvert.sources import open_source
+    from normconvert.sources import open_pair
 
     limits = check_limits(limits or {})
-    first = open_source(str(a), trust_remote_code=trust_remote_code)
-    second = open_source(str(b), trust_remote_code=trust_remote_code)
+    first, second = open_pair(str(a), str(b), trust_remote_code=trust_remote_code)
     plan = recorded_plan(second.record) if first.record is None else None
     used = dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))

@@ -17,6 +17,7 @@ from normconvert.cli import (  # noqa: F401
     demo,
     export,
     fuse_bn,
+    identify,
     inspect,
     run_recipes,
     schema,

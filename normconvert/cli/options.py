@@ -49,11 +49,14 @@ class Method(str, Enum):
 
 Src = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="Hub id (org/name, @revision), folder, weight file with --arch, or demo:NAME."),
+    typer.Argument(metavar="SRC", help="Hub id (org/name, @revision), folder, weight file, or demo:NAME."),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it appears complete or not at all.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit on the hub.")]
-Arch = Annotated[str | None, typer.Option(metavar="timm:NAME", help="Architecture of bare weights.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(metavar="timm:NAME", help="Architecture of bare weights; else found by their names and shapes."),
+]
 Fold = Annotated[
     bool,
     typer.Option("--fold/--no-fold", help="Move the norms' weight and bias into what reads them."),

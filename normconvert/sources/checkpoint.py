@@ -58,7 +58,7 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and library == "transformers":
-        return _inside(folder, named, "config.json")
+        return inside(folder, named, "config.json")
     names = WEIGHT_FILES + (TIMM_FILES if library == "timm" else ())
     for name in names:
         if (folder / name).is_file():
@@ -115,7 +115,7 @@ def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     pickled: dict[str, torch.Tensor] = {}
     for name in sorted(set(weight_map.values())):
-        shard = _inside(index.parent, name, index.name, trusted_links)
+        shard = inside(index.parent, name, index.name, trusted_links)
         if not shard.is_file():
             raise InputError(f"{index.parent}: shard {name} is missing (named by {index.name}); download it again")
         found = _read_file(shard)
@@ -129,7 +129,7 @@ def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
     return Checkpoint(tensors, pickled)
 
 
-def _inside(folder: Path, name: str, said_by: str, trusted_links: bool = False) -> Path:
+def inside(folder: Path, name: str, said_by: str, trusted_links: bool = False) -> Path:
     """``folder / name``, refused if it leaves the folder by name or by link."""
     path = folder / name
     escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name

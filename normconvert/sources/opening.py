@@ -9,7 +9,14 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.records import RECORD_FILE, structural_edits
-from normconvert.sources.checkpoint import PICKLES, find_weights, load_json, majority_dtype, read_checkpoint
+from normconvert.sources.checkpoint import (
+    PICKLES,
+    Checkpoint,
+    find_weights,
+    load_json,
+    majority_dtype,
+    read_checkpoint,
+)
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source, TensorInfo
 
@@ -32,7 +39,8 @@ def open_source(
         reference: a folder (transformers or timm), a weight file, a hub id (``name``, ``org/name``, ``…@revision``)
             or ``demo:NAME``.
         revision: branch, tag or commit on the hub.
-        arch: ``timm:NAME``, the architecture of files that have no config.json.
+        arch: ``timm:NAME``, the architecture of files that have no config.json; None: that whose names and shapes
+            the weights have, if there is one only or the checkpoint states which.
         trust_remote_code: allow code that comes with the checkpoint to run.
         found: called with the tensors' places and the folder as soon as they are known, before the library that
             builds the model is imported, which takes seconds.
@@ -40,17 +48,36 @@ def open_source(
     Raises:
         InputError: anything that is wrong with the reference or the files, in one line.
     """
-    path, commit = _locate(reference, revision)
+    path, commit = locate(reference, revision)
     if path.is_dir():
         return open_folder(reference, path, commit, arch, trust_remote_code, found)
-    if arch is None:
-        beside = path.parent / "config.json"
-        hint = f"pass its folder {path.parent}" if beside.is_file() else "pass --arch timm:NAME"
-        raise InputError(f"{path}: a bare weight file does not say its architecture: {hint}")
+    if arch is None and (path.parent / "config.json").is_file():
+        raise InputError(f"{path}: a weight file beside a config.json: pass its folder {path.parent}, or --arch")
     return _finish(reference, None, path, {}, arch, None, commit, trust_remote_code, found)
 
 
-def _locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
+def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Source, Source]:
+    """Open two checkpoints of one model: bare weights take the timm architecture that the other one names.
+
+    Raises:
+        InputError: see :func:`open_source`.
+    """
+    opened: dict[str, Source] = {}  # a checkpoint compared with itself is opened twice, and kept once
+    for reference in (b, a) if _is_bare(a) else (a, b):
+        other = next(iter(opened.values()), None)
+        named = other is not None and other.library == "timm" and _is_bare(reference)
+        arch = f"timm:{other.architecture}" if other is not None and named else None
+        opened[reference] = open_source(reference, arch=arch, trust_remote_code=trust_remote_code)
+    return opened[a], opened[b]
+
+
+def _is_bare(reference: str) -> bool:
+    """Whether this is a weight file or folder of this machine that no config.json describes."""
+    path = Path(reference).expanduser()
+    return path.is_file() or (path.is_dir() and not (path / "config.json").is_file())
+
+
+def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file that ``reference`` means, and its commit if it comes from the hub."""
     if reference.startswith("demo:"):
         return _demo(reference.removeprefix("demo:")), None
@@ -91,13 +118,14 @@ def open_folder(
 ) -> Source:
     """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
     config_file = folder / "config.json"
-    if not config_file.is_file() and arch is None:
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
-        raise InputError(f"{folder}: not a checkpoint: no config.json (found {held}); bare weights need --arch")
     config = load_json(config_file) if config_file.is_file() and arch is None else {}
     record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
     _refuse_quantised(folder, config)
-    weights = find_weights(folder, config, library_of(config, arch))
+    bare = arch is None and not config_file.is_file()
+    if bare and not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
+        raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
+    weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
     return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
 
 
@@ -114,19 +142,24 @@ def _finish(
 ) -> Source:
     from normconvert.sources.libraries import describe, map_names
 
-    library = library_of(config, arch)
-    checkpoint = read_checkpoint(weights, trusted_links=_in_hub_cache(weights.parent))
+    bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
+    library = "timm" if bare else library_of(config, arch)
+    checkpoint = read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent))
     if found is not None:
         found(checkpoint.tensors.values(), folder)
     try:
         dtype = majority_dtype(checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
+    notes: tuple[str, ...] = ()
+    if bare:
+        arch, note = _identified(reference, checkpoint, weights, folder)
+        notes = (note,)
     source = Source(
         reference=reference, library=library, folder=folder, config=config,
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
         dtype=dtype, trust_remote_code=trust, record=record, revision=commit, pickled=checkpoint.pickled,
-        modules=structural_edits(folder) if folder is not None else (),
+        modules=structural_edits(folder) if folder is not None else (), notes=notes,
     )  # fmt: skip
     source = describe(source)
     mapping = map_names(source)
@@ -138,6 +171,20 @@ def _finish(
         tied=mapping.tied,
         merged=mapping.merged,
     )
+
+
+def _identified(reference: str, checkpoint: Checkpoint, weights: Path, folder: Path | None) -> tuple[str, str]:
+    """The architecture of weights that come without one, and the sentence that tells the user.
+
+    Raises:
+        InputError: none fits, or several do and nothing says which.
+    """
+    from normconvert.identification import identify_names, names_of, stated, words
+
+    found = identify_names(reference, names_of(checkpoint.tensors, stated(weights, folder)))
+    if found.arch is None:
+        raise InputError(words.refused(found))
+    return found.arch, words.used(found)
 
 
 def library_of(config: dict[str, Any], arch: str | None) -> str:
@@ -168,6 +215,6 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _in_hub_cache(folder: Path) -> bool:
+def in_hub_cache(folder: Path) -> bool:
     """Whether this is a snapshot folder of the hub's cache, whose files are links made by huggingface_hub."""
     return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.sources.pickle_names import ALLOWED, WRAPPERS, unprefixed
 
 if TYPE_CHECKING:
     import torch
-
-# Training checkpoints wrap the weights; the order is timm's (timm.models._helpers.load_state_dict).
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -76,8 +73,7 @@ def _globals(path: Path) -> list[str]:
                     found.append(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    allowed = ("torch.", "collections.OrderedDict", "argparse.Namespace")
-    return [name for name in dict.fromkeys(found) if not name.startswith(allowed)]
+    return [name for name in dict.fromkeys(found) if not name.startswith(ALLOWED)]
 
 
 def _tensors(loaded: Any) -> dict[str, torch.Tensor]:
@@ -90,9 +86,7 @@ def _tensors(loaded: Any) -> dict[str, torch.Tensor]:
     result: dict[str, torch.Tensor] = {}
     for name, value in loaded.items():
         if isinstance(name, str) and isinstance(value, torch.Tensor):
-            for prefix in PREFIXES:
-                name = name.removeprefix(prefix)
-            result[name] = value.detach()
+            result[unprefixed(name)] = value.detach()
     return result
 
 

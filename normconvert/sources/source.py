@@ -55,7 +55,8 @@ class Source:
         revision: commit on the hub the files come from.
         modules: module edits without which the weights do not fit the architecture: rows of
             :data:`normconvert.runtime.MODULE_EDITS`, for a folder that normconvert wrote.
-        described: ``config`` was made from ``--arch``, not read from the folder.
+        described: ``config`` was made from ``--arch`` or from what was identified, not read from the folder.
+        notes: sentences for the user: how the architecture was found.
         fetch: to be called with a checkpoint name before that tensor's data is read, for files that are not here.
         pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
     """
@@ -77,6 +78,7 @@ class Source:
     revision: str | None = None
     described: bool = False
     modules: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
     fetch: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 

@@ -18,7 +18,7 @@ from normconvert.sources.source import Source
 RANDOM_INIT = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "bernoulli_", "exponential_"})
 
 
-class _NoRandomInit(TorchFunctionMode):
+class NoRandomInit(TorchFunctionMode):
     """Skips random initialisation, which costs seconds and is overwritten by the checkpoint."""
 
     def __torch_function__(
@@ -44,11 +44,16 @@ def describe(source: Source) -> Source:
             f"{source.reference}: timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}"
         )
     source = replace(source, architecture=name)
-    return source if source.config else replace(source, config=_bare_config(source), described=True)
+    if source.config:
+        return source
+    config = _bare_config(source)
+    arguments = config.get("model_args", {})
+    notes = [f"shapes say that the model was made with {k}={v}" for k, v in arguments.items()]
+    return replace(source, config=config, described=True, notes=(*source.notes, *notes))
 
 
 def _bare_config(source: Source) -> dict[str, Any]:
-    """A config.json as timm writes it, with the number of classes that the weights have."""
+    """A config.json as timm writes it, with the number of classes, the image size and the channels of the weights."""
     import timm
     from timm.models import filter_pretrained_cfg
 
@@ -58,14 +63,36 @@ def _bare_config(source: Source) -> dict[str, Any]:
     known = dict(getattr(model, "pretrained_cfg", {}))
     pretrained = filter_pretrained_cfg(known, remove_source=True, remove_null=True)
     pretrained.pop("architecture", None)
-    classifier = pretrained.get("classifier")
+    classifier = pretrained.get("classifier") or ()
+    classifiers = [classifier] if isinstance(classifier, str) else list(classifier)
     classes = getattr(model, "num_classes", 0)
-    if isinstance(classifier, str):
-        head = source.tensors.get(f"{classifier}.weight")
+    if classifiers:
+        head = source.tensors.get(f"{classifiers[0]}.weight")
         classes = head.shape[0] if head and head.shape else 0
     pretrained["num_classes"] = classes
     config = {"architecture": name, "num_classes": classes, "num_features": getattr(model, "num_features", None)}
+    if arguments := _arguments(source, name, model, classifiers):
+        config["model_args"] = arguments
+        channels, *side = pretrained.get("input_size", (3, 224, 224))
+        side = [arguments["img_size"]] * 2 if "img_size" in arguments else side
+        pretrained["input_size"] = [arguments.get("in_chans", channels), *side]
     return {k: v for k, v in config.items() if v is not None} | {"pretrained_cfg": pretrained}
+
+
+def _arguments(source: Source, name: str, model: nn.Module, classifiers: list[str]) -> dict[str, int] | None:
+    """The image size and input channels that the weights were trained with, if they are not the default ones.
+
+    None if the weights fit as they are, or with no other arguments either.
+    """
+    from normconvert.identification import arguments, building, names_of, prints
+
+    heads = {f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")}
+    state = {n: tuple(tensor.shape) for n, tensor in model.state_dict().items() if n not in heads}
+    if all(n not in state or state[n] == info.shape for n, info in source.tensors.items()):
+        return None
+    names = names_of(source.tensors, ())
+    known = building.timm_print(name)
+    return arguments.solve(known, prints.compare(names.shapes, names.integers, known), names.shapes, names.integers)
 
 
 def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -76,6 +103,7 @@ def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.M
         if not source.described:
             model: nn.Module = timm.create_model(f"local-dir:{source.folder}", pretrained=pretrained, **options)
         else:
+            options |= source.config.get("model_args", {})
             classes = source.config["num_classes"]
             model = timm.create_model(source.architecture, pretrained=pretrained, num_classes=classes, **options)
     except Exception as error:
@@ -90,7 +118,7 @@ def build_meta(source: Source) -> nn.Module:
         with torch.device("meta"):
             return _create(source)
     except InputError:
-        with _NoRandomInit():
+        with NoRandomInit():
             return _create(source)
 
 
@@ -130,7 +158,7 @@ def _nothing_missing() -> Iterator[None]:
 def _load_filtered(source: Source) -> nn.Module:
     """The model with its weights put through the filter timm has for this architecture; none may be missing."""
     weights = {name: source.read(name) for name in source.tensors}
-    with _NoRandomInit(), _nothing_missing():
+    with NoRandomInit(), _nothing_missing():
         return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
@@ -140,7 +168,7 @@ def load(source: Source, dtype: torch.dtype) -> nn.Module:
 
     if source.merged:
         return _load_filtered(source).to(dtype)
-    with _NoRandomInit():
+    with NoRandomInit():
         model = _create(source)
     apply_modules(source, model)
     model = model.to(dtype)

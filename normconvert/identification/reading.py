@@ -1,0 +1,123 @@
+"""What an identification reads of a checkpoint: names, shapes, and what it states of itself. No torch, no values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import InputError
+from normconvert.identification.result import Shape, Stated
+from normconvert.records import RECORD_FILE
+from normconvert.sources.checkpoint import (
+    PICKLES,
+    TIMM_FILES,
+    WEIGHT_FILES,
+    find_weights,
+    inside,
+    load_json,
+    read_checkpoint,
+)
+from normconvert.sources.opening import in_hub_cache
+from normconvert.sources.pickle_names import Unreadable, read_pickle_names
+from normconvert.sources.safetensors_file import FLOATING, read_header
+from normconvert.sources.source import TensorInfo
+
+KEYS = ("architecture", "arch", "model_name", "timm_model", "model", "model_type")
+"""Metadata and entries that state an architecture, alone or in ``args``."""
+GENERAL = frozenset(name.partition(".")[0] for name in WEIGHT_FILES + TIMM_FILES) | {"model", "checkpoint", "weights"}
+"""What weight files are called whatever they hold: there the folder's name says more."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensors of a checkpoint.
+
+    Attributes:
+        shapes: name -> shape.
+        integers: names of those that hold no floating numbers.
+        stated: what is said of the architecture.
+    """
+
+    shapes: dict[str, Shape]
+    integers: frozenset[str]
+    stated: tuple[Stated, ...] = ()
+
+
+def read_names(path: Path) -> Names:
+    """Names and shapes in a weight file, or in the weight file or shards of a folder.
+
+    Raises:
+        InputError: there are no weights, or they are no checkpoint.
+    """
+    weights = path
+    if path.is_dir():
+        config = load_json(path / "config.json") if (path / "config.json").is_file() else {}
+        library = "transformers" if "model_type" in config or "architectures" in config else "timm"
+        weights = find_weights(path, config, library)
+    return names_of(_tensors(weights), stated(weights, path if path.is_dir() else None))
+
+
+def names_of(tensors: dict[str, TensorInfo], said: tuple[Stated, ...]) -> Names:
+    """The names of an opened checkpoint."""
+    return Names(
+        {name: info.shape for name, info in tensors.items()},
+        frozenset(name for name, info in tensors.items() if info.dtype not in FLOATING),
+        said,
+    )
+
+
+def _tensors(weights: Path) -> dict[str, TensorInfo]:
+    """Without torch where that can be, with all of the checks where it cannot."""
+    files = [weights]
+    if weights.name.endswith(".index.json"):
+        weight_map = load_json(weights).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{weights}: not an index of shards: expected an object 'weight_map' of file names")
+        trusted = in_hub_cache(weights.parent)
+        files = [inside(weights.parent, str(n), weights.name, trusted) for n in sorted(set(weight_map.values()))]
+    if not any(file.suffix in PICKLES for file in files):
+        return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        for file in files:
+            tensors.update(read_pickle_names(file).tensors)
+    except (Unreadable, OSError):
+        return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
+    return tensors
+
+
+def stated(weights: Path, folder: Path | None) -> tuple[Stated, ...]:
+    """What a checkpoint's metadata, entries, file name or folder say of its architecture, the clearest first."""
+    said: list[Stated] = []
+    for file in (RECORD_FILE, "config.json"):
+        if folder is not None and (folder / file).is_file():
+            said += [Stated(file, name) for name in _in_json(load_json(folder / file))]
+    if weights.suffix == ".safetensors":
+        said += [Stated(f"metadata {key}", value) for key, value in _keys(read_header(weights).metadata)]
+    elif weights.suffix in PICKLES:
+        try:
+            entries = read_pickle_names(weights).entries
+        except (Unreadable, InputError, OSError):
+            entries = {}
+        said += [Stated(f"entry {key}", value) for key, value in _keys(entries)]
+    first = weights.name.partition(".")[0]
+    if first not in GENERAL:
+        said.append(Stated("file name", weights.stem))
+    elif folder is not None:
+        said.append(Stated("folder name", folder.resolve().name))
+    return tuple(dict.fromkeys(Stated(s.where, architecture(s.name)) for s in said if s.name))
+
+
+def _keys(found: dict[str, str]) -> list[tuple[str, str]]:
+    return [(key, value) for key, value in found.items() if key.rpartition(".")[2] in KEYS]
+
+
+def _in_json(data: dict[str, Any]) -> list[str]:
+    found = [data.get("architecture"), data.get("model_type")]
+    return [name for name in found if isinstance(name, str)]
+
+
+def architecture(text: str) -> str:
+    """The name in ``timm/resnet50.a1_in1k``, ``timm:resnet50`` or ``resnet50.pth``."""
+    return text.replace("\\", "/").rpartition("/")[2].rpartition(":")[2].partition(".")[0]

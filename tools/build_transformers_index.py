@@ -1,0 +1,177 @@
+"""Write the index of transformers' model types that `normconvert identify` searches, for the installed transformers.
+
+For every model type and every class that a task lists for it: the names of its checkpoint's tensors with `#` for the
+numbers of layers, and what each dimension is in the configuration's words, as `tools/zoo/probing.py` finds out. A
+process of its own for every few types keeps memory flat; what is done is kept in ``build/``.
+
+    nice python tools/build_transformers_index.py               # about half an hour
+    python tools/build_transformers_index.py --only llama -v    # print one type, write nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHUNK = 40
+GIGABYTES = 8
+SECONDS = 600
+"""Of processor time for one type."""
+
+Row = dict[str, Any]
+
+if TYPE_CHECKING:
+    from tools.zoo.shrink import Level
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Probe what the work file lacks, then write the index."""
+    from importlib.metadata import version
+
+    from normconvert.identification.model_types import INDEX, TypeIndex, save_types
+
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="TYPE")
+    parser.add_argument("--out", type=Path, default=INDEX)
+    installed = version("transformers")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / f"transformers-types-{installed}.jsonl")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.child:
+        return _child(arguments.only, arguments.work)
+    if arguments.only:
+        for name in arguments.only:
+            print(json.dumps(_probe_type(name, *_common()), indent=1))
+        return 0
+    names = _names()
+    arguments.work.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    while todo := [name for name in names if name not in (done := _read(arguments.work))]:
+        command = [sys.executable, str(Path(__file__)), "--child", "--work", str(arguments.work), "--only"]
+        ended = subprocess.run([*command, *todo[:CHUNK]], check=False).returncode
+        if ended:  # the type that ended it is the first that is not there
+            stuck = next(name for name in todo if name not in _read(arguments.work))
+            _write(arguments.work, {"type": stuck, "skipped": f"the process ended with status {ended}"})
+        print(f"{len(done)}/{len(names)}  {time.monotonic() - started:.0f} s", flush=True)
+    rows = [row for name, row in sorted(_read(arguments.work).items()) if name in set(names)]
+    for row in rows:
+        if "skipped" in row:
+            print(f"left out: {row['type']}: {row['skipped']}")
+    save_types(TypeIndex(installed, [row for row in rows if "skipped" not in row]), arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
+    return 0
+
+
+def _names() -> list[str]:
+    code = "import transformers; print(*transformers.CONFIG_MAPPING)"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+
+
+def _read(work: Path) -> dict[str, Row]:
+    rows = (json.loads(line) for line in work.read_text().splitlines()) if work.exists() else ()
+    return {row["type"]: row for row in rows}
+
+
+def _write(work: Path, row: Row) -> None:
+    with work.open("a") as handle:
+        handle.write(json.dumps(row) + "\n")
+
+
+def _child(names: list[str], work: Path) -> int:
+    import logging
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30, GIGABYTES * 2**30))
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what configurations say of values that are no real ones
+    common = _common()
+    for name in names:
+        signal.alarm(2 * SECONDS)
+        try:
+            row = _probe_type(name, *common)
+        except Exception as error:
+            row = {"type": name, "skipped": f"{type(error).__name__}: {str(error)[:160]}"}
+        _write(work, row)
+    return 0
+
+
+def _common() -> tuple[frozenset[str], dict[str, list[Any]]]:
+    """Keys that every configuration has, and last part of a key -> what default configurations have there."""
+    import transformers
+
+    from tools.zoo.probing import flat_values
+
+    generic = frozenset(vars(transformers.PretrainedConfig()))
+    words: dict[str, dict[Any, None]] = defaultdict(dict)
+    for model_type in transformers.CONFIG_MAPPING:
+        try:
+            config = transformers.CONFIG_MAPPING[model_type]()
+        except Exception:  # a configuration that demands arguments
+            continue
+        for path, value in flat_values(config, generic).items():
+            if value is not None:
+                words[path.rpartition(".")[2]][value] = None
+    return generic, {key: sorted(values, key=str) for key, values in words.items()}
+
+
+def _probe_type(model_type: str, generic: frozenset[str], words: dict[str, list[Any]]) -> Row:
+    import transformers
+
+    from tools.zoo.probing import of_class, probe
+    from tools.zoo.shrink import LEVELS
+    from tools.zoo.transformers_zoo import CLASSES, REQUIRED, model_classes
+
+    listed = [name for name in model_classes().get(model_type, ()) if getattr(transformers, name, None) is not None]
+    if not listed:
+        return {"type": model_type, "skipped": "no model class of its own"}
+    main = CLASSES.get(model_type, listed[0])
+    required = REQUIRED.get(model_type, {})
+    config = transformers.CONFIG_MAPPING[model_type](**required)
+    cls = getattr(transformers, main)
+    small = next(c for level in LEVELS if (c := _built(cls, config, level, required)) is not None)
+    # The default configuration, and one of its widths with few layers: what does not hold there is dropped.
+    others = [c for level in (LEVELS[-1], LEVELS[8]) if (c := _built(cls, config, level, required)) is not None]
+    found = probe(cls, small, generic, words, others)
+    classes = {main: found.entry()}
+    for name in dict.fromkeys(listed):
+        if name != main and (entry := of_class(getattr(transformers, name), small, found)):
+            classes[name] = entry
+    for name, entry in classes.items():
+        entry["ignored"] = sorted(map(str, getattr(transformers, name)._keys_to_ignore_on_load_unexpected or ()))
+    return {"type": model_type, "unfixed": found.unfixed, "failed": found.failed, "classes": classes}
+
+
+def _built(cls: Any, config: Any, level: Level, required: Row) -> Any:
+    """The configuration at one level of shrinking, if the class can be built with it."""
+    from tools.zoo.probing import snapshot
+    from tools.zoo.shrink import shrink
+
+    try:
+        small = shrink(config, level, required)
+        snapshot(cls, small)
+    except Exception:
+        return None
+    return small
+
+
+if __name__ == "__main__":
+    sys.exit(main())
