@@ -257,7 +257,7 @@ def test_files_that_are_no_checkpoint_are_refused(folder: Folder, tmp_path: Path
     assert "pass its folder" in refusal(path / SAFE)
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((path / SAFE).read_bytes())
-    assert "--arch" in refusal(alone)
+    assert "put its config.json beside it" in refusal(alone)
     assert "expected timm:NAME" in refusal(alone, arch="resnet50")
     assert "revision" in refusal(path, revision="main")
     assert "missing" in refusal(alone, arch="timm:vit_tiny_patch16_224")

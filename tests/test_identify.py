@@ -188,6 +188,7 @@ def test_pickles_of_training_scripts_are_read_without_torch_and_as_torch_reads_t
         "half.pt": {n: t.half() for n, t in state.items()},  # counters as well, as careless tools do
         "wrapped.bin": {"state_dict": wrapped, "epoch": 3, "arch": "test_resnet", "optimizer": optimizer, "args": args},
         "parameters.pth": {"model": {n: torch.nn.Parameter(t) for n, t in state.items() if t.is_floating_point()}},
+        "model_best.pth.tar": {"state_dict": state, "epoch": 3, "metric": 91.5},
         "legacy.pth": state,
     }
     for name, content in contents.items():

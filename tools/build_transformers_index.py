@@ -5,7 +5,8 @@ numbers of layers, and what each dimension is in the configuration's words, as `
 process of its own for every few types keeps memory flat; what is done is kept in ``build/``.
 
     nice python tools/build_transformers_index.py               # about half an hour
-    python tools/build_transformers_index.py --only llama -v    # print one type, write nothing
+    python tools/build_transformers_index.py --only llama       # print one type, write nothing
+    nice python tools/build_transformers_index.py --check       # is every type found, with its values?
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=INDEX)
     installed = version("transformers")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / f"transformers-types-{installed}.jsonl")
+    parser.add_argument("--check", action="store_true", help="identify models of other sizes than those probed")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.check:
+        return _check(arguments.only)
     if arguments.child:
         return _child(arguments.only, arguments.work)
     if arguments.only:
@@ -147,7 +151,9 @@ def _probe_type(model_type: str, generic: frozenset[str], words: dict[str, list[
     required = REQUIRED.get(model_type, {})
     config = transformers.CONFIG_MAPPING[model_type](**required)
     cls = getattr(transformers, main)
-    small = next(c for level in LEVELS if (c := _built(cls, config, level, required)) is not None)
+    small = next((c for level in LEVELS if (c := _built(cls, config, level, required)) is not None), None)
+    if small is None:
+        return {"type": model_type, "skipped": f"{main} cannot be built from a configuration of default values"}
     # The default configuration, and one of its widths with few layers: what does not hold there is dropped.
     others = [c for level in (LEVELS[-1], LEVELS[8]) if (c := _built(cls, config, level, required)) is not None]
     found = probe(cls, small, generic, words, others)
@@ -158,6 +164,56 @@ def _probe_type(model_type: str, generic: frozenset[str], words: dict[str, list[
     for name, entry in classes.items():
         entry["ignored"] = sorted(map(str, getattr(transformers, name)._keys_to_ignore_on_load_unexpected or ()))
     return {"type": model_type, "unfixed": found.unfixed, "failed": found.failed, "classes": classes}
+
+
+def _check(only: list[str]) -> int:
+    """Identify every type at a size that was neither probed nor checked; returns 1 if one is not found as it is."""
+    import logging
+    import warnings
+
+    import transformers
+
+    from normconvert.identification.model_types import candidates, load_types, search_types
+    from tools.zoo.probing import flat_values, snapshot
+    from tools.zoo.shrink import Level
+    from tools.zoo.transformers_zoo import REQUIRED
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    generic = frozenset(vars(transformers.PretrainedConfig()))
+    rows = load_types().rows
+    wrong, found, unbuilt, sizes = 0, 0, 0, []
+    for row in rows:
+        if only and row["type"] not in only:
+            continue
+        name = next(iter(row["classes"]))
+        required = REQUIRED.get(row["type"], {})
+        cls, config = getattr(transformers, name), transformers.CONFIG_MAPPING[row["type"]](**required)
+        levels = (Level(2, True, False, True), Level(2, True, True, False))
+        built = (_built(cls, config, level, required) for level in levels)
+        other = next((c for c in built if c is not None), None)
+        if other is None:
+            unbuilt += 1
+            continue
+        fits = search_types(snapshot(cls, other).shapes, frozenset(), rows)
+        known = {c.name: c for c in candidates(fits)}
+        sizes.append(len(known))
+        if row["type"] not in known:
+            near = next((fit for fit in fits if fit.model_type == row["type"]), None)
+            what = near and (near.missing[:3], near.extra[:3], near.clash)
+            print(f"NOT FOUND {row['type']}: {what}")
+            wrong += 1
+            continue
+        values = flat_values(other, generic)
+        said = known[row["type"]].config
+        off = {k: (v, values[k]) for k, v in said.items() if k in values and values[k] is not None and values[k] != v}
+        if off:
+            print(f"OTHER VALUES {row['type']}: (said, is) {off}")
+        wrong += bool(off)
+        found += not off
+    alone = sum(size == 1 for size in sizes)
+    print(f"{found} of {found + wrong} as they are ({alone} alone); {unbuilt} cannot be built at that size")
+    return int(bool(wrong))
 
 
 def _built(cls: Any, config: Any, level: Level, required: Row) -> Any:

@@ -29,6 +29,7 @@ def identify(
     screen = make_screen(json, verbose, quiet)
 
     def action() -> Done:
+        screen.stages(checkpoint)("open")
         from normconvert.identification import identify as identify_checkpoint
         from normconvert.report.identified import show_identification
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -172,7 +172,7 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
     scores: list[tuple[int, str]] = []
     certain: set[str] = set()
     for name, text in models.items():
-        rows = text.split("\n")
+        rows = _rows(text)
         shared = len(lines.intersection(rows))
         marked = text.count("\n!") + text.count("\n?")
         ties = text.count("\n~")
@@ -188,11 +188,11 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
     return sorted(fits, key=lambda fit: (fit.differences, fit.name))
 
 
+@cache
+def _rows(text: str) -> list[str]:
+    return text.split("\n")  # kept, with the hashes of the lines, for whoever identifies many files
+
+
 def is_exact(fit: Fit) -> bool:
     """Whether nothing differs and the classifier says one number of classes, or none is there."""
     return not fit.differences and fit.num_classes is not None
-
-
-def names(fits: Iterable[Fit]) -> list[str]:
-    """Model names, in order."""
-    return [fit.name for fit in fits]

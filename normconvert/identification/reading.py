@@ -76,7 +76,7 @@ def _tensors(weights: Path) -> dict[str, TensorInfo]:
             raise InputError(f"{weights}: not an index of shards: expected an object 'weight_map' of file names")
         trusted = in_hub_cache(weights.parent)
         files = [inside(weights.parent, str(n), weights.name, trusted) for n in sorted(set(weight_map.values()))]
-    if not any(file.suffix in PICKLES for file in files):
+    if not any(file.name.endswith(PICKLES) for file in files):
         return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
     tensors: dict[str, TensorInfo] = {}
     try:
@@ -95,7 +95,7 @@ def stated(weights: Path, folder: Path | None) -> tuple[Stated, ...]:
             said += [Stated(file, name) for name in _in_json(load_json(folder / file))]
     if weights.suffix == ".safetensors":
         said += [Stated(f"metadata {key}", value) for key, value in _keys(read_header(weights).metadata)]
-    elif weights.suffix in PICKLES:
+    elif weights.name.endswith(PICKLES):
         try:
             entries = read_pickle_names(weights).entries
         except (Unreadable, InputError, OSError):

@@ -20,23 +20,23 @@ def used(found: Identification) -> str:
     return f"identified as {chosen.label} {how}; --arch overrides that"
 
 
-def refused(found: Identification) -> str:
-    """Why a checkpoint without an architecture cannot be opened, and what to do."""
+def refused(found: Identification, ask: str = ASK) -> str:
+    """Why a checkpoint without an architecture cannot be opened, and what to do: ``ask``."""
     timm = [c for c in found.exact if c.library == "timm"]
     if timm:
         return (
             f"{found.path}: names and shapes fit {len(timm)} architectures, which may compute differently: "
-            f"{few([c.name for c in timm])}: {ASK}"
+            f"{few([c.name for c in timm])}: {ask}"
         )
     if found.exact:
         return f"{found.path}: {_without_config(found.exact)}"
     hints = "".join(f"; {note}" for note in found.notes if note.startswith("all names"))
     if not found.nearest:
-        return f"{found.path}: a bare weight file of no architecture that is known{hints}: {ASK}"
+        return f"{found.path}: a bare weight file of no architecture that is known{hints}: {ask}"
     near = found.nearest[0]
     what = explained(near) or f"{differences(near)} differ"
     nearest = f"nearest: {few(near.names)} ({what})"
-    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{hints}: {ASK}"
+    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{hints}: {ask}"
 
 
 def _without_config(exact: tuple[Candidate, ...]) -> str:

@@ -113,20 +113,33 @@ def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
         InputError: it is no checkpoint.
     """
     if path.is_file():
-        if path.suffix not in WEIGHT_SUFFIXES:
+        if not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
-        if arch is None:
-            raise InputError(f"{path}: a bare weight file does not say its architecture: give arch: timm:NAME")
+        arch = arch or _identified(path)
         weights = path
     else:
-        if not (path / "config.json").is_file() and arch is None:
-            raise InputError(f"{path}: not a checkpoint: no config.json; bare weights need arch: timm:NAME")
+        if not (path / "config.json").is_file():
+            arch = arch or _identified(path)
         config = load_json(path / "config.json") if arch is None else {}
         weights = find_weights(path, config, library_of(config, arch))
     try:
         return _sum_up(list(_files(weights)))
     except (InputError, OSError):  # damaged files are that job's failure, in its own words
         return None, None
+
+
+def _identified(path: Path) -> str:
+    """The architecture of bare weights.
+
+    Raises:
+        InputError: none fits, or several do and nothing says which.
+    """
+    from normconvert.identification import identify_names, read_names, words
+
+    found = identify_names(str(path), read_names(path), prove=False)
+    if found.arch is None:
+        raise InputError(words.refused(found, ask="give arch: timm:NAME"))
+    return found.arch
 
 
 def _files(weights: Path) -> Iterator[Path]:
@@ -172,7 +185,7 @@ def local_checkpoints(pattern: str, arch: str | None, exclude: Iterable[str]) ->
     for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
         path = Path(name)
         is_checkpoint = (path / "config.json").is_file() or (
-            arch is not None and (path.suffix in WEIGHT_SUFFIXES or any(path.glob("*.safetensors")))
+            arch is not None and (path.name.endswith(WEIGHT_SUFFIXES) or any(path.glob("*.safetensors")))
         )
         if is_checkpoint and not (path / RECORD_FILE).is_file() and not _matches(path.name, exclude):
             found.append(str(path))

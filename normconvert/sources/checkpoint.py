@@ -17,7 +17,7 @@ from normconvert.sources.source import TensorInfo
 if TYPE_CHECKING:
     import torch
 
-PICKLES = (".bin", ".pth", ".pt")
+PICKLES = (".bin", ".pth", ".pt", ".pth.tar")
 # In the order the libraries prefer them; transformers first, then timm's further names (timm.models._hub).
 WEIGHT_FILES = (
     "model.safetensors",

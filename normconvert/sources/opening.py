@@ -85,7 +85,7 @@ def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     if reference and path.exists():
         if revision is not None:
             raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
-        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
         return path, None
     return download(*hub_id(reference, revision))
@@ -122,7 +122,7 @@ def open_folder(
     record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
     _refuse_quantised(folder, config)
     bare = arch is None and not config_file.is_file()
-    if bare and not any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+    if bare and not any(path.name.endswith(WEIGHT_SUFFIXES) for path in folder.iterdir()):
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
     weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
