@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from .caches import fresh_caches
 from .errors import TraceError
+from .known_values import known_values, without_values
 from .writes import mark, marks_that_lie, mutates
 
 
@@ -66,11 +67,12 @@ class Graph:
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
-    """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs`` (meta tensors).
+    """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs``.
 
     Args:
         model: gives the names of parameters and modules.
-        inputs: keyword arguments of the forward that is traced.
+        inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, which are
+            traced as meta tensors whose values are known where the model asks for them (see :mod:`known_values`).
         entry: a module within ``model`` to call instead of the whole; None calls ``model``.
 
     Raises:
@@ -140,8 +142,8 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), _entered(model, entry), fresh_caches(model), _Constants() as constants:
-            program = torch.export.export(model, (), dict(inputs), strict=False)
+        with _marked(model, without), _entered(model, entry, inputs), fresh_caches(model), _Constants() as constants:
+            program = torch.export.export(model, (), without_values(inputs), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(marks_that_lie(graph) for graph in graphs))
         if not written:
@@ -169,15 +171,17 @@ class _Constants(TorchFunctionMode):
 
 
 @contextmanager
-def _entered(model: nn.Module, entry: nn.Module | None) -> Iterator[None]:
-    """Have a call of ``model`` run ``entry`` alone, under the names that it has in ``model``."""
-    if entry is None:
-        yield
-        return
+def _entered(model: nn.Module, entry: nn.Module | None, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Have a call of ``model`` run ``entry`` alone, if given, under the names that it has in ``model``.
 
-    @functools.wraps(entry.forward)
+    The values of ``inputs`` are known meanwhile; above all modes of ``torch.export``, which would ask for them first.
+    """
+    run = model.forward if entry is None else entry
+
+    @functools.wraps(model.forward if entry is None else entry.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return entry(*args, **kwargs)
+        with known_values(inputs, kwargs):
+            return run(*args, **kwargs)
 
     model.__dict__["forward"] = forward
     try:

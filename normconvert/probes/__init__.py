@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from normconvert.probes.builders import BUILDERS
-from normconvert.probes.choose import SIZES, accepts, guesses, is_timm, on_meta, quiet, ranked
+from normconvert.probes.choose import SIZES, accepts, guesses, is_timm, quiet, ranked, to_trace
 from normconvert.probes.facts import Facts
 from normconvert.probes.verification import Probe, verification_inputs
 
@@ -23,7 +23,7 @@ __all__ = ["Probe", "further_inputs", "quiet", "trace_inputs", "trace_inputs_can
 
 
 def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Keyword arguments on the meta device to try in turn, the likely first; at most a few.
+    """Keyword arguments to try in turn, the likely first; at most a few. Only integers have values.
 
     Args:
         model: a transformers or timm model on the meta device. ``config.use_cache`` is set to False on it.
@@ -32,7 +32,7 @@ def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
         TraceError: a required argument of ``forward`` has no row in the table.
     """
     for guess, _ in ranked(model):
-        yield on_meta(model, guess.specs)
+        yield to_trace(model, guess.specs)
 
 
 def trace_inputs(model: nn.Module) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def trace_inputs(model: nn.Module) -> dict[str, Any]:
         TraceError: a required argument of ``forward`` has no row in the table.
     """
     guess, _ = next(ranked(model))
-    return on_meta(model, guess.specs)
+    return to_trace(model, guess.specs)
 
 
 def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -63,9 +63,9 @@ def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[st
             tried.add(frozenset([*inputs, name]))
             spec = BUILDERS[name](facts, sizes)
             if spec is not None:
-                yield {**inputs, **on_meta(model, {name: spec})}
+                yield {**inputs, **to_trace(model, {name: spec})}
     for guess in guesses(model):
-        if frozenset(guess.specs) not in tried and accepts(model, found := on_meta(model, guess.specs)) in (
+        if frozenset(guess.specs) not in tried and accepts(model, found := to_trace(model, guess.specs)) in (
             "yes",
             "maybe",
         ):

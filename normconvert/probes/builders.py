@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from normconvert.caches import fresh_caches
+from normconvert.known_values import known_values, without_values
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec
 
@@ -321,15 +322,16 @@ BUILDERS: dict[str, Builder] = {
 
 
 def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """Call a model, or a method of it, on inputs of these shapes in fake mode, on the device of its parameters."""
+    """Call a model, or a method of it, on inputs of these shapes in fake mode, on the device of its parameters.
+
+    Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.known_values`).
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     device = next((p.device for p in model.parameters()), torch.device("meta"))
     with torch.no_grad(), fresh_caches(model), mode:
-        fake = {
-            name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
-        return function(**fake)
+        fake = without_values(inputs, device)
+        with known_values(inputs, fake):
+            return function(**fake)
 
 
 def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from normconvert.errors import TraceError
 from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, call_fake, feature_count
 from normconvert.probes.facts import Facts, Sizes
-from normconvert.probes.specs import Spec, materialise
+from normconvert.probes.specs import FLOATS, Spec, materialise
 
 SIGNAL_ARGUMENTS = (
     "pixel_values",
@@ -167,7 +167,7 @@ def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
             continue
         count = 0
         if signal in specs:
-            count = feature_count(facts, signal, on_meta(facts.model, specs)) // text.shape[0]
+            count = feature_count(facts, signal, to_trace(facts.model, specs)) // text.shape[0]
         tokens[token] = max(count, tokens.get(token, 0))
     extra = sum(tokens.values())
     if "image_embeds_position_mask" in specs:
@@ -208,18 +208,20 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-def on_meta(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
-    """Specs as meta tensors, signals in the model's dtype; other values as they are."""
+def to_trace(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
+    """Specs as tensors to trace with; other values as they are.
+
+    Signals are meta tensors in the model's dtype; integers and booleans have values, on the CPU, always the same.
+    """
     dtype = floating_dtype(model)
-    return {name: _meta(value, dtype) if isinstance(value, Spec) else value for name, value in specs.items()}
+    return {name: _tensor(value, dtype) if isinstance(value, Spec) else value for name, value in specs.items()}
 
 
-def _meta(spec: Spec, dtype: torch.dtype) -> Tensor:
-    sample = materialise(
-        replace(spec, shape=(1,) * len(spec.shape), tokens={}) if spec.kind not in ("given", "boxes") else spec,
-        torch.Generator(),
-    )
-    return torch.empty(spec.shape, dtype=dtype if sample.is_floating_point() else sample.dtype, device="meta")
+def _tensor(spec: Spec, dtype: torch.dtype) -> Tensor:
+    if spec.kind in FLOATS:
+        return torch.empty(spec.shape, dtype=dtype, device="meta")
+    value = materialise(spec, torch.Generator().manual_seed(0))
+    return torch.empty(value.shape, dtype=dtype, device="meta") if value.is_floating_point() else value
 
 
 def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
@@ -256,7 +258,7 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
         if arguments in hopeless:
             continue
         with quiet():
-            answer = accepts(model, on_meta(model, guess.specs))
+            answer = accepts(model, to_trace(model, guess.specs))
         first = first or (guess, answer)
         before_answer = answers.setdefault(arguments, answer)
         if answer == "yes":

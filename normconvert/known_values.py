@@ -1,0 +1,260 @@
+"""Values of integer inputs, known while a model runs on tensors without values.
+
+On the meta device nothing has values, so a model that asks for one, such as the rows and columns of a packed image
+(``grid_thw.tolist()``), the number of placeholders in a text or the tokens that a mask picks, cannot be traced. Integer
+and boolean inputs of a probe are known, though. :class:`KnownValues` remembers them, computes beside the model whatever
+follows from known values alone, on the CPU, and answers where otherwise an unknown value would stop the trace:
+
+- a number that Python asks for (``item``, ``tolist``, ``bool``, ``int``, an index, a size),
+- a result whose *shape* depends on values (``nonzero``, ``unique``, a boolean mask as an index).
+
+Nothing else changes: all other operations are traced as they are, and a graph that could be traced without known values
+is the same with them. What is proved of such a graph holds for these values, as it holds for the traced sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LARGEST = 1 << 22
+"""Elements of the largest tensor whose values are followed."""
+
+_UNDEFINED = ("rand", "empty", "bernoulli", "multinomial", "normal", "dropout", "new_empty", "poisson", "uniform")
+"""How the names of functions begin whose results are random or undefined."""
+
+_ANSWERS = frozenset(
+    ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__",
+     "__contains__")
+)  # fmt: skip
+"""Functions that leave tensors behind: Python code goes on with the number."""
+
+_BY_VALUE = frozenset(("nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "masked_select"))
+"""Functions whose result's shape depends on values."""
+
+_SIZES = frozenset(
+    ("arange", "linspace", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "view", "reshape", "expand",
+     "repeat", "tile", "split", "tensor_split", "split_with_sizes", "narrow", "unflatten", "pad", "roll", "interpolate",
+     "repeat_interleave", "chunk", "broadcast_to", "select", "avg_pool2d", "adaptive_avg_pool2d")
+)  # fmt: skip
+"""Functions that take numbers where a model may give them tensors of one element."""
+
+
+_FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full", "linspace", "eye"))
+"""Functions that make tensors of numbers."""
+
+
+class KnownValues(TorchFunctionMode):
+    """While it is in force, tensors made of known values alone have their values here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values = WeakTensorKeyDictionary()
+
+    def note(self, tensor: Tensor, value: Tensor) -> None:
+        """Remember the values of a tensor.
+
+        Args:
+            tensor: meta or fake, as the model gets it.
+            value: on the CPU, of the same shape.
+        """
+        with _real():
+            self._values[tensor] = value.detach().clone()
+
+    def value(self, tensor: object) -> Tensor | None:
+        """The values of a tensor, on the CPU; None if they are unknown."""
+        return self._values.get(tensor) if isinstance(tensor, Tensor) else None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        args, kwargs = self._with_numbers(name, args, kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = all(self.value(t) is not None for t in tensors) and not name.startswith(_UNDEFINED)
+        if not known:
+            if _writes(name, kwargs) and tensors:
+                self._forget(tensors[0])
+            return self._partly(func, name, args, kwargs)
+        if not tensors and name not in _FACTORIES:
+            return func(*args, **kwargs)
+        result = self._compute(func, args, kwargs)
+        if result is _UNKNOWN:
+            return func(*args, **kwargs)
+        if name in _ANSWERS:
+            return result
+        if self._shape_by_value(name, args, kwargs):
+            return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
+        return self._noted(func(*args, **kwargs), result)
+
+    def _with_numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Known tensors of one element as numbers, where a function wants numbers."""
+
+        def number(leaf: Any) -> Any:
+            value = self.value(leaf)
+            if value is None or value.ndim or value.is_floating_point() or value.dtype == torch.bool:
+                return leaf
+            with _real():
+                return value.item()
+
+        if name == "__getitem__" and len(args) == 2:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            items = tuple(
+                slice(number(i.start), number(i.stop), number(i.step)) if isinstance(i, slice) else number(i)
+                for i in index
+            )
+            return (args[0], items if isinstance(args[1], tuple) else items[0]), kwargs
+        if name in _SIZES:
+            first = () if name in ("arange", "linspace", "zeros", "ones", "full") else args[:1]
+            rest = args[len(first) :]
+            if name == "repeat_interleave":  # a tensor of repeats of one element stays what it is
+                return args, kwargs
+            return (*first, *pytree.tree_map(number, rest)), pytree.tree_map(number, kwargs)
+        return args, kwargs
+
+    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The function on the known values; :data:`_UNKNOWN` if it cannot run on them."""
+
+        def real(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return self.value(leaf)
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        args, kwargs = pytree.tree_map(real, (args, kwargs))
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "cpu"}
+        devices = ("meta", "cuda", "cpu")
+        args = tuple("cpu" if isinstance(a, str) and a.partition(":")[0] in devices else a for a in args)
+        if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((args, kwargs))):
+            return _UNKNOWN
+        try:
+            with _real():
+                return func(*args, **kwargs)
+        except Exception:  # whatever a function says of arguments that it takes on other devices only
+            return _UNKNOWN
+
+    def _noted(self, made: Any, values: Any) -> Any:
+        """``made``, with the values of its tensors remembered."""
+        tensors, found = pytree.tree_leaves(made), pytree.tree_leaves(values)
+        if len(tensors) == len(found):
+            for tensor, value in zip(tensors, found, strict=True):
+                fits = isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.shape == value.shape
+                if fits and tensor.dtype == value.dtype and value.numel() <= LARGEST:
+                    self._values[tensor] = value
+        return made
+
+    def _constant(self, value: Any, device: torch.device) -> Any:
+        """A tensor with these values that the model can go on with."""
+        if not isinstance(value, Tensor):
+            return value
+        with _real():
+            listed = value.tolist()
+        made = torch.tensor(listed, dtype=value.dtype).reshape(value.shape).to(device)
+        self._values[made] = value
+        return made
+
+    def _partly(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """A call with unknown operands, whose result's shape may follow from the known ones."""
+        if name in ("__getitem__", "__setitem__") and len(args) > 1:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(_is_mask(self.value(i)) for i in index):
+                positions = tuple(part for i in index for part in self._positions(i, args[0].device))
+                return func(args[0], positions, *args[2:], **kwargs)
+        masks = name == "masked_select" and len(args) == 2 and _is_mask(self.value(args[1]))
+        if masks and args[0].shape == args[1].shape:
+            return args[0][self._positions(args[1], args[0].device)]
+        if name == "repeat_interleave" and len(args) > 1 and self.value(args[1]) is not None and args[1].ndim == 1:
+            dim = args[2] if len(args) > 2 else kwargs.get("dim")
+            if dim is not None and args[0].shape[dim] == len(args[1]):
+                with _real():
+                    repeats = self._values[args[1]]
+                    chosen = torch.arange(len(repeats)).repeat_interleave(repeats)
+                return args[0].index_select(dim, self._constant(chosen, args[0].device))
+        return func(*args, **kwargs)
+
+    def _shape_by_value(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the shape of a call's result depends on the values of its operands."""
+        if name == "where":
+            return len(args) + len(kwargs) == 1
+        if name == "repeat_interleave":
+            return any(isinstance(a, Tensor) for a in (*args[1:], kwargs.get("repeats")))
+        if name == "__getitem__":
+            return any(_is_mask(self.value(i)) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
+        return name in _BY_VALUE
+
+    def _positions(self, index: Any, device: torch.device) -> tuple[Any, ...]:
+        """One part of an index, a known mask as the positions it picks."""
+        value = self.value(index)
+        if not _is_mask(value):
+            return (index,)
+        assert value is not None
+        with _real():
+            found = value.nonzero(as_tuple=True)
+        return tuple(self._constant(part, device) for part in found)
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Drop what is known of a tensor that an unknown value was written to, and of all that share its memory."""
+        value = self.value(tensor)
+        if value is None:
+            return
+        with _real():
+            memory = value.untyped_storage().data_ptr()
+            for other, held in list(self._values.items()):
+                if held.untyped_storage().data_ptr() == memory:
+                    del self._values[other]
+
+
+def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
+    """The inputs as a model gets them while it is traced: every tensor without values."""
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+@contextmanager
+def known_values(inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """Values are known within.
+
+    Args:
+        inputs: name -> what the model is called with; tensors on the CPU have values, those on the meta device none.
+        given: the same names -> the tensors without values that the model gets instead.
+    """
+    known = KnownValues()
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and not value.is_meta and isinstance(given.get(name), Tensor):
+            known.note(given[name], value)
+    with known:
+        yield
+
+
+_UNKNOWN = object()
+
+
+@contextmanager
+def _real() -> Iterator[None]:
+    """Compute with real values, whatever traces the model."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
+def _is_mask(value: Tensor | None) -> bool:
+    return value is not None and value.dtype == torch.bool and value.ndim > 0
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes to its first operand."""
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or (
+            name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
+        )
+    return name.endswith("_") or "out" in kwargs
