@@ -184,6 +184,20 @@ def _preload() -> None:
     transformers.logging.set_verbosity(50)
     transformers.logging.disable_progress_bar()
     timm.list_modules()
+    _warm_up()
+
+
+def _warm_up() -> None:
+    """Convert one small model of each kind, so that children need not load and set up what every model needs."""
+    import torch
+
+    from normconvert.pipeline import plan_model
+    from tools.zoo.transformers_zoo import transformers_case
+
+    for name in ("gpt2", "vit"):
+        case, _ = transformers_case(name)
+        _fidelity(case, plan_model(case.skeleton()), False)
+    torch.set_default_dtype(torch.float32)
 
 
 def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
