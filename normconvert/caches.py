@@ -1,8 +1,8 @@
 """Memoised values of model code, set back around every run on fake tensors.
 
-Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache`` or in dictionaries of
-its modules. A fake tensor made while tracing must not turn up in a real run or in another trace, nor a real one in a
-trace.
+Model code keeps small tables (relative positions, rotary angles) behind ``functools.lru_cache`` or in attributes and
+dictionaries of its modules. A fake tensor made while tracing must not turn up in a real run or in another trace, nor a
+real one in a trace.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +20,16 @@ from torch import nn
 _KEPT = ("torch", "sympy", "functools", "typing", "re", "numpy", "huggingface_hub", "rich", "typer")
 """Packages whose memoised functions hold no tensors of a model."""
 
+_HELD = ("_parameters", "_buffers", "_modules")
+"""Dictionaries of a module that make it what it is."""
+
 
 @contextmanager
 def fresh_caches(model: nn.Module) -> Iterator[None]:
-    """Empty functions' caches before and after; the dictionaries of ``model`` hold afterwards what they held before."""
-    ours = vars(nn.Module())
-    tables = [t for m in model.modules() for k, t in vars(m).items() if type(t) is dict and k not in ours]
+    """Empty functions' caches before and after; attributes, hooks and tables of ``model`` are afterwards as before."""
+    modules = list(model.modules())
+    tables: list[dict[str, Any]] = [vars(m) for m in modules]
+    tables += [t for m in modules for k, t in vars(m).items() if type(t) in (dict, OrderedDict) and k not in _HELD]
     before = [dict(table) for table in tables]
     clear_caches()
     try:

@@ -1,8 +1,8 @@
-"""Values of integer inputs, known while a model runs on tensors without values.
+"""Values of inputs, known while a model runs on tensors without values.
 
 On the meta device nothing has values, so a model that asks for one, such as the rows and columns of a packed image
-(``grid_thw.tolist()``), the number of placeholders in a text or the tokens that a mask picks, cannot be traced. Integer
-and boolean inputs of a probe are known, though. :class:`KnownValues` remembers them, computes beside the model whatever
+(``grid_thw.tolist()``), the number of placeholders in a text or the tokens that a mask picks, cannot be traced. The
+inputs of a probe are known, though. :class:`KnownValues` remembers them, computes beside the model whatever
 follows from known values alone, on the CPU, and answers where otherwise an unknown value would stop the trace:
 
 - a number that Python asks for (``item``, ``tolist``, ``bool``, ``int``, an index, a size),
@@ -28,8 +28,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 LARGEST = 1 << 22
 """Elements of the largest tensor whose values are followed."""
 
-_UNDEFINED = ("rand", "empty", "bernoulli", "multinomial", "normal", "dropout", "new_empty", "poisson", "uniform")
-"""How the names of functions begin whose results are random or undefined."""
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "uniform", "exponential", "geometric")
+"""How the names of functions begin whose results are random."""
+
+_EMPTY = ("empty", "new_empty")
+"""How the names of functions begin whose results are to be written to; until then any value is as good as another."""
 
 _ANSWERS = frozenset(
     ("item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__",
@@ -41,14 +44,15 @@ _BY_VALUE = frozenset(("nonzero", "argwhere", "unique", "unique_consecutive", "b
 """Functions whose result's shape depends on values."""
 
 _SIZES = frozenset(
-    ("arange", "linspace", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "view", "reshape", "expand",
+    ("arange", "linspace", "zeros", "ones", "full", "tensor", "as_tensor", "new_tensor", "empty", "new_zeros",
+     "new_ones", "new_full", "view", "reshape", "expand",
      "repeat", "tile", "split", "tensor_split", "split_with_sizes", "narrow", "unflatten", "pad", "roll", "interpolate",
      "repeat_interleave", "chunk", "broadcast_to", "select", "avg_pool2d", "adaptive_avg_pool2d")
 )  # fmt: skip
 """Functions that take numbers where a model may give them tensors of one element."""
 
 
-_FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full", "linspace", "eye"))
+_FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full", "linspace", "eye", "empty"))
 """Functions that make tensors of numbers."""
 
 
@@ -80,7 +84,7 @@ class KnownValues(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         args, kwargs = self._with_numbers(name, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = all(self.value(t) is not None for t in tensors) and not name.startswith(_UNDEFINED)
+        known = all(self.value(t) is not None for t in tensors) and not name.startswith(_RANDOM)
         if not known:
             if _writes(name, kwargs) and tensors:
                 self._forget(tensors[0])
@@ -88,6 +92,9 @@ class KnownValues(TorchFunctionMode):
         if not tensors and name not in _FACTORIES:
             return func(*args, **kwargs)
         result = self._compute(func, args, kwargs)
+        if name.startswith(_EMPTY) and isinstance(result, Tensor):
+            with _real():
+                result.zero_()
         if result is _UNKNOWN:
             return func(*args, **kwargs)
         if name in _ANSWERS:
@@ -114,7 +121,7 @@ class KnownValues(TorchFunctionMode):
             )
             return (args[0], items if isinstance(args[1], tuple) else items[0]), kwargs
         if name in _SIZES:
-            first = () if name in ("arange", "linspace", "zeros", "ones", "full") else args[:1]
+            first = () if name in _FACTORIES else args[:1]
             rest = args[len(first) :]
             if name == "repeat_interleave":  # a tensor of repeats of one element stays what it is
                 return args, kwargs

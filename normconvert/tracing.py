@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from .caches import fresh_caches
 from .errors import TraceError
 from .known_values import known_values, without_values
+from .pretending import on_either_device, pretending
 from .writes import mark, marks_that_lie, mutates
 
 
@@ -71,8 +72,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
 
     Args:
         model: gives the names of parameters and modules.
-        inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, which are
-            traced as meta tensors whose values are known where the model asks for them (see :mod:`known_values`).
+        inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, whose values
+            are known where the model asks for them (see :mod:`known_values`).
         entry: a module within ``model`` to call instead of the whole; None calls ``model``.
 
     Raises:
@@ -82,7 +83,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, constants = _export(model, inputs, entry)
+            program, constants = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -134,7 +135,9 @@ def merge(first: Graph, second: Graph) -> Graph:
     )
 
 
-def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None) -> tuple[Any, tuple[str, ...]]:
+def _export(
+    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
+) -> tuple[Any, tuple[str, ...]]:
     """Export with marks, functional in the end; and what the model made constants of.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
@@ -142,8 +145,9 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None
     """
     without: set[str] = set()
     while True:
-        with _marked(model, without), _entered(model, entry, inputs), fresh_caches(model), _Constants() as constants:
-            program = torch.export.export(model, (), without_values(inputs), strict=False)
+        marked = _marked(model, without), _entered(model, entry, inputs)
+        with marked[0], marked[1], fresh_caches(model), pretending(model, device), _Constants() as constants:
+            program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(marks_that_lie(graph) for graph in graphs))
         if not written:
@@ -229,7 +233,8 @@ _UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, 
 
 
 def _markable(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+    # One number may be a constant, whose value torch computes while it traces, where a custom operation cannot run.
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
 
 
 def _mark_inputs(path: str) -> Callable[..., Any]:

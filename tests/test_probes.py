@@ -86,7 +86,7 @@ def test_inputs_trace_every_kind_of_model(
     for name, shape in expected.items():
         assert name in inputs
         assert shape is None or tuple(inputs[name].shape) == shape
-    assert all(value.is_meta == value.is_floating_point() for value in inputs.values() if isinstance(value, Tensor))
+    assert not any(value.is_meta for value in inputs.values() if isinstance(value, Tensor))
     with torch.no_grad():
         program = torch.export.export(model, (), without_values(inputs), strict=False)
     outputs = [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]

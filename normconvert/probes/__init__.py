@@ -23,7 +23,7 @@ __all__ = ["Probe", "further_inputs", "quiet", "trace_inputs", "trace_inputs_can
 
 
 def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Keyword arguments to try in turn, the likely first; at most a few. Only integers have values.
+    """Keyword arguments on the CPU to try in turn, the likely first; at most a few.
 
     Args:
         model: a transformers or timm model on the meta device. ``config.use_cache`` is set to False on it.

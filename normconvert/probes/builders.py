@@ -9,13 +9,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from normconvert.caches import fresh_caches
 from normconvert.known_values import known_values, without_values
+from normconvert.pretending import on_either_device, pretending
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec
 
@@ -28,6 +26,9 @@ PLACEHOLDERS = {
     "input_values": ("audio_token_id", "audio_token_index"),
 }
 """Signal argument -> the config attributes that name its placeholder token among the text."""
+
+TOKEN_TYPES = {"pixel_values": 1, "pixel_values_videos": 2, "input_features": 3, "input_values": 3}
+"""Signal argument -> its number in ``mm_token_type_ids``; text is 0."""
 
 SIGNAL_NAMES = ("pixel", "image", "video", "input_f", "input_v", "feature", "spatial")
 """How the names of arguments begin that belong to images, videos and sounds."""
@@ -299,6 +300,7 @@ BUILDERS: dict[str, Builder] = {
     "timesteps": like_text("int", 10),
     "attention_mask": like_text("ones"),
     "token_type_ids": like_text("zeros"),
+    "mm_token_type_ids": like_text("zeros"),
     "langs": like_text("zeros"),
     "input_features_mask": lambda f, s: Spec((s.batch, _time(features(f, s), f)), "ones"),
     "feature_attention_mask": lambda f, s: Spec((s.batch, features(f, s).shape[-1]), "ones"),
@@ -322,16 +324,18 @@ BUILDERS: dict[str, Builder] = {
 
 
 def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """Call a model, or a method of it, on inputs of these shapes in fake mode, on the device of its parameters.
+    """Call a model, or a method of it, on inputs of these shapes in fake mode.
 
     Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.known_values`).
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    device = next((p.device for p in model.parameters()), torch.device("meta"))
-    with torch.no_grad(), fresh_caches(model), mode:
-        fake = without_values(inputs, device)
-        with known_values(inputs, fake):
-            return function(**fake)
+
+    def call(device: str) -> Any:
+        with fresh_caches(model), pretending(model, device):
+            fake = without_values(inputs, device)
+            with known_values(inputs, fake):
+                return function(**fake)
+
+    return on_either_device(call)
 
 
 def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:

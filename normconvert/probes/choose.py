@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from normconvert.errors import TraceError
-from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, call_fake, feature_count
+from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES, call_fake, feature_count
 from normconvert.probes.facts import Facts, Sizes
-from normconvert.probes.specs import FLOATS, Spec, materialise
+from normconvert.probes.specs import Spec, materialise
 
 SIGNAL_ARGUMENTS = (
     "pixel_values",
@@ -31,9 +31,9 @@ SIGNAL_ARGUMENTS = (
 COMPANIONS: dict[str, tuple[str, ...]] = {
     "pixel_values": (
         *("image_grid_thw", "grid_thw", "merge_sizes", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
-        "image_embeds_position_mask",
+        *("image_embeds_position_mask", "mm_token_type_ids"),
     ),
-    "pixel_values_videos": ("video_grid_thw",),
+    "pixel_values_videos": ("video_grid_thw", "mm_token_type_ids"),
     "hidden_states": ("grid_thw",),
     "past_values": ("past_time_features", "future_time_features", "static_categorical_features"),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
@@ -154,7 +154,19 @@ def specs_for(facts: Facts, names: list[str], sizes: Sizes) -> dict[str, Any]:
     specs = {name: spec for name, spec in specs.items() if spec is not None}
     if isinstance(specs.get("input_ids"), Spec):
         specs["input_ids"] = _with_placeholders(facts, specs)
+        if "mm_token_type_ids" in specs:
+            specs["mm_token_type_ids"] = _token_types(facts, specs["input_ids"])
     return specs
+
+
+def _token_types(facts: Facts, text: Spec) -> Spec:
+    """Which signal each token of the text stands for, 0 for none."""
+    kinds = {facts.number(*names, default=-1): TOKEN_TYPES[signal] for signal, names in PLACEHOLDERS.items()}
+    row = [0]
+    for token, count in text.tokens.items():
+        row += [kinds.get(token, 0)] * count
+    row = (row + [0] * text.shape[-1])[: text.shape[-1]]
+    return Spec(text.shape, "given", value=[row] * text.shape[0])
 
 
 def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
@@ -209,19 +221,14 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 
 def to_trace(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
-    """Specs as tensors to trace with; other values as they are.
-
-    Signals are meta tensors in the model's dtype; integers and booleans have values, on the CPU, always the same.
-    """
+    """Specs as tensors to trace with, on the CPU, always the same; signals in the model's dtype. Other values stay."""
     dtype = floating_dtype(model)
     return {name: _tensor(value, dtype) if isinstance(value, Spec) else value for name, value in specs.items()}
 
 
 def _tensor(spec: Spec, dtype: torch.dtype) -> Tensor:
-    if spec.kind in FLOATS:
-        return torch.empty(spec.shape, dtype=dtype, device="meta")
     value = materialise(spec, torch.Generator().manual_seed(0))
-    return torch.empty(value.shape, dtype=dtype, device="meta") if value.is_floating_point() else value
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:

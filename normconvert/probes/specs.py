@@ -69,9 +69,6 @@ FILLS: dict[str, Callable[[Spec, torch.Generator], Tensor]] = {
     "given": lambda spec, g: torch.tensor(spec.value),
 }
 
-FLOATS = frozenset({"image", "audio", "float", "positive"})
-"""The kinds without integers."""
-
 SIGNALS = frozenset({"image", "audio", "float"})
 """The kinds whose scale a probe may vary."""
 

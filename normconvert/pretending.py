@@ -1,0 +1,69 @@
+"""A model without weights that believes to have them, on the CPU.
+
+A model on the meta device is asked to run by `torch.export` and to say which inputs it takes. Model code may look where
+its tensors are (some of transformers casts to float32 on the CPU only), and what is traced has to be what the
+verification runs. So the tensors are fake ones on the CPU meanwhile: shapes, dtypes and a device, no values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def pretending(model: nn.Module, device: str = "cpu") -> Iterator[FakeTensorMode]:
+    """Fake tensors instead of parameters and buffers, and fake mode in force, within; the old ones afterwards.
+
+    Args:
+        model: on the meta device; tensors with values are faked as well. Tied ones stay tied.
+        device: where the fake tensors pretend to be.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    made: dict[int, Tensor] = {}
+    held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    with mode, torch.no_grad():
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    held.append((table, name, tensor))  # type: ignore[arg-type]
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _fake(tensor, device)
+        try:
+            for table, name, tensor in held:
+                table[name] = made[id(tensor)]
+            yield mode
+        finally:
+            for table, name, tensor in held:
+                table[name] = tensor
+
+
+def _fake(tensor: Tensor, device: str) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def on_either_device(run: Callable[[str], Result]) -> Result:
+    """``run("cpu")``; where that fails since some tensor stayed on the meta device, ``run("meta")``.
+
+    Tensors that are neither parameters nor buffers are where the model was built, and nobody can find them all.
+
+    Raises:
+        Exception: of the last run.
+    """
+    try:
+        return run("cpu")
+    except Exception as error:
+        if "meta" not in str(error):
+            raise
+    return run("meta")
