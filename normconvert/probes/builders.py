@@ -112,7 +112,12 @@ def patches(facts: Facts, sizes: Sizes) -> Spec:
     frames = facts.number("temporal_patch_size", part="vision", default=1)
     conv = facts.first(nn.Conv3d) or facts.first(nn.Conv2d)
     channels = conv.in_channels if conv is not None else facts.channels
-    return Spec((sizes.batch * grid_side(facts) ** 2, channels * frames * side * side), "image")
+    count = grid_side(facts) ** 2
+    if sizes.layout == 1:  # images beside each other instead of one after the other
+        return Spec((sizes.batch, count, channels * frames * side * side), "image")
+    if sizes.layout == 2:  # patches as small images
+        return Spec((sizes.batch * count, channels, side, side), "image")
+    return Spec((sizes.batch * count, channels * frames * side * side), "image")
 
 
 def grid(facts: Facts, sizes: Sizes) -> Spec:
