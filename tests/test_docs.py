@@ -1,0 +1,110 @@
+"""The documentation: what its pages say is what the code does, and every page is on the site."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+import yaml
+
+import normconvert
+from normconvert.channels import TABLE
+from normconvert.cli.app import app
+from normconvert.pipeline import REWRITES
+from tools import command_output
+from tools.command_output import Example, alike, examples, execute, scratch, shown
+from tools.site_hooks import on_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "docs" / name for name in command_output.PAGES]
+LONG = ("crmsnorm", "fuse-bn", "export", "swap", "run", "demo", "bench")
+"""Commands whose examples take more than a few seconds; ``run`` and ``demo`` are compared where they are tested."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_numbers_of_the_worked_example_are_what_python_computes() -> None:
+    session = "\n".join(blocks("how-it-works.md", "pycon"))
+    assert session.count(">>>") > 30
+    test = doctest.DocTestParser().get_doctest(session, {}, "how-it-works.md", None, 0)
+    said: list[str] = []
+    outcome = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert outcome.failed == 0, "".join(said)
+
+
+def test_the_operation_and_the_rewrite_of_the_page_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TABLE, "aten.rot90", None)  # type: ignore[arg-type]  # put back as it was, there or not
+    monkeypatch.delitem(TABLE, "aten.rot90")
+    monkeypatch.setitem(REWRITES, "absorb", None)  # type: ignore[arg-type]
+    code = blocks("extending.md", "python")
+    assert len(code) == 4
+    exec(compile("\n".join(code), "extending.md", "exec"), {"__name__": "extending"})
+
+
+def short() -> list[Example]:
+    found = [example for page in PAGES for example in examples(page)]
+    return [e for e in found if not e.command.startswith(LONG) or "--dry-run" in e.command]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with scratch() as made:
+        yield made
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("example", short(), ids=lambda example: f"{example.page}:{example.command}")
+def test_a_command_says_what_its_page_says(example: Example) -> None:
+    assert alike(shown(example, execute(example.command)), list(example.said)), (
+        f"docs/{example.page}:{example.line + 1} is out of date: run python tools/command_output.py"
+    )
+
+
+@pytest.mark.slow
+def test_all_commands_say_what_their_pages_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["command_output.py", "--check"])
+    assert command_output.main() == 0
+
+
+def test_figures_may_differ_and_words_and_counts_may_not() -> None:
+    page = ["  rounding  0.982 × the original's  ✓ at most 2 ×", "9 of 9 in 7.2 s, 5.8e-16 off, KL 0"]
+    assert alike(["  rounding  1.1 × the original's  ✓ at most 2 ×", "9 of 9 in 10 s, 1e-15 off, KL 2e-16"], page)
+    assert not alike([page[0].replace("✓", "✗"), page[1]], page)
+    assert not alike([page[0], page[1].replace("9 of 9", "8 of 9")], page)
+    assert not alike(page[:1], page)
+
+
+def test_every_page_is_on_the_site() -> None:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    config = on_config({**config, "docs_dir": ROOT / "docs"})
+    text = yaml.safe_dump(config["nav"])
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert [name for name in pages if f": {name}" not in text] == []
+
+
+def test_every_command_and_every_function_has_its_place() -> None:
+    commands = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
+    missing = [name for name in typer.main.get_command(app).commands if f"normconvert {name}" not in commands]  # type: ignore[attr-defined]
+    assert missing == []
+    reference = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    public = [name for name in normconvert.__all__ if name != "__version__"]
+    assert [name for name in public if f".{name}\n" not in reference] == []
