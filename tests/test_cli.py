@@ -21,6 +21,7 @@ from normconvert.cli import parse_size, run
 from normconvert.errors import InputError
 from normconvert.report.screen import Screen, execute
 from tests.tiny_checkpoints import contents, gpt2, save
+from tools.command_output import alike, lines_of, page_says
 
 COMMAND = [sys.executable, "-m", "normconvert"]
 ANSI = re.compile(r"\x1b")
@@ -347,6 +348,8 @@ def test_the_demo_ends_well_and_says_the_same_text_twice(capsys: pytest.CaptureF
     status, out, err = normconvert(capsys, "demo", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert status == 0, err
     assert "the same 60 tokens" in out
+    *page, _, _ = page_says("commands.md", "demo")  # without OUT it says how to keep the models
+    assert alike(lines_of(out)[: len(page)], page), "docs/commands.md: run python tools/command_output.py"
     document = json.loads((tmp_path / "demo.json").read_text())
     assert document["text"]["original"] == document["text"]["converted"]
     assert document["text"]["original"].startswith("And God said")

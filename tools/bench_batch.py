@@ -6,8 +6,8 @@
 The four ways take turns, round by round, so that what else the machine does hits all alike. Each run is a whole
 ``normconvert run --force``, from the start of the process to its end, verification included. The Ray cluster is one of
 this machine, with a node of one core for each worker; it runs before the clock starts, since a cluster is there before
-one uses it. Without Ray its rows are left out, and the section says so. ``--minutes`` ends after the round in which so
-much time has passed.
+one uses it. Without Ray its rows are left out, and the section says so. No round begins that would end after
+``--minutes``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make_checkpoints(folder: Path, count: int) -> int:
 
     for number in range(count):
         torch.manual_seed(number)
-        save(gpt2(n_layer=2, n_embd=96, vocab_size=500), folder / f"models/m{number:02}")
+        save(gpt2(), folder / f"models/m{number:02}")
     (folder / "r.yaml").write_text("sources: [{folder: 'models/*'}]\noutput: out/{name}\n", encoding="utf-8")
     return (folder / "models/m00/model.safetensors").stat().st_size
 
@@ -101,7 +101,7 @@ def measure(folder: Path, count: int, rounds: int, minutes: float, say: Callable
                     seconds = seconds_of(folder, count, "--ray", address)
             found[executor, workers].append(seconds)
             say(f"round {number + 1}: {executor} {workers}: {seconds:.1f} s")
-        if time.monotonic() - start > 60 * minutes:
+        if (time.monotonic() - start) * (number + 2) / (number + 1) > 60 * minutes:
             break
     return found
 

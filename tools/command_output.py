@@ -2,6 +2,7 @@
 
     python tools/command_output.py            # run them all and write what they say into the pages
     python tools/command_output.py --check    # only compare; status 1 if a page says something else
+    python tools/command_output.py --only bench    # measure again what a benchmark says
 
 Examples run in the order of the pages, in one scratch folder, so that a later one finds what an earlier one wrote.
 Figures that depend on the machine (times, rounding errors) are not compared; words, counts and verdicts are. An output
@@ -33,15 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 from normconvert import convert  # noqa: E402
 
-PAGES = ("index.md", "commands.md", "recipes.md", "ci.md")
+PAGES = ("../README.md", "index.md", "commands.md", "recipes.md", "ci.md")
 PROMPT, INDENT, ELLIPSIS = "$ normconvert ", "    ", "…"
 BEGIN, FINISH = "<!-- options: tools/command_output.py -->", "<!-- end of options -->"
 CONVERSIONS = ("rmsnorm", "crmsnorm", "fuse-bn")
 NEEDS = {".onnx": "onnxscript"}
-SECONDS = re.compile(r"^  seconds +\w")
+SECONDS = re.compile(r"^(?:  )?seconds +\w.*\n(?: {14,}\S.*\n)*", re.MULTILINE)
 FIGURES = (
     (re.compile(r"[-+±]?\b\d+(\.\d+)?e[-+]\d+|[-+±]?\b\d+\.\d+"), "#"),  # 5.8e-16, 0.982: no counts
-    (re.compile(r"\b\d+ (×|ms|s|B|kB|MB)(?=\W|$)"), r"# \1"),
+    (re.compile(r"\b(\d+ min )?\d+ (×|ms|s|B|kB|MB)(?=\W|$)"), r"# \2"),
     (re.compile(r"\b(KL|loss|after|in) -?\d+(?=\W|$)"), r"\1 #"),  # a figure that happens to be a whole number
     (re.compile("[▁▂▃▄▅▆▇█]+"), "▁"),
     (re.compile(r"at (\w+\.)+\d+$"), "at #"),
@@ -111,10 +112,17 @@ def execute(command: str) -> list[str]:
     said = out.getvalue()
     if "error: " in err.getvalue():
         said += err.getvalue()[err.getvalue().index("error: ") :]
-    lines = [line.rstrip() for line in said.splitlines() if not SECONDS.match(line)]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines[1:] if lines and not lines[0] else lines
+    return lines_of(said)
+
+
+def lines_of(said: str) -> list[str]:
+    """The lines of an output as a page shows them: without seconds, and without empty lines around it."""
+    return [line.rstrip() for line in SECONDS.sub("", said).strip("\n").splitlines()]
+
+
+def page_says(page: str, command: str) -> list[str]:
+    """What a page shows for a command, where it does so first."""
+    return next(list(example.said) for example in examples(ROOT / "docs" / page) if example.command == command)
 
 
 def prepare(command: str) -> None:
@@ -294,30 +302,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", default=PAGES)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--only", metavar="COMMAND", help="run and write anew only what begins so, such as bench")
     arguments = parser.parse_args()
     different = 0
     for name in arguments.pages:
         page = ROOT / "docs" / name
         lines = page.read_text(encoding="utf-8").splitlines()
-        before = list(lines)
         with scratch():
-            found = [
-                (example, shown(example, execute(example.command))) for example in examples(page) if example.can_run
-            ]
+            wanted = [e for e in examples(page) if e.can_run and e.command.startswith(arguments.only or "")]
+            found = [(example, shown(example, execute(example.command))) for example in wanted]
         for example, said in reversed(found):  # from the end, so that the lines before stay where they are
-            if example.varies or alike(said, list(example.said)):
+            if not arguments.only and (example.varies or alike(said, list(example.said))):
                 continue
             different += 1
             print(f"docs/{name}:{example.line + 1}: $ normconvert {example.command}", file=sys.stderr)
             first = example.line + 1
             lines[first : first + len(example.said)] = [INDENT + line if line else "" for line in said]
-        with scratch():
-            made = with_table(lines)
-        if not alike(made, lines):
-            different += 1
-            lines = made
-            print(f"docs/{name}: the table of options", file=sys.stderr)
-        if not arguments.check and lines != before:
+        if not arguments.only:
+            with scratch():
+                made = with_table(lines)
+            if not alike(made, lines):
+                different += 1
+                lines = made
+                print(f"docs/{name}: the table of options", file=sys.stderr)
+        if different and not arguments.check:
             page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 1 if arguments.check and different else 0
 
