@@ -309,13 +309,15 @@ def test_a_benchmark_is_shown_by_itself_and_beside_a_verification(converted: tup
     assert run(arguments) == 2
 
 
-WORTH = {"examples": 3, "agreement": 0.9027, "kl": 0.37, "accuracy": 0.9055, "perplexity": None, "features": {}}
+WORTH: dict[str, Any] = {
+    "examples": 3, "agreement": 0.9027, "kl": 0.37, "accuracy": 0.9055, "perplexity": None, "features": {},
+}  # fmt: skip
 DONE = {
     "status": "converted", "message": "", "norms": [9, 9], "seconds": 7.2,
     "figures": {"algebra": 5.8e-16, "rounding": 0.982, "top1": 1.0},
 }  # fmt: skip
 JOB = {"name": "gpt2", "variant": "rmsnorm", "recipe": "recipes/demo.yaml:6:5", "action": "convert", "result": DONE}
-LOST = {"status": "failed", "message": "has no LayerNorm", "norms": None, "seconds": 1.0, "figures": {}}
+LOST: dict[str, Any] = {"status": "failed", "message": "has no LayerNorm", "norms": None, "seconds": 1.0, "figures": {}}
 BATCH: dict[str, Any] = {
     "command": "run", "dry_run": False, "exit_status": 3, "seconds": 8.0,
     "counts": {"converted": 1, "skipped": 0, "failed": 1, "interrupted": 0},

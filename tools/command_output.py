@@ -158,7 +158,7 @@ def _clip(folder: Path) -> None:
     save(_seeded(CLIPVisionModel, config), folder)
 
 
-def _seeded(kind: type, config: object) -> object:
+def _seeded(kind: Any, config: Any) -> Any:
     import torch
 
     from tests.perturb import perturb
