@@ -104,6 +104,22 @@ def test_figures_may_differ_and_words_and_counts_may_not() -> None:
     assert not alike(page[:1], page)
 
 
+def source_text() -> str:
+    """The package's code with string literals joined and what is put into them as an ellipsis."""
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "normconvert").rglob("*.py")))
+    text = re.sub(r'"\s*\n\s*[fr]?"', "", text)
+    return re.sub(r"\{[^{}]*\}", "…", text).replace("`", "")
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_program() -> None:
+    code, page = source_text(), (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = [line[2:].split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    messages = [row.replace("`", "") for row in rows if row not in ("---", "message", "reason")]
+    assert len(messages) > 60
+    parts = [(m, part.strip(" '():,;.")) for m in messages for part in re.split("…| / ", m)]
+    assert [m for m, part in parts if len(part) >= 12 and part not in code] == []
+
+
 def test_every_page_is_on_the_site() -> None:
     config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     config = on_config({**config, "docs_dir": ROOT / "docs"})
