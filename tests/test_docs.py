@@ -96,6 +96,11 @@ def test_the_table_of_options_is_what_the_conversions_give(folder: Path) -> None
     assert alike(command_output.with_table(lines), lines)
 
 
+def test_times_are_left_out_wherever_they_wrap_and_nothing_else_is() -> None:
+    said = "\n  norms  9\n  seconds       open 0.1 · fuse\n                  7.2\n                agreement\n  a  1\n\n"
+    assert command_output.lines_of(said) == ["  norms  9", "                agreement", "  a  1"]
+
+
 def test_figures_may_differ_and_words_and_counts_may_not() -> None:
     page = ["  rounding  0.982 × the original's  ✓ at most 2 ×", "9 of 9 in 7.2 s, 5.8e-16 off, KL 0"]
     assert alike(["  rounding  1.1 × the original's  ✓ at most 2 ×", "9 of 9 in 10 s, 1e-15 off, KL 2e-16"], page)

@@ -39,7 +39,8 @@ PROMPT, INDENT, ELLIPSIS = "$ normconvert ", "    ", "…"
 BEGIN, FINISH = "<!-- options: tools/command_output.py -->", "<!-- end of options -->"
 CONVERSIONS = ("rmsnorm", "crmsnorm", "fuse-bn")
 NEEDS = {".onnx": "onnxscript"}
-SECONDS = re.compile(r"^(?:  )?seconds +\w.*\n(?: {14,}\S.*\n)*", re.MULTILINE)
+SECONDS = re.compile(r"^(?:  )?seconds +\w.*\n(?: {14,}(?:\w+ )?\d+\.\d(?: · .*)?\n)*", re.MULTILINE)
+"""The line of times, and what of it goes on in the next."""
 FIGURES = (
     (re.compile(r"[-+±]?\b\d+(\.\d+)?e[-+]\d+|[-+±]?\b\d+\.\d+"), "#"),  # 5.8e-16, 0.982: no counts
     (re.compile(r"\b(\d+ min )?\d+ (×|ms|s|B|kB|MB)(?=\W|$)"), r"# \2"),
