@@ -40,6 +40,7 @@ class Visit:
 
     def __init__(self, browser: Any, file: Path, size: tuple[int, int] = DESKTOP, scheme: str = "light") -> None:
         self.complaints: list[str] = []
+        self.width = size[0]
         mobile = size == PHONE
         self.page = browser.new_page(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, has_touch=mobile, is_mobile=mobile
@@ -61,5 +62,5 @@ class Visit:
 
     @property
     def overflow(self) -> int:
-        """By how many pixels the page is wider than the screen."""
-        return int(self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth"))
+        """By how many pixels the page is wider than the screen; a phone's window grows with a page that is too wide."""
+        return int(self.page.evaluate("document.documentElement.scrollWidth")) - self.width

@@ -347,8 +347,13 @@ def test_the_action_uses_each_of_its_inputs_and_none_inside_a_script() -> None:
             assert step["shell"] == "bash"
 
 
-def run_step(name: str, folder: Path, inputs: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A step of the action with its environment filled in, as the runner does it."""
+NORMCONVERT = f'exec "{sys.executable}" -m normconvert "$@"'
+
+
+def run_step(
+    name: str, folder: Path, inputs: dict[str, str], command: str = NORMCONVERT
+) -> subprocess.CompletedProcess[str]:
+    """A step of the action with its environment filled in, as the runner does it; ``command`` is normconvert there."""
     (step,) = [step for step in action()["runs"]["steps"] if step.get("id") == name]
     values = {key: str(spec.get("default", "")) for key, spec in action()["inputs"].items()} | inputs
     environment = {
@@ -357,9 +362,9 @@ def run_step(name: str, folder: Path, inputs: dict[str, str]) -> subprocess.Comp
     }
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
-    command = tools / "normconvert"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m normconvert "$@"\n')
-    command.chmod(0o755)
+    script = tools / "normconvert"
+    script.write_text(f"#!/bin/sh\n{command}\n")
+    script.chmod(0o755)
     here = {
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -381,8 +386,10 @@ def test_the_action_runs_both_commands_and_fails_when_one_fails(pair: tuple[Path
     assert (tmp_path / "s.md").read_text().count("✅") >= 8
     reports = sorted(path.name for path in (tmp_path / "normconvert-reports").iterdir())
     assert reports == ["check.md", "check.xml", "verify.md", "verify.xml"]
-    done = run_step("normconvert", tmp_path, {**inputs, "verify": "false"})
+    done = run_step("normconvert", tmp_path, {**inputs, "verify": "false"}, command='echo "called: $@"')
     assert done.returncode == 0, done.stderr
+    (called,) = [line for line in done.stdout.splitlines() if line.startswith("called: ")]
+    assert called.startswith(f"called: check {out} --source {source}")
 
 
 def test_the_pre_commit_hook_is_a_command_of_ours() -> None:

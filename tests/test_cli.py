@@ -21,6 +21,7 @@ from normconvert.cli import parse_size, run
 from normconvert.errors import InputError
 from normconvert.report.screen import Screen, execute
 from tests.tiny_checkpoints import contents, gpt2, save
+from tools.command_output import alike, lines_of, page_says
 
 COMMAND = [sys.executable, "-m", "normconvert"]
 ANSI = re.compile(r"\x1b")
@@ -347,6 +348,10 @@ def test_the_demo_ends_well_and_says_the_same_text_twice(capsys: pytest.CaptureF
     status, out, err = normconvert(capsys, "demo", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert status == 0, err
     assert "the same 60 tokens" in out
+    said = lines_of(out)
+    missing = [line for line in page_says("commands.md", "demo") if not any(alike([line], [one]) for one in said)]
+    # The page shows it without OUT: no place of the output, and a word on how to keep the models.
+    assert [line.split()[0] for line in missing] == ["demo:gpt2", "demo:vit", "keep"], missing
     document = json.loads((tmp_path / "demo.json").read_text())
     assert document["text"]["original"] == document["text"]["converted"]
     assert document["text"]["original"].startswith("And God said")

@@ -309,6 +309,41 @@ def test_a_benchmark_is_shown_by_itself_and_beside_a_verification(converted: tup
     assert run(arguments) == 2
 
 
+WORTH: dict[str, Any] = {
+    "examples": 3, "agreement": 0.9027, "kl": 0.37, "accuracy": 0.9055, "perplexity": None, "features": {},
+}  # fmt: skip
+DONE = {
+    "status": "converted", "message": "", "norms": [9, 9], "seconds": 7.2,
+    "figures": {"algebra": 5.8e-16, "rounding": 0.982, "top1": 1.0},
+}  # fmt: skip
+JOB = {"name": "gpt2", "variant": "rmsnorm", "recipe": "recipes/demo.yaml:6:5", "action": "convert", "result": DONE}
+LOST: dict[str, Any] = {"status": "failed", "message": "has no LayerNorm", "norms": None, "seconds": 1.0, "figures": {}}
+BATCH: dict[str, Any] = {
+    "command": "run", "dry_run": False, "exit_status": 3, "seconds": 8.0,
+    "counts": {"converted": 1, "skipped": 0, "failed": 1, "interrupted": 0},
+    "jobs": [JOB, {**JOB, "name": "llama", "result": LOST}],
+}  # fmt: skip
+
+
+def test_a_batch_is_a_table_of_its_jobs_and_the_reasons_of_those_that_failed() -> None:
+    said = " ".join(Page(html_report(BATCH)).text.split())
+    assert "2 conversions ✗ failed recipes/demo.yaml converted 1 failed 1" in said
+    assert "Why it failed llama rmsnorm: has no LayerNorm" in said
+    assert "norms algebra rounding top-1 time gpt2 rmsnorm 9 of 9 5.8e-16 0.982 × 100 % 7.2 s" in said
+    planned = {**BATCH, "dry_run": True, "exit_status": 0, "jobs": [{**JOB, "result": None}]}
+    assert "nothing written" in Page(html_report(planned)).text
+
+
+def test_a_swap_says_what_it_is_worth_beside_the_original() -> None:
+    document = {**plain(hostile()["swap"]), "figures": {"original": {**WORTH, "agreement": 1.0}, "tuned": WORTH}}
+    page = Page(html_report(document))
+    said = " ".join(page.text.split())
+    assert "not lossless" in said
+    assert "agreement accuracy KL (nats) original 100 % 90.55 % 0.37 tuned 90.27 % 90.55 % 0.37" in said
+    (chart,) = json.loads(next(s for s in page.scripts if s.startswith("{"))).values()
+    assert (chart["title"], chart["series"][0]["values"]) == ("Training", [0.5, 0.25])
+
+
 # That nothing in it comes to life
 
 
@@ -349,7 +384,15 @@ def hostile() -> dict[str, dict[str, Any]]:
         },
         "bench": {**BENCH, **dict.fromkeys(("source", "converted", "architecture", "library", "device"), EVIL)},
         "demo": {"command": "demo", "reports": [convert, convert], "text": texts, "digits": None},
-    }
+        "swap": {
+            "command": "swap", "source": EVIL, "out": EVIL, "architecture": EVIL, "library": EVIL, "method": EVIL,
+            "eval_data": EVIL, "settings": {"data": EVIL}, "norms": {"swapped": [EVIL], "left": []}, "steps": 2,
+            "figures": dict.fromkeys(("original", EVIL), WORTH), "fused": fidelity_document(EVIL, EVIL, fidelity),
+            "trace": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}], "seconds": {EVIL: 1.0}, "notes": [EVIL],
+            "plan": plan.to_json(),
+        },
+        "run": {**BATCH, "jobs": [{**job, "name": EVIL, "variant": EVIL, "recipe": EVIL} for job in BATCH["jobs"]]},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", list(hostile()))
@@ -357,7 +400,8 @@ def test_hostile_texts_stay_text(command: str) -> None:
     source = html_report(plain(hostile()[command]))
     page = Page(source)
     assert "img" not in [tag for tag, _ in page.tags]
-    assert len(page.scripts) == (1 if command in ("check", "error", "export") else 3)  # the data, Chart.js and our own
+    charted = command not in ("check", "error", "export", "run")
+    assert len(page.scripts) == (3 if charted else 1)  # the data, Chart.js and our own
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "<script>alert(1)</script>" in page.text
     assert "{{ 7 * 7 }}" in page.text
@@ -410,6 +454,7 @@ def test_the_page_works_at_every_width_and_in_both_schemes(
         assert chart["series"] == (4, 2)[number]
         assert chart["ink"]
         assert 250 < chart["width"] <= size[0]
+    assert page.evaluate("[...document.querySelectorAll('.card > .scroll')].every(e => e.scrollWidth <= e.clientWidth)")
     light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
     assert light is (scheme == "light")
     smallest = page.evaluate(

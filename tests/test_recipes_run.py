@@ -29,6 +29,7 @@ from normconvert.recipes.job import Event, Job, Resources, Result
 from normconvert.recipes.reading import read_recipe
 from normconvert.records import RECORD_FILE
 from tests.tiny_checkpoints import contents, gpt2, save, talkative
+from tools.command_output import alike, lines_of, page_says
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COMMAND = [sys.executable, "-m", "normconvert", "run"]
@@ -69,9 +70,13 @@ def look(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_the_demo_recipe_converts_and_the_second_run_does_nothing_quickly(tmp_path: Path) -> None:
     command = [*COMMAND, str(RECIPES / "demo.yaml")]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    first = subprocess.run(
+        [*command, "--report", "report.html"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert first.returncode == 0, first.stderr + first.stdout
     assert "3 jobs: 3 converted" in first.stdout
+    assert "convnet fuse-bn" in (tmp_path / "report.html").read_text()
+    assert alike(lines_of(first.stdout), page_says("commands.md", "run recipes/demo.yaml"))
     names = ["convnet-fuse-bn", "gpt2-rmsnorm", "vit-rmsnorm"]
     assert sorted(p.name for p in (tmp_path / "out/demo").iterdir()) == names
     for name in names:

@@ -282,7 +282,9 @@ def test_two_processes_see_the_statistics_of_one_with_the_doubled_batch(tmp_path
 def test_the_command_line_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["swap", "un", "demo:vit", str(out), "--data", "demo:", "--calibrate-only", "--calibration", "64"]
-    assert run([*arguments, "--json", str(tmp_path / "report.json")]) == 0
+    files = ["--json", str(tmp_path / "report.json"), "--report", str(tmp_path / "report.html")]
+    assert run([*arguments, *files]) == 0
+    assert "not lossless" in (tmp_path / "report.html").read_text()
     shown = capsys.readouterr()
     assert "calibrating" in shown.err
     assert "0 left to run" in shown.out

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.pages import write_section
 from tools.zoo.timm_zoo import timm_table
 
 Row = dict[str, Any]
@@ -87,27 +88,8 @@ def summary(rows: list[Row], method: str = "rmsnorm") -> str:
 
 def write_page(path: Path, method: str, rows: list[Row], versions: dict[str, str], left: int = 0) -> None:
     """Write the section of ``method`` into the page at ``path``; other sections stay."""
-    order = list(_sections())
-    found = sections(path.read_text(), order) if path.exists() else {}
-    found[method] = _sections()[method][1](rows, versions, left)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_begin(name) + found[name] for name in order if name in found))
-
-
-def sections(text: str, methods: list[str]) -> dict[str, str]:
-    """Method -> its section of a page; a comment line begins each. A page without any is the first method's."""
-    starts = {method: text.index(_begin(method)) for method in methods if _begin(method) in text}
-    if not starts:
-        return {methods[0]: text}
-    ends = sorted([*starts.values(), len(text)])
-    return {
-        method: text[start + len(_begin(method)) : ends[ends.index(start) + 1]].rstrip("\n") + "\n"
-        for method, start in starts.items()
-    }
-
-
-def _begin(method: str) -> str:
-    return f"<!-- {method} -->\n"
+    found = _sections()
+    write_section(path, method, found[method][1](rows, versions, left), list(found))
 
 
 def _sections() -> Mapping[str, tuple[Callable[[list[Row]], dict[str, int]], Callable[..., str]]]:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from normconvert.cli.app import app
-from normconvert.cli.options import Json, Quiet, Verbose, make_screen, parse_size
+from normconvert.cli.options import Json, Quiet, ReportFile, Verbose, add_report, make_screen, parse_size
 
 AUTO = "auto"
 
@@ -46,6 +46,7 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Redo what is there and up to date.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the jobs and what each would do.")] = False,
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -57,6 +58,7 @@ def run(
     from normconvert.report.screen import Done, execute
 
     screen = make_screen(json, verbose, quiet)
+    add_report(screen, report_file)
 
     def action() -> Done:
         budget = parse_size(memory, "--memory") if memory is not None else None

@@ -16,10 +16,12 @@ from normconvert.cli.options import (
     Out,
     Overwrite,
     Quiet,
+    ReportFile,
     Revision,
     Src,
     Trust,
     Verbose,
+    add_report,
     make_screen,
 )
 
@@ -113,6 +115,7 @@ def swap(
     trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
     device: Device = "cpu",
+    report_file: ReportFile = None,
     json: Json = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -126,6 +129,7 @@ def swap(
     # of the processes of accelerate, the first speaks
     others = os.environ.get("RANK", "0") != "0"
     screen = make_screen(None if others else json, verbose, quiet or others)
+    add_report(screen, None if others else report_file)
 
     def action() -> Done:
         from normconvert.report.training import show_swap, stages_of, watch_on

@@ -54,6 +54,7 @@ class Entry:
         """The entry as JSON-ready data."""
         job = self.job
         return {
+            "name": job.name,
             "source": job.source,
             "revision": job.revision,
             "variant": job.variant,

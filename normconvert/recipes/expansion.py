@@ -127,7 +127,7 @@ def _job(wish: Wish, origin: Origin, variant: Variant | None) -> Job:
     return Job(
         source=origin.source, name=name, variant=label, output=_place(output), where=wish.where,
         method=said["method"], options={**asdict(Options()), **said["options"]}, revision=origin.commit,
-        arch=wish.entry.arch, dtype=said["dtype"], max_shard_size=said["max_shard_size"],
+        branch=origin.branch, arch=wish.entry.arch, dtype=said["dtype"], max_shard_size=said["max_shard_size"],
         require_all=said["require_all"], trust_remote_code=said["trust_remote_code"], verify=said["verify"],
         device=said["device"], limits=said["limits"], resources=resources, upload=_upload(wish, said["upload"], words),
         size=origin.size,

@@ -58,6 +58,7 @@ class Job:
         method: the conversion.
         options: fields of :class:`normconvert.options.Options`, all of them.
         revision: commit on the hub.
+        branch: the branch, tag or commit that the recipe asks for; None: the default branch, or not from the hub.
         arch: architecture of bare weights.
         dtype: as in ``convert``.
         max_shard_size: bytes; None: as the source.
@@ -81,6 +82,7 @@ class Job:
     method: str
     options: dict[str, Any]
     revision: str | None = None
+    branch: str | None = None
     arch: str | None = None
     dtype: str = "auto"
     max_shard_size: int | None = None

@@ -50,7 +50,8 @@ class Origin:
         name: the last part of it.
         author: on the hub; else empty.
         folder: the local folder or file; None on the hub.
-        commit: of a model on the hub; None if it is not from there, or not known.
+        branch: of a model on the hub: the branch, tag or commit that was asked for; None: the default branch.
+        commit: what that is now; None if it is not from there, or not known.
         size: bytes of its weights; None: not known.
         elements: floating elements of its weights; None: not known.
     """
@@ -59,6 +60,7 @@ class Origin:
     name: str
     author: str = ""
     folder: Path | None = None
+    branch: str | None = None
     commit: str | None = None
     size: int | None = None
     elements: int | None = None
@@ -95,7 +97,7 @@ def _local(reference: Reference) -> Origin | None:
         from normconvert.demos import folder
 
         path = folder(text.removeprefix("demo:"))
-        return Origin(text, path.name, "", path, None, *_weigh(path, arch))
+        return Origin(text, path.name, "", path, None, None, *_weigh(path, arch))
     path = Path(text).expanduser()
     if not text or not path.exists():
         return None
@@ -103,7 +105,7 @@ def _local(reference: Reference) -> Origin | None:
         raise InputError(f"{text}: revision is for models on the hub, but this is a local path")
     path = path.absolute()
     name = path.resolve().name if path.is_dir() else path.stem
-    return Origin(str(path), name, "", path, None, *_weigh(path, arch))
+    return Origin(str(path), name, "", path, None, None, *_weigh(path, arch))
 
 
 def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
@@ -164,7 +166,8 @@ def _remote(reference: Reference) -> Origin:
         raise InputError(f"{reference.text}: no such file or folder, and not a hub id (name or org/name)")
     if at and reference.revision not in (None, at):
         raise InputError(f"{reference.text}: two revisions, {at} and {reference.revision}: give one")
-    found = hub.find(repo, at or reference.revision)
+    branch = at or reference.revision
+    found = hub.find(repo, branch)
     author, _, name = repo.rpartition("/")
     weights = {file: size for file, size in found.sizes.items() if file.endswith(WEIGHT_SUFFIXES)}
     if not weights:
@@ -172,7 +175,7 @@ def _remote(reference: Reference) -> Origin:
     known = [size for size in weights.values() if size is not None]
     size = sum(known) if len(known) == len(weights) else None
     elements = sum(count for dtype, count in found.dtypes.items() if dtype in FLOATING) or None
-    return Origin(repo, name, author, None, found.commit, size, elements)
+    return Origin(repo, name, author, None, branch, found.commit, size, elements)
 
 
 def local_checkpoints(pattern: str, arch: str | None, exclude: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from normconvert.recipes.job import Job, Result
 from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
 from normconvert.recipes.storage import Store, is_url
 from normconvert.records import RECORD_FILE
+from normconvert.sources import hub
 
 if TYPE_CHECKING:
     from normconvert.result import Report
@@ -120,7 +121,9 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
             trust_remote_code=job.trust_remote_code, limits=job.limits, progress=progress, stage=stage,
         )  # fmt: skip
     source_files = None
-    if path is not None:
+    if path is None:
+        hub.remember(job.source, job.branch, job.revision)
+    else:
         known = json.loads((made / RECORD_FILE).read_text(encoding="utf-8"))["source"]["sha256"]
         source_files = replace(take(path, known), seen=seen)
         if {name: file.stat for name, file in source_files.files.items()} != before:

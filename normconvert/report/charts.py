@@ -82,6 +82,22 @@ def bench_chart(rows: Sequence[Row]) -> Chart | None:
     }
 
 
+def training_chart(trace: Sequence[dict[str, float]]) -> Chart | None:
+    """The loss over the steps of a training."""
+    if len(trace) < 2:
+        return None
+    steps = [f"step {point['step']:.0f}" for point in trace]
+    return {
+        "title": "Training",
+        "about": "The loss that is trained on, over the steps. While the old norms fade it may rise.",
+        "kind": "line",
+        "scale": "linear",
+        "labels": [step.removeprefix("step ") for step in steps],
+        "names": steps,
+        "series": [_series("loss", list(trace), "loss", "native")],
+    }
+
+
 def _series(name: str, rows: Sequence[dict[str, Any]], key: str, role: str) -> dict[str, Any]:
     return {"name": name, "role": role, "values": [_finite(row[key]) for row in rows]}
 

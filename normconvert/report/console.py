@@ -78,7 +78,7 @@ def show_summary(
         for label, line in zip(("load it", ""), how_to_load(report), strict=False):
             # Code to be copied is never wrapped.
             console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
-    if verbose or (report.plan.kept and report.plan.converted):
+    if verbose or measures or (report.plan.kept and report.plan.converted):
         from normconvert.report.tree import norm_tree
 
         console.print()

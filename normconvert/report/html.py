@@ -20,10 +20,11 @@ from normconvert.comparing import Finding
 from normconvert.limits import outcomes
 from normconvert.plan import Plan
 from normconvert.report.benchmark import machine_in_words, milliseconds
-from normconvert.report.blocks import NormLine, model_blocks, norm_lines
 from normconvert.report.charts import bench_chart, layer_chart, norm_chart
 from normconvert.report.console import how_to_load
 from normconvert.report.junit import PARTS
+from normconvert.report.parts import badge, bars, plan_view, tile
+from normconvert.report.runs import batch_section, swap_section
 from normconvert.report.words import becomes, human_bytes, percent
 from normconvert.result import Report
 
@@ -38,7 +39,7 @@ Document = dict[str, Any]
 
 EMPTY: dict[str, Any] = {
     "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "probes": [],
-    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None,
+    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None, "table": None,
 }  # fmt: skip
 """What a section of the page may leave out."""
 
@@ -128,6 +129,10 @@ def _sections(document: Document) -> Iterator[dict[str, Any]]:
             yield _conversion(report)
     elif "report" in document:  # an error that came with what was known by then
         yield _conversion(document["report"])
+    elif document.get("command") == "swap" and "error" not in document:
+        yield swap_section(document)
+    elif document.get("command") == "run" and "error" not in document:
+        yield batch_section(document)
     elif "plan" in document and "source" in document:
         yield _conversion(document)
     elif "probes" in document:
@@ -147,12 +152,12 @@ def _conversion(data: Document) -> dict[str, Any]:
     return {
         "heading": f"{data['source']} → {data['out']}" if data["out"] else data["source"],
         "about": f"{data['architecture']} · {data['library']} · {data['dtype']}{stored}",
-        "badge": _badge(fidelity["passed"] if fidelity else None, "not verified" if data["out"] else "nothing written"),
+        "badge": badge(fidelity["passed"] if fidelity else None, "not verified" if data["out"] else "nothing written"),
         "tiles": [*_norm_tiles(plan), *_tiles(fidelity, data.get("measures"))],
-        **_plan_view(plan, data["architecture"]),
+        **plan_view(plan, data["architecture"]),
         **_figures(fidelity, data.get("measures"), plan.method),
         "work": list(_work(data)),
-        "seconds": _bars(data["seconds"]),
+        "seconds": bars(data["seconds"]),
         "notes": [*data["notes"], *_note(data)],
         "load": how_to_load(report) if data["out"] else [],
     }
@@ -166,9 +171,9 @@ def _verification(data: Document) -> dict[str, Any]:
     return {
         "heading": f"{data['converted']} against {data['original']}",
         "about": about,
-        "badge": _badge(data["passed"], ""),
+        "badge": badge(data["passed"], ""),
         "tiles": [*(_norm_tiles(plan) if plan else ()), *_tiles(data, measures)],
-        **(_plan_view(plan, measures["architecture"] if measures else "the model") if plan else {}),
+        **(plan_view(plan, measures["architecture"] if measures else "the model") if plan else {}),
         **_figures(data, measures, plan.method if plan else ""),
         "work": list(_sizes(measures)),
         "notes": list(_note(data)),
@@ -182,12 +187,12 @@ def _check(data: Document) -> dict[str, Any]:
     return {
         "heading": data["output"],
         "about": f"converted again from {data['source']} and compared byte for byte",
-        "badge": _badge(data["passed"], ""),
-        "tiles": [_tile("compared", human_bytes(data["bytes"]), f"{data['files']} files")],
+        "badge": badge(data["passed"], ""),
+        "tiles": [tile("compared", human_bytes(data["bytes"]), f"{data['files']} files")],
         "parts": [(name, counts[part]) for part, name in PARTS.items()],
         "findings": [(f.subject, f.what) for f in findings],
         "work": [],
-        "seconds": _bars(data["seconds"]),
+        "seconds": bars(data["seconds"]),
         "notes": data["notes"],
         "load": [],
     }
@@ -241,18 +246,10 @@ def _told(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _badge(passed: bool | None, otherwise: str) -> tuple[str, str]:
-    return {None: ("plain", otherwise), True: ("good", "passed"), False: ("bad", "failed")}[passed]
-
-
-def _tile(label: str, value: str, below: str = "", state: str = "") -> dict[str, str]:
-    return {"label": label, "value": value, "below": below, "state": state}
-
-
 def _norm_tiles(plan: Plan) -> Iterator[dict[str, str]]:
     done, total = len(plan.converted), len(plan.verdicts)
     state = "good" if done == total else "warn"
-    yield _tile("norms", f"{done} of {total}", f"→ {becomes(plan.method)}", state)
+    yield tile("norms", f"{done} of {total}", f"→ {becomes(plan.method)}", state)
 
 
 def _tiles(fidelity: Document | None, measures: Document | None) -> Iterator[dict[str, str]]:
@@ -261,38 +258,18 @@ def _tiles(fidelity: Document | None, measures: Document | None) -> Iterator[dic
             name = outcome.figure.name
             state = {None: "", True: "good", False: "bad"}[outcome.passed]
             if name == "algebra":
-                yield _tile("algebra, float64", f"{outcome.found:.2g}", outcome.bound, state)
+                yield tile("algebra, float64", f"{outcome.found:.2g}", outcome.bound, state)
             elif name == "rounding" and outcome.found is not None:
-                yield _tile("rounding", f"{outcome.found:.3g} ×", f"the original's, {outcome.bound}", state)
+                yield tile("rounding", f"{outcome.found:.3g} ×", f"the original's, {outcome.bound}", state)
             elif name == "top1" and outcome.found is not None:
-                yield _tile("top-1 the same", percent(outcome.found), outcome.bound, state)
+                yield tile("top-1 the same", percent(outcome.found), outcome.bound, state)
             elif name == "kl" and outcome.found is not None:
-                yield _tile("KL divergence", f"{outcome.found:.1g}", outcome.bound or "nats", state)
+                yield tile("KL divergence", f"{outcome.found:.1g}", outcome.bound or "nats", state)
     perplexity = measures.get("perplexity") if measures else None
     if perplexity:
         before, after = perplexity["original"], perplexity["converted"]
         tokens = f"{before:.6g} before, {perplexity['tokens']} tokens"
-        yield _tile("perplexity", f"{after:.6g}", tokens)
-
-
-def _plan_view(plan: Plan, architecture: str) -> dict[str, Any]:
-    """The model as a column of blocks, and every reason in full below it."""
-    return {
-        "model": model_blocks(architecture, plan),
-        "kept": _by_reason(plan, converted=False),
-        "converted": _by_reason(plan, converted=True),
-        "counts": (len(plan.converted), len(plan.verdicts)),
-        "becomes": becomes(plan.method),
-    }
-
-
-def _by_reason(plan: Plan, *, converted: bool) -> list[tuple[str, list[NormLine]]]:
-    """(reason, the norms that it holds for), in the order of execution."""
-    reasons: dict[str, list[NormLine]] = {}
-    for line in norm_lines(plan.verdicts):
-        if line.converted is converted:
-            reasons.setdefault(line.reason, []).append(line)
-    return list(reasons.items())
+        yield tile("perplexity", f"{after:.6g}", tokens)
 
 
 def _figures(fidelity: Document | None, measures: Document | None, method: str) -> dict[str, Any]:
@@ -336,12 +313,6 @@ def _sizes(measures: Document | None) -> Iterator[tuple[str, str]]:
             told = [words.format(n) if words else human_bytes(n) for n in (before, after)]
             change = f" ({(after - before) / before:+.2%})" if before and after != before else ""
             yield {"bytes": "weights"}.get(label, label), f"{told[0]} before, {told[1]} after{change}"
-
-
-def _bars(seconds: dict[str, float]) -> list[tuple[str, str, int]]:
-    """(stage, its time, its share in percent of the longest)."""
-    longest = max(seconds.values(), default=0.0) or 1.0
-    return [(stage, f"{s:.2f} s", max(1, round(100 * s / longest))) for stage, s in seconds.items()]
 
 
 def _note(data: Document) -> Iterator[str]:

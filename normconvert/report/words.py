@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from normconvert.fidelity import Fidelity
 
 
-BECOMES = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused"}
+BECOMES = {
+    "rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused",
+    **dict.fromkeys(["un", "repbn", "powernorm", "ln-free"], "swapped"),
+}  # fmt: skip
 """Conversion -> what its norms become."""
 
 

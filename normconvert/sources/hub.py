@@ -121,6 +121,24 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
     return Path(folder), _commit(Path(folder))
 
 
+def remember(repo: str, revision: str | None, commit: str | None) -> None:
+    """Let the cache know which commit a branch or tag is, so that it is found by that name without a network.
+
+    What is downloaded by its commit is in the cache under that alone. Nothing is noted if the branch has moved on
+    (its new commit is not in the cache) or the hub cannot be asked: this is a help, and fails nothing.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or commit is None or revision == commit:
+        return
+    try:
+        if huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=LOOK_UP).sha == commit:
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns="config.json")
+    except Exception:
+        return
+
+
 @contextmanager
 def explained(repo: str, revision: str | None) -> Iterator[None]:
     """Whatever huggingface_hub raises, as one line; our own errors pass.

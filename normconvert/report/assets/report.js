@@ -45,6 +45,7 @@
   const draw = (id, chart) => {
     const text = colour("faint");
     const grid = { color: colour("line") };
+    const linear = chart.kind === "bar" || chart.scale === "linear";
     const values = chart.series.flatMap((series) => series.values).filter((value) => value !== null);
     return new Chart(document.getElementById(id), {
       type: chart.kind,
@@ -57,14 +58,14 @@
         scales: {
           x: {
             grid,
-            ticks: { color: text, autoSkip: true, maxRotation: 60, callback: (value, index) => (chart.kind === "bar" ? chart.labels[index] : tail(chart.labels[index])) },
+            ticks: { color: text, autoSkip: true, maxRotation: 60, minRotation: narrow() && chart.kind === "bar" ? 45 : 0, callback: (value, index) => (chart.kind === "bar" ? chart.labels[index] : tail(chart.labels[index])) },
           },
           y: {
-            ...(chart.kind === "bar"
+            ...(linear
               ? { type: "linear", beginAtZero: true }
               : { type: "logarithmic", min: Math.min(...values) / 2, max: Math.max(...values) * 2 }),
             grid,
-            ticks: { color: text, autoSkip: true, maxTicksLimit: 12, ...(chart.kind === "bar" ? {} : { callback: power }) },
+            ticks: { color: text, autoSkip: true, maxTicksLimit: 12, ...(linear ? {} : { callback: power }) },
           },
         },
         plugins: {
