@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -94,16 +95,40 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
     sample = next(iter(model.parameters()), torch.empty(0))
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     run = Run()
-    with _constants_in(own):
-        _run_probes(model, probes, run, dtype, own, sample.device, seed)
+    plain_experts(model)
+    for probe in probes:
+        inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
+        try:
+            output = _run(model, inputs, own, seed)
+        except Exception as error:  # a probe that the original cannot take is skipped, with its reason
+            reason = str(error).splitlines()[0] if str(error) else ""
+            run.failures[probe.name] = f"{type(error).__name__}: {reason}"[:200]
+            continue
+        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
     return run
 
 
+def _run(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
+    """One call. In float64 the constants that a model makes while it runs have float64's range, if it runs so.
+
+    Some masks hold the largest number of the model's dtype; other models mix constants with what they cast to float32.
+    """
+    if dtype == torch.float64:
+        with _default_dtype(dtype), contextlib.suppress(RuntimeError, TypeError):
+            return _seeded(model, inputs, seed)
+    return _seeded(model, inputs, seed)
+
+
+def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(**inputs)
+
+
 @contextmanager
-def _constants_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let constants that a model makes while it runs have its dtype: some masks hold the largest number of it."""
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
@@ -118,30 +143,6 @@ def plain_experts(model: nn.Module) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) == "grouped_mm":
             config._experts_implementation = "batched_mm"
-
-
-def _run_probes(
-    model: nn.Module,
-    probes: Iterable[Probe],
-    run: Run,
-    dtype: torch.dtype,
-    own: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> None:
-    plain_experts(model)
-    for probe in probes:
-        inputs = {name: cast(value, dtype, own, device) for name, value in probe.inputs.items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                output = model(**inputs)
-            except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-                run.failures[probe.name] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-                )
-                continue
-        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
 
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:

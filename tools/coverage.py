@@ -189,15 +189,12 @@ def _preload() -> None:
 
 def _warm_up() -> None:
     """Convert one small model of each kind, so that children need not load and set up what every model needs."""
-    import torch
-
     from normconvert.pipeline import plan_model
     from tools.zoo.transformers_zoo import transformers_case
 
     for name in ("gpt2", "vit"):
         case, _ = transformers_case(name)
         _fidelity(case, plan_model(case.skeleton()), False)
-    torch.set_default_dtype(torch.float32)
 
 
 def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
@@ -365,8 +362,6 @@ def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
             # The runtime may run a LayerNorm kernel where the mean is proved to be zero, which is to be shown here.
             setattr(module, "mean_free", False)  # noqa: B010 (mypy takes an attribute of a Module for a tensor)
     probes = verification_inputs(case.skeleton(), seed=0)
-    # Some models make constants of the default dtype while they run (XGLM's mask), which must hold float64's range.
-    torch.set_default_dtype(torch.float64)
     errors = compare_models(truth, converted, probes, outputs_shift_allowed=shifted)
     tolerance = tolerance_for(plan)
     finite = [e for e in errors.values() if e == e]

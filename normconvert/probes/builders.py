@@ -345,8 +345,8 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
 
 def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:
     """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say."""
-    for method in FEATURES.get(name, ()):
-        function = getattr(facts.model, method, None)
+    owners = (facts.model, getattr(facts.model, "base_model", None))
+    for function in (getattr(owner, method, None) for method in FEATURES.get(name, ()) for owner in owners):
         if function is None:
             continue
         with contextlib.suppress(Exception):

@@ -275,6 +275,10 @@ def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
         overrides["attention_types"] = [[kinds[0][0], 1]]
     if level.depth and getattr(config, "merge_index", None):  # seggpt: before the first layer whose output is used
         overrides["merge_index"] = 0
+    text: Any = overrides.get("text_config")
+    vision: Any = overrides.get("vision_config")
+    if hasattr(text, "hidden_size") and hasattr(vision, "out_hidden_size"):  # defaults of some types do not fit
+        vision.out_hidden_size = text.hidden_size
     rope = getattr(config, "rope_parameters", None)
     if ratio > 1 and isinstance(rope, dict):
         section = rope.get("mrope_section")

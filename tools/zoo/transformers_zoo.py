@@ -55,19 +55,18 @@ RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 20,
           "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
 DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features": ["stage4"]}}
 
-MROPE_GLM = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
-                                                 "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}}  # fmt: skip
-MROPE_QWEN = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0,
-                                                  "mrope_section": [16, 24, 24]}}}  # fmt: skip
+GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 160, "vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.5}},
     "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
     "blip-2": {"image_token_index": 100},
+    "gemma3": {"mm_tokens_per_image": 4},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
-    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glmga"), MROPE_GLM),
-    "qwen2_vl": {**MROPE_QWEN, "vision_config": {"hidden_size": 8192}},
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glmga"), {"text_config": {"rope_parameters": GLM_ROPE}}),
+    "qwen2_vl": {"text_config": {"rope_parameters": QWEN_ROPE}, "vision_config": {"hidden_size": 8192}},
     "autoformer": {"prediction_length": 6, "context_length": 12},
     "informer": {"prediction_length": 6, "context_length": 12},
     "time_series_transformer": {"prediction_length": 6, "context_length": 12},
