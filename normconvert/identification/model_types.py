@@ -87,7 +87,7 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
         rows: of the index.
     """
     members: dict[str, list[str]] = defaultdict(list)
-    found = {_modern(name): shape for name, shape in found.items() if name not in integers}
+    found = {modern(name): shape for name, shape in found.items() if name not in integers}
     for name in found:
         members[pattern(name)].append(name)
     here = set(members)
@@ -108,7 +108,7 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
     return sorted(fits, key=lambda fit: (fit.differences, bool(fit.clash), fit.model_type, fit.model_class))
 
 
-def _modern(name: str) -> str:
+def modern(name: str) -> str:
     """A tensor's name as transformers reads it: the parameters of old layer norms have other names."""
     for old, new in LEGACY.items():
         name = f"{name.removesuffix(old)}{new}" if name.endswith(old) else name
@@ -125,10 +125,13 @@ def _compare(found: Mapping[str, Shape], members: Mapping[str, list[str]], row: 
     ]  # fmt: skip
     ties = {first: other for first, other in entry.get("tied", ()) if first not in members and other in members}
     config, clash = _solve(found, members, _of_ties(entry["dims"], ties))
-    for kind, key, present, absent in entry["says"]:
-        config.setdefault(key, present if kind in members else absent)
+    for kind, key, present, _ in entry["says"]:
+        if kind in members:  # where it is absent another switch may have taken it away: that says nothing
+            config.setdefault(key, present)
     solved = {part for key in config for part in [key, *key.split("*")]} if not clash else set()
-    unfixed = tuple(dict.fromkeys([*row["unfixed"], *sorted(_mentioned(entry["dims"]) - solved)]))
+    unfixed = tuple(
+        dict.fromkeys([*row["unfixed"], *sorted(_mentioned(entry["dims"]) - solved), *(s[1] for s in entry["says"])])
+    )
     products = tuple(part for key in config if "*" in key for part in key.split("*") if part not in config)
     return TypeFit(
         row["type"], model_class, tuple(sorted(need.difference(members, ties))), tuple(extra), config,

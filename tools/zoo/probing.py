@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from normconvert.identification.model_types import TERM
+from normconvert.identification.model_types import TERM, modern
 from normconvert.identification.prints import pattern
 from tools.zoo.shrink import Level, _rebuild
 
@@ -131,7 +131,7 @@ def _on_disk(revert: Any, model: Any, state: dict[str, Any]) -> dict[str, tuple[
     detached = {name: tensor.detach() for name, tensor in state.items()}
     names = {id(tensor): name for name, tensor in detached.items()}
     return {
-        name: (names.get(id(t), ""), tuple(t.shape)) for name, t in revert(model, detached).items()
+        modern(name): (names.get(id(t), ""), tuple(t.shape)) for name, t in revert(model, detached).items()
         if t.is_floating_point()
     }  # fmt: skip
 
@@ -244,14 +244,17 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
     says: list[tuple[str, str, Any, Any]] = []
     unfixed, failed = [], []
 
-    def add(seen: Snapshot) -> set[str]:
+    builds: list[tuple[Values, set[str]]] = []
+
+    def add(seen: Snapshot, now: Values) -> set[str]:
         here = {pattern(n) for n in seen.shapes}
+        builds.append((now, here))
         need.intersection_update(here)
         may.update(here, map(pattern, seen.tied), seen.buffers)
         ties.update((pattern(first), pattern(n)) for n, first in seen.tied.items() if first)
         return here
 
-    add(base)
+    add(base, values)
     for path, value in values.items():
         steps = _steps(value, _choices(path, words))
         built = changed(cls, config, path, steps, generic, base)
@@ -259,7 +262,7 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
             failed.append(path)
         touched = False
         for new, seen in built:
-            here = add(seen)
+            here = add(seen, {**values, path: new})
             for place, old, now in _compared(start, nodes(seen.shapes)):
                 moved[place][path].append((new, now))
                 touched |= old != now
@@ -277,8 +280,14 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
     for other in others:
         with suppress(Exception):
             seen = snapshot(cls, other)
-            add(seen)
+            add(seen, flat_values(other, generic))
             _check(expressions, nodes(seen.shapes), flat_values(other, generic))
+    # A tensor that another switch takes away as well does not tell how this one was set.
+    says = [
+        (p, key, present, absent)
+        for p, key, present, absent in says
+        if all((p in here) == (now[key] == present) for now, here in builds if isinstance(now.get(key), bool))
+    ]
     return Found(need, (may | patterns) - need, _collapsed(expressions), says, unfixed, failed, ties)
 
 
