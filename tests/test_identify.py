@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +12,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file, save_model
-from torch import Tensor
 
 import normconvert
 from normconvert.errors import InputError
-from normconvert.identification import Identification, Names, identify_names
+from normconvert.identification import identify_names
 from normconvert.identification.building import build, shapes, timm_print
 from normconvert.identification.prints import (
     INDEX,
@@ -35,51 +31,23 @@ from normconvert.identification.search import known_models
 from normconvert.sources import open_source
 from normconvert.sources.pickle_file import read_pickle
 from normconvert.sources.pickle_names import Unreadable, read_pickle_names
-from tests.perturb import perturb
-from tests.tiny_checkpoints import gpt2, save_vit, vit
+from tests.bare_weights import TWINS, UNIQUE, exact, names_of_model, state_of, write
+from tests.tiny_checkpoints import save_vit, vit
 from tools.zoo.timm_zoo import timm_table
-
-UNIQUE = "test_vit"
-TWINS = ["test_efficientnet_gn", "test_efficientnet_ln"]  # group norm and layer norm: the same names, other functions
-State = dict[str, Tensor]
-
-
-def state_of(name: str, **arguments: Any) -> State:
-    model = perturb(timm.create_model(name, **arguments).eval())
-    return {n: t.contiguous() for n, t in model.state_dict().items()}
-
-
-def write(state: State, path: Path, metadata: dict[str, str] | None = None) -> Path:
-    save_file(state, path, metadata=metadata)
-    return path
-
-
-def exact(found: Identification) -> list[str]:
-    return [candidate.name for candidate in found.exact]
-
-
-def names_of_model(name: str, **arguments: Any) -> Names:
-    state = build(name, **arguments).state_dict()
-    integers = frozenset(n for n, t in state.items() if not t.is_floating_point())
-    return Names({n: tuple(t.shape) for n, t in state.items()}, integers)
-
 
 # The index
 
 
 def test_the_index_is_of_timm_as_it_is_installed() -> None:
-    """One model of every module, with another number of classes than the default."""
+    """One model of every module and all that the index lacks, with another number of classes than the default."""
     index = load_index()
-    wrong = []
-    for variants in timm_table().values():
-        name = variants[0]
-        if name in index.models:
-            fit = compare(shapes(build(name, num_classes=7)), frozenset(), read_print(name, index.models[name]))
-            if not is_exact(fit):
-                wrong.append(name)
-    assert wrong == []
+    models, _ = known_models(index)  # what the index lacks is built
+    assert set(models) == set(timm.list_models())
+    sample = {variants[0] for variants in timm_table().values()} | (set(models) - set(index.models))
+    fits = (compare(shapes(build(n, num_classes=7)), frozenset(), read_print(n, models[n])) for n in sorted(sample))
+    assert [fit.name for fit in fits if not is_exact(fit)] == []
     if version("timm") == index.timm:
-        assert set(index.models) == set(timm.list_models())
+        assert set(index.models) == set(models)
 
 
 @pytest.mark.slow
@@ -317,7 +285,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     assert (near.missing, near.extra) == (("norm.bias",), ("probe.weight",))
     assert near.reshaped == (("norm.weight", (3,), (64,)),)
     assert near.arguments == {}
-    with pytest.raises(InputError, match=r"nearest: test_vit \(1 missing, 1 too many, 1 of another shape differ\)"):
+    with pytest.raises(InputError, match=r"nearest: test_vit \(1 tensor missing, 1 too many, 1 of another shape\)"):
         open_source(str(tmp_path / "w.safetensors"))
 
 
@@ -360,169 +328,3 @@ def test_weights_of_nothing_known_resemble_nothing(tmp_path: Path) -> None:
     assert (found.exact, found.nearest) == ((), ())
     with pytest.raises(InputError, match=r"of no architecture that is known: pass --arch timm:NAME"):
         open_source(str(path))
-
-
-# In use
-
-
-def test_a_bare_file_converts_and_says_what_it_was_taken_for(tmp_path: Path) -> None:
-    path = write(state_of(UNIQUE, num_classes=5), tmp_path / "w.safetensors")
-    report = normconvert.convert(path, tmp_path / "out")
-    assert report.architecture == UNIQUE
-    assert report.converted == report.total > 0
-    assert (
-        report.notes[0] == f"identified as timm:{UNIQUE} by names and shapes, which fit no other; --arch overrides that"
-    )
-    model = normconvert.load(tmp_path / "out")
-    assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 5)
-    assert normconvert.verify(path, tmp_path / "out").passed
-
-
-def test_arch_with_another_image_size_and_channels_converts(tmp_path: Path) -> None:
-    arguments = {"img_size": 96, "in_chans": 1}
-    path = write(state_of(UNIQUE, num_classes=2, **arguments), tmp_path / "w.safetensors")
-    report = normconvert.convert(path, tmp_path / "out", arch=f"timm:{UNIQUE}")
-    assert report.converted == report.total > 0
-    assert "shapes say that the model was made with img_size=96" in report.notes
-    assert normconvert.load(tmp_path / "out")(torch.zeros(1, 1, 96, 96)).shape == (1, 2)
-
-
-def test_a_distilled_model_with_other_classes_opens(tmp_path: Path) -> None:
-    state = state_of("deit_tiny_distilled_patch16_224", num_classes=5)
-    source = open_source(str(write(state, tmp_path / "w.safetensors")))
-    assert (source.architecture, source.config["num_classes"]) == ("deit_tiny_distilled_patch16_224", 5)
-
-
-def test_a_folder_without_config_opens(tmp_path: Path) -> None:
-    write(state_of(UNIQUE), tmp_path / "model.safetensors")
-    source = open_source(str(tmp_path))
-    assert (source.library, source.architecture) == ("timm", UNIQUE)
-    assert "identified as" in source.notes[0]
-
-
-def test_bare_weights_verify_against_what_was_made_of_them(tmp_path: Path) -> None:
-    """Names and shapes do not tell which of the two it is; the output does."""
-    path = write(state_of("test_efficientnet_ln"), tmp_path / "w.safetensors")
-    normconvert.convert(path, tmp_path / "out", arch="timm:test_efficientnet_ln", min_gain=1)
-    assert normconvert.verify(path, tmp_path / "out").passed
-
-
-# transformers
-
-
-def test_weights_of_transformers_say_what_shapes_fix_and_what_not(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    save_model(gpt2(n_inner=80), str(path))
-    found = normconvert.identify(path)
-    known = {c.name: c for c in found.exact}
-    if "gpt2" not in known:
-        pytest.xfail("sizes that a configuration leaves out by default (n_inner) are not in the index yet")
-    assert found.arch is None
-    config = known["gpt2"].config
-    sizes = {"vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2}
-    assert {key: config[key] for key in sizes} == sizes
-    assert "n_head" in known["gpt2"].unfixed
-    assert "GPT2LMHeadModel" in known["gpt2"].classes
-    with pytest.raises(InputError, match=r"without a config.json.*n_layer=2.*put its config.json beside it"):
-        open_source(str(path))
-
-
-def test_a_product_is_said_where_shapes_fix_no_more(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=12, attention_bias=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    found = normconvert.identify(tmp_path)
-    known = {c.name: c for c in found.exact}
-    said = known["llama"].config
-    assert (said["num_attention_heads*head_dim"], said["num_key_value_heads*head_dim"]) == (48, 24)
-    assert (said["hidden_size"], said["num_hidden_layers"], said["intermediate_size"]) == (32, 3, 48)
-    assert said["attention_bias"] is True
-    assert {"num_attention_heads", "head_dim", "rms_norm_eps"} <= set(known["llama"].unfixed)
-
-
-def test_tensors_of_another_kind_are_no_transformers_model(tmp_path: Path) -> None:
-    model = gpt2()
-    state = {n: t.contiguous() for n, t in model.state_dict().items() if n != "lm_head.weight"}
-    state["transformer.adapter.weight"] = torch.zeros(2)
-    found = normconvert.identify(write(state, tmp_path / "w.safetensors"))
-    assert found.exact == ()
-    assert any("gpt2" in near.names and near.extra == ("transformer.adapter.weight",) for near in found.nearest)
-
-
-# The command
-
-
-def test_the_command_needs_no_torch_and_less_than_two_seconds(tmp_path: Path) -> None:
-    state = state_of("resnet50")
-    torch.save({"state_dict": state}, tmp_path / "w.pth")
-    write(state, tmp_path / "w.safetensors")
-    code = (
-        "import sys; from normconvert.cli import run; status = run(sys.argv[1:]);"
-        "print(*({'torch', 'timm', 'transformers', 'numpy'} & set(sys.modules))); sys.exit(status)"
-    )
-    for name in ("w.pth", "w.safetensors"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", code, "identify", str(tmp_path / name)], capture_output=True, text=True, check=False
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        assert "resnet50" in done.stdout
-        assert done.stdout.splitlines()[-1] == ""
-        # Of processor time: other programs on the machine do not count.
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
-
-
-def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    from normconvert.cli import run
-
-    status = run([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_the_command_lists_a_set_and_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(state_of("test_efficientnet_ln"), tmp_path / "w.safetensors")
-    status, out, _ = command(capsys, "identify", path)
-    assert status == 0
-    assert "2 architectures, which may compute differently" in out
-    assert all(name in out for name in TWINS)
-    assert "--arch timm:NAME" in out
-    status, _, err = command(capsys, "rmsnorm", path, tmp_path / "out")
-    assert status == 2
-    assert all(name in err for name in TWINS)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_document_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = command(capsys, "identify", write(state_of(UNIQUE), tmp_path / "w.safetensors"), "--json", "-")
-    document = json.loads(out)
-    assert (status, document["command"], document["arch"], document["exit_status"]) == (
-        0,
-        "identify",
-        "timm:test_vit",
-        0,
-    )
-    assert document["exact"][0]["num_classes"] == 1000
-    path = write({n: t for n, t in state_of(UNIQUE).items() if n != "norm.bias"}, tmp_path / "w.safetensors")
-    status, out, _ = command(capsys, "identify", path, "--json", "-")
-    document = json.loads(out)
-    assert (status, document["arch"], document["exit_status"]) == (2, None, 2)
-    assert document["nearest"][0]["missing"] == ["norm.bias"]
-
-
-def test_the_command_shows_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(state_of(UNIQUE, img_size=320), tmp_path / "w.safetensors")
-    status, out, _ = command(capsys, "identify", path)
-    assert status == 2
-    assert "test_vit fits exactly with img_size=320" in out
-    assert "1 other shape" in out
-    status, _, err = command(capsys, "identify", tmp_path / "nothing.safetensors")
-    assert status == 2
-    assert err.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in err

@@ -1,10 +1,11 @@
 """Write the index of transformers' model types that `normconvert identify` searches, for the installed transformers.
 
 For every model type and every class that a task lists for it: the names of its checkpoint's tensors with `#` for the
-numbers of layers, and what each dimension is in the configuration's words, as `tools/zoo/probing.py` finds out. A
-process of its own for every few types keeps memory flat; what is done is kept in ``build/``.
+numbers of layers, and what each dimension is in the configuration's words, as `tools/zoo/probing.py` finds out. Each
+type has a process of its own, so that none can take the others' memory or time; what is done is kept in ``build/``.
 
-    nice python tools/build_transformers_index.py               # about half an hour
+    nice python tools/build_transformers_index.py               # about fifteen minutes; goes on where it stopped
+    python tools/build_transformers_index.py --minutes 5        # as many types as that is enough for
     python tools/build_transformers_index.py --only llama       # print one type, write nothing
     nice python tools/build_transformers_index.py --check       # is every type found, with its values?
 """
@@ -15,8 +16,6 @@ import argparse
 import json
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -29,10 +28,12 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-CHUNK = 40
 GIGABYTES = 8
-SECONDS = 600
+SECONDS = 120
 """Of processor time for one type."""
+FIRST = ("MASKED_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "CTC",
+         "AUDIO_CLASSIFICATION")  # fmt: skip
+"""Tasks whose types come first, should the time not be enough for all."""
 
 Row = dict[str, Any]
 
@@ -51,39 +52,65 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=INDEX)
     installed = version("transformers")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / f"transformers-types-{installed}.jsonl")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop probing after so many")
     parser.add_argument("--check", action="store_true", help="identify models of other sizes than those probed")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    _quiet()
     if arguments.check:
-        return _check(arguments.only)
-    if arguments.child:
-        return _child(arguments.only, arguments.work)
+        return check(arguments.only)
     if arguments.only:
         for name in arguments.only:
             print(json.dumps(_probe_type(name, *_common()), indent=1))
         return 0
-    names = _names()
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    while todo := [name for name in names if name not in (done := _read(arguments.work))]:
-        command = [sys.executable, str(Path(__file__)), "--child", "--work", str(arguments.work), "--only"]
-        ended = subprocess.run([*command, *todo[:CHUNK]], check=False).returncode
-        if ended:  # the type that ended it is the first that is not there
-            stuck = next(name for name in todo if name not in _read(arguments.work))
-            _write(arguments.work, {"type": stuck, "skipped": f"the process ended with status {ended}"})
-        print(f"{len(done)}/{len(names)}  {time.monotonic() - started:.0f} s", flush=True)
-    rows = [row for name, row in sorted(_read(arguments.work).items()) if name in set(names)]
-    for row in rows:
-        if "skipped" in row:
-            print(f"left out: {row['type']}: {row['skipped']}")
-    save_types(TypeIndex(installed, [row for row in rows if "skipped" not in row]), arguments.out)
-    print(f"{arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
+    names = _names()
+    _probe_all([n for n in names if n not in _read(arguments.work)], arguments.work, 60 * arguments.minutes)
+    known = _read(arguments.work)
+    rows = [known[name] for name in sorted(names) if name in known]
+    left_out = {row["type"]: row["skipped"] for row in rows if "skipped" in row}
+    left_out |= {name: "not probed yet" for name in names if name not in known}
+    types = [{k: v for k, v in row.items() if k != "failed"} for row in rows if "skipped" not in row]
+    save_types(TypeIndex(installed, types, left_out), arguments.out)
+    for name, why in left_out.items():
+        print(f"left out: {name}: {why}")
+    print(f"{len(types)} of {len(names)} types; {arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
     return 0
 
 
 def _names() -> list[str]:
-    code = "import transformers; print(*transformers.CONFIG_MAPPING)"
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    """Every model type, those of the first tasks first."""
+    import importlib
+
+    from tools.zoo.transformers_zoo import transformers_types
+
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    first = {kind for task in FIRST for kind in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES")}
+    return sorted(transformers_types(), key=lambda kind: kind not in first)
+
+
+def _probe_all(names: list[str], work: Path, seconds: float) -> None:
+    import transformers.modeling_layers  # what all models import, once for all processes
+
+    assert transformers
+    started = time.monotonic()
+    common = _common() if names else None
+    for i, name in enumerate(names):
+        if common is None or time.monotonic() - started > seconds:
+            return
+        child = os.fork()
+        if not child:  # with what is imported already
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            try:
+                row = _probe_type(name, *common)
+            except Exception as error:
+                row = {"type": name, "skipped": f"{type(error).__name__}: {str(error)[:160]}"}
+            _write(work, row)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if ended:
+            _write(work, {"type": name, "skipped": f"more than {SECONDS} s or {GIGABYTES} GB (status {ended})"})
+        if i % 20 == 0:
+            print(f"{i}/{len(names)}  {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _read(work: Path) -> dict[str, Row]:
@@ -96,7 +123,8 @@ def _write(work: Path, row: Row) -> None:
         handle.write(json.dumps(row) + "\n")
 
 
-def _child(names: list[str], work: Path) -> int:
+def _quiet() -> None:
+    """Few threads, limited memory, and nothing of what configurations say of values that are no real ones."""
     import logging
     import warnings
 
@@ -106,16 +134,6 @@ def _child(names: list[str], work: Path) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES * 2**30, GIGABYTES * 2**30))
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what configurations say of values that are no real ones
-    common = _common()
-    for name in names:
-        signal.alarm(2 * SECONDS)
-        try:
-            row = _probe_type(name, *common)
-        except Exception as error:
-            row = {"type": name, "skipped": f"{type(error).__name__}: {str(error)[:160]}"}
-        _write(work, row)
-    return 0
 
 
 def _common() -> tuple[frozenset[str], dict[str, list[Any]]]:
@@ -166,11 +184,8 @@ def _probe_type(model_type: str, generic: frozenset[str], words: dict[str, list[
     return {"type": model_type, "unfixed": found.unfixed, "failed": found.failed, "classes": classes}
 
 
-def _check(only: list[str]) -> int:
+def check(only: list[str]) -> int:
     """Identify every type at a size that was neither probed nor checked; returns 1 if one is not found as it is."""
-    import logging
-    import warnings
-
     import transformers
 
     from normconvert.identification.model_types import candidates, load_types, search_types
@@ -178,8 +193,6 @@ def _check(only: list[str]) -> int:
     from tools.zoo.shrink import Level
     from tools.zoo.transformers_zoo import REQUIRED
 
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
     generic = frozenset(vars(transformers.PretrainedConfig()))
     rows = load_types().rows
     wrong, found, unbuilt, sizes = 0, 0, 0, []

@@ -16,7 +16,7 @@ import lzma
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TypeIndex:
-    """Rows with ``type``, ``unfixed`` and ``classes``: class -> ``need``, ``may``, ``dims``, ``says``, ``ignored``."""
+    """Rows with ``type``, ``unfixed`` and ``classes``.
+
+    Class -> patterns that a checkpoint ``need``s, ``may`` have or has ``ignored``, ``dims`` in the configuration's
+    words, what ``says`` how a switch is set, and names that are ``tied``: of one tensor one name is enough.
+    ``left_out``: type -> why the index lacks it.
+    """
 
     transformers: str
     rows: list[Row]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,13 @@ class TypeFit:
 def load_types(path: Path = INDEX) -> TypeIndex:
     """The index that comes with the package."""
     data = json.loads(lzma.decompress(path.read_bytes()))
-    return TypeIndex(data["transformers"], data["types"])
+    return TypeIndex(data["transformers"], data["types"], data.get("left_out", {}))
 
 
 def save_types(index: TypeIndex, path: Path) -> None:
     """Write an index; the same index gives the same bytes."""
-    text = json.dumps({"transformers": index.transformers, "types": index.rows}, separators=(",", ":"), sort_keys=True)
+    data = {"transformers": index.transformers, "types": index.rows, "left_out": index.left_out}
+    text = json.dumps(data, separators=(",", ":"), sort_keys=True)
     path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
@@ -80,7 +87,7 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
         rows: of the index.
     """
     members: dict[str, list[str]] = defaultdict(list)
-    found = {_modern(name): shape for name, shape in found.items() if name not in integers}
+    found = {modern(name): shape for name, shape in found.items() if name not in integers}
     for name in found:
         members[pattern(name)].append(name)
     here = set(members)
@@ -88,6 +95,7 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
     for row in rows:
         for name, entry in row["classes"].items():
             known = here.intersection(entry["need"])
+            known.update(first for first, other in entry.get("tied", ()) if first in entry["need"] and other in here)
             allowed = here.intersection(entry["may"])
             if 2 * len(known | allowed) > len(here):
                 cost = len(entry["need"]) - len(known) + len(here) - len(known | allowed)
@@ -100,7 +108,7 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
     return sorted(fits, key=lambda fit: (fit.differences, bool(fit.clash), fit.model_type, fit.model_class))
 
 
-def _modern(name: str) -> str:
+def modern(name: str) -> str:
     """A tensor's name as transformers reads it: the parameters of old layer norms have other names."""
     for old, new in LEGACY.items():
         name = f"{name.removesuffix(old)}{new}" if name.endswith(old) else name
@@ -115,16 +123,25 @@ def _compare(found: Mapping[str, Shape], members: Mapping[str, list[str]], row: 
         kind for kind, names in members.items()
         if kind not in need and kind not in may and not any(p.search(names[0]) for p in ignored)
     ]  # fmt: skip
-    config, clash = _solve(found, members, entry["dims"])
-    for kind, key, present, absent in entry["says"]:
-        config.setdefault(key, present if kind in members else absent)
+    ties = {first: other for first, other in entry.get("tied", ()) if first not in members and other in members}
+    config, clash = _solve(found, members, _of_ties(entry["dims"], ties))
+    for kind, key, present, _ in entry["says"]:
+        if kind in members:  # where it is absent another switch may have taken it away: that says nothing
+            config.setdefault(key, present)
     solved = {part for key in config for part in [key, *key.split("*")]} if not clash else set()
-    unfixed = tuple(dict.fromkeys([*row["unfixed"], *sorted(_mentioned(entry["dims"]) - solved)]))
+    unfixed = tuple(
+        dict.fromkeys([*row["unfixed"], *sorted(_mentioned(entry["dims"]) - solved), *(s[1] for s in entry["says"])])
+    )
     products = tuple(part for key in config if "*" in key for part in key.split("*") if part not in config)
     return TypeFit(
-        row["type"], model_class, tuple(sorted(need.difference(members))), tuple(extra), config,
+        row["type"], model_class, tuple(sorted(need.difference(members, ties))), tuple(extra), config,
         tuple(dict.fromkeys([*products, *(key for key in unfixed if key not in config)])), clash,
     )  # fmt: skip
+
+
+def _of_ties(dims: Mapping[str, list[str]], ties: Mapping[str, str]) -> Mapping[str, list[str]]:
+    """The dimensions of tied tensors that are stored under their other name."""
+    return {**dims, **{other: dims[first] for first, other in ties.items() if first in dims}}
 
 
 def _mentioned(dims: Mapping[str, list[str]]) -> set[str]:
@@ -196,15 +213,19 @@ def candidates(fits: list[TypeFit]) -> tuple[Candidate, ...]:
 
 
 def nearest_types(fits: list[TypeFit], patterns: int, most: int) -> list[Near]:
-    """The model types that resemble a checkpoint of so many patterns; those that differ in the same way together."""
+    """The model types that resemble a checkpoint of so many patterns; those that differ in the same way together.
+
+    Of each type those classes only that differ least, which are the first.
+    """
     groups: dict[object, list[TypeFit]] = {}
+    best: dict[str, object] = {}
     for fit in fits:
-        if 2 * fit.differences < patterns:
-            key = (fit.missing, fit.extra, fit.clash)
-            if key in groups or len(groups) < most:
-                groups.setdefault(key, []).append(fit)
+        key = (fit.missing, fit.extra, fit.clash)
+        near = 2 * fit.differences < patterns and best.setdefault(fit.model_type, key) == key
+        if near and (key in groups or len(groups) < most):
+            groups.setdefault(key, []).append(fit)
     return [
         Near("transformers", tuple(dict.fromkeys(f.model_type for f in group)), group[0].missing, group[0].extra,
-             hint=group[0].clash)
+             hint=group[0].clash, classes=tuple(f.model_class for f in group))
         for group in groups.values()
     ]  # fmt: skip

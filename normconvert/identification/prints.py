@@ -172,10 +172,8 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
     scores: list[tuple[int, str]] = []
     certain: set[str] = set()
     for name, text in models.items():
-        rows = _rows(text)
+        rows, marked, ties = _rows(text)
         shared = len(lines.intersection(rows))
-        marked = text.count("\n!") + text.count("\n?")
-        ties = text.count("\n~")
         if not shared:
             continue
         scores.append((len(rows) - marked - ties - 2 * shared, name))
@@ -189,8 +187,9 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
 
 
 @cache
-def _rows(text: str) -> list[str]:
-    return text.split("\n")  # kept, with the hashes of the lines, for whoever identifies many files
+def _rows(text: str) -> tuple[list[str], int, int]:
+    """The lines, how many of them need not be there, and how many are ties; kept for whoever identifies many files."""
+    return text.split("\n"), text.count("\n!") + text.count("\n?"), text.count("\n~")
 
 
 def is_exact(fit: Fit) -> bool:

@@ -60,6 +60,7 @@ class Near:
         reshaped: (tensor, shape in the checkpoint, their shape).
         arguments: name -> the arguments of ``timm.create_model`` with which it fits exactly, where that is proved.
         hint: what may explain the difference.
+        classes: transformers' classes that differ in this way.
     """
 
     library: str
@@ -69,6 +70,7 @@ class Near:
     reshaped: tuple[tuple[str, Shape, Shape], ...] = ()
     arguments: dict[str, dict[str, int]] = field(default_factory=dict)
     hint: str = ""
+    classes: tuple[str, ...] = ()
 
     @property
     def differences(self) -> int:

@@ -7,6 +7,7 @@ from normconvert.identification.result import Candidate, Identification, Near
 FEW = 6
 """So many names are listed before "and N more"."""
 ASK = "pass --arch timm:NAME"
+WITH_CONFIG = "put its config.json beside it and pass the folder"
 
 
 def used(found: Identification) -> str:
@@ -34,8 +35,9 @@ def refused(found: Identification, ask: str = ASK) -> str:
     if not found.nearest:
         return f"{found.path}: a bare weight file of no architecture that is known{hints}: {ask}"
     near = found.nearest[0]
-    what = explained(near) or f"{differences(near)} differ"
-    nearest = f"nearest: {few(near.names)} ({what})"
+    nearest = f"nearest: {few(near.names)} ({explained(near) or differences(near)})"
+    if near.library == "transformers":
+        ask = WITH_CONFIG
     return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{hints}: {ask}"
 
 
@@ -44,10 +46,7 @@ def _without_config(exact: tuple[Candidate, ...]) -> str:
     fixed = few([f"{key}={value}" for key, value in first.config.items()])
     free = f", but not {few(list(first.unfixed), 3)}" if first.unfixed else ""
     kinds = few([c.name for c in exact], 3)
-    return (
-        f"weights of transformers ({kinds}) without a config.json; the shapes fix {fixed}{free}: "
-        "put its config.json beside it and pass the folder"
-    )
+    return f"weights of transformers ({kinds}) without a config.json; the shapes fix {fixed}{free}: {WITH_CONFIG}"
 
 
 def explained(near: Near) -> str:
@@ -63,7 +62,9 @@ def explained(near: Near) -> str:
 def differences(near: Near) -> str:
     """``2 tensors missing, 1 of another shape``."""
     parts = ((near.missing, "missing"), (near.extra, "too many"), (near.reshaped, "of another shape"))
-    return ", ".join(f"{len(names)} {what}" for names, what in parts if names)
+    first, *others = [(len(names), what) for names, what in parts if names] or [(0, "differ")]
+    tensors = "tensor" if first[0] == 1 else "tensors"
+    return ", ".join([f"{first[0]} {tensors} {first[1]}", *(f"{n} {what}" for n, what in others)])
 
 
 def few(names: list[str] | tuple[str, ...], most: int = FEW) -> str:

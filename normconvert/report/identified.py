@@ -85,7 +85,8 @@ def _show_config(table: Table, shown: Candidate, verbose: bool) -> None:
 
 def _show_near(console: Console, near: Near, verbose: bool) -> None:
     names = few(near.names, len(near.names) if verbose else 3)
-    console.print(Text.assemble("\nnearest  ", (names, "yellow"), (f"  ({near.library})", FAINT)), soft_wrap=True)
+    kind = f"{near.library}: {few(near.classes, 3)}" if near.classes else near.library
+    console.print(Text.assemble("\nnearest  ", (names, "yellow"), (f"  ({kind})", FAINT)), soft_wrap=True)
     if hint := explained(near):
         console.print(_indented(Text(hint, GOOD if near.arguments else "yellow")))
     rows = (

@@ -68,6 +68,9 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
             found = sorted(folder.glob(f"*{suffix}"))
             if len(found) == 1:
                 return found[0]
+            if found and not any("-of-" in path.name for path in found):
+                listed = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
+                raise InputError(f"{folder}: {len(found)} weight files, {listed}: pass one of them")
     shards = sorted(folder.glob("model-*-of-*.safetensors")) + sorted(folder.glob("pytorch_model-*-of-*.bin"))
     if shards:
         raise InputError(f"{folder}: shards such as {shards[0].name} but no index (*.index.json); download it again")

@@ -36,6 +36,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
+    except (OSError, RuntimeError) as error:  # of a file that ends early; torch's own text is a paragraph
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}") from error
     tensors = _tensors(loaded)

@@ -86,7 +86,7 @@ def read_header(path: Path) -> Header:
             first = handle.read(8)
             length = int.from_bytes(first, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
-                what = "is empty" if size == 0 else f"has {size} bytes but its header claims {length}"
+                what = "is empty" if size == 0 else f"has {size} bytes, but its header claims {length} after 8"
                 raise InputError(f"{path}: not a safetensors file or truncated: it {what}; download it again")
             raw = first + handle.read(length)
     except OSError as error:

@@ -9,15 +9,16 @@ two values is their product, and a tensor that comes or goes with a switch tells
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from normconvert.identification.model_types import TERM
+from normconvert.identification.model_types import TERM, modern
 from normconvert.identification.prints import pattern
 from tools.zoo.shrink import Level, _rebuild
 
@@ -25,12 +26,12 @@ STATISTICS = ("running_mean", "running_var")
 SAME = Level(1, False, False, False)
 NO_MATTER = re.compile(
     r".*(dropout|pdrop|drop_prob|drop_rate|drop_path|layerdrop|token_id|token_ids|initializer|init_std|use_cache|_loss|loss_|label|"
-    r"output_|return_|gradient|torch_dtype|pad_id|_index$|mask_time|mask_feature|mask_ratio).*|.*_id$|_.*"
+    r"output_|return_|gradient|torch_dtype|pad_id|_index$|mask_time|mask_feature|mask_ratio).*|.*_id$|model_type|_.*"
 )
 """Values that change neither a checkpoint nor what a trained model computes; not asked about."""
 LABELS = "num_labels"
 SOME_SIZE = 64
-"""For a value that is None everywhere: whatever follows from it is at least seen to follow from it."""
+"""For a value that is None everywhere."""
 MOST_CHOICES = 3
 """So many other words are tried for a value that is a word."""
 WITNESSES = 2
@@ -46,12 +47,12 @@ class Snapshot:
 
     Attributes:
         shapes: name on disk -> shape; of tied tensors one.
-        tied: the other names of tied tensors, which other writers store as well.
+        tied: the other names of tied tensors -> the name in ``shapes``; writers may store either or both.
         buffers: patterns of floating buffers that may be stored.
     """
 
     shapes: Shapes
-    tied: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
     buffers: frozenset[str] = frozenset()
 
 
@@ -65,6 +66,8 @@ class Found:
             dimension: ``hidden_size``, ``3*hidden_size``, ``max_position_embeddings+2``, ``num_heads*head_dim``, ``_``.
         says: (pattern, key, value if it is there, value if it is not).
         unfixed: keys that changed no name and no shape.
+        failed: keys of which no other value built.
+        tied: (name in ``need``, other name) of one tensor.
     """
 
     need: set[str]
@@ -73,10 +76,12 @@ class Found:
     says: list[tuple[str, str, Any, Any]]
     unfixed: list[str]
     failed: list[str] = field(default_factory=list)
+    tied: set[tuple[str, str]] = field(default_factory=set)
 
     def entry(self) -> dict[str, Any]:
         """The row of a class in the index."""
-        return {"need": sorted(self.need), "may": sorted(self.may), "dims": self.dims, "says": self.says}
+        return {"need": sorted(self.need), "may": sorted(self.may), "dims": self.dims, "says": self.says,
+                "tied": sorted(self.tied)}  # fmt: skip
 
 
 def snapshot(cls: Any, config: Any) -> Snapshot:
@@ -84,25 +89,51 @@ def snapshot(cls: Any, config: Any) -> Snapshot:
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    with torch.device("meta"):
+    with torch.device("meta"), _no_init():
         model = cls(copy.deepcopy(config))
     buffers = dict(model.named_buffers())
     state = model.state_dict(keep_vars=True)
     kept = {n: t for n, t in state.items() if n not in buffers or n.endswith(STATISTICS)}
-    targets = set(getattr(model, "all_tied_weights_keys", None) or {})
     first: dict[int, str] = {}
+    sources: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in kept.items():
-        if first.setdefault(id(tensor), name) != name:
-            targets.add(name)
-    whole = _on_disk(revert_weight_conversion, model, kept)
-    single = _on_disk(revert_weight_conversion, model, {n: t for n, t in kept.items() if n not in targets})
+        if first.setdefault(id(tensor), name) != name and name not in sources:
+            sources[name] = first[id(tensor)]
+    single = _on_disk(revert_weight_conversion, model, {n: t for n, t in kept.items() if n not in sources})
+    tied: dict[str, str] = {}
+    if sources.keys() & kept.keys():
+        whole = _on_disk(revert_weight_conversion, model, kept)
+        disk = {name: new for new, (name, _) in whole.items() if name}
+        for new, (name, _) in whole.items():
+            if new not in single:  # renamed as its source is, or one that no single tensor became
+                tied[new] = disk.get(sources.get(name, ""), "")
     floats = frozenset(pattern(n) for n, b in buffers.items() if b.is_floating_point() and n not in kept)
-    return Snapshot(single, frozenset(whole).difference(single), floats)
+    return Snapshot({name: shape for name, (_, shape) in single.items()}, tied, floats)
 
 
-def _on_disk(revert: Any, model: Any, state: dict[str, Any]) -> Shapes:
+@contextmanager
+def _no_init() -> Iterator[None]:
+    """Random numbers for tensors on the meta device take half of the time that a model takes to build."""
+    from torch.nn import init
+
+    known = {n: f for n, f in vars(init).items() if inspect.isfunction(f) and n.endswith("_") and n[0] != "_"}
+    for name in known:
+        setattr(init, name, lambda tensor, *_, **__: tensor)
+    try:
+        yield
+    finally:
+        for name, function in known.items():
+            setattr(init, name, function)
+
+
+def _on_disk(revert: Any, model: Any, state: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name on disk -> (the model's name for it if it is that tensor unchanged, else nothing; shape)."""
     detached = {name: tensor.detach() for name, tensor in state.items()}
-    return {name: tuple(t.shape) for name, t in revert(model, detached).items() if t.is_floating_point()}
+    names = {id(tensor): name for name, tensor in detached.items()}
+    return {
+        modern(name): (names.get(id(t), ""), tuple(t.shape)) for name, t in revert(model, detached).items()
+        if t.is_floating_point()
+    }  # fmt: skip
 
 
 def flat_values(config: Any, generic: frozenset[str], path: str = "") -> Values:
@@ -202,36 +233,45 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
         words: last part of a key -> what other configurations have there: choices for words and for None.
         others: further configurations of the same type; expressions that do not hold there are dropped.
     """
+    others = [*others, config]
+    config = filled(cls, config, generic, words)
     base = snapshot(cls, config)
     values = flat_values(config, generic)
     start = nodes(base.shapes)
     patterns = {pattern(n) for n in base.shapes}
-    need, may = set(patterns), {pattern(n) for n in base.tied} | set(base.buffers)
+    need, may, ties = set(patterns), set[str](), set[tuple[str, str]]()
     moved: dict[tuple[str, int], dict[str, list[tuple[Any, int]]]] = defaultdict(lambda: defaultdict(list))
     says: list[tuple[str, str, Any, Any]] = []
     unfixed, failed = [], []
+
+    builds: list[tuple[Values, set[str]]] = []
+
+    def add(seen: Snapshot, now: Values) -> set[str]:
+        here = {pattern(n) for n in seen.shapes}
+        builds.append((now, here))
+        need.intersection_update(here)
+        may.update(here, map(pattern, seen.tied), seen.buffers)
+        ties.update((pattern(first), pattern(n)) for n, first in seen.tied.items() if first)
+        return here
+
+    add(base, values)
     for path, value in values.items():
-        steps = _steps(value, words.get(re.sub(r"\[\d+\]$", "", path).rpartition(".")[2], []))
+        steps = _steps(value, _choices(path, words))
         built = changed(cls, config, path, steps, generic, base)
         if not built and steps:
             failed.append(path)
         touched = False
         for new, seen in built:
-            after = nodes(seen.shapes)
-            here = {pattern(n) for n in seen.shapes}
-            for name, shape in start.items():
-                for axis, (old, now) in enumerate(zip(shape, after.get(name, ()), strict=False)):
-                    if len(after[name]) == len(shape):
-                        moved[name, axis][path].append((new, now))
-                        touched |= old != now
+            here = add(seen, {**values, path: new})
+            for place, old, now in _compared(start, nodes(seen.shapes)):
+                moved[place][path].append((new, now))
+                touched |= old != now
             touched |= here != patterns or seen.tied != base.tied
-            tied = {pattern(n) for n in base.tied | seen.tied}
-            need &= here
-            may |= here | {pattern(n) for n in seen.tied} | set(seen.buffers)
             if isinstance(value, bool):
+                tied = {pattern(n) for n in [*base.tied, *seen.tied]}
                 says += [(p, path, new, value) for p in sorted(here - patterns - tied)[:1]]
                 says += [(p, path, value, new) for p in sorted(patterns - here - tied)[:1]]
-        if not touched:
+        if not touched and path != LABELS:  # a class without labels does not need their number
             unfixed.append(path)
     expressions = {
         name: [_expression(old, moved.get((name, axis), {}), values) for axis, old in enumerate(shape)]
@@ -240,11 +280,59 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
     for other in others:
         with suppress(Exception):
             seen = snapshot(cls, other)
-            here = {pattern(n) for n in seen.shapes}
-            need &= here
-            may |= here | {pattern(n) for n in seen.tied} | set(seen.buffers)
+            add(seen, flat_values(other, generic))
             _check(expressions, nodes(seen.shapes), flat_values(other, generic))
-    return Found(need, (may | patterns) - need, _collapsed(expressions), says, unfixed, failed)
+    # A tensor that another switch takes away as well does not tell how this one was set.
+    says = [
+        (p, key, present, absent)
+        for p, key, present, absent in says
+        if all((p in here) == (now[key] == present) for now, here in builds if isinstance(now.get(key), bool))
+    ]
+    return Found(need, (may | patterns) - need, _collapsed(expressions), says, unfixed, failed, ties)
+
+
+def _choices(path: str, words: Mapping[str, list[Any]]) -> list[Any]:
+    return words.get(re.sub(r"\[\d+\]$", "", path).rpartition(".")[2], [])
+
+
+def _compared(
+    before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[tuple[str, int], int, int]]:
+    """((name, axis), size before, size after) of all that both have."""
+    for name, shape in before.items():
+        if len(after.get(name, ())) == len(shape):
+            for axis, (old, now) in enumerate(zip(shape, after[name], strict=True)):
+                yield (name, axis), old, now
+
+
+def filled(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, list[Any]]) -> Any:
+    """The configuration with numbers for sizes that it leaves out and derives from others.
+
+    GPT-2's ``n_inner`` is None by default, which means four times ``n_embd``. What number it stands for is told by the
+    dimensions that follow it once it is one; that number must give the very same model.
+    """
+    base = snapshot(cls, config)
+    start = nodes(base.shapes)
+    for path, value in flat_values(config, generic).items():
+        steps = [step for step in _steps(value, _choices(path, words)) if type(step) is int]
+        if value is not None or not steps:
+            continue
+        votes: Counter[int] = Counter()
+        for new, seen in changed(cls, config, path, steps, generic, base):
+            for _, old, now in _compared(start, nodes(seen.shapes)):
+                if old != now and now and old * new % now == 0:
+                    votes[old * new // now] += 1
+        for number, _ in votes.most_common(3):
+            if same := [c for c in with_value(config, path, number) if _is_same(cls, c, path, number, generic, base)]:
+                config = same[0]
+                break
+    return config
+
+
+def _is_same(cls: Any, config: Any, path: str, value: int, generic: frozenset[str], expected: Snapshot) -> bool:
+    with suppress(Exception):
+        return flat_values(config, generic).get(path) == value and snapshot(cls, config) == expected
+    return False
 
 
 def of_class(cls: Any, config: Any, main: Found) -> dict[str, Any] | None:
@@ -278,10 +366,12 @@ def of_class(cls: Any, config: Any, main: Found) -> dict[str, Any] | None:
     optional = {new for name in main.may if (new := spelt(name)) is not None}
     need = here - optional
     may = optional | {pattern(n) for n in seen.tied} | seen.buffers
+    ties = {(pattern(first), pattern(n)) for n, first in seen.tied.items() if first}
+    ties |= {(a, b) for one, other in main.tied if (a := spelt(one)) is not None and (b := spelt(other)) is not None}
     dims = {new: row for name, row in main.dims.items() if (new := spelt(name)) is not None}
     dims.update(_label_dims(cls, config, seen))
     says = [(new, *rest) for name, *rest in main.says if (new := spelt(name)) is not None]
-    return {"need": sorted(need), "may": sorted(may - need), "dims": dims, "says": says}
+    return {"need": sorted(need), "may": sorted(may - need), "dims": dims, "says": says, "tied": sorted(ties)}
 
 
 def _label_dims(cls: Any, config: Any, base: Snapshot) -> dict[str, list[str]]:
@@ -303,8 +393,8 @@ def _steps(value: Any, words: list[Any]) -> list[Any]:
     if isinstance(value, (int, float)):
         return [type(value)(value * 2), type(value)(value * 3)] if value > 0 else [1, 2] if value == 0 else []
     if value is None:
-        numbers = [w for w in words if type(w) is int and 0 < w <= 64] or [SOME_SIZE]
-        return numbers[:1] + [w for w in words if isinstance(w, bool)][:1]
+        number = next((w for w in words if type(w) is int and 0 < w <= 64), SOME_SIZE)
+        return [number, 2 * number, *[w for w in words if isinstance(w, bool)][:1]]
     from transformers.activations import ACT2FN
 
     return [word for word in words if isinstance(word, str) and word != value and word not in ACT2FN][:MOST_CHOICES]
