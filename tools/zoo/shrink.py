@@ -26,7 +26,7 @@ NOT_LAYERS = re.compile(
     r"vision_feature_layer|feature_layer|conditional_layer|num_feat_extract_layers|max_depth|min_depth|encode_proj_layers|"
     r".*_every_n_layers|num_kv_shared_layers|max_window_layers|num_nextn_predict_layers|iou_head_depth|.*num_lstm_layers|"
     r"num_residual_layers|look_.*|no_rope_layers?|n_layers_per_attn.*|num_dense_layers|spatial_vision_layer|"
-    r"num_adapter_layers|use_.*|speech_decoder_postnet_layers"
+    r"num_encoder_blocks|num_adapter_layers|use_.*|speech_decoder_postnet_layers"
 )
 DEPTHS = {"depths", "stage_num_blocks", "num_block_repeats", "blocks_per_stage", "block_sizes", "layers_per_stage"}
 """Lists of depths, one a stage: cut to one block each, two for the first, so that one stage has a repeated block."""

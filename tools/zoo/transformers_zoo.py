@@ -65,7 +65,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
-    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glmga"), {"text_config": {"rope_parameters": GLM_ROPE}}),
+    **{name: {"text_config": {"rope_parameters": GLM_ROPE}} for name in ("glm4v", "glm46v", "glm4v_moe", "glmga")},
     "qwen2_vl": {"text_config": {"rope_parameters": QWEN_ROPE}, "vision_config": {"hidden_size": 8192}},
     "autoformer": {"prediction_length": 6, "context_length": 12},
     "informer": {"prediction_length": 6, "context_length": 12},
