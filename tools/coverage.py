@@ -134,7 +134,7 @@ def _one_line(row: Row) -> str:
 
 def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
     """Results in the order they come. Children are forked after the imports, which would cost more than the models."""
-    _preload()
+    _preload(arguments.method)
     context = multiprocessing.get_context("fork")
     queue = list(reversed(keys))
     running: dict[Connection, tuple[Key, Any, float]] = {}
@@ -169,7 +169,7 @@ def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
             yield {"library": key[0], "name": key[1], **row, "seconds": round(spent, 1)}
 
 
-def _preload() -> None:
+def _preload(method: str) -> None:
     import warnings
 
     import timm
@@ -184,6 +184,25 @@ def _preload() -> None:
     transformers.logging.set_verbosity(50)
     transformers.logging.disable_progress_bar()
     timm.list_modules()
+    _warm_up(method)
+
+
+def _warm_up(method: str) -> None:
+    """Do once, on next to nothing, what every child does: what is imported on the way is then there for all of them."""
+    import torch
+    from torch import nn
+
+    from normconvert.pipeline import plan_model
+    from normconvert.tracing import trace
+    from tools.fusers import TOOLS, fused_by
+    from tools.zoo.methods import METHODS
+
+    x = torch.ones(2, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    plan_model(network.to("meta"), method=method, tracer=lambda model: trace(model, {"input": x.to("meta")}))
+    if METHODS[method].beside is not None:
+        for tool in TOOLS:
+            fused_by(tool, network.to_empty(device="cpu"), {"input": x})
 
 
 def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
@@ -248,11 +267,16 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
             found = _facts(case)
         if not found[method.count] or arguments.stage == "build":
             return found
+        skeleton = case.skeleton()
         try:
+            graph = trace_model(skeleton)
             if arguments.stage == "trace":
-                trace_model(case.skeleton())
                 return found
-            plan = plan_model(case.skeleton(), options, arguments.method)
+
+            def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
+                return graph if model is known else trace_model(model)
+
+            plan = plan_model(skeleton, options, arguments.method, tracer)
         except TraceError as error:
             row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
             level += 1
@@ -263,13 +287,15 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
         break
     else:
         return row
-    row |= _verdicts(plan, case.skeleton(), method.is_norm)
+    row |= _verdicts(plan, skeleton, method.is_norm)
     if arguments.stage == "plan":
         return row
     if plan.converted:
         row |= _fidelity(case, plan, arguments.allow_shifted_outputs)
     if method.again and row["left"]:
-        row["again"] = _again(case, replace(options, **method.again), arguments.method, len(row["left"]))
+        row["again"] = _again(
+            case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
+        )
     return row | (_beside(case, method.beside) if method.beside is not None else {})
 
 
@@ -283,16 +309,16 @@ def _facts(case: Any) -> Row:
     }
 
 
-def _again(case: Any, options: Any, name: str, left: int) -> Row:
+def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer: Any) -> Row:
     """The same model with other options: what they take that was left."""
     from normconvert.pipeline import plan_model
     from tools.zoo.methods import METHODS
 
     try:
-        plan = plan_model(case.skeleton(), options, name)
+        plan = plan_model(skeleton, options, name, tracer)
     except Exception as error:
         return {"failure": first_line(error), "cause": "plan"}
-    row = _verdicts(plan, case.skeleton(), METHODS[name].is_norm)
+    row = _verdicts(plan, skeleton, METHODS[name].is_norm)
     return row | (_fidelity(case, plan, False) if len(row["left"]) < left else {})
 
 
