@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.work = arguments.work or ROOT / "build" / METHODS[arguments.method].work
     keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
     rows = {} if arguments.fresh else _read(arguments.work)
-    todo = [] if arguments.page_only else [key for key in keys if key not in rows]
+    known = {} if arguments.fresh else rows
+    todo = [] if arguments.page_only else [key for key in keys if not _is_done(known.get(key), arguments)]
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
     if arguments.fresh and not arguments.only:
         arguments.work.unlink(missing_ok=True)
     with arguments.work.open("a") as work:
-        for done, row in enumerate(_sweep(todo, arguments), 1):
+        for done, row in enumerate(_sweep(todo, arguments, known), 1):
             rows[row["library"], row["name"]] = row
             work.write(json.dumps(row) + "\n")
             work.flush()
@@ -81,12 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit for one model")
     parser.add_argument("--min-gain", type=int, default=None)
     parser.add_argument("--allow-shifted-outputs", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave the other tools to a later run")
     parser.add_argument("--work", type=Path, default=None, help="results so far (default: one file a method in build/)")
     parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
     parser.add_argument("--page-only", action="store_true", help="sweep nothing; write the page of what is there")
     parser.add_argument("-v", "--verbose", action="store_true")
     return parser
+
+
+def _is_done(row: Row | None, arguments: argparse.Namespace) -> bool:
+    """Whether nothing is left to find out about a model, other tools included if they are asked for."""
+    return row is not None and ("taken" not in row or "others" in row or not _asks_others(arguments))
+
+
+def _asks_others(arguments: argparse.Namespace) -> bool:
+    from tools.zoo.methods import METHODS
+
+    return METHODS[arguments.method].beside is not None and arguments.stage == "verify" and not arguments.ours
 
 
 def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
@@ -132,7 +145,7 @@ def _one_line(row: Row) -> str:
     return f"{row['library']} {row['name']} {what}  [{row['seconds']} s]"[:250]
 
 
-def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
+def _sweep(keys: list[Key], arguments: argparse.Namespace, known: dict[Key, Row]) -> Iterator[Row]:
     """Results in the order they come. Children are forked after the imports, which would cost more than the models."""
     _preload(arguments.method)
     context = multiprocessing.get_context("fork")
@@ -142,7 +155,7 @@ def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
         while queue and len(running) < arguments.jobs:
             key = queue.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sender, key, arguments), daemon=True)
+            process = context.Process(target=_child, args=(sender, key, arguments, known.get(key)), daemon=True)
             process.start()
             sender.close()
             running[receiver] = (key, process, time.monotonic())
@@ -166,6 +179,8 @@ def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
             process.join()
             receiver.close()
             del running[receiver]
+            if key in known and "failure" in row:  # the other tools failed as a whole; what ours did stands
+                row = {**known[key], "others": {}, "others_failure": row["failure"]}
             yield {"library": key[0], "name": key[1], **row, "seconds": round(spent, 1)}
 
 
@@ -205,7 +220,7 @@ def _warm_up(method: str) -> None:
             fused_by(tool, network.to_empty(device="cpu"), {"input": x})
 
 
-def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
+def _child(sender: Connection, key: Key, arguments: argparse.Namespace, known: Row | None) -> None:
     import logging
 
     _limit(arguments.gigabytes, arguments.seconds)
@@ -214,7 +229,7 @@ def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
     os.dup2(null, 1)
     os.dup2(null, 2)
     try:
-        row = sweep_one(key[0], key[1], arguments)
+        row = sweep_one(key[0], key[1], arguments) if known is None else _with_others(key, known, arguments)
     except BaseException as error:  # the row must say what happened, whatever it was
         row = {"failure": first_line(error), "cause": "memory" if _is_memory(error) else "sweep"}
     sender.send(row)
@@ -296,7 +311,21 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
         row["again"] = _again(
             case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
         )
-    return row | (_beside(case, method.beside) if method.beside is not None else {})
+    return row | (_beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
+
+
+def _with_others(key: Key, known: Row, arguments: argparse.Namespace) -> Row:
+    """A row of an earlier run, and the columns about other tools, on the model built as it was then."""
+    from tools.zoo.methods import METHODS
+    from tools.zoo.timm_zoo import timm_case
+    from tools.zoo.transformers_zoo import transformers_case
+
+    make = transformers_case if key[0] == "transformers" else timm_case
+    level = -1
+    while True:
+        case, level = make(key[1], level + 1)
+        if case.shrink == known["shrink"]:
+            return {**known, **_beside(case, METHODS[arguments.method].beside)}
 
 
 def _facts(case: Any) -> Row:
