@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     print(summary(swept, arguments.method))
     if str(arguments.out) != "-":
         write_page(arguments.out, arguments.method, swept, _versions(), left=len(keys) - len(swept))
-    return int(any(is_wrong(row) for row in swept))
+    return int(any(is_wrong(row, arguments.method) for row in swept))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,31 +193,14 @@ def _preload(method: str) -> None:
 
     import normconvert.pipeline
     import normconvert.verification  # noqa: F401
+    from tools.zoo.methods import warm_up
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
     transformers.logging.disable_progress_bar()
     timm.list_modules()
-    _warm_up(method)
-
-
-def _warm_up(method: str) -> None:
-    """Do once, on next to nothing, what every child does: what is imported on the way is then there for all of them."""
-    import torch
-    from torch import nn
-
-    from normconvert.pipeline import plan_model
-    from normconvert.tracing import trace
-    from tools.fusers import TOOLS, fused_by
-    from tools.zoo.methods import METHODS
-
-    x = torch.ones(2, 3, 8, 8)
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    plan_model(network.to("meta"), method=method, tracer=lambda model: trace(model, {"input": x.to("meta")}))
-    if METHODS[method].beside is not None:
-        for tool in TOOLS:
-            fused_by(tool, network.to_empty(device="cpu"), {"input": x})
+    warm_up(method)
 
 
 def _child(sender: Connection, key: Key, arguments: argparse.Namespace, known: Row | None) -> None:
@@ -228,8 +211,14 @@ def _child(sender: Connection, key: Key, arguments: argparse.Namespace, known: R
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    from tools.zoo.methods import with_others
+
     try:
-        row = sweep_one(key[0], key[1], arguments) if known is None else _with_others(key, known, arguments)
+        row = (
+            sweep_one(key[0], key[1], arguments)
+            if known is None
+            else with_others(key[0], key[1], known, arguments.method)
+        )
     except BaseException as error:  # the row must say what happened, whatever it was
         row = {"failure": first_line(error), "cause": "memory" if _is_memory(error) else "sweep"}
     sender.send(row)
@@ -262,7 +251,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     from normconvert.options import Options
     from normconvert.pipeline import plan_model, trace_model
     from tools.zoo.case import Skipped
-    from tools.zoo.methods import METHODS
+    from tools.zoo.methods import METHODS, beside
     from tools.zoo.timm_zoo import timm_case
     from tools.zoo.transformers_zoo import transformers_case
 
@@ -311,21 +300,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
         row["again"] = _again(
             case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
         )
-    return row | (_beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
-
-
-def _with_others(key: Key, known: Row, arguments: argparse.Namespace) -> Row:
-    """A row of an earlier run, and the columns about other tools, on the model built as it was then."""
-    from tools.zoo.methods import METHODS
-    from tools.zoo.timm_zoo import timm_case
-    from tools.zoo.transformers_zoo import transformers_case
-
-    make = transformers_case if key[0] == "transformers" else timm_case
-    level = -1
-    while True:
-        case, level = make(key[1], level + 1)
-        if case.shrink == known["shrink"]:
-            return {**known, **_beside(case, METHODS[arguments.method].beside)}
+    return row | (beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
 
 
 def _facts(case: Any) -> Row:
@@ -349,14 +324,6 @@ def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer:
         return {"failure": first_line(error), "cause": "plan"}
     row = _verdicts(plan, skeleton, METHODS[name].is_norm)
     return row | (_fidelity(case, plan, False) if len(row["left"]) < left else {})
-
-
-def _beside(case: Any, columns: Any) -> Row:
-    """Further columns, from the first of the probes."""
-    from normconvert.probes import verification_inputs
-
-    inputs = verification_inputs(case.skeleton(), seed=0)[0].inputs
-    return {"inputs": list(inputs), **columns(case, inputs)}
 
 
 def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
