@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +54,43 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
                     tensor.copy_(0.5 + noise.abs())
                 elif name in ("running_mean", "running_phi"):
                     tensor.copy_(0.5 * noise)
+    return model
+
+
+def settle(model: nn.Module, call: Callable[[], object], seed: int = 0) -> nn.Module:
+    """Give every norm with running statistics about those of what it reads in one call, in place.
+
+    With statistics of another scale, a deep network's values grow from layer to layer until its outputs are no numbers,
+    and then any two networks agree.
+
+    Args:
+        model: in eval mode, any floating dtype.
+        call: runs it.
+        seed: of the noise: a mean is off by about 0.3 standard deviations, a variance is 0.5 to 2 times as large.
+
+    Returns:
+        The same model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args:
+            return
+        x, mean, variance = args[0].double(), module.running_mean, module.running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(variance, Tensor)
+        own = x.transpose(0, 1).flatten(1)
+        spread = own.var(1, unbiased=False).clamp_min(1e-3)
+        noise = torch.randn(2, *mean.shape, generator=generator, dtype=torch.float64)
+        mean.copy_(own.mean(1) + 0.3 * noise[0] * spread.sqrt())
+        variance.copy_(spread * (0.5 + noise[1].abs().clamp_max(1.5)))
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in model.modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            if {"running_mean", "running_var"} <= set(buffers) and buffers["running_var"] is not None:
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        call()
     return model
 
 

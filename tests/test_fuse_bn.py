@@ -112,6 +112,18 @@ COMPLETE: dict[str, Callable[[], nn.Module]] = {
     ),
     "both sides of one conv": lambda: Chain(nn.ReLU(), bn(6), nn.Conv2d(6, 8, 1, bias=False), bn(8), nn.ReLU()),
     "two in a row": lambda: Chain(nn.Conv2d(6, 8, 3, bias=False), bn(8), bn(8), nn.ReLU()),
+    "behind: three in a row": lambda: Chain(
+        nn.ReLU(), bn(6), bn(6), nn.AvgPool2d(2), FrozenBatchNorm2d(6), nn.Conv2d(6, 8, 3, bias=False)
+    ),
+    "behind: two in a row, grouped": lambda: Chain(nn.ReLU(), bn(6), bn(6), nn.Conv2d(6, 9, 1, groups=3, bias=False)),
+    "behind: two in a row, the second over a concatenation": lambda: Chain(
+        nn.ReLU(), Branches(lambda x: torch.cat(list(x), 1), bn(6), nn.Sigmoid(), bn(6)), bn(18), nn.Conv2d(18, 4, 1)
+    ),
+    "behind: two in a row, the first read elsewhere": lambda: Chain(
+        nn.ReLU(),
+        bn(6),
+        Branches(lambda x: x[0] * x[1], Chain(bn(6), nn.Conv2d(6, 5, 1)), nn.Conv2d(6, 5, 1, bias=False)),
+    ),
     "a sum of two convs": lambda: Chain(
         Branches(lambda x: x[0] + x[1], nn.Conv2d(6, 8, 1, bias=False), nn.Conv2d(6, 8, 1)), bn(8), nn.ReLU()
     ),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import normconvert
 from normconvert import demos
 from normconvert.cli import run
-from normconvert.errors import InputError, NothingToConvert
+from normconvert.errors import NothingToConvert
 from normconvert.runtime import RMSNorm
 from tests.perturb import perturb
 from tools.digits import digits
@@ -128,26 +128,35 @@ def _spoilt(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_impossible_statistics_are_named(tmp_path: Path, value: float) -> None:
-    source = _spoilt(tmp_path, lambda state: state["layer1.0.bn1.running_var"][3].fill_(value))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("running_var", -1.0), ("running_var", float("nan")), ("running_mean", float("nan")), ("weight", float("inf"))],
+)
+def test_impossible_statistics_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: float
+) -> None:
+    source = _spoilt(tmp_path, lambda state: state[f"layer1.0.bn1.{name}"][3].fill_(value))
     before = (source / "model.safetensors").read_bytes()
-    with pytest.raises(InputError, match=r"layer1\.0\.bn1\.running_var"):
-        normconvert.convert(source, tmp_path / "out", "fuse-bn")
+    assert run(["fuse-bn", str(source), str(tmp_path / "out"), "-q"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert f"layer1.0.bn1.{name} holds" in said[0]
     assert not (tmp_path / "out").exists()
     assert (source / "model.safetensors").read_bytes() == before
 
 
-def test_dead_channels_and_fresh_statistics_are_fused_and_named(tmp_path: Path) -> None:
+def test_dead_channels_and_fresh_statistics_are_fused_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def change(state: dict[str, Tensor]) -> None:
         state["layer1.0.bn1.running_var"][3] = 0.0
         state["layer1.0.bn2.num_batches_tracked"].zero_()
 
-    report = normconvert.convert(_spoilt(tmp_path, change), tmp_path / "out", "fuse-bn")
-    notes = " ".join(report.notes)
-    assert "layer1.0.bn1.running_var (1 of" in notes
-    assert "layer1.0.bn2" in notes.partition("never updated")[2]
-    assert report.converted == report.total
+    assert run(["fuse-bn", str(_spoilt(tmp_path, change)), str(tmp_path / "out")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "zero, as dead channels have (fused as they are): layer1.0.bn1.running_var (1 of" in said
+    assert "layer1.0.bn2" in said.partition("never updated")[2]
+    assert "15 of 15" in said
 
 
 def test_inspection_says_where_each_norm_would_go() -> None:

@@ -50,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments.work = arguments.work or ROOT / "build" / METHODS[arguments.method].work
     keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
     rows = {} if arguments.fresh else _read(arguments.work)
-    todo = [] if arguments.page_only else [key for key in keys if key not in rows]
+    known = {} if arguments.fresh else rows
+    todo = [] if arguments.page_only else [key for key in keys if not _is_done(known.get(key), arguments)]
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
     if arguments.fresh and not arguments.only:
         arguments.work.unlink(missing_ok=True)
     with arguments.work.open("a") as work:
-        for done, row in enumerate(_sweep(todo, arguments), 1):
+        for done, row in enumerate(_sweep(todo, arguments, known), 1):
             rows[row["library"], row["name"]] = row
             work.write(json.dumps(row) + "\n")
             work.flush()
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     print(summary(swept, arguments.method))
     if str(arguments.out) != "-":
         write_page(arguments.out, arguments.method, swept, _versions(), left=len(keys) - len(swept))
-    return int(any(is_wrong(row) for row in swept))
+    return int(any(is_wrong(row, arguments.method) for row in swept))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,12 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gigabytes", type=float, default=8, help="memory limit for one model")
     parser.add_argument("--min-gain", type=int, default=None)
     parser.add_argument("--allow-shifted-outputs", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave the other tools to a later run")
     parser.add_argument("--work", type=Path, default=None, help="results so far (default: one file a method in build/)")
     parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
     parser.add_argument("--page-only", action="store_true", help="sweep nothing; write the page of what is there")
     parser.add_argument("-v", "--verbose", action="store_true")
     return parser
+
+
+def _is_done(row: Row | None, arguments: argparse.Namespace) -> bool:
+    """Whether nothing is left to find out about a model, other tools included if they are asked for."""
+    return row is not None and ("taken" not in row or "others" in row or not _asks_others(arguments))
+
+
+def _asks_others(arguments: argparse.Namespace) -> bool:
+    from tools.zoo.methods import METHODS
+
+    return METHODS[arguments.method].beside is not None and arguments.stage == "verify" and not arguments.ours
 
 
 def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
@@ -132,9 +145,9 @@ def _one_line(row: Row) -> str:
     return f"{row['library']} {row['name']} {what}  [{row['seconds']} s]"[:250]
 
 
-def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
+def _sweep(keys: list[Key], arguments: argparse.Namespace, known: dict[Key, Row]) -> Iterator[Row]:
     """Results in the order they come. Children are forked after the imports, which would cost more than the models."""
-    _preload()
+    _preload(arguments.method)
     context = multiprocessing.get_context("fork")
     queue = list(reversed(keys))
     running: dict[Connection, tuple[Key, Any, float]] = {}
@@ -142,7 +155,7 @@ def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
         while queue and len(running) < arguments.jobs:
             key = queue.pop()
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(sender, key, arguments), daemon=True)
+            process = context.Process(target=_child, args=(sender, key, arguments, known.get(key)), daemon=True)
             process.start()
             sender.close()
             running[receiver] = (key, process, time.monotonic())
@@ -166,10 +179,12 @@ def _sweep(keys: list[Key], arguments: argparse.Namespace) -> Iterator[Row]:
             process.join()
             receiver.close()
             del running[receiver]
+            if key in known and "failure" in row:  # the other tools failed as a whole; what ours did stands
+                row = {**known[key], "others": {}, "others_failure": row["failure"]}
             yield {"library": key[0], "name": key[1], **row, "seconds": round(spent, 1)}
 
 
-def _preload() -> None:
+def _preload(method: str) -> None:
     import warnings
 
     import timm
@@ -178,26 +193,17 @@ def _preload() -> None:
 
     import normconvert.pipeline
     import normconvert.verification  # noqa: F401
+    from tools.zoo.methods import warm_up
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
     transformers.logging.disable_progress_bar()
     timm.list_modules()
-    _warm_up()
+    warm_up(method)
 
 
-def _warm_up() -> None:
-    """Convert one small model of each kind, so that children need not load and set up what every model needs."""
-    from normconvert.pipeline import plan_model
-    from tools.zoo.transformers_zoo import transformers_case
-
-    for name in ("gpt2", "vit"):
-        case, _ = transformers_case(name)
-        _fidelity(case, plan_model(case.skeleton()), False)
-
-
-def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
+def _child(sender: Connection, key: Key, arguments: argparse.Namespace, known: Row | None) -> None:
     import logging
 
     _limit(arguments.gigabytes, arguments.seconds)
@@ -205,8 +211,14 @@ def _child(sender: Connection, key: Key, arguments: argparse.Namespace) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    from tools.zoo.methods import with_others
+
     try:
-        row = sweep_one(key[0], key[1], arguments)
+        row = (
+            sweep_one(key[0], key[1], arguments)
+            if known is None
+            else with_others(key[0], key[1], known, arguments.method)
+        )
     except BaseException as error:  # the row must say what happened, whatever it was
         row = {"failure": first_line(error), "cause": "memory" if _is_memory(error) else "sweep"}
     sender.send(row)
@@ -239,7 +251,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     from normconvert.options import Options
     from normconvert.pipeline import plan_model, trace_model
     from tools.zoo.case import Skipped
-    from tools.zoo.methods import METHODS
+    from tools.zoo.methods import METHODS, beside
     from tools.zoo.timm_zoo import timm_case
     from tools.zoo.transformers_zoo import transformers_case
 
@@ -259,11 +271,16 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
             found = _facts(case)
         if not found[method.count] or arguments.stage == "build":
             return found
+        skeleton = case.skeleton()
         try:
+            graph = trace_model(skeleton)
             if arguments.stage == "trace":
-                trace_model(case.skeleton())
                 return found
-            plan = plan_model(case.skeleton(), options, arguments.method)
+
+            def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
+                return graph if model is known else trace_model(model)
+
+            plan = plan_model(skeleton, options, arguments.method, tracer)
         except TraceError as error:
             row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
             level += 1
@@ -274,14 +291,16 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
         break
     else:
         return row
-    row |= _verdicts(plan, case.skeleton(), method.is_norm)
+    row |= _verdicts(plan, skeleton, method.is_norm)
     if arguments.stage == "plan":
         return row
     if plan.converted:
         row |= _fidelity(case, plan, arguments.allow_shifted_outputs)
     if method.again and row["left"]:
-        row["again"] = _again(case, replace(options, **method.again), arguments.method, len(row["left"]))
-    return row | (_beside(case, method.beside) if method.beside is not None else {})
+        row["again"] = _again(
+            case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
+        )
+    return row | (beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
 
 
 def _facts(case: Any) -> Row:
@@ -294,25 +313,17 @@ def _facts(case: Any) -> Row:
     }
 
 
-def _again(case: Any, options: Any, name: str, left: int) -> Row:
+def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer: Any) -> Row:
     """The same model with other options: what they take that was left."""
     from normconvert.pipeline import plan_model
     from tools.zoo.methods import METHODS
 
     try:
-        plan = plan_model(case.skeleton(), options, name)
+        plan = plan_model(skeleton, options, name, tracer)
     except Exception as error:
         return {"failure": first_line(error), "cause": "plan"}
-    row = _verdicts(plan, case.skeleton(), METHODS[name].is_norm)
+    row = _verdicts(plan, skeleton, METHODS[name].is_norm)
     return row | (_fidelity(case, plan, False) if len(row["left"]) < left else {})
-
-
-def _beside(case: Any, columns: Any) -> Row:
-    """Further columns, from the first of the probes."""
-    from normconvert.probes import verification_inputs
-
-    inputs = verification_inputs(case.skeleton(), seed=0)[0].inputs
-    return {"inputs": list(inputs), **columns(case, inputs)}
 
 
 def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
@@ -353,16 +364,24 @@ def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
     import torch
 
     from normconvert.probes import verification_inputs
-    from normconvert.verification import algebra_model, compare_models, tolerance_for
+    from normconvert.running import run_model
+    from normconvert.verification import algebra_model, compare_runs, tolerance_for
+    from tests.perturb import settle
 
-    truth = in_float64(case.build())
+    probes = verification_inputs(case.skeleton(), seed=0)
+    truth, probes = in_float64(case.build()), verification_inputs(case.skeleton(), seed=0)
+    if case.batchnorms:
+        settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
     converted = algebra_model(truth, plan)
     for module in converted.modules():
         if hasattr(module, "mean_free"):
             # The runtime may run a LayerNorm kernel where the mean is proved to be zero, which is to be shown here.
             setattr(module, "mean_free", False)  # noqa: B010 (mypy takes an attribute of a Module for a tensor)
-    probes = verification_inputs(case.skeleton(), seed=0)
-    errors = compare_models(truth, converted, probes, outputs_shift_allowed=shifted)
+    runs = [run_model(model, probes, dtype=torch.float32) for model in (truth, converted)]
+    names = frozenset(name for outputs in runs[0].outputs.values() for name in outputs) if shifted else frozenset()
+    found = compare_runs(runs[0], runs[1], names)
+    # An output that is zero, or holds no finite number, is equal to whatever has become of it: that shows nothing.
+    errors = {key: d.relative if d.size > 0 or d.difference > 0 else float("nan") for key, d in found.items()}
     tolerance = tolerance_for(plan)
     finite = [e for e in errors.values() if e == e]
     worst = max(finite, default=None)
@@ -373,10 +392,7 @@ def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
         "not_a_number": len(errors) - len(finite),
     }
     if worst is None:
-        from normconvert.running import run_model
-
-        failures = run_model(truth, probes[:1], dtype=torch.float32).failures
-        row["unverified"] = next(iter(failures.values()), "no output could be compared")
+        row["unverified"] = next(iter(runs[0].failures.values()), "no output could be compared")
     else:
         row["mismatch"] = bool(worst > tolerance)
     if row.get("mismatch"):

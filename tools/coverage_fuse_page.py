@@ -68,7 +68,7 @@ def _left_at_last(row: Row) -> list[str]:
 
 def is_incomplete(row: Row) -> bool:
     """Whether another tool fuses what ours leaves, or a BatchNorm is without a verdict."""
-    return "others" in row and bool(missed(row) or row.get("without_verdict"))
+    return bool(missed(row) or row.get("without_verdict"))
 
 
 def _state(row: Row) -> str:
@@ -141,9 +141,10 @@ def fuse_section(rows: list[Row], versions: dict[str, str], left: int = 0) -> st
 
 def _beside(rows: list[Row]) -> list[str]:
     """What each tool fuses in the models that it takes, beside ours in the same models, and in all."""
-    rows = [row for row in rows if "others" in row]
+    every, rows = [row for row in rows if "taken" in row], [row for row in rows if row.get("others")]
     lines = ["", "### Beside other tools", ""]
     lines.append(
+        f"Run on {len(rows)} of the {len(every)} models above" + ("." if len(rows) == len(every) else ", so far.") + " "
         "In the same models: how many of them a tool takes at all, and what it fuses in those. "
         f"normconvert takes {len(rows)} and fuses {sum(len(r['taken']) for r in rows)} of "
         f"{sum(r['batchnorms'] for r in rows)} BatchNorms."

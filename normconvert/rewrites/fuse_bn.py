@@ -2,7 +2,8 @@
 
 In eval mode BatchNorm is y = a * x + b with a = w / sqrt(v + eps), b = beta - m a. `normconvert.affine` finds such
 norms, `normconvert.rewrites.moving` says which linear maps can take (a, b) instead. All calls of a norm move, or none;
-nothing moves unless nobody else can see the difference.
+nothing moves unless nobody else can see the difference. Two norms in a row are moved one after the other: behind,
+W (a' (a x + b) + b') + c = (W diag(a') diag(a)) x + W (a' b) + W b' + c.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from ..affine import Affine, find_affine_norms
 from ..branches import Block, find_blocks
 from ..channels import NEUTRAL, name_of
 from ..options import Options
+from ..places import Place
 from ..plan import Plan, Verdict
 from ..streams import operation
 from ..tracing import Graph, module_path
-from ..vectors import part
-from .moving import Blocked, Share, Walk
+from ..vectors import Expression, part, times
+from .linear_maps import Blocked
+from .moving import Share, Walk
 
 Edits = dict[str, list[dict[str, Any]]]
 
@@ -33,25 +36,17 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     norms = find_affine_norms(graph)
     blocks = find_blocks(graph) if options.merge_branches else []
     merged = frozenset(n for b in blocks for _, _, nodes in b.calls for n in nodes)
-    gone: dict[fx.Node, fx.Node] = {}
     before: Edits = defaultdict(list)
     behind: Edits = defaultdict(list)
     made: dict[str, tuple[str, int]] = {}
     verdicts, modules, removed = [], [], []
-    for norm in norms:
-        if home := next((b for b in blocks if norm.path.startswith(f"{b.path}.") and _is_inside(norm, merged)), None):
-            reason = f"into one convolution, with the branches of `{home.path}`."
-            verdicts.append(Verdict(norm.path, norm.kind, True, reason, "merged"))
-            continue
-        verdict, shares = _decide(graph, norm, gone, merged)
+    for norm, (verdict, shares) in zip(norms, _decide(graph, norms, blocks, merged), strict=True):
         verdicts.append(verdict)
-        if not verdict.converted:
+        if not verdict.converted or verdict.code == "merged":
             continue
         backwards = verdict.code == "fused-before"
         for share in shares:
             _edit(norm, share, backwards, before if backwards else behind, made)
-        for call in norm.calls:
-            gone[call.result] = call.source
         modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
         removed += _tensors_under(graph, norm.path, norm.keep)
     taken = [v for v in verdicts if v.code == "merged"]
@@ -99,24 +94,48 @@ def _merge(block: Block, edits: Edits) -> dict[str, Any]:
             "groups": block.groups, **settings}  # fmt: skip
 
 
-def _decide(
-    graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node]
-) -> tuple[Verdict, list[Share]]:
-    """Before or behind or nowhere, with the reason."""
-    if norm.obstacle:
-        return Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), []
-    try:
-        shares = _backwards(graph, norm, gone, merged)
-    except Blocked as blocked:
-        first = blocked
-    else:
-        return Verdict(norm.path, norm.kind, True, f"into {_named(shares)} before it.", "fused-before"), shares
-    try:
-        shares = _forwards(graph, norm, gone, merged)
-    except Blocked as second:
-        code = first.code if first.code != "unknown-op" else second.code
-        return Verdict(norm.path, norm.kind, False, f"before it, {first}; behind it, {second}.", code), []
-    return Verdict(norm.path, norm.kind, True, f"into {_named(shares)} behind it.", "fused-behind"), shares
+Decision = tuple[Verdict, list[Share]]
+
+
+def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: frozenset[fx.Node]) -> list[Decision]:
+    """Before or behind or nowhere, with the reason, for every norm.
+
+    Moves before go through norms that have moved before, so those are decided in execution order; moves behind go
+    through norms that have moved behind, so what is left is decided from the last norm to the first.
+    """
+    gone: dict[fx.Node, fx.Node] = {}
+    passed: dict[fx.Node, tuple[Place, Expression]] = {}
+    found: dict[int, Decision] = {}
+    rest: list[tuple[int, Affine, Blocked]] = []
+    for at, norm in enumerate(norms):
+        if home := next((b for b in blocks if norm.path.startswith(f"{b.path}.") and _is_inside(norm, merged)), None):
+            reason = f"into one convolution, with the branches of `{home.path}`."
+            found[at] = Verdict(norm.path, norm.kind, True, reason, "merged"), []
+            continue
+        if norm.obstacle:
+            found[at] = Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), []
+            continue
+        try:
+            shares = _backwards(graph, norm, gone, merged)
+        except Blocked as blocked:
+            rest.append((at, norm, blocked))
+        else:
+            why = f"into {_named(shares)} before it."
+            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-before"), shares
+            gone |= {call.result: call.source for call in norm.calls}
+    for at, norm, first in reversed(rest):
+        try:
+            shares = _forwards(graph, norm, gone, merged, passed)
+        except Blocked as second:
+            code = first.code if first.code != "unknown-op" else second.code
+            why = f"before it, {first}; behind it, {second}."
+            found[at] = Verdict(norm.path, norm.kind, False, why, code), []
+        else:
+            why = f"into {_named(shares)} behind it."
+            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-behind"), shares
+            gone |= {call.result: call.source for call in norm.calls}
+            passed |= {call.source: (call.place, norm.scale) for call in norm.calls}
+    return [found[at] for at in range(len(norms))]
 
 
 def _named(shares: list[Share]) -> str:
@@ -167,13 +186,16 @@ def _only_asks(user: fx.Node, node: fx.Node) -> bool:
     return name_of(user) in NEUTRAL or (like and user.args[0] is not node)
 
 
-def _forwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node]) -> list[Share]:
+def _forwards(
+    graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged: frozenset[fx.Node],
+    passed: dict[fx.Node, tuple[Place, Expression]],
+) -> list[Share]:  # fmt: skip
     """The linear maps that read what every call makes."""
     if norm.keep:
         raise Blocked(f"`{norm.path}.{norm.keep[0]}` reads it", "unknown-op")
     walks = []
     for call in norm.calls:
-        walk = Walk(graph, gone, merged)
+        walk = Walk(graph, gone, merged, passed)
         walk.ahead(call.result, call.place, 0, call.place.size)
         if not walk.shares:
             raise Blocked("nothing reads it", "unused")
@@ -213,7 +235,8 @@ def _edit(norm: Affine, share: Share, backwards: bool, edits: Edits, made: dict[
     if share.bias is None and share.shifted:
         made.setdefault(bias, (share.weight, share.outputs))
     if not backwards:
-        edits[bias].append({"op": "add_product", "weight": share.weight, "by": shift, **row})
+        # The weight is that of the source: what a norm on the way has scaled in it is in the share's factor.
+        edits[bias].append({"op": "add_product", "weight": share.weight, "by": times(share.factor, shift), **row})
         return
     along = {k: v for k, v in row.items() if k in ("outer", "inner")} | {"axis": 0}
     edits[bias].append({"op": "scale", "by": scale, **along})

@@ -16,40 +16,23 @@ from torch import fx
 
 from ..channels import NEUTRAL, name_of, terms_of, varies
 from ..norms import COPIES, MOVES
-from ..places import Operand, Place, carry_back, carry_forward, shape_of
+from ..places import Place, carry_back, carry_forward, shape_of
 from ..streams import operation
 from ..tracing import Graph
-
-CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
-TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
-PRODUCTS = {"aten.linear", "aten.addmm", "aten.mm", "aten.matmul"}
-LINEAR = CONVOLUTIONS | TRANSPOSED | PRODUCTS
-
-CONSTANT_KEPT = {
-    *COPIES,
-    *MOVES,
-    *["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze"],
-    *["aten.unsqueeze", "aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.expand", "aten.expand_as"],
-    *["aten.reshape_as", "aten.view_as", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.broadcast_to"],
-    *["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind"],
-    *["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "<built-in function getitem>"],
-    *["aten.repeat", "aten.tile", "aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select"],
-    *["aten.index", "aten.mean", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
-    *["aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d"],
-    *["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
-    *["aten.upsample_trilinear3d"],
-}
-"""Operations that map values which are all c to values which are all c."""
-
-POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
-
-
-class Blocked(Exception):
-    """Why an affine map cannot move on; ``code`` is the class of the reason."""
-
-    def __init__(self, reason: str, code: str) -> None:
-        super().__init__(reason)
-        self.code = code
+from ..vectors import Expression, part, times
+from .linear_maps import (
+    CONVOLUTIONS,
+    LINEAR,
+    TRANSPOSED,
+    Blocked,
+    NoBias,
+    argument,
+    check_borders,
+    groups_of,
+    is_input,
+    keeps_constants,
+    weight_and_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +51,7 @@ class Share:
         outputs: length of the bias.
         shifted: whether it takes the shift, too.
         calls: all nodes that read the weight or the bias.
+        factor: forwards, what norms on the way multiply the affine map's channels by.
     """
 
     node: fx.Node
@@ -83,6 +67,7 @@ class Share:
     outputs: int
     shifted: bool
     calls: frozenset[fx.Node]
+    factor: Expression = 1
 
     @property
     def recipe(self) -> tuple[Any, ...]:
@@ -92,11 +77,21 @@ class Share:
 
 @dataclass
 class Walk:
-    """A move of one call of an affine norm: the linear maps that take it, and all values that change."""
+    """A move of one call of an affine norm: the linear maps that take it, and all values that change.
+
+    Attributes:
+        graph: the model's.
+        gone: result of an affine norm that has moved -> its input.
+        merged: operations of blocks that become one convolution.
+        passed: input of an affine norm that has moved behind -> where it carries the channels, and its scale.
+        shares: what is found.
+        changed: what is found.
+    """
 
     graph: Graph
     gone: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     merged: frozenset[fx.Node] = frozenset()
+    passed: Mapping[fx.Node, tuple[Place, Expression]] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)
     changed: set[fx.Node] = field(default_factory=set)
 
@@ -116,7 +111,7 @@ class Walk:
             self.shares.append(self._output_side(node, place, channels, shift))
             return shift
         if name in ("aten.cat", "aten.concat", "aten.concatenate"):
-            dim = int(_argument(node, 1, "dim", 0)) % len(shape_of(node))
+            dim = int(argument(node, 1, "dim", 0)) % len(shape_of(node))
             if dim == place.dim:
                 return self._back_parts(node, place, channels, shift)
         operands = self._operands(node, place, shift)
@@ -138,12 +133,12 @@ class Walk:
         if place.outer != 1:
             raise Blocked(f"{operation(node)} interleaves channels", "cut")
         start = channels[0]
-        for part in node.args[0]:  # type: ignore[union-attr]
-            length = shape_of(part)[place.dim]
+        for piece in node.args[0]:  # type: ignore[union-attr]
+            length = shape_of(piece)[place.dim]
             if length % place.inner:
                 raise Blocked(f"{operation(node)} cuts a channel", "cut")
             size = length // place.inner
-            if not self.back(part, replace(place, size=size), (start, start + size), shift) and shift:  # type: ignore[arg-type]
+            if not self.back(piece, replace(place, size=size), (start, start + size), shift) and shift:  # type: ignore[arg-type]
                 raise NoBias(f"a part of {operation(node)} has no bias to take the shift", "no-bias")
             start += size
         return shift
@@ -163,14 +158,16 @@ class Walk:
                 raise Blocked(f"{operation(node)} stands between it and a linear map", "product")
             found.append((carriers[0][0].node, carriers[0][1], len(found) == 0))
         sum_of = name in ("aten.add", "aten.sub")
-        if shift and not (sum_of or _keeps_constants(node)):
+        if shift and not (sum_of or keeps_constants(node)):
             raise Blocked(f"{operation(node)} does not leave a constant as it is", "not-constant")
         if len(found) > 1 and not sum_of:
             raise Blocked(f"{operation(node)} stands between it and a linear map", "unknown-op")
         return found
 
-    def ahead(self, node: fx.Node, place: Place, start: int, count: int, via: fx.Node | None = None) -> None:
+    def ahead(self, node: fx.Node, place: Place, start: int, count: int, factor: Expression = 1) -> None:
         """Move into all that reads the value at ``node``: channels ``start`` to ``start + count`` at ``place``.
+
+        ``factor`` is what norms that have moved behind, on the way here, multiply those channels by.
 
         Raises:
             Blocked: something reads it that cannot take the map.
@@ -187,14 +184,22 @@ class Walk:
             if user in self.merged:
                 raise Blocked(f"{operation(user)} is merged with the branches beside it", "merged-branch")
             if user in self.gone_inputs:
-                result = self.gone_inputs[user]
                 self.changed.add(user)
-                self.ahead(result, place, start, count)
-            elif name in LINEAR and _is_input(user, node):
-                self.shares.append(self._input_side(user, node, place, start, count))
+                self.ahead(self.gone_inputs[user], place, start, count, self._scaled(user, place, start, count, factor))
+            elif name in LINEAR and is_input(user, node):
+                self.shares.append(replace(self._input_side(user, node, place, start, count), factor=factor))
             else:
                 at, offset = self._passes(user, node, place, start)
-                self.ahead(user, at, offset, count)
+                self.ahead(user, at, offset, count, factor)
+
+    def _scaled(self, source: fx.Node, place: Place, start: int, count: int, factor: Expression) -> Expression:
+        """The factor behind a norm that has moved behind."""
+        if source not in self.passed:
+            raise Blocked(f"{operation(source)} has moved before what makes it", "unknown-op")
+        along, scale = self.passed[source]
+        if along != place:
+            raise Blocked(f"{operation(source)} scales it along other axes", "axes")
+        return times(factor, part(scale, start, start + count, place.size))
 
     @property
     def gone_inputs(self) -> Mapping[fx.Node, fx.Node]:
@@ -206,7 +211,7 @@ class Walk:
         name = name_of(user)
         stop = f"{operation(user)} reads it"
         if name in ("aten.cat", "aten.concat", "aten.concatenate"):
-            dim = int(_argument(user, 1, "dim", 0)) % len(shape_of(user))
+            dim = int(argument(user, 1, "dim", 0)) % len(shape_of(user))
             if dim == place.dim and place.outer == 1:
                 parts: Any = user.args[0]
                 if sum(p is node for p in parts) != 1:
@@ -218,7 +223,7 @@ class Walk:
                 return replace(place, size=total // place.inner), start + before // place.inner
             raise Blocked(stop, "unknown-op")
         terms = terms_of(user)
-        if terms is None or not _keeps_constants(user) or len(terms) != 1:
+        if terms is None or not keeps_constants(user) or len(terms) != 1:
             raise Blocked(stop, "unknown-op")
         operands = [o for o in terms[0] if o.node is node]
         if len(operands) != 1 or not operands[0].linear:
@@ -235,14 +240,14 @@ class Walk:
     def _output_side(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> Share:
         """A linear map whose results are scaled."""
         name = name_of(node)
-        weight, bias = _weight_and_bias(node)
+        weight, bias = weight_and_bias(node)
         groups = 1
         if name in CONVOLUTIONS | TRANSPOSED:
             batched = len(shape_of(node)) == len(shape_of(weight))
             if place.dim != (1 if batched else 0):
                 raise Blocked(f"it lies across the channels of {operation(node)}", "axes")
             axis = 1 if name in TRANSPOSED else 0
-            groups = _groups(node) if name in TRANSPOSED else 1
+            groups = groups_of(node) if name in TRANSPOSED else 1
         else:
             if place.dim != len(shape_of(node)) - 1 or len(shape_of(weight)) != 2:
                 raise Blocked(f"it lies across the channels of {operation(node)}", "axes")
@@ -255,15 +260,15 @@ class Walk:
     def _input_side(self, node: fx.Node, value: fx.Node, place: Place, start: int, count: int) -> Share:
         """A linear map that reads scaled and shifted values."""
         name = name_of(node)
-        weight, bias = _weight_and_bias(node)
+        weight, bias = weight_and_bias(node)
         groups = 1
         if name in CONVOLUTIONS | TRANSPOSED:
             batched = len(shape_of(value)) == len(shape_of(weight))
             if place.dim != (1 if batched else 0):
                 raise Blocked(f"{operation(node)} reads it along other axes", "axes")
-            _check_borders(node, weight)
+            check_borders(node, weight)
             axis = 0 if name in TRANSPOSED else 1
-            groups = _groups(node)
+            groups = groups_of(node)
             outputs = int(shape_of(node)[place.dim])
         else:
             if place.dim != len(shape_of(value)) - 1 or len(shape_of(weight)) != 2:
@@ -318,10 +323,6 @@ class Walk:
 VIEWS = {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
 
 
-class NoBias(Blocked):
-    """A linear map could take the scale, and has no bias for the shift."""
-
-
 def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:
     """Who reads a parameter, through moves and copies."""
     for user in node.users:
@@ -329,67 +330,3 @@ def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:
             yield from _linear_readers(user)
         elif name_of(user) not in NEUTRAL:
             yield user
-
-
-def _weight_and_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    args = list(node.args)
-    if name_of(node) == "aten.addmm":
-        if node.kwargs:
-            raise Blocked(f"{operation(node)} scales its operands", "unknown-op")
-        bias, weight = args[0], args[2]
-    else:
-        weight = args[1]
-        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
-    if not isinstance(weight, fx.Node):
-        raise Blocked(f"{operation(node)} has no weight", "unknown-op")
-    return weight, bias if isinstance(bias, fx.Node) else None
-
-
-def _is_input(node: fx.Node, value: fx.Node) -> bool:
-    """Whether ``value`` is what a linear map is applied to, and nothing else of it."""
-    position = 1 if name_of(node) == "aten.addmm" else 0
-    return node.args[position] is value and sum(a is value for a in node.all_input_nodes) == 1
-
-
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _groups(node: fx.Node) -> int:
-    """conv(input, weight, bias, stride, padding, dilation, groups); transposed: (..., output_padding, groups, ...)."""
-    return int(_argument(node, 6, "groups", 1))
-
-
-def _all(value: Any, wanted: int) -> bool:
-    return all(v == wanted for v in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def _check_borders(node: fx.Node, weight: fx.Node) -> None:
-    """A shift passes a convolution if every result sees the whole kernel: without zero padding.
-
-    Results of a transposed convolution see different taps, unless it has one only.
-    """
-    padding = _argument(node, 4, "padding", 0)
-    kernel = [int(n) for n in shape_of(weight)[2:]]
-    if name_of(node) in CONVOLUTIONS:
-        if padding != "valid" and not (isinstance(padding, (int, list, tuple)) and _all(padding, 0)):
-            raise Blocked(f"{operation(node)} pads it with zeros, which a shift would have to be zero for", "padding")
-        return
-    if not all(n == 1 for n in kernel) or not _all(_argument(node, 3, "stride", 1), 1):
-        raise Blocked(f"{operation(node)} makes results of different taps, which a shift would tell apart", "padding")
-
-
-def _keeps_constants(node: fx.Node) -> bool:
-    """Whether the operation maps a constant to the same constant."""
-    name = name_of(node)
-    if name in POOLS:
-        padding = _argument(node, 3, "padding", 0)
-        counted = _argument(node, 5, "count_include_pad", True)
-        divisor = None if name == "aten.avg_pool1d" else _argument(node, 6, "divisor_override", None)
-        return divisor is None and (_all(padding, 0) or counted is False)
-    if name == "aten.add" or name not in CONSTANT_KEPT:
-        return False
-    return not any(o.node for t in terms_of(node) or () for o in t[1:] if o.linear)
-
-
-__all__ = ["Blocked", "NoBias", "Operand", "Share", "Walk"]

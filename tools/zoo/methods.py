@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from tools.fusers import TOOLS, fused_by
@@ -49,3 +50,40 @@ METHODS: Mapping[str, Method] = {
         "BatchNorm", "batchnorms", is_batchnorm, "coverage-fuse-bn.jsonl", {"merge_branches": True}, other_fusers
     ),
 }
+
+
+def warm_up(method: str) -> None:
+    """Do once, on next to nothing, what every child does: what is imported on the way is then there for all of them."""
+    from normconvert.pipeline import plan_model
+    from normconvert.tracing import trace
+    from tools.zoo.transformers_zoo import transformers_case
+
+    x = torch.ones(2, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    plan_model(network.to("meta"), method=method, tracer=lambda model: trace(model, {"input": x.to("meta")}))
+    transformers_case("gpt2")[0].build()
+    if METHODS[method].beside is not None:
+        for tool in TOOLS:
+            fused_by(tool, network.to_empty(device="cpu"), {"input": x})
+
+
+def beside(case: Any, columns: Any) -> Row:
+    """Further columns, from the first of the probes."""
+    from normconvert.probes import verification_inputs
+
+    inputs = verification_inputs(case.skeleton(), seed=0)[0].inputs
+    return {"inputs": list(inputs), **columns(case, inputs)}
+
+
+def with_others(library: str, name: str, known: Row, method: str) -> Row:
+    """A row of an earlier run, and the columns about other tools, on the model built as it was then."""
+    from tools.zoo.timm_zoo import timm_case
+    from tools.zoo.transformers_zoo import transformers_case
+
+    make = transformers_case if library == "transformers" else timm_case
+    columns, level = METHODS[method].beside, -1
+    assert columns is not None
+    while True:
+        case, level = make(name, level + 1)
+        if case.shrink == known["shrink"]:
+            return {**known, **beside(case, columns)}

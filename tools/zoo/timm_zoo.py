@@ -45,8 +45,9 @@ def timm_table(norm: str = "LayerNorm") -> dict[str, list[str]]:
 
 
 def timm_names(norm: str = "LayerNorm") -> list[str]:
-    """All variants of the table, by module."""
-    return [name for names in timm_table(norm).values() for name in names]
+    """All variants of the table, one of every module first: a sweep that is stopped has seen all modules soonest."""
+    table = list(timm_table(norm).values())
+    return [names[n] for n in range(max(map(len, table))) for names in table if n < len(names)]
 
 
 def timm_case(name: str, first_level: int = 0) -> tuple[Case, int]:
