@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from normconvert.edits import apply_edits
 from normconvert.errors import InputError
 from normconvert.fidelity import Outputs, flatten
+from normconvert.lazy import LazyWeight, in_turns
 from normconvert.plan import Plan
 from normconvert.probes import Probe
 
@@ -130,18 +132,27 @@ def _run_probes(
     seed: int,
 ) -> None:
     plain_experts(model)
-    for probe in probes:
+
+    def one(probe: Probe) -> Outputs | str:
         inputs = {name: cast(value, dtype, own, device) for name, value in probe.inputs.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 output = model(**inputs)
+            except InputError:  # of a weight that is read while the model runs
+                raise
             except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-                run.failures[probe.name] = (
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-                )
-                continue
-        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
+                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return {name: value.cpu() for name, value in flatten(output).items()}
+
+    probes = list(probes)
+    calls = [partial(one, probe) for probe in probes]
+    lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
+    for probe, result in zip(probes, in_turns(calls) if lazy else (call() for call in calls), strict=True):
+        if isinstance(result, str):
+            run.failures[probe.name] = result
+        else:
+            run.outputs[probe.name] = result
 
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:
