@@ -203,8 +203,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         "is (median of the rounds, ± half of what lies between the quartiles): converted by `rmsnorm`, by `crmsnorm`, "
         "and without the norms that `rmsnorm` converts, which is the *bound*. *of the way* is the part of the time "
         f"that the bound saves which `rmsnorm` saves, where the bound is above {WORTH} ×. The last column has what "
-        f"misses the criteria: at least {SLOWEST} × the original's speed in every cell, and at least {SHARE:.0%} of the way. "
-        "Decoding is one more token after 32 others, with a cache; prompts are read as `generate` reads them.",
+        f"misses the criteria: at least {SLOWEST} × the original's speed in every cell, at least {SHARE:.0%} of the "
+        "way. Decoding is one more token after 32 others, with a cache; prompts are read as `generate` reads them.",
         "",
     ]
     for device, data in results.items():

@@ -34,8 +34,8 @@ def section(stored: int, largest: int, limit: int, run: Run, figures: dict[str, 
             f"A float16 checkpoint of {stored / 1e9:.2f} GB in the shape of GPT-NeoX (largest tensor "
             f"{largest / 1e6:.0f} MB) and its conversion, by `normconvert verify A B --max-memory`: allowed "
             f"{limit / 1e9:.2f} GB, peak {run.gigabytes:.2f} GB, {run.seconds:.0f} s ({run.processor:.0f} s of "
-            f"processor time). Algebra {figures['algebra']:.1e}, rounding {figures['rounding']:.3g} × the original's, top-1 "
-            f"{figures['top1']:.2%}.",
+            f"processor time). Algebra {figures['algebra']:.1e}, rounding {figures['rounding']:.3g} × the original's, "
+            f"top-1 {figures['top1']:.2%}.",
             "",
         ]
     )
