@@ -22,8 +22,8 @@ from tests.zoo_cases import named_cases
 
 CASES = named_cases()
 COMPLETE = [
-    *["gpt2", "gpt_neo", "opt", "gpt_neox", "gptj", "phi", "bloom", "mpt", "starcoder2", "stablelm", "olmo", "whisper", "vit"],
-    *["deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
+    *["gpt2", "gpt_neo", "opt", "gpt_neox", "gptj", "phi", "bloom", "mpt", "starcoder2", "stablelm", "olmo", "whisper"],
+    *["vit", "deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
     *["timm_cait", "timm_mlp_mixer"],
 ]
 BASES = ("isometric", "paper")
