@@ -2,7 +2,7 @@
 
     python -m tools.bench_growth [--layers 12 24 48 96] [--runs 3] [--write]
 
-Each size is a process of its own: a GPT-2 of small width, on the meta device. Three minutes on an idle core;
+Each size is a process of its own: a GPT-2 of small width, on the meta device. Five minutes on an idle core;
 ``--layers 2 4`` tries it.
 """
 
