@@ -60,7 +60,7 @@ def main() -> int:
         tensors = sizes(source)
         verify = [*command, "verify", str(source), str(out), "--max-memory", str(limit), "--json", str(report)]
         run = measure(verify, Path(temporary) / "nothing")
-        figures = json.loads(report.read_text())["fidelity"]
+        figures = json.loads(report.read_text())
     text = section(sum(tensors), max(tensors), limit, run, figures)
     print(text)
     if arguments.write:
