@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CACHES = frozenset({"past_key_values", "mems", "cache_params", "past_buckets_states"})
+CACHES = frozenset({"cache", "past_key_values", "mems", "cache_params", "past_buckets_states"})
 """Output names that hold a cache, not a result."""
 
 Outputs = dict[str, Tensor]

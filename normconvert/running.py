@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from normconvert.edits import apply_edits
 from normconvert.errors import InputError
 from normconvert.fidelity import Outputs, flatten
+from normconvert.lazy import LazyWeight, in_turns
 from normconvert.plan import Plan
 from normconvert.probes import Probe
 
@@ -94,17 +96,28 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
     model.eval()
     sample = next(iter(model.parameters()), torch.empty(0))
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    run = Run()
     plain_experts(model)
-    for probe in probes:
+    probes, run = list(probes), Run()
+
+    def one(probe: Probe) -> Outputs | str:
         inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
         try:
-            output = _run(model, inputs, own, seed)
+            output = _seeded(model, inputs, seed) if lazy else _run(model, inputs, own, seed)
+        except InputError:  # of a weight that is read while the model runs
+            raise
         except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-            reason = str(error).splitlines()[0] if str(error) else ""
-            run.failures[probe.name] = f"{type(error).__name__}: {reason}"[:200]
-            continue
-        run.outputs[probe.name] = {name: value.cpu() for name, value in flatten(output).items()}
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return {name: value.cpu() for name, value in flatten(output).items()}
+
+    lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
+    calls = [partial(one, probe) for probe in probes]
+    # Calls that take turns share one default dtype.
+    with _default_dtype(own if lazy and own == torch.float64 else torch.get_default_dtype()):
+        for probe, result in zip(probes, in_turns(calls) if lazy else (call() for call in calls), strict=True):
+            if isinstance(result, str):
+                run.failures[probe.name] = result
+            else:
+                run.outputs[probe.name] = result
     return run
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ from normconvert.fidelity import (
 from normconvert.plan import Plan
 from normconvert.probes import Probe, verification_inputs
 from normconvert.running import Run, algebra_model, cast, run_model
+
+if TYPE_CHECKING:
+    from normconvert.sources import Source
 
 __all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify", "verify_models"]
 
@@ -253,6 +257,7 @@ def verify(
     trust_remote_code: bool = False,
     seed: int = 0,
     limits: Mapping[str, float] | None = None,
+    max_memory: int | None = None,
 ) -> Fidelity:
     """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
 
@@ -268,6 +273,8 @@ def verify(
         trust_remote_code: whether code that comes with a checkpoint may run.
         seed: of the probes.
         limits: figure -> limit, instead of the defaults; see :mod:`normconvert.limits`.
+        max_memory: bytes of memory that the process may take. The weights stay in their files then: each is read when
+            its turn comes, for all probes at once, and freed. None loads whole models, two at a time.
 
     Raises:
         InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
@@ -280,16 +287,20 @@ def verify(
     plan = recorded_plan(second.record) if first.record is None else None
     used = dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))
-    original = _loader(first, used, device)()
+    loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
+    original = loader(first, used, device)()
     if plan is None:
-        _same_shapes(original, _loader(second, used, device), str(a), str(b))
+        _same_shapes(original, loader(second, used, device), str(a), str(b))
+    algebra = None if plan is not None else loader(second, torch.float64, device)
+    if plan is not None and max_memory is not None:
+        algebra = _lazy_loader(first, torch.float64, device, plan=plan, max_memory=max_memory)
     coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
     tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
     fidelity = verify_models(
-        truth=_loader(first, torch.float64, device),
-        algebra=None if plan is not None else _loader(second, torch.float64, device),
+        truth=loader(first, torch.float64, device),
+        algebra=algebra,
         original=original,
-        converted=_loader(second, used, device),
+        converted=loader(second, used, device),
         probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
         tolerance=limits.get("algebra", tolerance),
         rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
@@ -319,7 +330,7 @@ def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:
         raise InputError(f"normconvert.json cannot be read: {error}") from error
 
 
-def _loader(source: Any, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
+def _loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
     """Makes a checkpoint's model: with the plan's module edits if normconvert wrote it, else as the library does."""
 
     def load() -> nn.Module:
@@ -328,6 +339,21 @@ def _loader(source: Any, dtype: torch.dtype, device: str | torch.device) -> Call
 
             return load_converted(source.folder, dtype=dtype, device=device)
         model: nn.Module = source.load(dtype=dtype, device=device)
+        return model
+
+    return load
+
+
+def _lazy_loader(
+    source: Source, dtype: torch.dtype, device: str | torch.device, *, max_memory: int, plan: Plan | None = None
+) -> Callable[[], nn.Module]:
+    """As `_loader`, with the weights left in their files; `plan` is applied as :func:`algebra_model` does it."""
+
+    def load() -> nn.Module:
+        from normconvert.lazy_models import check_memory, lazy_model
+
+        model = lazy_model(source, dtype, torch.device(device), plan=plan, max_memory=max_memory)
+        check_memory(model, max_memory, source.reference)
         return model
 
     return load

@@ -6,21 +6,24 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from normconvert.options import Options
 from normconvert.pipeline import trace_model
 from normconvert.probes import verification_inputs
 from normconvert.rewrites.crmsnorm import plan_crmsnorm
+from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.running import algebra_model, plain_experts
 from normconvert.runtime import CRMSNorm
+from normconvert.tracing import trace
 from normconvert.verification import compare_models, tolerance_for
 from tests.zoo_cases import named_cases
 
 CASES = named_cases()
 COMPLETE = [
-    *["gpt2", "opt", "gpt_neox", "gptj", "phi", "bloom", "mpt", "starcoder2", "stablelm", "olmo", "whisper", "vit"],
-    *["deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
+    *["gpt2", "gpt_neo", "opt", "gpt_neox", "gptj", "phi", "bloom", "mpt", "starcoder2", "stablelm", "olmo", "whisper"],
+    *["vit", "deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
     *["timm_cait", "timm_mlp_mixer"],
 ]
 BASES = ("isometric", "paper")
@@ -55,6 +58,39 @@ def test_the_architecture_converts_completely_and_computes_the_same(name: str) -
         state = truth.state_dict()
         assert set(plan.removed) <= set(state)
         assert set(plan.removed).isdisjoint(converted.state_dict())
+
+
+class Headed(nn.Module):
+    """A stream that is read by heads alone: 48 channels fit them, 47 do not."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.write, self.read = heads, nn.Linear(5, 48), nn.Linear(48, 5)
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in range(3))
+        self.branch = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        if self.heads and x.shape[-1] % self.heads:
+            raise ValueError(f"{x.shape[-1]} channels cannot be split into {self.heads} heads")
+        x = x + self.branch(self.norms[0](x))
+        x = x + self.branch(self.norms[1](x))
+        return self.read(self.norms[2](x))
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+def test_a_model_that_cannot_take_an_odd_width_is_refused_with_the_reason(heads: int) -> None:
+    with torch.device("meta"):
+        model = Headed(heads).eval()
+    graph = trace(model, {"x": torch.empty(2, 3, 5, device="meta")})
+    assert len(plan_rmsnorm(graph, Options()).converted) == 3
+    plan = plan_crmsnorm(graph, Options())
+    assert len(plan.converted) == (0 if heads else 3)
+    for verdict in plan.kept:
+        assert verdict.code == "width"
+        assert "does not run in one channel less" in verdict.reason
+        assert "47 channels cannot be split into 4 heads" in verdict.reason
+    assert not heads or not (plan.tensors or plan.modules)
 
 
 def _layer_norms(model: nn.Module) -> int:

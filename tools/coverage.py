@@ -5,6 +5,7 @@ weights: the plan applied to float64 weights must equal the original. One proces
 and a memory limit; every result is a line of a work file, so that an interrupted sweep goes on where it stopped.
 
     python tools/coverage.py                                  # everything -> docs/coverage.md
+    python tools/coverage.py --method crmsnorm                # a column of that page, once it is there
     python tools/coverage.py --method fuse-bn                 # the page's section about BatchNorm
     python tools/coverage.py --library timm --only hiera_tiny_224 --fresh -v --out -
     python tools/coverage.py --stage trace                    # census of tracing only
@@ -43,12 +44,16 @@ Key = tuple[str, str]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep, then write the page. Returns 1 if a converted model does not compute what its original computes."""
-    from tools.coverage_page import is_wrong, summary, write_page
+    from tools.coverage_page import is_wrong, state, summary, write_page
     from tools.zoo.methods import METHODS
 
     arguments = _parser().parse_args(argv)
     arguments.work = arguments.work or ROOT / "build" / METHODS[arguments.method].work
     keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
+    table = METHODS[arguments.method].column_of or arguments.method
+    if table != arguments.method:
+        tried = _read(ROOT / "build" / METHODS[table].work)
+        keys = [key for key in keys if key in tried and state(tried[key]) in ("complete", "partly")]
     rows = {} if arguments.fresh else _read(arguments.work)
     known = {} if arguments.fresh else rows
     todo = [] if arguments.page_only else [key for key in keys if not _is_done(known.get(key), arguments)]
@@ -63,10 +68,14 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.verbose:
                 print(f"{done}/{len(todo)} {_one_line(row)}", flush=True)
     swept = [rows[key] for key in keys if key in rows]
-    print(summary(swept, arguments.method))
+    print(summary(swept, table))
     if str(arguments.out) != "-":
-        write_page(arguments.out, arguments.method, swept, _versions(), left=len(keys) - len(swept))
-    return int(any(is_wrong(row, arguments.method) for row in swept))
+        if table != arguments.method:
+            keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[table].norm))
+            swept = [tried[key] for key in keys if key in tried]
+        _add_columns(swept, table)
+        write_page(arguments.out, table, swept, _versions(), left=len(keys) - len(swept))
+    return int(any(is_wrong(row, table) for row in swept))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +132,17 @@ def _read(path: Path) -> dict[Key, Row]:
             continue
         rows[row["library"], row["name"]] = row
     return rows
+
+
+def _add_columns(rows: list[Row], table: str) -> None:
+    """Give rows what other methods, which have no table of their own, did with the same models, if they were swept."""
+    from tools.zoo.methods import METHODS
+
+    for name, method in METHODS.items():
+        found = _read(ROOT / "build" / method.work) if method.column_of == table else {}
+        for row in rows:
+            if (other := found.get((row["library"], row["name"]))) is not None:
+                row[name] = other
 
 
 def _versions() -> dict[str, str]:

@@ -63,6 +63,8 @@ def counts(rows: list[Row]) -> dict[str, int]:
     """The figures of one library."""
     found = bearing(rows)
     states = Counter(map(state, found))
+    tried = [row["crmsnorm"] for row in found if "crmsnorm" in row]
+    crmsnorm = Counter(map(state, tried))
     return {
         "models built": sum("layernorms" in row for row in rows),
         "with LayerNorm": len(found),
@@ -74,6 +76,8 @@ def counts(rows: list[Row]) -> dict[str, int]:
         "mismatches": states["MISMATCH"],
         "norms": sum(row.get("norms", 0) for row in found),
         "norms converted": sum(row.get("converted", 0) for row in found),
+        **({f"crmsnorm {word}": crmsnorm[word] for word in ("complete", "partly", "none")} if tried else {}),
+        **({"crmsnorm mismatches": crmsnorm["MISMATCH"]} if crmsnorm["MISMATCH"] else {}),
     }
 
 
@@ -132,6 +136,7 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
         "compared with the original in float64. *Complete* means that every LayerNorm became RMSNorm and that the "
         "outputs are equal.",
         "",
+        *_about_crmsnorm(rows),
         "Made by `python tools/coverage.py` with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
         *unfinished(len(rows), left),
@@ -139,8 +144,8 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
         "",
     ]
     figures = {library: counts(part) for library, part in parts.items()}
-    names = list(next(iter(figures.values()), {}))
-    lines += table(["", *figures], [[name, *(str(f[name]) for f in figures.values())] for name in names])
+    names = dict.fromkeys(name for f in figures.values() for name in f)
+    lines += table(["", *figures], [[name, *(str(f.get(name, 0)) for f in figures.values())] for name in names])
     if "timm" in parts:
         complete = _complete_modules(parts["timm"])
         lines += ["", f"timm modules with a complete model: {len(complete)} ({', '.join(complete)})."]
@@ -151,6 +156,17 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
         lines += ["", f"## {library}", ""] + _models(bearing(part), library)
     lines += _left_out(parts)
     return "\n".join(lines) + "\n"
+
+
+def _about_crmsnorm(rows: list[Row]) -> list[str]:
+    """What the column is, if there is one."""
+    if not any("crmsnorm" in row for row in rows):
+        return []
+    return [
+        "The column *crmsnorm* has what `normconvert crmsnorm` does, with its default options, to the models that "
+        "`rmsnorm` converts at least in part, verified in the same way. For *partly* it says how many norms.",
+        "",
+    ]
 
 
 def unfinished(swept: int, left: int) -> list[str]:
@@ -177,14 +193,26 @@ def error_of(row: Row) -> str:
 
 def _models(rows: list[Row], library: str) -> list[str]:
     modules = modules_of_timm()
+    with_crmsnorm = any("crmsnorm" in row for row in rows)
     first = ["module", "model"] if library == "timm" else ["type"]
     body = []
     for row in sorted(rows, key=lambda r: (modules.get(r["name"], ""), r["name"])):
         reasons = ", ".join(f"{code} {n}" for code, n in sorted(row.get("reasons", {}).items()))
         names = [modules.get(row["name"], ""), row["name"]] if library == "timm" else [row["name"]]
         norms, converted = str(row.get("norms", row.get("layernorms", ""))), str(row.get("converted", ""))
-        body.append([*names, row.get("model_class", ""), norms, converted, state(row), error_of(row), reasons])
-    return table([*first, "class", "norms", "converted", "result", "float64 error", "reasons of the rest"], body)
+        found = [state(row), error_of(row), *([_crmsnorm(row)] if with_crmsnorm else [])]
+        body.append([*names, row.get("model_class", ""), norms, converted, *found, reasons])
+    heads = ["class", "norms", "converted", "result", "float64 error", *(["crmsnorm"] if with_crmsnorm else [])]
+    return table([*first, *heads, "reasons of the rest"], body)
+
+
+def _crmsnorm(row: Row) -> str:
+    """What ``crmsnorm`` does with the model, for a cell; empty if it was not tried."""
+    other = row.get("crmsnorm")
+    if other is None:
+        return ""
+    found = state(other)
+    return f"{found}, {other['converted']}" if found == "partly" else found
 
 
 def reason_table(rows: list[Row], meanings: Mapping[str, str], title: str) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.benchmark.timing import Step
-from normconvert.benchmark.workloads import STEPS, Workload, on_device
+from normconvert.benchmark.workloads import STEPS, Workload, cache_name, on_device
 
 MODES = ("eager", "compiled", "graphs")
 """As it is; through ``torch.compile``; its kernels captured in a CUDA graph and replayed."""
@@ -40,19 +40,20 @@ def _decode(model: nn.Module, called: Any, inputs: dict[str, Any], mode: str) ->
     """
     ids = inputs["input_ids"]
     rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "use_cache")}
-    start: dict[str, Any] = {} if mode == "eager" else {"past_key_values": _static_cache(model, ids.shape[1] + STEPS)}
+    held = cache_name(model)
+    start: dict[str, Any] = {} if mode == "eager" else {held: _static_cache(model, ids.shape[1] + STEPS)}
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True, **start, **rest).past_key_values
+        cache = getattr(model(input_ids=ids, use_cache=True, **start, **rest), held)
     token = ids[:, -1:].contiguous()
     if mode != "eager":
         reset = _reset(cache)
-        return Step(lambda: called(input_ids=token, past_key_values=cache, use_cache=True, **rest), reset, STEPS)
+        return Step(lambda: called(input_ids=token, use_cache=True, **{held: cache}, **rest), reset, STEPS)
     now: list[Any] = []
 
     def prepare() -> None:
         now[:] = [copy.deepcopy(cache)]
 
-    return Step(lambda: called(input_ids=token, past_key_values=now[0], use_cache=True, **rest), prepare, STEPS)
+    return Step(lambda: called(input_ids=token, use_cache=True, **{held: now[0]}, **rest), prepare, STEPS)
 
 
 def _static_cache(model: nn.Module, length: int) -> Any:

@@ -87,9 +87,13 @@ def can_decode(model: nn.Module) -> bool:
     can_generate: Any = getattr(model, "can_generate", None)
     names = Facts(model).parameters
     encoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(
-        can_generate and can_generate() and not encoder and {"input_ids", "past_key_values", "use_cache"} <= set(names)
-    )
+    wanted = {"input_ids", "use_cache", cache_name(model)}
+    return bool(can_generate and can_generate() and not encoder and wanted <= set(names))
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache, as an argument and as an output; transformers 5.24 renamed it."""
+    return "cache" if "cache" in Facts(model).parameters else "past_key_values"
 
 
 def _takes_text(model: nn.Module, guess: Guess) -> bool:

@@ -85,6 +85,12 @@ RequireAll = Annotated[bool, typer.Option("--require-all", help="Refuse unless e
 StoredAs = Annotated[Dtype, typer.Option(help="Store the weights in this dtype.")]
 RunIn = Annotated[Dtype, typer.Option(help="Run both in this dtype; auto is that of B's files.")]
 ShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="Such as 5GB or 500MB; else as the source.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory", metavar="SIZE", help="Such as 4GB: leave the weights in their files and read them in turn."
+    ),
+]
 Streamed = Annotated[
     bool,
     typer.Option("--stream", help="Fetch, convert and delete the shards on the hub one by one; goes on if stopped."),

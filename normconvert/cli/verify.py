@@ -14,6 +14,7 @@ from normconvert.cli.options import (
     Json,
     Junit,
     Markdown,
+    MaxMemory,
     Quiet,
     ReportFile,
     RunIn,
@@ -23,6 +24,7 @@ from normconvert.cli.options import (
     add_report,
     make_screen,
     measured,
+    parse_size,
 )
 
 
@@ -34,6 +36,7 @@ def verify(
     dtype: RunIn = Dtype.AUTO,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the probes.")] = 0,
     trust_remote_code: Trust = False,
+    max_memory: MaxMemory = None,
     limits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML: figure and limit, instead of the default limits.")
     ] = None,
@@ -56,9 +59,13 @@ def verify(
     add_ci(screen, junit, markdown, github)
 
     def action() -> Done:
+        from normconvert.errors import InputError
         from normconvert.limits import read_limits
         from normconvert.report.benchmark import read_benchmark
 
+        allowed = parse_size(max_memory, "--max-memory") if max_memory is not None else None
+        if allowed is not None and report_file is not None:
+            raise InputError("--report measures every layer of whole models in memory: leave out --max-memory or it")
         wanted = read_limits(limits) if limits is not None else {}
         timed = {"bench": read_benchmark(bench)} if bench is not None else {}
         screen.say(f"comparing {b} with {a}")
@@ -74,7 +81,7 @@ def verify(
         screen.hush_bars()
         fidelity = verify_checkpoints(
             a, b, device=device, dtype=run_in,
-            trust_remote_code=trust_remote_code, seed=seed, limits=wanted,
+            trust_remote_code=trust_remote_code, seed=seed, limits=wanted, max_memory=allowed,
         )  # fmt: skip
         found = measured(
             screen, report_file, a, b, device=device, dtype=run_in,

@@ -122,6 +122,12 @@ def build_meta(source: Source) -> nn.Module:
             return _create(source)
 
 
+def build(source: Source) -> nn.Module:
+    """The model on the device in force, without random initialisation; the weights are the caller's to load."""
+    with NoRandomInit():
+        return _create(source)
+
+
 def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, str], frozenset[str]]:
     """timm's names are the model's names, except in original checkpoints, which timm's own filters turn into its form.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,36 @@ def build_meta(source: Source) -> nn.Module:
         ) from error
     built: nn.Module = model
     return built
+
+
+def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str], torch.dtype | None]]:
+    """The plain class on the device in force, as ``from_pretrained`` makes it, without weights.
+
+    Returns:
+        The model, and a function that gives the dtype of a parameter that is not to have that of the model's own
+        parameter (norms that are kept in float32), else None.
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    config = _config(source)
+    model_class: Any = _model_class(source, config)
+    try:
+        with quiet():
+            model: Any = model_class._from_config(config, dtype=dtype)
+            exceptions = model._get_dtype_plan(dtype)
+    except Exception as error:
+        raise InputError(
+            f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
+        ) from error
+    if not exceptions:
+        return model, lambda name: None
+    pattern, by_group, _ = build_glob_alternation(list(exceptions))
+
+    def other(name: str) -> torch.dtype | None:
+        match = pattern.search(name)
+        return exceptions[by_group[match.lastgroup]] if match is not None else None
+
+    return model, other
 
 
 def rename(

@@ -27,6 +27,7 @@ class Method:
         work: name of the work file.
         again: options that may take norms which are left; the model is converted with them as well, then.
         beside: further columns of the model's row, from the case and a probe's inputs; None if there are none.
+        column_of: the method whose table shows the result as a column; only what that one converts is tried.
     """
 
     norm: str
@@ -35,6 +36,7 @@ class Method:
     work: str
     again: Mapping[str, Any] = field(default_factory=dict)
     beside: Callable[[Case, Mapping[str, Any]], Row] | None = None
+    column_of: str | None = None
 
 
 def other_fusers(case: Case, inputs: Mapping[str, Any]) -> Row:
@@ -46,6 +48,7 @@ def other_fusers(case: Case, inputs: Mapping[str, Any]) -> Row:
 
 METHODS: Mapping[str, Method] = {
     "rmsnorm": Method("LayerNorm", "layernorms", is_layernorm, "coverage.jsonl"),
+    "crmsnorm": Method("LayerNorm", "layernorms", is_layernorm, "coverage-crmsnorm.jsonl", column_of="rmsnorm"),
     "fuse-bn": Method(
         "BatchNorm", "batchnorms", is_batchnorm, "coverage-fuse-bn.jsonl", {"merge_branches": True}, other_fusers
     ),
