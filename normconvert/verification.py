@@ -126,7 +126,7 @@ def verify_models(
         Models may be given as functions that make them; then at most two of them are in memory at once.
 
     Raises:
-        InputError: the original runs on none of the probes.
+        InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
     shifted = frozenset(shifted_outputs)
     first = _take(original)
@@ -160,6 +160,11 @@ def verify_models(
 
     original_errors = compare_runs(truth_run, original_run, shifted)
     converted_errors = compare_runs(truth_run, converted_run, shifted)
+    if converted_errors and not any(d.size > 0 or d.difference > 0 for d in converted_errors.values()):
+        raise InputError(
+            "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
+            "two models agree; are its weights those of a trained model?"
+        )
     same, positions, divergence = _felt(original_run, converted_run)
     rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in original_run.failures.items()]
     rows += [

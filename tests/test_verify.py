@@ -177,6 +177,16 @@ def test_shifted_outputs_are_compared_without_their_mean(axis: int) -> None:
     assert distance(1.01 * y, x, shifted=True).relative > 0.005
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_outputs_on_which_any_two_models_agree_are_no_proof(value: float) -> None:
+    model = vit()
+    with torch.no_grad():
+        model.get_parameter("head.weight").fill_(value)
+        model.get_parameter("head.bias").fill_(value)
+    with pytest.raises(InputError, match="any two models agree"):
+        check(vit_plan(), model)
+
+
 def test_rounding_ratio_does_not_divide_by_luck() -> None:
     eps = torch.finfo(torch.float32).eps
     assert ratio(0.0, 0.0, eps) == 1.0
