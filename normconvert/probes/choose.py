@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +15,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from normconvert.errors import TraceError
+from normconvert.known_values import LARGEST
 from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES, call_fake, feature_count
 from normconvert.probes.facts import Facts, Sizes
-from normconvert.probes.specs import Spec, materialise
+from normconvert.probes.specs import SIGNALS, Spec, materialise
 
 SIGNAL_ARGUMENTS = (
     "pixel_values",
@@ -49,6 +51,7 @@ SIZES: tuple[Sizes, ...] = (
     Sizes(layout=2),
     Sizes(layout=3),
     Sizes(length=64, image=256, samples=15360, frames=1024),
+    Sizes(image=336),
     Sizes(length=128, image=336, samples=48000, frames=3000),
     Sizes(image=384),
     Sizes(image=448),
@@ -221,12 +224,17 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 
 def to_trace(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
-    """Specs as tensors to trace with, on the CPU, always the same; signals in the model's dtype. Other values stay."""
+    """Specs as tensors to trace with, always the same, signals in the model's dtype; other values as they are.
+
+    They have values, on the CPU; signals too large for anybody to look at each number are on the meta device.
+    """
     dtype = floating_dtype(model)
     return {name: _tensor(value, dtype) if isinstance(value, Spec) else value for name, value in specs.items()}
 
 
 def _tensor(spec: Spec, dtype: torch.dtype) -> Tensor:
+    if spec.kind in SIGNALS and math.prod(spec.shape) > LARGEST:
+        return torch.empty(spec.shape, dtype=dtype, device="meta")
     value = materialise(spec, torch.Generator().manual_seed(0))
     return value.to(dtype) if value.is_floating_point() else value
 
