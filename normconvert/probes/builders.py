@@ -80,6 +80,12 @@ def image(facts: Facts, sizes: Sizes) -> Spec:
     """(batch, channels, height, width), or with a frames axis for video models."""
     if "image_grid_thw" in facts.parameters or "grid_thw" in facts.parameters:
         return patches(facts, sizes)
+    if "spatial_shapes" in facts.parameters:  # flat patches of each image beside each other, padded to one number
+        width = facts.channels * facts.number("patch_size", part="vision", default=16) ** 2
+        return Spec((sizes.batch, grid_side(facts) ** 2, width), "image")
+    if "target_sizes" in facts.parameters:  # patches of all images in one row
+        patch = facts.number("patch_size", part="vision", default=14)
+        return Spec((1, facts.channels, patch, patch * sizes.batch * grid_side(facts) ** 2), "image")
     side = (sizes.image, sizes.image) if sizes.image else facts.image_size or (64, 64)
     if "prompt_pixel_values" in facts.parameters:  # the model puts prompt and image below each other
         side = (side[0] // 2, side[1])
@@ -112,6 +118,9 @@ def patches(facts: Facts, sizes: Sizes) -> Spec:
     frames = facts.number("temporal_patch_size", part="vision", default=1)
     conv = facts.first(nn.Conv3d) or facts.first(nn.Conv2d)
     channels = conv.in_channels if conv is not None else facts.channels
+    first = facts.first(nn.Linear)
+    if conv is None and first is not None and first.in_features % (channels * side * side) == 0:
+        frames = first.in_features // (channels * side * side)
     count = grid_side(facts) ** 2
     if sizes.layout == 1:  # images beside each other instead of one after the other
         return Spec((sizes.batch, count, channels * frames * side * side), "image")
@@ -319,7 +328,9 @@ BUILDERS: dict[str, Builder] = {
         (s.batch, s.length + latents(f)), "given", value=[[0, *[1] * latents(f), *[0] * (s.length - 1)]] * s.batch
     ),
     "image_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[list(image(f, s).shape[-2:])] * s.batch),
-    "spatial_shapes": lambda f, s: Spec((s.batch, 2), "given", value=[[4, 4]] * s.batch),
+    "spatial_shapes": lambda f, s: Spec((s.batch, 2), "given", value=[[grid_side(f)] * 2] * s.batch),
+    "target_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[[grid_side(f)] * 2] * s.batch),
+    "state": lambda f, s: Spec((s.batch, f.number("max_state_dim", "state_dim")), "float"),
     "pixel_position_ids": lambda f, s: Spec((s.batch, 16, 2), "int", 0, 4),
     "image_attention_mask": lambda f, s: Spec((s.batch, s.length, 2), "ones"),
     "merge_sizes": lambda f, s: Spec((s.batch,), "given", value=[grid_side(f) // 2] * s.batch),

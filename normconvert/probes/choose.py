@@ -33,7 +33,7 @@ SIGNAL_ARGUMENTS = (
 COMPANIONS: dict[str, tuple[str, ...]] = {
     "pixel_values": (
         *("image_grid_thw", "grid_thw", "merge_sizes", "aspect_ratio_ids", "aspect_ratio_mask", "spatial_shapes"),
-        *("image_embeds_position_mask", "mm_token_type_ids"),
+        *("image_embeds_position_mask", "mm_token_type_ids", "target_sizes"),
     ),
     "pixel_values_videos": ("video_grid_thw", "mm_token_type_ids"),
     "hidden_states": ("grid_thw",),
