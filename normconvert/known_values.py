@@ -91,17 +91,19 @@ class KnownValues(TorchFunctionMode):
             return self._partly(func, name, args, kwargs)
         if not tensors and name not in _FACTORIES:
             return func(*args, **kwargs)
+        if name in _ANSWERS or self._shape_by_value(name, args, kwargs):
+            result = self._compute(func, args, kwargs)
+            if result is _UNKNOWN:
+                return func(*args, **kwargs)
+            return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
+        made = func(*args, **kwargs)
+        if any(map(_is_large, pytree.tree_leaves(made))):
+            return made  # a mask over all positions, say: not worth its memory
         result = self._compute(func, args, kwargs)
         if name.startswith(_EMPTY) and isinstance(result, Tensor):
             with _real():
                 result.zero_()
-        if result is _UNKNOWN:
-            return func(*args, **kwargs)
-        if name in _ANSWERS:
-            return result
-        if self._shape_by_value(name, args, kwargs):
-            return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
-        return self._noted(func(*args, **kwargs), result)
+        return made if result is _UNKNOWN else self._noted(made, result)
 
     def _with_numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Known tensors of one element as numbers, where a function wants numbers."""
@@ -252,6 +254,14 @@ def _real() -> Iterator[None]:
     """Compute with real values, whatever traces the model."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
+
+
+def _is_large(leaf: object) -> bool:
+    """Whether a result is a tensor whose values are not followed; one of unknown size is."""
+    if not isinstance(leaf, Tensor):
+        return False
+    count: Any = leaf.numel()
+    return not isinstance(count, int) or count > LARGEST
 
 
 def _is_mask(value: Tensor | None) -> bool:

@@ -149,3 +149,27 @@ def test_a_write_through_a_view_is_forgotten_in_the_whole() -> None:
 def test_random_values_are_unknown(function: Any) -> None:
     made, values = answers(lambda x: function(x.float()), torch.ones(3, dtype=torch.int64))
     assert values.value(made) is None
+
+
+def test_large_tensors_are_not_computed() -> None:
+    made, values = answers(lambda x: torch.ones(1 << 40, 1 << 10), torch.ones(3))
+    assert made.shape == (1 << 40, 1 << 10)
+    assert values.value(made) is None
+
+
+def test_a_tensor_that_is_written_to_before_it_is_read_is_known() -> None:
+    def ends(lengths: Tensor) -> list[int]:
+        made = torch.empty(len(lengths) + 1, dtype=torch.int64)
+        made[0] = 0
+        made[1:] = lengths.cumsum(0)
+        return made.tolist()
+
+    lengths = torch.tensor([2, 3, 4])
+    assert answers(ends, lengths)[0] == ends(lengths) == [0, 2, 5, 9]
+
+
+def test_numbers_that_become_a_tensor_are_known() -> None:
+    made, values = answers(lambda x: torch.tensor([x[0] + 1, x[1].item()]), torch.tensor([1, 5]))
+    known = values.value(made)
+    assert known is not None
+    assert known.tolist() == [2, 5]
