@@ -215,13 +215,24 @@ def _weights(file: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
-    save_file(timm.create_model("mobilenetv3_small_050").state_dict(), file)
+    save_file(timm.create_model("efficientnet_b0", num_classes=10).state_dict(), file)
+
+
+def _gpt2_weights(file: Path) -> None:
+    """Weights of a small GPT-2 and nothing else."""
+    from safetensors.torch import save_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 101, "n_embd": 48, "n_inner": 80, "n_layer": 2, "n_head": 3, "n_positions": 32}
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    save_model(GPT2LMHeadModel(config), str(file))
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "tiny-bert": _bert,
     "tiny-clip-vision": _clip,
     "ckpt.safetensors": _weights,
+    "gpt2-weights.safetensors": _gpt2_weights,
     "out": _out,
     "fused": _fused,
     "broken": _broken,
