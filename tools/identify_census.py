@@ -165,11 +165,13 @@ def _seconds(every: dict[str, tuple[int, ...]], integers: frozenset[str]) -> tup
 
 def _wrong(rows: list[Row], *, complete: bool) -> dict[str, str]:
     """Model -> what is wrong with what was found."""
+    # A model without a classifier equals another that has taken its own off, whatever number of classes was asked for.
+    groups: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        for classes in CLASSES:
+            groups[row[str(classes)]["digest"]].add(row["name"])
     wrong = {}
     for classes in CLASSES:
-        groups: dict[str, set[str]] = defaultdict(set)
-        for row in rows:
-            groups[row[str(classes)]["digest"]].add(row["name"])
         for row in rows:
             found, equal = set(row[str(classes)]["found"]), groups[row[str(classes)]["digest"]]
             if not found >= equal or (complete and found != equal):
