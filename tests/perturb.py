@@ -66,7 +66,7 @@ def settle(model: nn.Module, call: Callable[[], object], seed: int = 0) -> nn.Mo
     Args:
         model: in eval mode, any floating dtype.
         call: runs it.
-        seed: of the noise: a mean is off by about 0.3 standard deviations, a variance is 0.5 to 2 times the mean square.
+        seed: of the noise: a mean is off by about 0.3 root mean squares, a variance is 0.5 to 2 mean squares.
 
     Returns:
         The same model.
