@@ -14,9 +14,9 @@ is the same with them. What is proved of such a graph holds for these values, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class KnownValues(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._values = WeakTensorKeyDictionary()
+        self._values = WeakTensorKeyDictionary()  # tensor -> _Known
 
     def note(self, tensor: Tensor, value: Tensor) -> None:
         """Remember the values of a tensor.
@@ -71,11 +71,23 @@ class KnownValues(TorchFunctionMode):
             value: on the CPU, of the same shape.
         """
         with _real():
-            self._values[tensor] = value.detach().clone()
+            self._remember(tensor, value.detach().clone())
 
     def value(self, tensor: object) -> Tensor | None:
-        """The values of a tensor, on the CPU; None if they are unknown."""
-        return self._values.get(tensor) if isinstance(tensor, Tensor) else None
+        """The values of a tensor, on the CPU; None if they are unknown, or were written to by what is unknown."""
+        known = self._known(tensor)
+        return None if known is None else known.value
+
+    def _known(self, tensor: object) -> _Known | None:
+        known: _Known | None = self._values.get(tensor) if isinstance(tensor, Tensor) else None
+        if known is None or not isinstance(tensor, Tensor) or known.version != _version(tensor):
+            return None
+        return known
+
+    def _remember(self, tensor: Tensor, value: Tensor) -> None:
+        version = _version(tensor)
+        if version >= 0:
+            self._values[tensor] = _Known(value, version)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,26 +96,36 @@ class KnownValues(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         args, kwargs = self._with_numbers(name, args, kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = all(self.value(t) is not None for t in tensors) and not name.startswith(_RANDOM)
-        if not known:
-            if _writes(name, kwargs) and tensors:
-                self._forget(tensors[0])
+        # torch does not count what is written through these
+        if func == Tensor.data.__get__ or name == "__set__":  # type: ignore[attr-defined]
+            for tensor in tensors:
+                self._forget(tensor)
+            return func(*args, **kwargs)
+        held = {id(tensor): self._known(tensor) for tensor in tensors}
+        values = {key: known.value for key, known in held.items() if known is not None}
+        if len(values) < len(held) or name.startswith(_RANDOM):
             return self._partly(func, name, args, kwargs)
         if not tensors and name not in _FACTORIES:
             return func(*args, **kwargs)
         if name in _ANSWERS or self._shape_by_value(name, args, kwargs):
-            result = self._compute(func, args, kwargs)
+            result = self._compute(func, args, kwargs, values)
             if result is _UNKNOWN:
                 return func(*args, **kwargs)
             return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
         made = func(*args, **kwargs)
         if any(map(_is_large, pytree.tree_leaves(made))):
             return made  # a mask over all positions, say: not worth its memory
-        result = self._compute(func, args, kwargs)
+        result = self._compute(func, args, kwargs, values)
+        if result is _UNKNOWN:
+            return made
         if name.startswith(_EMPTY) and isinstance(result, Tensor):
             with _real():
                 result.zero_()
-        return made if result is _UNKNOWN else self._noted(made, result)
+        for tensor in tensors:
+            known = held[id(tensor)]
+            if known is not None and known.version != _version(tensor):
+                self._written(known)
+        return self._noted(made, result, tensors)
 
     def _with_numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Known tensors of one element as numbers, where a function wants numbers."""
@@ -130,12 +152,12 @@ class KnownValues(TorchFunctionMode):
             return (*first, *pytree.tree_map(number, rest)), pytree.tree_map(number, kwargs)
         return args, kwargs
 
-    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The function on the known values; :data:`_UNKNOWN` if it cannot run on them."""
+    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[int, Tensor]) -> Any:
+        """The function on the known values, by the tensors' ids; :data:`_UNKNOWN` if it cannot run on them."""
 
         def real(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return self.value(leaf)
+                return values[id(leaf)]
             return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
         args, kwargs = pytree.tree_map(real, (args, kwargs))
@@ -151,14 +173,19 @@ class KnownValues(TorchFunctionMode):
         except Exception:  # whatever a function says of arguments that it takes on other devices only
             return _UNKNOWN
 
-    def _noted(self, made: Any, values: Any) -> Any:
+    def _noted(self, made: Any, values: Any, operands: Sequence[Tensor]) -> Any:
         """``made``, with the values of its tensors remembered."""
+        with _real():
+            theirs = {_memory(self._values[tensor].value) for tensor in operands}
+            shared = {_memory(tensor) for tensor in operands}
         tensors, found = pytree.tree_leaves(made), pytree.tree_leaves(values)
         if len(tensors) == len(found):
             for tensor, value in zip(tensors, found, strict=True):
                 fits = isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.shape == value.shape
                 if fits and tensor.dtype == value.dtype and value.numel() <= LARGEST:
-                    self._values[tensor] = value
+                    with _real():  # a copy in the model must be no view here, or would be written to with the other
+                        apart = _memory(value) in theirs and _memory(tensor) not in shared
+                        self._remember(tensor, value.clone() if apart else value)
         return made
 
     def _constant(self, value: Any, device: torch.device) -> Any:
@@ -168,7 +195,7 @@ class KnownValues(TorchFunctionMode):
         with _real():
             listed = value.tolist()
         made = torch.tensor(listed, dtype=value.dtype).reshape(value.shape).to(device)
-        self._values[made] = value
+        self._remember(made, value)
         return made
 
     def _partly(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
@@ -185,7 +212,8 @@ class KnownValues(TorchFunctionMode):
             dim = args[2] if len(args) > 2 else kwargs.get("dim")
             if dim is not None and args[0].shape[dim] == len(args[1]):
                 with _real():
-                    repeats = self._values[args[1]]
+                    repeats = self.value(args[1])
+                    assert repeats is not None
                     chosen = torch.arange(len(repeats)).repeat_interleave(repeats)
                 return args[0].index_select(dim, self._constant(chosen, args[0].device))
         return func(*args, **kwargs)
@@ -210,16 +238,37 @@ class KnownValues(TorchFunctionMode):
             found = value.nonzero(as_tuple=True)
         return tuple(self._constant(part, device) for part in found)
 
-    def _forget(self, tensor: Tensor) -> None:
-        """Drop what is known of a tensor that an unknown value was written to, and of all that share its memory."""
-        value = self.value(tensor)
-        if value is None:
-            return
+    def _written(self, changed: _Known) -> None:
+        """A known tensor was written to, with known values: the tensors that share its memory are known still."""
         with _real():
-            memory = value.untyped_storage().data_ptr()
-            for other, held in list(self._values.items()):
-                if held.untyped_storage().data_ptr() == memory:
+            for tensor, known in list(self._values.items()):
+                if known.version == changed.version and _memory(known.value) == _memory(changed.value):
+                    self._remember(tensor, known.value)
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Drop what is known of a tensor, and of all that share its memory."""
+        with _real():
+            for other in list(self._values):
+                if _memory(other) == _memory(tensor):
                     del self._values[other]
+
+
+class _Known(NamedTuple):
+    """The values of a tensor, and the number of writes to its memory, which all its views count together."""
+
+    value: Tensor
+    version: int
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor's memory was written to; -1 if that is not counted."""
+    with torch._C.DisableTorchFunction():
+        return -1 if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return int(tensor.untyped_storage()._cdata)
 
 
 def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
@@ -266,12 +315,3 @@ def _is_large(leaf: object) -> bool:
 
 def _is_mask(value: Tensor | None) -> bool:
     return value is not None and value.dtype == torch.bool and value.ndim > 0
-
-
-def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call writes to its first operand."""
-    if name.startswith("__"):
-        return name in ("__setitem__", "__set__") or (
-            name.startswith("__i") and name not in ("__int__", "__index__", "__invert__")
-        )
-    return name.endswith("_") or "out" in kwargs

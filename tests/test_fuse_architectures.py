@@ -108,7 +108,7 @@ SLOW: dict[str, Construct] = {
     "res2net": timm_model("res2net50_14w_8s"),
     "cspresnet": timm_model("cspresnet50"),
     "cspdarknet": timm_model("cs3darknet_focus_s"),
-    "levit_conv": timm_model("levit_conv_128s"),
+    "levit_conv": timm_model("levit_conv_128s", depth=(1, 1, 1)),
     "efficientvit_mit": timm_model("efficientvit_b0"),
     "efficientvit_msra": timm_model("efficientvit_m0"),
     "efficientformer_v2": timm_model("efficientformerv2_s0"),

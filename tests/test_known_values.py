@@ -135,14 +135,57 @@ def test_a_known_write_is_followed_and_an_unknown_one_forgotten() -> None:
     assert values.value(view) is None
 
 
-def test_a_write_through_a_view_is_forgotten_in_the_whole() -> None:
+def _through_out(whole: Tensor, unknown: Tensor) -> None:
+    torch.add(unknown, 1, out=whole[1:])
+
+
+def _through_data(whole: Tensor, unknown: Tensor) -> None:
+    whole.data[1:].copy_(unknown)
+
+
+def _through_an_unknown_view(whole: Tensor, unknown: Tensor) -> None:
+    with torch._C.DisableTorchFunction():
+        view = whole[1:]  # as where a view cannot be computed on the CPU
+    view.copy_(unknown)
+
+
+def _by_another_name(whole: Tensor, unknown: Tensor) -> None:
+    torch.clamp(unknown, max=3, out=whole.detach()[1:])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda whole, unknown: whole[1:].copy_(unknown),
+        lambda whole, unknown: torch.nn.functional.dropout(whole[1:], 0.5, inplace=True),
+        _through_out,
+        _through_data,
+        _through_an_unknown_view,
+        _by_another_name,
+    ],
+)
+def test_an_unknown_write_through_a_view_is_forgotten_in_the_whole(write: Any) -> None:
     def written(known: Tensor, unknown: Tensor) -> Tensor:
         whole = known.clone()
-        whole[1:].copy_(unknown)
+        write(whole, unknown)
         return whole
 
-    whole, values = answers(written, torch.tensor([1, 2, 3]), unknown=(torch.tensor([5, 6]),))
+    whole, values = answers(written, torch.tensor([1.0, 2, 3]), unknown=(torch.tensor([5.0, 6]),))
     assert values.value(whole) is None
+
+
+def test_a_known_write_through_a_view_is_known_in_the_whole_and_not_in_a_copy() -> None:
+    def written(known: Tensor) -> tuple[Tensor, ...]:
+        whole = known.clone()
+        copy = torch.cat([whole])
+        view = whole[1:]
+        torch.nn.functional.relu(view, inplace=True)
+        view[0] += 5
+        return whole, view, copy
+
+    made, values = answers(written, torch.tensor([-1, -2, 3]))
+    found = [values.value(tensor) for tensor in made]
+    assert [None if value is None else value.tolist() for value in found] == [[-1, 5, 3], [5, 3], [-1, -2, 3]]
 
 
 @pytest.mark.parametrize("function", [torch.rand_like, torch.randn_like, torch.bernoulli])
