@@ -11,8 +11,6 @@ import normconvert
 from normconvert.errors import FidelityError, InputError
 from normconvert.exporting import export
 
-pytest.importorskip("onnxruntime")
-
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
