@@ -26,7 +26,7 @@ from .caches import fresh_caches
 from .errors import TraceError
 from .known_values import known_values, without_values
 from .pretending import on_either_device, pretending
-from .writes import mark, marks_that_lie, mutates
+from .writes import make_functional, mark, marks_that_lie
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,11 @@ def _export(
         if not written:
             break
         without |= written
-    if any(mutates(node) for graph in graphs for node in graph.nodes):
+    functional = [make_functional(graph) for graph in graphs]
+    if not all(functional):
+        for module in program.graph_module.modules():
+            if isinstance(module, fx.GraphModule):
+                module.recompile()
         program = program.run_decompositions({})
     return program, tuple(constants.made)
 

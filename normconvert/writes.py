@@ -8,6 +8,7 @@ without them.
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -67,6 +68,59 @@ def marks_that_lie(graph: fx.Graph) -> set[str]:
                     work.append(other)
         if any(last_use[r] > order[write] for r in reached - {root[write]}):
             found |= {str(m.args[1]) for m in earlier if root[m] in reached}
+    return found
+
+
+def make_functional(graph: fx.Graph) -> bool:
+    """Replace writes by the operations that return what they write, in place; whether no write remains.
+
+    ``y = relu_(x)`` becomes ``y = relu(x)``, and what read x afterwards reads y. This is so if the memory is the
+    graph's own, and has no other name that is read after the write. ``run_decompositions`` does it for all writes, and
+    takes as long as the trace.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    root, members = _classes(graph)
+    writes = [node for node in graph.nodes if mutates(node)]
+    remaining = False
+    for write in writes:
+        target, x = _returning(write), write.args[0] if write.args else None
+        names = members[root[write]]
+        if (
+            target is None
+            or not isinstance(x, fx.Node)
+            or any(node.op != "call_function" for node in names)
+            or any(order[n] < order[write] < order[u] for n in names if n is not x for u in n.users)
+            or any(u.op == "output" for u in x.users)
+            or any(node in names for node in write.all_input_nodes if node is not x)
+        ):
+            remaining = True
+            continue
+        write.target = target
+        after = order[write]
+        for user in [u for u in x.users if order[u] > after]:
+            user.replace_input_with(x, write)
+    return not remaining
+
+
+def _returning(write: fx.Node) -> torch._ops.OpOverload | None:
+    """The operation that returns what ``write`` writes to its first operand; None if it is not known to be the same."""
+    target: Any = write.target
+    packet, _, overload = str(target).removeprefix("aten.").partition(".")
+    arguments = target._schema.arguments
+    first = arguments[0].alias_info
+    if not packet.endswith("_") or first is None or not first.is_write or any(a.alias_info for a in arguments[1:]):
+        return None
+    same: Any = getattr(getattr(torch.ops.aten, packet[:-1], None), overload, None)
+    if same is None or [a.name for a in same._schema.arguments] != [a.name for a in arguments]:
+        return None
+    if same._schema.is_mutable or len(same._schema.returns) != 1 or same._schema.returns[0].alias_info is not None:
+        return None
+    values = [node.meta.get("val") for node in write.all_input_nodes]
+    mine = write.meta.get("val")
+    # A write keeps the dtype and the shape of what it writes to; an operation that returns promotes and broadcasts.
+    if not isinstance(mine, Tensor) or any(not isinstance(v, Tensor) or v.dtype != mine.dtype for v in values):
+        return None
+    found: torch._ops.OpOverload = same
     return found
 
 

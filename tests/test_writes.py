@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from normconvert.probes.builders import call_fake
 from normconvert.tracing import Graph, trace
-from normconvert.writes import MARK
+from normconvert.writes import MARK, make_functional, mutates
 
 
 class Branch(nn.Module):
@@ -100,3 +102,68 @@ def test_a_table_that_a_module_remembers_does_not_outlive_a_run_on_fake_tensors(
     assert [p.name for p in graph.parameters.values() if p.stored] == ["table"]
     assert model.known == {}
     assert model.last is None
+
+
+class Program(nn.Module):
+    """Steps on a growing list of 3 x 3 tensors: each takes two of them by number, writes to one or makes another."""
+
+    def __init__(self, steps: Sequence[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        values = [x + 1, x * 2]
+        for name, first, second in self.steps:
+            a, b = values[first % len(values)], values[second % len(values)]
+            made = STEPS[name](a, b)
+            values += [made] if made is not None else []
+        return values
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
+    "relu_": lambda a, b: a.relu_(),
+    "relu_ and forget": lambda a, b: a.relu_() * 0 + 1,
+    "add_": lambda a, b: a.add_(b.clone()),
+    "mul_": lambda a, b: a.mul_(b.detach()),
+    "row": lambda a, b: a[1:2].add_(b[0:1].clone()).expand(3, 3).clone(),
+    "write a view": lambda a, b: a.view(9).clamp_(-1, 2).view(3, 3),
+    "view": lambda a, b: a.view(9).view(3, 3),
+    "turn": lambda a, b: a.t(),
+    "sum": lambda a, b: a + b,
+    "copy": lambda a, b: a.clone().copy_(b),
+    "silu inplace": lambda a, b: nn.functional.silu(a, inplace=True),
+    "halves": lambda a, b: a.half().add_(b).float(),
+}
+"""What a program can do with two of its tensors."""
+
+
+def functional(steps: Sequence[tuple[str, int, int]]) -> tuple[nn.Module, bool]:
+    """The program as a graph, and whether all its writes could be replaced."""
+    with torch.no_grad():
+        graph = torch.export.export(Program(steps).eval(), (torch.ones(3, 3),), strict=False).module()
+    done = make_functional(graph.graph)
+    graph.recompile()
+    assert done == (not any(mutates(node) for node in graph.graph.nodes))
+    return graph, done
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)), max_size=8))
+def test_a_graph_without_writes_computes_what_the_program_computes(steps: list[tuple[str, int, int]]) -> None:
+    graph, _ = functional(steps)
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(graph(x), Program(steps)(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "done"),
+    [
+        ([("sum", 0, 1), ("relu_ and forget", 2, 0), ("sum", 3, 1)], True),
+        ([("sum", 0, 1), ("copy", 2, 0)], True),
+        ([("view", 0, 0), ("relu_", 2, 0)], False),  # read by its first name afterwards
+        ([("halves", 0, 1)], False),  # would be promoted
+    ],
+)
+def test_a_write_is_replaced_if_no_other_name_is_read_after_it(steps: list[tuple[str, int, int]], done: bool) -> None:
+    assert functional(steps)[1] is done
