@@ -1,8 +1,9 @@
 """What swapping the norms of the embedded models costs and gains: docs/swap.md.
 
     apt-get install bible-kjv                        # the King James text, for gpt2 only
-    python tools/swap_demos.py --models vit gpt2     # writes docs/swap.md
+    python tools/swap_demos.py --models vit gpt2     # writes docs/swap.md and docs/results/swap.json
 
+A run of one model or method leaves the rows of the others as they are.
 Seeded. Each row is one ``normconvert.swap``; accuracy and perplexity are of data that neither the original nor the swap
 has learnt from. The norm-free bound is the original with its norms taken away, which computes nonsense, quickly.
 """
@@ -32,6 +33,9 @@ from normconvert.tuning.result import SwapReport
 from tools.corpus import cut, read_bible
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "python tools/swap_demos.py --models vit gpt2"
+PAGE = ROOT / "docs" / "swap.md"
+RESULTS = ROOT / "docs" / "results" / "swap.json"
 METHODS = ("un", "repbn", "powernorm", "ln-free")
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit": {"data": "demo:", "steps": 1000, "batch_size": 64},
@@ -133,12 +137,24 @@ def measure(model: str, name: str, method: str, more: dict[str, Any], folder: Pa
     return row
 
 
+def together(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    """The rows measured now, and those measured before of what was not measured now; ``file`` keeps them all."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    found = {(row["model"], row["name"]): row for row in [*before, *rows]}
+    order = [(model, name) for model in sorted(SETTINGS) for name in (*METHODS, *ABLATIONS)]
+    rows = [found[key] for key in order if key in found]
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    return rows
+
+
 def page(rows: list[dict[str, Any]], command: str) -> str:
     """docs/swap.md."""
     text = [
         "# Swapped norms, measured",
-        f"Made by `{command}` on {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]}, "
-        f"{torch.get_num_threads()} thread(s). Accuracy (vit) and perplexity (gpt2) are of held-out data.",
+        "",
+        f"Made by `{command}` on {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]}. "
+        "Accuracy (vit) and perplexity (gpt2) are of held-out data.",
+        "",
         "| model | method | original | calibrated | tuned | lost | allowed | agreement | fused − unfused, float64 "
         "| norms left | training |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -191,9 +207,10 @@ def main() -> None:
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--rounds", type=int, default=50, help="forward passes that are timed (default: 50)")
     parser.add_argument("--text", type=Path, help="the King James text, one verse a line, instead of Debian's reader")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "swap.md")
+    parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    results = RESULTS if options.out == PAGE else options.out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for model in options.models:
@@ -209,8 +226,9 @@ def main() -> None:
                 jobs |= {name: job for name, job in ABLATIONS.items() if job[0] in options.methods}
             for name, (method, more) in jobs.items():
                 rows.append(measure(model, name, method, settings | more, folder, options.rounds))
-    arguments = [a for a in sys.argv[1:] if not a.startswith("/")]
-    options.out.write_text(page(rows, " ".join(["python tools/swap_demos.py", *arguments])), encoding="utf-8")
+                together(rows[-1:], results)
+    rows = together([], results)
+    options.out.write_text(page(rows, COMMAND), encoding="utf-8")
     failed = [r for r in rows if r["name"] == r["method"] and r["loss"] > LIMITS[r["model"]][r["method"]]]
     if failed:
         raise SystemExit("beyond the limit: " + ", ".join(f"{r['model']} {r['name']}" for r in failed))
