@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 
 from normconvert.caches import fresh_caches
 from normconvert.known_values import known_values, without_values
@@ -126,6 +127,9 @@ def patches(facts: Facts, sizes: Sizes) -> Spec:
         return Spec((sizes.batch, count, channels * frames * side * side), "image")
     if sizes.layout == 2:  # patches as small images
         return Spec((sizes.batch * count, channels, side, side), "image")
+    if sizes.layout == 3:  # windows of patches that the model merges, as small images with the channels last
+        side *= facts.number("spatial_merge_size", "merge_size", part="vision", default=1)
+        return Spec((sizes.batch * count, side, side, channels), "image")
     return Spec((sizes.batch * count, channels * frames * side * side), "image")
 
 
@@ -346,7 +350,8 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
     """
 
     def call(device: str) -> Any:
-        with fresh_caches(model), pretending(model, device):
+        # What torch.export does: models ask whether they are traced, and choose other operations then.
+        with fresh_caches(model), pretending(model, device), _compiling_state_context():
             fake = without_values(inputs, device)
             with known_values(inputs, fake):
                 return function(**fake)

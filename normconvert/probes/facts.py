@@ -134,6 +134,10 @@ class Facts:
             return value, value
         if isinstance(value, (list, tuple)) and len(value) >= 2:
             return int(value[-2]), int(value[-1])
+        for module in self.model.modules():  # timm's patch embeddings know, where the config does not
+            fixed = getattr(module, "img_size", None)
+            if isinstance(fixed, (list, tuple)) and len(fixed) == 2 and all(type(side) is int for side in fixed):
+                return fixed[0], fixed[1]
         return None
 
     @cached_property
