@@ -127,7 +127,7 @@ class Facts:
         ratios, patch = self.get("scaled_images_ratios"), self.number("patch_size")
         if ratios and patch:  # cut at several scales into patches, of which the smallest scale must hold one
             return (side := int(patch / min(ratios))), side
-        value = self.get("image_size", "img_size", "input_size", part="vision")
+        value = self.get("image_size", "img_size", "input_size", "max_img_size", part="vision")
         if isinstance(value, dict):
             value = (value.get("height", 224), value.get("width", 224))
         if isinstance(value, int):

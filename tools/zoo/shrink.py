@@ -288,7 +288,7 @@ def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
 
 
 def _sectioned(config: Any, small: Any) -> dict[str, Any] | None:
-    """Rotary parameters whose sections (of time, rows, columns) fill half of what is rotated of a head; None if none."""
+    """Rotary parameters whose sections (of time, rows, columns) fill half of a head's rotated part; None if none."""
     before, heads = getattr(config, "rope_parameters", None), getattr(small, "num_attention_heads", None)
     if not isinstance(before, dict) or not isinstance(heads, int):
         return None

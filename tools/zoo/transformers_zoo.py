@@ -58,7 +58,7 @@ DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features"
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 PE_VIDEO = {"vision_config": {"model_args": {"depth": 2, "embed_dim": 128, "img_size": 56}}}
-REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_labels": 0,
+REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2,
           "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3],
                          "embed_dim": [6, 12, 24, 48], "depth": [1, 1, 1, 1]}}  # fmt: skip
 
@@ -91,6 +91,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "pe_audio_video_encoder": {"video_config": PE_VIDEO},
     "pe_audio_video": {"audio_video_config": {"video_config": PE_VIDEO}},
     "edgetam": {"vision_config": {"backbone_config": REPVIT}},
+    "tvp": {"num_frames": 4, "max_img_size": 224, "visual_prompter_size": 48},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "step3p7": {"text_config": {"sliding_window": 512}},
     "conditional_detr": DETR,
