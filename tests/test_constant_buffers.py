@@ -19,6 +19,9 @@ from tests.perturb import perturb
 class Strided(nn.Module):
     """Pads as codecs do, by the numbers in its buffers."""
 
+    size: Tensor
+    missing: Tensor
+
     def __init__(self, persistent: bool = False, counts: bool = False) -> None:
         super().__init__()
         self.up = nn.Linear(4, 6)
