@@ -11,8 +11,8 @@ from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.probes.builders import call_fake
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
+from normconvert.running import algebra_model
 from normconvert.tracing import trace
-from tests.equivalence import algebra_model
 from tests.perturb import perturb
 
 
