@@ -55,12 +55,21 @@ _SIZES = frozenset(
 _FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full", "linspace", "eye", "empty"))
 """Functions that make tensors of numbers."""
 
+_FILLED = {"new_zeros": 0, "new_ones": 1, "zeros_like": 0, "ones_like": 1}
+"""Functions whose result's values do not depend on those of the tensor that they take shape or dtype from."""
+
 
 class KnownValues(TorchFunctionMode):
-    """While it is in force, tensors made of known values alone have their values here."""
+    """While it is in force, tensors made of known values alone have their values here.
 
-    def __init__(self) -> None:
+    Args:
+        largest: elements of the largest tensor whose values are followed.
+        integers: follow tensors of integers and truth values only.
+    """
+
+    def __init__(self, largest: int = LARGEST, integers: bool = False) -> None:
         super().__init__()
+        self._largest, self._integers = largest, integers
         self._values = WeakTensorKeyDictionary()  # tensor -> _Known
 
     def note(self, tensor: Tensor, value: Tensor) -> None:
@@ -101,19 +110,26 @@ class KnownValues(TorchFunctionMode):
             for tensor in tensors:
                 self._forget(tensor)
             return func(*args, **kwargs)
+        if name in _FILLED and tensors and self.value(tensors[0]) is None:
+            return self._filled(func(*args, **kwargs), _FILLED[name])
         held = {id(tensor): self._known(tensor) for tensor in tensors}
         values = {key: known.value for key, known in held.items() if known is not None}
         if len(values) < len(held) or name.startswith(_RANDOM):
             return self._partly(func, name, args, kwargs)
         if not tensors and name not in _FACTORIES:
             return func(*args, **kwargs)
+        if name == "__iter__":
+            rows = args[0].unbind(0)
+            with _real():
+                found = values[id(args[0])].unbind(0)
+            return iter(self._noted(rows, found, tensors))
         if name in _ANSWERS or self._shape_by_value(name, args, kwargs):
             result = self._compute(func, args, kwargs, values)
             if result is _UNKNOWN:
                 return func(*args, **kwargs)
             return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
         made = func(*args, **kwargs)
-        if any(map(_is_large, pytree.tree_leaves(made))):
+        if any(map(self._is_passed_over, pytree.tree_leaves(made))):
             return made  # a mask over all positions, say: not worth its memory
         result = self._compute(func, args, kwargs, values)
         if result is _UNKNOWN:
@@ -137,13 +153,13 @@ class KnownValues(TorchFunctionMode):
             with _real():
                 return value.item()
 
-        if name == "__getitem__" and len(args) == 2:
+        if name in ("__getitem__", "__setitem__") and len(args) > 1:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             items = tuple(
                 slice(number(i.start), number(i.stop), number(i.step)) if isinstance(i, slice) else number(i)
                 for i in index
             )
-            return (args[0], items if isinstance(args[1], tuple) else items[0]), kwargs
+            return (args[0], items if isinstance(args[1], tuple) else items[0], *args[2:]), kwargs
         if name in _SIZES:
             first = () if name in _FACTORIES else args[:1]
             rest = args[len(first) :]
@@ -182,10 +198,28 @@ class KnownValues(TorchFunctionMode):
         if len(tensors) == len(found):
             for tensor, value in zip(tensors, found, strict=True):
                 fits = isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.shape == value.shape
-                if fits and tensor.dtype == value.dtype and value.numel() <= LARGEST:
+                if fits and tensor.dtype == value.dtype and value.numel() <= self._largest:
                     with _real():  # a copy in the model must be no view here, or would be written to with the other
                         apart = _memory(value) in theirs and _memory(tensor) not in shared
                         self._remember(tensor, value.clone() if apart else value)
+        return made
+
+    def _is_passed_over(self, leaf: object) -> bool:
+        """Whether a result is a tensor whose values are not followed; one of unknown size is."""
+        if not isinstance(leaf, Tensor):
+            return False
+        count: Any = leaf.numel()
+        return (
+            not isinstance(count, int)
+            or count > self._largest
+            or (self._integers and (leaf.is_floating_point() or leaf.is_complex()))
+        )
+
+    def _filled(self, made: Any, value: int) -> Any:
+        """A result that is ``value`` everywhere, whatever its shape and dtype were taken from."""
+        if isinstance(made, Tensor) and not made.is_floating_point() and not self._is_passed_over(made):
+            with _real():
+                self._remember(made, torch.full(tuple(made.shape), value, dtype=made.dtype))
         return made
 
     def _constant(self, value: Any, device: torch.device) -> Any:
@@ -280,17 +314,22 @@ def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta
 
 
 @contextmanager
-def known_values(inputs: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[None]:
+def known_values(
+    inputs: Mapping[str, Any], given: Mapping[str, Any], others: Iterable[tuple[Tensor, Tensor]] = ()
+) -> Iterator[None]:
     """Values are known within.
 
     Args:
         inputs: name -> what the model is called with; tensors on the CPU have values, those on the meta device none.
         given: the same names -> the tensors without values that the model gets instead.
+        others: further tensors without values, and their values.
     """
     known = KnownValues()
     for name, value in inputs.items():
         if isinstance(value, Tensor) and not value.is_meta and isinstance(given.get(name), Tensor):
             known.note(given[name], value)
+    for tensor, value in others:
+        known.note(tensor, value)
     with known:
         yield
 
@@ -303,14 +342,6 @@ def _real() -> Iterator[None]:
     """Compute with real values, whatever traces the model."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
-
-
-def _is_large(leaf: object) -> bool:
-    """Whether a result is a tensor whose values are not followed; one of unknown size is."""
-    if not isinstance(leaf, Tensor):
-        return False
-    count: Any = leaf.numel()
-    return not isinstance(count, int) or count > LARGEST
 
 
 def _is_mask(value: Tensor | None) -> bool:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .caches import fresh_caches
+from .constant_buffers import constant_buffers, in_place, without_changed
 from .errors import TraceError
 from .known_values import known_values, without_values
 from .pretending import on_either_device, pretending
@@ -141,25 +142,30 @@ def _export(
     """Export with marks, functional in the end; and what the model made constants of.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
-    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark.
+    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
+    buffer that is written to is no constant: then the program is exported again without its values.
     """
     without: set[str] = set()
+    held = constant_buffers(model)
     while True:
-        marked = _marked(model, without), _entered(model, entry, inputs)
+        marked = _marked(model, without), _entered(model, entry, inputs, held)
         with marked[0], marked[1], fresh_caches(model), pretending(model, device), _Constants() as constants:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         written = set().union(*(marks_that_lie(graph) for graph in graphs))
-        if not written:
-            break
-        without |= written
-    functional = [make_functional(graph) for graph in graphs]
-    if not all(functional):
-        for module in program.graph_module.modules():
-            if isinstance(module, fx.GraphModule):
-                module.recompile()
-        program = program.run_decompositions({})
-    return program, tuple(constants.made)
+        if written:
+            without |= written
+            continue
+        functional = [make_functional(graph) for graph in graphs]
+        if not all(functional):
+            for module in program.graph_module.modules():
+                if isinstance(module, fx.GraphModule):
+                    module.recompile()
+            program = program.run_decompositions({})
+        kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
+        if len(kept) == len(held):
+            return program, tuple(constants.made)
+        held = kept
 
 
 class _Constants(TorchFunctionMode):
@@ -179,16 +185,19 @@ class _Constants(TorchFunctionMode):
 
 
 @contextmanager
-def _entered(model: nn.Module, entry: nn.Module | None, inputs: Mapping[str, Any]) -> Iterator[None]:
+def _entered(
+    model: nn.Module, entry: nn.Module | None, inputs: Mapping[str, Any], constants: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Have a call of ``model`` run ``entry`` alone, if given, under the names that it has in ``model``.
 
-    The values of ``inputs`` are known meanwhile; above all modes of ``torch.export``, which would ask for them first.
+    The values of ``inputs`` and of constant buffers are known meanwhile; above all modes of ``torch.export``, which
+    would ask for them first.
     """
     run = model.forward if entry is None else entry
 
     @functools.wraps(model.forward if entry is None else entry.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with known_values(inputs, kwargs):
+        with known_values(inputs, kwargs, in_place(model, constants)):
             return run(*args, **kwargs)
 
     model.__dict__["forward"] = forward

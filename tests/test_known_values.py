@@ -108,6 +108,18 @@ def test_known_values_answer_as_on_the_cpu(function: Any, expected: Any) -> None
     assert answers(function, grid)[0] == expected
 
 
+def test_the_shape_of_an_unknown_value_makes_known_lengths_which_can_be_iterated() -> None:
+    def lengths(unknown: Tensor) -> tuple[list[int], torch.Size]:
+        counts = 3 * unknown.new_ones(2, dtype=torch.long)
+        rows = unknown.new_zeros(2, 4)
+        for i, (row, count) in enumerate(zip(unknown, counts, strict=True)):
+            rows[i, :count] = row[:count]
+        return counts.tolist(), rows.shape
+
+    got, _ = answers(lengths, unknown=(torch.randn(2, 5),))
+    assert got == ([3, 3], (2, 4))
+
+
 def test_a_mask_picks_from_unknown_values() -> None:
     mask = torch.tensor([True, False, True])
     picked, values = answers(lambda m, x: x[m], mask, unknown=(torch.empty(3, 4),))

@@ -124,7 +124,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {
     "relu_": lambda a, b: a.relu_(),
     "relu_ and forget": lambda a, b: a.relu_() * 0 + 1,
     "add_": lambda a, b: a.add_(b.clone()),
-    "mul_": lambda a, b: a.mul_(b.detach()),
+    "mul_": lambda a, b: a.mul_(b if b is a else b.clone()),
     "row": lambda a, b: a[1:2].add_(b[0:1].clone()).expand(3, 3).clone(),
     "write a view": lambda a, b: a.reshape(9).clamp_(-1, 2).view(3, 3),
     "view": lambda a, b: a.reshape(9).view(3, 3),

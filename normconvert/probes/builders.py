@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 
 from normconvert.caches import fresh_caches
+from normconvert.constant_buffers import constant_buffers, in_place
 from normconvert.known_values import known_values, without_values
 from normconvert.pretending import on_either_device, pretending
 from normconvert.probes.facts import Facts, Sizes
@@ -126,6 +128,9 @@ def patches(facts: Facts, sizes: Sizes) -> Spec:
         return Spec((sizes.batch, count, channels * frames * side * side), "image")
     if sizes.layout == 2:  # patches as small images
         return Spec((sizes.batch * count, channels, side, side), "image")
+    if sizes.layout == 3:  # windows of patches that the model merges, as small images with the channels last
+        side *= facts.number("spatial_merge_size", "merge_size", part="vision", default=1)
+        return Spec((sizes.batch * count, side, side, channels), "image")
     return Spec((sizes.batch * count, channels * frames * side * side), "image")
 
 
@@ -335,8 +340,18 @@ BUILDERS: dict[str, Builder] = {
     "image_attention_mask": lambda f, s: Spec((s.batch, s.length, 2), "ones"),
     "merge_sizes": lambda f, s: Spec((s.batch,), "given", value=[grid_side(f) // 2] * s.batch),
     "x": image,
-    "inputs": lambda f, s: ids()(f, s),
 }
+
+
+def inputs(facts: Facts, sizes: Sizes) -> Any:
+    """``inputs``: what the encoder takes, where the model has one that says so; else token ids."""
+    encoder = getattr(facts.model, "encoder", None)
+    name = getattr(encoder, "main_input_name", None)
+    build = BUILDERS.get(name) if isinstance(name, str) and name != "inputs" else None
+    return build(facts, sizes) if build is not None else ids()(facts, sizes)
+
+
+BUILDERS["inputs"] = inputs
 
 
 def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -344,11 +359,13 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
 
     Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.known_values`).
     """
+    constants = constant_buffers(model)
 
     def call(device: str) -> Any:
-        with fresh_caches(model), pretending(model, device):
+        # What torch.export does: models ask whether they are traced, and choose other operations then.
+        with fresh_caches(model), pretending(model, device), _compiling_state_context():
             fake = without_values(inputs, device)
-            with known_values(inputs, fake):
+            with known_values(inputs, fake, in_place(model, constants)):
                 return function(**fake)
 
     return on_either_device(call)

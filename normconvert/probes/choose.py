@@ -127,6 +127,8 @@ def argument_sets(facts: Facts) -> Iterator[list[str]]:
             [name for name in full if name not in signals and not any(name in COMPANIONS.get(s, ()) for s in signals)]
         )
         sets.append([name for name in full if name not in ("input_ids", "decoder_input_ids")])
+    if len(signals) > 1:  # images and sounds at once
+        sets.append([*full, *signals])
     for extra in (
         ["image_sizes"],
         ["input_features_mask"],

@@ -127,13 +127,17 @@ class Facts:
         ratios, patch = self.get("scaled_images_ratios"), self.number("patch_size")
         if ratios and patch:  # cut at several scales into patches, of which the smallest scale must hold one
             return (side := int(patch / min(ratios))), side
-        value = self.get("image_size", "img_size", "input_size", part="vision")
+        value = self.get("image_size", "img_size", "input_size", "max_img_size", part="vision")
         if isinstance(value, dict):
             value = (value.get("height", 224), value.get("width", 224))
         if isinstance(value, int):
             return value, value
         if isinstance(value, (list, tuple)) and len(value) >= 2:
             return int(value[-2]), int(value[-1])
+        for module in self.model.modules():  # timm's patch embeddings know, where the config does not
+            fixed = getattr(module, "img_size", None)
+            if isinstance(fixed, (list, tuple)) and len(fixed) == 2 and all(type(side) is int for side in fixed):
+                return fixed[0], fixed[1]
         return None
 
     @cached_property

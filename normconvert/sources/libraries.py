@@ -45,16 +45,21 @@ def build_skeleton(source: Source) -> nn.Module:
     """See :meth:`Source.skeleton`."""
     import torch
 
-    if source.library == "timm":
-        from normconvert.sources import timm_models
+    from normconvert.constant_buffers import following_integers
 
-        model = timm_models.build_meta(source)
-    else:
-        from normconvert.sources import transformers_models
+    with following_integers() as fill:
+        if source.library == "timm":
+            from normconvert.sources import timm_models
 
-        model = transformers_models.build_meta(source)
+            model = timm_models.build_meta(source)
+        else:
+            from normconvert.sources import transformers_models
+
+            model = transformers_models.build_meta(source)
     apply_modules(source, model)
-    return model.to(torch.device("meta")).eval()
+    model = model.to(torch.device("meta")).eval()
+    fill(model)
+    return model
 
 
 def apply_modules(source: Source, model: nn.Module) -> None:

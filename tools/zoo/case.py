@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from normconvert.constant_buffers import following_integers
+
 MAX_PARAMETERS = 400_000_000
 """A larger model is skipped: float64 copies of it, original and converted, would not fit beside each other."""
 
@@ -99,8 +101,10 @@ def make_case(name: str, library: str, shrink: str, construct: Callable[[], nn.M
     """
 
     def skeleton() -> nn.Module:
-        with torch.device("meta"):
-            return construct().eval().to("meta")  # torch.FloatTensor(n) takes no notice of the device in force
+        with following_integers() as fill, torch.device("meta"):
+            model = construct().eval().to("meta")  # torch.FloatTensor(n) takes no notice of the device in force
+        fill(model)
+        return model
 
     def build() -> nn.Module:
         torch.manual_seed(seed)

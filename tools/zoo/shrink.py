@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,12 @@ NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_
 TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index")
 CHOSEN = {"model_args"}
 """Dictionaries that no constructor can derive."""
+MROPE_SECTION = [2, 3, 3]
+"""How a head's rotated part is shared by time, rows and columns where the configuration leaves it to the model."""
 IMAGE_SIZES = {"image_size", "img_size"}
+
+
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,13 @@ LEVELS = (
 """Tried in this order until one builds; the last is the default configuration."""
 
 
-def shrink(config: Any, level: Level, required: Iterable[str] = ()) -> Any:
+def shrink(config: Any, level: Level, required: Mapping[str, Any] = NOTHING) -> Any:
     """A smaller configuration of the same class.
 
     Args:
         config: a ``transformers.PretrainedConfig``.
         level: one of :data:`LEVELS`.
-        required: keys that the constructor must be given, though their default is None.
+        required: what the constructor must be given, though the default is None; parts are dictionaries of the same.
 
     Raises:
         Exception: what the configuration's own checks raise when the smaller values do not fit together.
@@ -114,7 +119,7 @@ def shrink(config: Any, level: Level, required: Iterable[str] = ()) -> Any:
     if level.depth:
         lists = [len(set(v)) for c in tree for k, v in _values(c) if INDEX_LISTS.fullmatch(k) and _is_list(v)]
         depth = min(max([2, *lists]), 4)
-    return _rebuild(config, level, depth, _token_map(tree) if level.vocabulary else None, frozenset(required))
+    return _rebuild(config, level, depth, _token_map(tree) if level.vocabulary else None, required)
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,14 @@ def _token_map(tree: list[Any]) -> _Tokens:
 
 
 def _rebuild(
-    config: Any, level: Level, depth: int, tokens: _Tokens | None, required: frozenset[str] = frozenset()
+    config: Any, level: Level, depth: int, tokens: _Tokens | None, required: Mapping[str, Any] = NOTHING
 ) -> Any:
     fields = {f.name: f for f in dataclasses.fields(config)}
     overrides: dict[str, Any] = {}
     strange = _strange(config)
     for key, value in _values(config):
         if _is_config(value):
-            overrides[key] = _rebuild(value, level, depth, tokens)
+            overrides[key] = _rebuild(value, level, depth, tokens, required.get(key, NOTHING))
             continue
         if key == "_out_indices" and _is_list(value) and DEPTHS & vars(config).keys():  # stages, which are all kept
             overrides["out_indices"] = value
@@ -179,7 +184,9 @@ def _rebuild(
     if "out_indices" in overrides:
         overrides["out_features"] = None
     _mend(config, overrides, level)
-    return type(config)(**overrides)
+    small = type(config)(**overrides)
+    rope = _sectioned(config, small)
+    return small if rope is None else type(config)(**{**overrides, "rope_parameters": rope})
 
 
 def _strange(config: Any) -> set[str]:
@@ -269,7 +276,6 @@ def _image(value: Any, patch: Any) -> Any:
 
 def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
     """What follows from the shrunken values and is not derived by constructors."""
-    ratio = level.ratio
     kinds = getattr(config, "attention_types", None)
     if level.depth and kinds and "num_layers" in overrides:  # gpt_neo: [[["global", "local"], 12]]
         overrides["attention_types"] = [[kinds[0][0], 1]]
@@ -279,8 +285,19 @@ def _mend(config: Any, overrides: dict[str, Any], level: Level) -> None:
     vision: Any = overrides.get("vision_config")
     if hasattr(text, "hidden_size") and hasattr(vision, "out_hidden_size"):  # defaults of some types do not fit
         vision.out_hidden_size = text.hidden_size
-    rope = getattr(config, "rope_parameters", None)
-    if ratio > 1 and isinstance(rope, dict):
-        section = rope.get("mrope_section")
-        if section and all(v % ratio == 0 for v in section):
-            overrides["rope_parameters"] = {**rope, "mrope_section": [v // ratio for v in section]}
+
+
+def _sectioned(config: Any, small: Any) -> dict[str, Any] | None:
+    """Rotary parameters whose sections (of time, rows, columns) fill half of a head's rotated part; None if none."""
+    before, heads = getattr(config, "rope_parameters", None), getattr(small, "num_attention_heads", None)
+    if not isinstance(before, dict) or not isinstance(heads, int):
+        return None
+    section = before.get("mrope_section")
+    if section is None and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        section = MROPE_SECTION  # the model has its own default, which is for one width only
+    if section is None:
+        return None
+    head = getattr(small, "head_dim", None) or small.hidden_size // heads
+    half, whole = int(head * before.get("partial_rotary_factor", 1.0)) // 2, sum(section)
+    parts = [max(part * half // whole, 1) for part in section[1:]]
+    return {**before, "mrope_section": [half - sum(parts), *parts]}

@@ -57,6 +57,10 @@ DETR = {"use_timm_backbone": False, "backbone_config": {**RESNET, "out_features"
 
 GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+PE_VIDEO = {"vision_config": {"model_args": {"depth": 2, "embed_dim": 128, "img_size": 56}}}
+REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classes": 2,
+          "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3],
+                         "embed_dim": [6, 12, 24, 48], "depth": [1, 1, 1, 1]}}  # fmt: skip
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 160, "vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.5}},
@@ -65,11 +69,31 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
-    **{name: {"text_config": {"rope_parameters": GLM_ROPE}} for name in ("glm4v", "glm46v", "glm4v_moe", "glmga")},
+    **{name: {"text_config": {"rope_parameters": GLM_ROPE}} for name in ("glm4v", "glm46v", "glmga")},
+    "glm4v_moe": {"text_config": {"rope_parameters": GLM_ROPE, "head_dim": 128}},
+    "colqwen2": {
+        "vlm_config": {
+            "model_type": "qwen2_vl",
+            "text_config": {"rope_parameters": QWEN_ROPE},
+            "vision_config": {"hidden_size": 8192, "embed_dim": 1024},
+        }
+    },
     "qwen2_vl": {"text_config": {"rope_parameters": QWEN_ROPE}, "vision_config": {"hidden_size": 8192}},
-    "autoformer": {"prediction_length": 6, "context_length": 12},
-    "informer": {"prediction_length": 6, "context_length": 12},
+    # With a mask, its attention wants heads as wide as the series is long, in the encoder and the decoder.
+    "autoformer": {"prediction_length": 6, "context_length": 12, "d_model": 192},
+    # Its encoder halves the series between layers, the mask not.
+    "informer": {"prediction_length": 6, "context_length": 12, "distil": False},
     "time_series_transformer": {"prediction_length": 6, "context_length": 12},
+    # The default shares a head's rotated part between rows and columns at this width only.
+    "llama4": {"vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "vision_output_dim": 4096}},
+    "pe_video_encoder": PE_VIDEO,
+    "pe_video": {"video_config": PE_VIDEO},
+    "pe_audio_video_encoder": {"video_config": PE_VIDEO},
+    "pe_audio_video": {"audio_video_config": {"video_config": PE_VIDEO}},
+    "edgetam": {"vision_config": {"backbone_config": REPVIT}},
+    "tvp": {"num_frames": 4, "max_img_size": 224, "visual_prompter_size": 48},
+    "lw_detr": {"projector_scale_factors": [1.0]},
+    "step3p7": {"text_config": {"sliding_window": 512}},
     "conditional_detr": DETR,
     "dab-detr": DETR,
     "deformable_detr": {"use_timm_backbone": False, "backbone_config": RESNET},
