@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .collecting import collecting
 from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
 from .options import DTYPES, METHODS, Options, check_method
 from .output import loading_files, write_card, write_record
@@ -55,7 +56,8 @@ def inspect(
         TraceError: the model cannot be traced.
     """
     options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
-    return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
+    with collecting(False):
+        return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
 
 
 def convert(
@@ -150,6 +152,7 @@ def convert(
             remote = stack.enter_context(streamed(None if dry_run else out, overwrite, verify, stage))
         reader = stack.enter_context(SourceReader())  # it reads while this thread imports, builds and traces
         found = None if dry_run or stream else reader.begin
+        stack.enter_context(collecting(False))
         source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found, remote)
         _refuse_if_pointless(report, require_all)
         if dry_run:
@@ -192,7 +195,9 @@ def convert(
             if verify:
                 say("verify")
                 start = time.perf_counter()
-                report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device, limits))
+                with collecting(True):
+                    fidelity = _fidelity(source, report.plan, folder, stored, device, limits)
+                report = replace(report, fidelity=fidelity)
                 seconds["verify"] = time.perf_counter() - start
                 if report.fidelity is None or not report.fidelity.passed:
                     raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))

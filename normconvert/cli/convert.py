@@ -36,6 +36,7 @@ from normconvert.cli.options import (
     measured,
     parse_size,
 )
+from normconvert.collecting import collecting
 
 
 @app.command(short_help="Turn LayerNorm into RMSNorm.")
@@ -128,7 +129,8 @@ def _convert(
         shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
         stage = screen.stages(src, str(out))
         stage("open")  # before anything heavy is imported
-        from normconvert import convert
+        with collecting(False):
+            from normconvert import convert
         from normconvert.report.console import show_summary
         from normconvert.report.document import report_document
 
