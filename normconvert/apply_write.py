@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from normconvert.apply_blocks import Workspace, block_dimension, edit_whole
-from normconvert.apply_layout import Layout, OutTensor
+from normconvert.apply_layout import Layout, OutFile, OutTensor
 from normconvert.apply_scan import SourceReader, check_finite, is_finite
 from normconvert.errors import InputError
 from normconvert.sources import Source, TensorInfo
@@ -61,9 +61,13 @@ class Writer:
         self._done, self.total = 0, sum(file.nbytes for file in layout.files)
         self._small: dict[str, Tensor] = {}
 
-    def start(self) -> list[Task]:
-        """Make the files, with their headers; those that are there keep their data. Returns what is to be written."""
-        tasks = []
+    def start(self, reader: SourceReader | None = None) -> list[Task]:
+        """Make the files, with their headers; those that are there keep their data. Returns what is to be written.
+
+        What ``reader`` has copied already is not.
+        """
+        tasks: list[Task] = []
+        copied = {} if reader is None else reader.keep_copies({f.name for f in self._layout.files if self._as_is(f)})
         for file in self._layout.files:
             path, at = self._folder / file.name, len(file.header)
             path.touch()
@@ -72,9 +76,24 @@ class Writer:
                 handle.truncate(file.nbytes)
             self._advance("", len(file.header))
             for tensor in file.tensors:
-                tasks.append(Task(path, tensor, at))
+                task = Task(path, tensor, at)
                 at += tensor.nbytes
+                if not tensor.edits and at <= copied.get(file.name, 0):
+                    self.skip([task])
+                else:
+                    tasks.append(task)
         return tasks
+
+    def _as_is(self, file: OutFile) -> bool:
+        """Whether a file of the source has the same name and holds the same tensors at the same places."""
+        infos = [self._source.tensors[tensor.origin] for tensor in file.tensors]
+        if self._source.is_pickle or not infos or any(info.file.name != file.name for info in infos):
+            return False
+        at, places = len(file.header), []
+        for tensor in file.tensors:
+            places.append((tensor.name, tensor.dtype, at, at + tensor.nbytes))
+            at += tensor.nbytes
+        return places == [(info.name, info.dtype, info.start, info.end) for info in infos]
 
     def skip(self, tasks: Iterable[Task]) -> None:
         """Count tasks as done that were done before."""

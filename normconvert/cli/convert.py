@@ -129,8 +129,7 @@ def _convert(
         shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
         stage = screen.stages(src, str(out))
         stage("open")  # before anything heavy is imported
-        with collecting(False):
-            from normconvert import convert
+        from normconvert import convert
         from normconvert.report.console import show_summary
         from normconvert.report.document import report_document
 
@@ -139,10 +138,11 @@ def _convert(
         )  # fmt: skip
         if report.out is not None:
             screen.written.append(report.out)
-        found = measured(
-            screen, report_file, src, report.out, revision=options.get("revision"), arch=options.get("arch"),
-            device=str(options.get("device", "cpu")), trust_remote_code=bool(options.get("trust_remote_code")),
-        )  # fmt: skip
+        with collecting(report_file is not None):  # it runs models
+            found = measured(
+                screen, report_file, src, report.out, revision=options.get("revision"), arch=options.get("arch"),
+                device=str(options.get("device", "cpu")), trust_remote_code=bool(options.get("trust_remote_code")),
+            )  # fmt: skip
         return Done(
             {**found, **report_document(method, report)},
             lambda console: show_summary(console, report, verbose=verbose > 0, measures=found.get("measures")),
