@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from .collecting import collecting
 from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
 from .options import DTYPES, METHODS, Options, check_method
 from .output import loading_files, write_card, write_record
 from .result import Report
-from .statistics import check_statistics
 
 if TYPE_CHECKING:
     import torch
 
     from .fidelity import Fidelity
     from .plan import Plan
-    from .sources import Source
+    from .sources import Source, TensorInfo
     from .sources.opening import Found
     from .streaming import Stream
 
@@ -55,7 +55,8 @@ def inspect(
         TraceError: the model cannot be traced.
     """
     options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
-    return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
+    with collecting(False):
+        return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
 
 
 def convert(
@@ -144,17 +145,28 @@ def convert(
         if verify:
             check_device(device)
     options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
-    with ExitStack() as stack:
+    with ExitStack() as staged, ExitStack() as stack:  # what reads and copies ends before the output is in place
         remote = None
         if stream:
             remote = stack.enter_context(streamed(None if dry_run else out, overwrite, verify, stage))
         reader = stack.enter_context(SourceReader())  # it reads while this thread imports, builds and traces
-        found = None if dry_run or stream else reader.begin
-        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, found, remote)
+        staging: list[Path] = []
+        likely = (method, dtype, max_shard_size, fold) == ("rmsnorm", "auto", None, False)  # most bytes stay in place
+
+        def found(tensors: Iterable[TensorInfo], folder: Path | None) -> None:
+            tensors = list(tensors)
+            place = folder or next((tensor.file for tensor in tensors), None)
+            staging.append(staged.enter_context(staged_output(out, place, overwrite)))
+            reader.begin(tensors, folder, staging[0] if likely else None)
+
+        stack.enter_context(collecting(stream))  # a stream may take hours, all else seconds
+        seen = None if dry_run or stream else found
+        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, seen, remote)
         _refuse_if_pointless(report, require_all)
         if dry_run:
             return report
         from .apply import write_checkpoint
+        from .statistics import check_statistics
 
         report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
         stored = _torch_dtype(dtype)
@@ -164,10 +176,9 @@ def convert(
             options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
         )
         seconds = dict(report.seconds)
-        if remote is None:
-            place = staged_output(out, source.folder or source.files[0], overwrite)
-        else:
-            place = remote.output(source, {**report.options, "plan": report.plan.to_json()})
+        place: AbstractContextManager[Path] = nullcontext(staging[0]) if remote is None else remote.output(
+            source, {**report.options, "plan": report.plan.to_json()}
+        )  # fmt: skip
         with place as folder:
             say("write")
             start = time.perf_counter()
@@ -192,7 +203,9 @@ def convert(
             if verify:
                 say("verify")
                 start = time.perf_counter()
-                report = replace(report, fidelity=_fidelity(source, report.plan, folder, stored, device, limits))
+                with collecting(True):
+                    fidelity = _fidelity(source, report.plan, folder, stored, device, limits)
+                report = replace(report, fidelity=fidelity)
                 seconds["verify"] = time.perf_counter() - start
                 if report.fidelity is None or not report.fidelity.passed:
                     raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))

@@ -143,7 +143,7 @@ def _write_weights(
         notes += layout.notes
         writer = Writer(source, layout, folder, progress)
         if stream is None:
-            writer.run(writer.start(), reader)
+            writer.run(writer.start(reader), reader)
         else:
             hashes = stream.write(source, writer, parameters)
         if layout.index is not None:
@@ -157,6 +157,7 @@ def _write_weights(
             "and for that all of them have to be there: convert it without --stream"
         )
     else:
+        reader.keep_copies(frozenset())
         edited, copied = save_loaded(source, plan, folder, dtype, max_shard_size)
         notes.append(
             f"{source.library} merges, splits or reshapes tensors of this checkpoint when it loads them: "

@@ -7,7 +7,9 @@ and by however many threads the blocks are done.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from normconvert.edits import Edit, Lookup, apply_edits
 
 BLOCK = 1 << 17  # elements edited at a time: 1 MiB in float64, which stays in the cache
 LINE = 64  # bytes a cache holds together: narrower blocks of columns would fetch each line several times
+
+HUGE = 1 << 21  # bytes of a huge page
+HALVES = (torch.float16, torch.bfloat16)
 
 # Which dimension of a tensor an edit needs whole; along the others it may be applied block by block.
 # An edit that is not here needs the whole tensor.
@@ -60,8 +65,53 @@ def blocks(shape: tuple[int, ...], dim: int, itemsize: int) -> Iterator[tuple[in
         yield start, min(start + step, shape[dim])
 
 
+class Workspace:
+    """Memory that one thread works in again and again: fresh memory costs a page fault for every page of it."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, use: str, size: int) -> Tensor:
+        """``size`` bytes; what was taken for the same ``use`` before is overwritten."""
+        if use not in self._held or len(self._held[use]) < size:
+            self._held.pop(use, None)  # before the new one is there
+            self._held[use] = _memory(size)
+        return self._held[use][:size]
+
+    def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor without values, in memory as :meth:`take` gives it."""
+        return self.take(use, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+
+    def raw(self, size: int) -> Tensor:
+        """Memory for what is read from a file."""
+        return self.take("raw", size)
+
+    def widened(self, block: Tensor) -> Tensor:
+        """``block`` in float64."""
+        shape = tuple(block.shape)
+        if block.dtype in HALVES:  # exact either way, and twice as fast by way of float32
+            block = self.empty("single", shape, torch.float32).copy_(block)
+        return self.empty("wide", shape, torch.float64).copy_(block)
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes of memory, in huge pages where the system has them."""
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        held.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(held, dtype=torch.uint8)
+
+
 def edit_whole(
-    value: Tensor, edits: Sequence[Edit], lookup: Lookup, target: torch.dtype, *, in_place: bool = False
+    value: Tensor,
+    edits: Sequence[Edit],
+    lookup: Lookup,
+    target: torch.dtype,
+    *,
+    in_place: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """``apply_edits(value, edits, lookup).to(target)``, with float64 for one block at a time where the edits permit.
 
@@ -71,15 +121,17 @@ def edit_whole(
         lookup: gives the source value of another tensor.
         target: dtype of the result.
         in_place: ``value`` may be overwritten.
+        workspace: memory for the blocks, and for the result, which then holds until the next call.
     """
     dim = block_dimension(edits, tuple(value.shape), tuple(value.shape))
     if dim is None:
         return apply_edits(value, edits, lookup).to(target)
-    whole = value
+    whole, blockwise = value, workspace or Workspace()
     for start, stop in blocks(tuple(value.shape), dim, value.element_size()):
-        block = apply_edits(value.narrow(dim, start, stop - start), edits, lookup)
+        wide = blockwise.widened(value.narrow(dim, start, stop - start))
+        block = apply_edits(wide, edits, lookup, own=True)
         shape = (*block.shape[:dim], value.shape[dim], *block.shape[dim + 1 :])  # other dimensions may have shrunk
         if start == 0 and not (in_place and value.dtype == target and value.shape == shape):
-            whole = torch.empty(shape, dtype=target)
+            whole = torch.empty(shape, dtype=target) if workspace is None else workspace.empty("whole", shape, target)
         whole.narrow(dim, start, stop - start).copy_(block)
     return whole

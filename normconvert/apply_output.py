@@ -46,6 +46,7 @@ def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> It
     try:
         with claimed_folder(target.parent, f".{target.name}.partial-{os.getpid()}") as staging:
             yield staging
+            check_output(out, source, overwrite)  # again: somebody may have made it meanwhile
             replace(staging, target)
     except BaseException:  # Ctrl-C too: nothing half-way may stay
         for folder in made:

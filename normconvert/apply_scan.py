@@ -1,10 +1,15 @@
-"""Reads the source's weight files beside the conversion: their sha256, and whether every parameter is finite."""
+"""Reads the source's weight files beside the conversion: their sha256, and whether every parameter is finite.
+
+While the model is traced the machine has nothing else to do, so the files may be copied as well. What turns out to be
+edited is written over; what is not is there already.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,15 +85,26 @@ class SourceReader(threading.Thread):
         self._required: frozenset[str] = frozenset()
         self._error: BaseException | None = None
         self._halt = threading.Event()
+        self._copies: Path | None = None
+        self._copied: dict[str, int] = {}
+        self._copying = threading.Lock()
 
-    def begin(self, tensors: Iterable[TensorInfo], folder: Path | None = None) -> None:
-        """Start to read the files that hold ``tensors``, and the config.json of ``folder``."""
+    def begin(self, tensors: Iterable[TensorInfo], folder: Path | None = None, copies: Path | None = None) -> None:
+        """Start to read the files that hold ``tensors``, and the config.json of ``folder``.
+
+        Args:
+            tensors: of the checkpoint.
+            folder: the checkpoint's.
+            copies: a folder to copy the files to, as far as it goes until :meth:`keep_copies`.
+        """
         for info in tensors:
             queue = self._tensors.setdefault(info.file, [])
             if info.start >= 0:  # pickles have no fixed places: their tensors are checked as they pass
                 queue.append(info)
         for queue in self._tensors.values():
             queue.sort(key=lambda info: info.start)
+        if hasattr(os, "copy_file_range") and len({file.name for file in self._tensors}) == len(self._tensors):
+            self._copies = copies
         if folder is not None and (folder / "config.json").is_file():
             self._tensors[folder / "config.json"] = []
         self.start()
@@ -96,6 +112,15 @@ class SourceReader(threading.Thread):
     def require(self, names: Iterable[str]) -> None:
         """Say which tensors must be finite (checkpoint names); until then :meth:`check` lets all pass."""
         self._required = frozenset(names)
+
+    def keep_copies(self, names: Set[str]) -> dict[str, int]:
+        """Stop copying; copies of other names than these are removed. Returns how many bytes of each are there."""
+        with self._copying:
+            folder, self._copies = self._copies, None
+        if folder is not None:
+            for name in set(self._copied) - set(names):
+                (folder / name).unlink()
+        return {name: size for name, size in self._copied.items() if folder is not None and name in names}
 
     def check(self) -> None:
         """Raise what the thread found so far.
@@ -160,9 +185,25 @@ class SourceReader(threading.Thread):
                 # A file that ends early is somebody else's to report.
                 if inside and got == size and not _all_finite(chunk, queue[0].dtype):
                     self._bad.append(queue[0])
+                if queue:
+                    self._copy(handle.fileno(), file.name, at, got)
                 at += got
         if self._hashing and not self._halt.is_set():
             self.hashes[file.name] = digest.hexdigest()
+
+    def _copy(self, origin: int, name: str, at: int, count: int) -> None:
+        """Copy what was just read, if all before it is there as well."""
+        with self._copying:
+            if self._copies is None or self._copied.get(name, 0) != at:
+                return
+            try:
+                with (self._copies / name).open("r+b" if at else "wb", buffering=0) as copy:
+                    self._copied.setdefault(name, 0)
+                    while count and (n := os.copy_file_range(origin, copy.fileno(), count, at, at)):
+                        at, count = at + n, count - n
+                        self._copied[name] = at
+            except OSError:  # a full disk, or a file system that cannot: the writer will see for itself
+                return
 
 
 def _fill(handle: Any, chunk: memoryview) -> int:

@@ -7,6 +7,7 @@ Every tensor has its place in its file before anything is written, so the order 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import queue
 import threading
@@ -19,10 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from normconvert.apply_blocks import block_dimension, blocks, edit_whole
-from normconvert.apply_layout import Layout, OutTensor
+from normconvert.apply_blocks import Workspace, block_dimension, edit_whole
+from normconvert.apply_layout import Layout, OutFile, OutTensor
 from normconvert.apply_scan import SourceReader, check_finite, is_finite
-from normconvert.edits import apply_edits
 from normconvert.errors import InputError
 from normconvert.sources import Source, TensorInfo
 from normconvert.sources.safetensors_file import read_tensor, torch_dtype
@@ -31,6 +31,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the tensor being written, the bytes done and the bytes in all."""
 
 COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
+PIECE = 1 << 22  # bytes of rows that are read, edited and written at once: they stay in the cache
 WORKERS = 2  # each holds one tensor: more would need more memory, and a disk is busy with two
 SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which many edits share
 
@@ -60,9 +61,13 @@ class Writer:
         self._done, self.total = 0, sum(file.nbytes for file in layout.files)
         self._small: dict[str, Tensor] = {}
 
-    def start(self) -> list[Task]:
-        """Make the files, with their headers; those that are there keep their data. Returns what is to be written."""
-        tasks = []
+    def start(self, reader: SourceReader | None = None) -> list[Task]:
+        """Make the files, with their headers; those that are there keep their data. Returns what is to be written.
+
+        What ``reader`` has copied already is not.
+        """
+        tasks: list[Task] = []
+        copied = {} if reader is None else reader.keep_copies({f.name for f in self._layout.files if self._as_is(f)})
         for file in self._layout.files:
             path, at = self._folder / file.name, len(file.header)
             path.touch()
@@ -71,9 +76,24 @@ class Writer:
                 handle.truncate(file.nbytes)
             self._advance("", len(file.header))
             for tensor in file.tensors:
-                tasks.append(Task(path, tensor, at))
+                task = Task(path, tensor, at)
                 at += tensor.nbytes
+                if not tensor.edits and at <= copied.get(file.name, 0):
+                    self.skip([task])
+                else:
+                    tasks.append(task)
         return tasks
+
+    def _as_is(self, file: OutFile) -> bool:
+        """Whether a file of the source has the same name and holds the same tensors at the same places."""
+        infos = [self._source.tensors[tensor.origin] for tensor in file.tensors]
+        if self._source.is_pickle or not infos or any(info.file.name != file.name for info in infos):
+            return False
+        at, places = len(file.header), []
+        for tensor in file.tensors:
+            places.append((tensor.name, tensor.dtype, at, at + tensor.nbytes))
+            at += tensor.nbytes
+        return places == [(info.name, info.dtype, info.start, info.end) for info in infos]
 
     def skip(self, tasks: Iterable[Task]) -> None:
         """Count tasks as done that were done before."""
@@ -119,9 +139,10 @@ class Writer:
 
     def _work(self, supply: Iterable[Task]) -> None:
         torch.set_num_threads(1)  # torch keeps it by thread
+        workspace = Workspace()
         try:
             for task in supply:
-                self._write_task(task)
+                self._write_task(task, workspace)
         except _Stopped:
             pass
         except BaseException as error:
@@ -130,7 +151,7 @@ class Writer:
         finally:
             self._events.put(None)
 
-    def _write_task(self, task: Task) -> None:
+    def _write_task(self, task: Task, workspace: Workspace) -> None:
         tensor = task.tensor
         with task.file.open("r+b", buffering=0) as handle:
             fd = handle.fileno()
@@ -138,7 +159,7 @@ class Writer:
                 self._copy(fd, task)
                 return
             try:
-                self._compute(fd, task)
+                self._compute(fd, task, workspace)
             except ValueError as error:
                 raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
 
@@ -159,34 +180,25 @@ class Writer:
                 done += n
                 self._wrote(tensor.name, n)
 
-    def _compute(self, fd: int, task: Task) -> None:
-        """Edit, convert and write one tensor, by the largest blocks that the edits permit."""
-        tensor = task.tensor
+    def _compute(self, fd: int, task: Task, workspace: Workspace) -> None:
+        """Edit, convert and write one tensor: the whole of it, or some rows at a time where the edits permit."""
+        tensor, own, at = task.tensor, not self._source.is_pickle, task.at
         info, target = self._info(tensor), torch_dtype(tensor.dtype)
-        dim = block_dimension(tensor.edits, info.shape, tensor.shape)
-        if dim != 0:
-            # Blocks of columns are put together in memory first, in place where the dtype stays.
-            own = not self._source.is_pickle
-            value = read_tensor(info) if own else self._source.read(tensor.origin)
-            self._write_tensor(fd, tensor, self._edited(tensor, value, target, own), task.at)
-            return
-        # Blocks of rows lie one behind the other in the file: read, edit and write one at a time.
-        at = task.at
-        for start, stop in blocks(info.shape, 0, target.itemsize):
-            if self._source.is_pickle:
-                block = self._source.read(tensor.origin)[start:stop]
+        by_rows = block_dimension(tensor.edits, info.shape, tensor.shape) == 0
+        # Blocks of columns are put together in memory first; rows lie one behind the other in the file.
+        for rows in _row_pieces(info.shape, target.itemsize) if by_rows else (None,):
+            if own:
+                value = read_tensor(info, rows, workspace.raw)
             else:
-                block = read_tensor(info, (start, stop))
-            value = self._checked(tensor, block)
-            if tensor.edits:
-                value = apply_edits(value, tensor.edits, self._lookup)
-            at += self._write_tensor(fd, tensor, self._fits(tensor, value.to(target)), at)
+                whole = self._source.read(tensor.origin)
+                value = whole if rows is None else whole[slice(*rows)]
+            value = self._edited(tensor, self._checked(tensor, value), target, own, workspace)
+            at += self._write_tensor(fd, tensor, self._fits(tensor, value), at)
 
-    def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, in_place: bool) -> Tensor:
-        self._checked(tensor, value)
+    def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, own: bool, workspace: Workspace) -> Tensor:
         if not tensor.edits:
-            return self._fits(tensor, value.to(target))
-        return self._fits(tensor, edit_whole(value, tensor.edits, self._lookup, target, in_place=in_place))
+            return workspace.empty("whole", tuple(value.shape), target).copy_(value)
+        return edit_whole(value, tensor.edits, self._lookup, target, in_place=own, workspace=workspace)
 
     def _checked(self, tensor: OutTensor, value: Tensor) -> Tensor:
         if self._is_parameter(tensor) or tensor.edits:
@@ -256,6 +268,13 @@ class _Supply:
                 self._busy[file] += 1
                 task = self._files[file].popleft()
             yield task
+
+
+def _row_pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about :data:`PIECE` bytes each."""
+    step = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 @contextmanager

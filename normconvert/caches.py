@@ -43,16 +43,23 @@ def fresh_caches(model: nn.Module) -> Iterator[None]:
 
 def clear_caches() -> None:
     """Empty every memoised function of model code, wherever it hides (decorators keep them in closures)."""
-    for function in _memoised(len(sys.modules)):
+    for function in _memoised(sum(map(_may_hold_models, tuple(sys.modules)))):
         function.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
 def _memoised(modules: int) -> list[Any]:
-    """All memoised functions; they are made when modules are loaded, so a new search waits for new modules."""
+    """All memoised functions; they are made when modules are loaded, so a new search waits for new modules.
+
+    A search looks at every object there is, so modules whose functions are of no interest do not count.
+    """
     wrappers = (value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper)
     own = sys.modules[__name__].__name__
     return [w for w in wrappers if not str(w.__module__).startswith((own, *_KEPT)) and not _standard(w)]
+
+
+def _may_hold_models(module: str) -> bool:
+    return not module.startswith(_KEPT) and module.partition(".")[0] not in sys.stdlib_module_names
 
 
 def _standard(function: Any) -> bool:

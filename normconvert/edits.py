@@ -42,7 +42,7 @@ def _split(x: Tensor, edit: Edit) -> tuple[Tensor, int, tuple[int, ...]]:
 def _center(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- P x along the channels, P = I - 11'/d (arXiv 2305.14858, eq. 7)."""
     view, dim, shape = _split(x, edit)
-    return (view - view.mean(dim, keepdim=True)).reshape(shape)
+    return view.sub_(view.mean(dim, keepdim=True)).reshape(shape)
 
 
 def _vector(view: Tensor, dim: int, vector: Tensor) -> Tensor:
@@ -73,17 +73,16 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     if vector.ndim and count != view.shape[dim]:
         if not 0 <= start <= start + count <= view.shape[dim]:
             raise ValueError(f"{count} channels from {start} do not fit dimension {edit['axis']} of shape {shape}")
-        view = view.clone()
         view.narrow(dim, start, count).mul_(_vector(view.narrow(dim, start, count), dim, vector))
         return view.reshape(shape)
-    return (view * (_vector(view, dim, vector) if vector.ndim else vector)).reshape(shape)
+    return view.mul_(_vector(view, dim, vector) if vector.ndim else vector).reshape(shape)
 
 
 def _shift(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- x + by along the channels: an affine norm's shift moving into the bias before it."""
     view, dim, shape = _split(x, edit)
     vector = evaluate(edit["by"], lookup)
-    return (view + (_vector(view, dim, vector) if vector.ndim else vector)).reshape(shape)
+    return view.add_(_vector(view, dim, vector) if vector.ndim else vector).reshape(shape)
 
 
 def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
@@ -180,6 +179,7 @@ def _drop(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return _merge(view.narrow(dim, 0, view.shape[dim] - 1), dim, edit, shape)
 
 
+# Each may overwrite the tensor it is given, which is a copy: fresh memory costs more than the arithmetic.
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
@@ -195,13 +195,14 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
 }
 
 
-def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup) -> Tensor:
+def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: bool = False) -> Tensor:
     """Apply ``edits`` in order to a copy of ``tensor`` in float64.
 
     Args:
         tensor: any shape, any floating dtype; for a new tensor (first edit ``copy`` or ``new``) its value is ignored.
         edits: rows of a plan, each with ``op`` naming a row of :data:`EDITS`.
         lookup: gives the *source* value of another tensor.
+        own: ``tensor`` is in float64 already and may be overwritten: no copy is made.
 
     Returns:
         The edited tensor in float64.
@@ -209,7 +210,7 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup) -> Tensor
     Raises:
         KeyError: an edit names an operation that is not in the table.
     """
-    value = tensor.to(torch.float64)
+    value = tensor if own else tensor.to(torch.float64, copy=True)
     for edit in edits:
         value = EDITS[edit["op"]](value, edit, lookup)
     return value

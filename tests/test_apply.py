@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normconvert import apply_blocks
+from normconvert import apply_blocks, apply_write
 from normconvert.apply import apply_plan
 from normconvert.edits import apply_edits
 from normconvert.errors import InputError
@@ -74,6 +74,7 @@ def test_edits_in_the_files_equal_edits_in_memory(
     source: Source, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apply_blocks, "BLOCK", block)  # small: every tensor is taken in many blocks
+    monkeypatch.setattr(apply_write, "PIECE", 8 * block)
     result = apply_plan(source, PLAN, tmp_path / "out")
     assert_equal(loaded(tmp_path / "out"), expected(source.load().state_dict(), PLAN))
     assert set(result.edited) == set(EDITS)

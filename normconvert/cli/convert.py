@@ -36,6 +36,7 @@ from normconvert.cli.options import (
     measured,
     parse_size,
 )
+from normconvert.collecting import collecting
 
 
 @app.command(short_help="Turn LayerNorm into RMSNorm.")
@@ -137,10 +138,11 @@ def _convert(
         )  # fmt: skip
         if report.out is not None:
             screen.written.append(report.out)
-        found = measured(
-            screen, report_file, src, report.out, revision=options.get("revision"), arch=options.get("arch"),
-            device=str(options.get("device", "cpu")), trust_remote_code=bool(options.get("trust_remote_code")),
-        )  # fmt: skip
+        with collecting(report_file is not None):  # it runs models
+            found = measured(
+                screen, report_file, src, report.out, revision=options.get("revision"), arch=options.get("arch"),
+                device=str(options.get("device", "cpu")), trust_remote_code=bool(options.get("trust_remote_code")),
+            )  # fmt: skip
         return Done(
             {**found, **report_document(method, report)},
             lambda console: show_summary(console, report, verbose=verbose > 0, measures=found.get("measures")),

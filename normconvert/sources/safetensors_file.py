@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -164,8 +165,15 @@ def map_tensor(info: TensorInfo) -> torch.Tensor:
     return flat.reshape(info.shape)
 
 
-def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.Tensor:
+def read_tensor(
+    info: TensorInfo, rows: tuple[int, int] | None = None, memory: Callable[[int], torch.Tensor] | None = None
+) -> torch.Tensor:
     """The tensor, or its rows ``[first, last)`` along dimension 0, read into memory of its own.
+
+    Args:
+        info: the tensor's place.
+        rows: which of them; None: all.
+        memory: gives so many bytes (uint8) to read into; None: fresh ones.
 
     Raises:
         InputError: the file ends before the tensor does.
@@ -174,7 +182,8 @@ def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.
 
     first, last = rows or (0, info.shape[0] if info.shape else 1)
     row = (info.end - info.start) // max(1, info.shape[0] if info.shape else 1)
-    flat = torch.empty((last - first) * row, dtype=torch.uint8)
+    size = (last - first) * row
+    flat = torch.empty(size, dtype=torch.uint8) if memory is None else memory(size)
     view, at = flat.numpy().data, 0
     with info.file.open("rb", buffering=0) as handle:
         handle.seek(info.start + first * row)
