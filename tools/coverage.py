@@ -271,6 +271,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     from normconvert.options import Options
     from normconvert.pipeline import plan_model, trace_model
     from tools.zoo.case import Skipped
+    from tools.zoo.fidelity import fidelity
     from tools.zoo.methods import METHODS, beside
     from tools.zoo.timm_zoo import timm_case
     from tools.zoo.transformers_zoo import transformers_case
@@ -315,7 +316,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     if arguments.stage == "plan":
         return row
     if plan.converted:
-        row |= _fidelity(case, plan, arguments.allow_shifted_outputs)
+        row |= fidelity(case, plan, arguments.allow_shifted_outputs)
     if method.again and row["left"]:
         row["again"] = _again(
             case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
@@ -336,6 +337,7 @@ def _facts(case: Any) -> Row:
 def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer: Any) -> Row:
     """The same model with other options: what they take that was left."""
     from normconvert.pipeline import plan_model
+    from tools.zoo.fidelity import fidelity
     from tools.zoo.methods import METHODS
 
     try:
@@ -343,7 +345,7 @@ def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer:
     except Exception as error:
         return {"failure": first_line(error), "cause": "plan"}
     row = _verdicts(plan, skeleton, METHODS[name].is_norm)
-    return row | (_fidelity(case, plan, False) if len(row["left"]) < left else {})
+    return row | (fidelity(case, plan, False) if len(row["left"]) < left else {})
 
 
 def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
@@ -377,56 +379,6 @@ def _is_within(path: str, owners: set[str]) -> bool:
     """Whether a module is one of ``owners`` or inside one."""
     parts = path.split(".")
     return any(".".join(parts[:n]) in owners for n in range(1, len(parts) + 1))
-
-
-def _fidelity(case: Any, plan: Any, shifted: bool) -> Row:
-    """The plan on float64 copies of the weights against the original in float64."""
-    import torch
-
-    from normconvert.probes import verification_inputs
-    from normconvert.running import run_model
-    from normconvert.verification import algebra_model, compare_runs, tolerance_for
-    from tests.perturb import settle
-
-    probes = verification_inputs(case.skeleton(), seed=0)
-    truth, probes = in_float64(case.build()), verification_inputs(case.skeleton(), seed=0)
-    if case.batchnorms:
-        settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
-    converted = algebra_model(truth, plan)
-    for module in converted.modules():
-        if hasattr(module, "mean_free"):
-            # The runtime may run a LayerNorm kernel where the mean is proved to be zero, which is to be shown here.
-            setattr(module, "mean_free", False)  # noqa: B010 (mypy takes an attribute of a Module for a tensor)
-    runs = [run_model(model, probes, dtype=torch.float32) for model in (truth, converted)]
-    names = frozenset(name for outputs in runs[0].outputs.values() for name in outputs) if shifted else frozenset()
-    found = compare_runs(runs[0], runs[1], names)
-    # An output that is zero, or holds no finite number, is equal to whatever has become of it: that shows nothing.
-    errors = {key: d.relative if d.size > 0 or d.difference > 0 else float("nan") for key, d in found.items()}
-    tolerance = tolerance_for(plan)
-    finite = [e for e in errors.values() if e == e]
-    worst = max(finite, default=None)
-    row: Row = {
-        "error": worst,
-        "tolerance": tolerance,
-        "outputs": len(errors),
-        "not_a_number": len(errors) - len(finite),
-    }
-    if worst is None:
-        row["unverified"] = next(iter(runs[0].failures.values()), "no output could be compared")
-    else:
-        row["mismatch"] = bool(worst > tolerance)
-    if row.get("mismatch"):
-        row["worst"] = [f"{probe}/{output}: {e:.1e}" for (probe, output), e in errors.items() if not e <= tolerance][:5]
-    return row
-
-
-def in_float64(model: Any) -> Any:
-    """The model in float64, its experts by plain products: the grouped kernel takes 16- and 32-bit types only."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) == "grouped_mm":
-            config._experts_implementation = "batched_mm"
-    return model.double()
 
 
 if __name__ == "__main__":

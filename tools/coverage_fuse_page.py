@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tools.coverage_page import (
+    amplified,
     by_library,
     error_of,
     escape,
@@ -132,6 +133,7 @@ def fuse_section(rows: list[Row], versions: dict[str, str], left: int = 0) -> st
     lines += table(["", *figures], [[name, *(str(f[name]) for f in figures.values())] for name in names])
     lines += _beside(found)
     lines += reason_table(found, REASONS, "### Why BatchNorms stay") + mismatches(rows, "### BatchNorm mismatches")
+    lines += amplified(rows, "### Beyond the tolerance by amplified rounding")
     lines += _missed_table(found)
     lines += failures(found, "### What could not be traced or verified")
     for library, part in parts.items():

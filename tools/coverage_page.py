@@ -151,6 +151,7 @@ def page(rows: list[Row], versions: dict[str, str], left: int = 0) -> str:
         lines += ["", f"timm modules with a complete model: {len(complete)} ({', '.join(complete)})."]
     found = bearing(rows)
     lines += reason_table(found, REASONS, "## Why norms stay") + mismatches(rows, "## Mismatches")
+    lines += amplified(rows, "## Beyond the tolerance by amplified rounding")
     lines += failures(found, "## What could not be traced or verified, by cause")
     for library, part in parts.items():
         lines += ["", f"## {library}", ""] + _models(bearing(part), library)
@@ -239,6 +240,20 @@ def mismatches(rows: list[Row], title: str) -> list[str]:
         return []
     body = [[row["library"], row["name"], error_of(row), escape("; ".join(row["worst"]))] for row in bad]
     return ["", title, "", *table(["library", "model", "error", "where"], body)]
+
+
+def amplified(rows: list[Row], title: str) -> list[str]:
+    """Models whose random weights amplify rounding beyond the tolerance, whatever is done to them."""
+    deep = [row for row in rows if row.get("sensitivity") and row.get("mismatch") is False]
+    if not deep:
+        return []
+    text = (
+        "Rounding grows by a factor from layer to layer in a deep network of random weights. In these models the error "
+        "is beyond the tolerance, and so is what the *original* does to its own outputs when each weight moves to a "
+        "neighbouring float64 number. An error beyond four times that counts as a mismatch."
+    )
+    body = [[row["library"], row["name"], f"{row['error']:.1e}", f"{row['sensitivity']:.1e}"] for row in deep]
+    return ["", title, "", text, "", *table(["library", "model", "error", "original, weights moved"], body)]
 
 
 CAUSES = {
