@@ -95,7 +95,7 @@ class KnownValues(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
         version = _version(tensor)
-        if version >= 0:
+        if version >= 0 and _memory(tensor) and _memory(value):
             self._values[tensor] = _Known(value, version)
 
     def __torch_function__(
@@ -301,8 +301,12 @@ def _version(tensor: Tensor) -> int:
 
 
 def _memory(tensor: Tensor) -> int:
+    """Which memory a tensor's values are in; 0 if it has none of its own, as one that ``vmap`` maps over."""
     with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except NotImplementedError:
+            return 0
 
 
 def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:

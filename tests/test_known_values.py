@@ -228,3 +228,12 @@ def test_numbers_that_become_a_tensor_are_known() -> None:
     known = values.value(made)
     assert known is not None
     assert known.tolist() == [2, 5]
+
+
+def test_what_vmap_maps_over_is_unknown() -> None:
+    def mapped(known: Tensor, unknown: Tensor) -> Tensor:
+        return torch.vmap(lambda row: torch.ones_like(row) * 2 + row)(known) + unknown
+
+    made, values = answers(mapped, torch.tensor([[1, 2], [3, 4]]), unknown=(torch.tensor([5, 6]),))
+    assert made.shape == (2, 2)
+    assert values.value(made) is None

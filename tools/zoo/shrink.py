@@ -62,7 +62,7 @@ NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_
 TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index")
 CHOSEN = {"model_args"}
 """Dictionaries that no constructor can derive."""
-MROPE_SECTION = [2, 3, 3]
+MROPE_SECTION = [3, 3, 2]
 """How a head's rotated part is shared by time, rows and columns where the configuration leaves it to the model."""
 IMAGE_SIZES = {"image_size", "img_size"}
 
@@ -184,6 +184,10 @@ def _rebuild(
     if "out_indices" in overrides:
         overrides["out_features"] = None
     _mend(config, overrides, level)
+    before = getattr(config, "rope_parameters", None)
+    if isinstance(before, dict) and before.get("mrope_section"):  # some types look at them while they are built
+        half = sum(before["mrope_section"]) // level.ratio
+        overrides["rope_parameters"] = {**before, "mrope_section": _sections(before["mrope_section"], half)}
     small = type(config)(**overrides)
     rope = _sectioned(config, small)
     return small if rope is None else type(config)(**{**overrides, "rope_parameters": rope})
@@ -297,7 +301,14 @@ def _sectioned(config: Any, small: Any) -> dict[str, Any] | None:
         section = MROPE_SECTION  # the model has its own default, which is for one width only
     if section is None:
         return None
-    head = getattr(small, "head_dim", None) or small.hidden_size // heads
-    half, whole = int(head * before.get("partial_rotary_factor", 1.0)) // 2, sum(section)
-    parts = [max(part * half // whole, 1) for part in section[1:]]
-    return {**before, "mrope_section": [half - sum(parts), *parts]}
+    rotated = getattr(small, "qk_rope_head_dim", None)
+    if not isinstance(rotated, int):
+        head = getattr(small, "head_dim", None) or small.hidden_size // heads
+        rotated = int(head * before.get("partial_rotary_factor", 1.0))
+    return {**before, "mrope_section": _sections(section, rotated // 2)}
+
+
+def _sections(section: list[int], half: int) -> list[int]:
+    """Sections in about the same proportion that fill ``half``."""
+    parts = [max(part * half // sum(section), 1) for part in section[1:]]
+    return [half - sum(parts), *parts]
