@@ -106,6 +106,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    # Its neck joins all stages, of which the default backbone returns the last.
+    "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "out_features": [f"stage{n}" for n in range(1, 7)]}},
     "xmod": {"default_language": "en_XX"},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
