@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normconvert.edits import Edit, apply_edits
+from normconvert.edits import Edit, apply_edits, limited
 from normconvert.errors import InputError
 from normconvert.plan import Plan
 from normconvert.sources import Source
-from normconvert.sources.safetensors_file import DTYPES, FLOATING, read_header, write_header
+from normconvert.sources.safetensors_file import DTYPES, FLOATING, read_header, torch_dtype, write_header
 from normconvert.vectors import names_in
 
 PICKLE_SHARD = 5 * 10**9  # the shard size for sources that are pickles; safetensors keep theirs
@@ -115,7 +115,13 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
         InputError: the plan names a tensor that the checkpoint does not hold.
     """
     origins = origins_of(source, plan)
-    edits, new = _edits_by_checkpoint_name(source, plan, origins)
+
+    def limit(name: str) -> float:
+        stored = source.tensors[origins[name]].dtype
+        return torch.finfo(dtype if dtype is not None and stored in FLOATING else torch_dtype(stored)).max
+
+    rows_of = {name: limited(rows, limit) for name, rows in plan.tensors.items()}
+    edits, new = _edits_by_checkpoint_name(source, rows_of, plan.aliases, origins)
     notes: list[str] = []
     removed = set(plan.removed)
     guard = plan.guard if source.library == "transformers" else None
@@ -135,7 +141,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     for name in new:
         if name not in origins:
             raise InputError(f"the plan edits tensor {name}, which {source.reference} does not hold")
-        rows = tuple(plan.tensors[name])
+        rows = rows_of[name]
         origin = next((origins[e["from"]] for e in rows if e["op"] == "copy" and e["from"] in origins), origins[name])
         if rows[0]["op"] == "copy" and rows[0]["from"] in origins:
             rows = rows[1:]  # what is read is already what is copied
@@ -157,7 +163,10 @@ def _beside(origin: str, like: str, name: str) -> str:
 
 
 def _edits_by_checkpoint_name(
-    source: Source, plan: Plan, origins: dict[str, str]
+    source: Source,
+    tensors: Mapping[str, tuple[Edit, ...]],
+    aliases: Mapping[str, Sequence[str]],
+    origins: dict[str, str],
 ) -> tuple[dict[str, tuple[Edit, ...]], list[str]]:
     """The plan in checkpoint names, and the model names of tensors that the files do not hold yet."""
     held: dict[str, list[str]] = {}
@@ -165,10 +174,10 @@ def _edits_by_checkpoint_name(
         held.setdefault(target, []).append(name)
     edits: dict[str, tuple[Edit, ...]] = {}
     new: list[str] = []
-    for target, rows in plan.tensors.items():
-        names = dict.fromkeys(n for alias in (target, *plan.aliases.get(target, ())) for n in held.get(alias, ()))
+    for target, rows in tensors.items():
+        names = dict.fromkeys(n for alias in (target, *aliases.get(target, ())) for n in held.get(alias, ()))
         for name in names:
-            edits[name] = tuple(rows)
+            edits[name] = rows
         if not names:
             new.append(target)
             for row in rows:  # an untied copy takes its value from another tensor, a new one its place and dtype

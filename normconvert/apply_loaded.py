@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.apply_scan import check_finite
-from normconvert.edits import apply_edits
+from normconvert.edits import apply_edits, limited
 from normconvert.errors import InputError
 from normconvert.plan import Plan
 
@@ -42,9 +42,12 @@ def save_loaded(
     def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
         return state[next((row["like"] for row in rows if row["op"] == "new"), name)]
 
+    def limit(name: str) -> float:
+        return torch.finfo(dtype or state[name].dtype).max
+
     try:
         edited = {
-            name: apply_edits(start(name, rows), rows, lookup).to(start(name, rows).dtype)
+            name: apply_edits(start(name, rows), limited(rows, limit), lookup).to(start(name, rows).dtype)
             for name, rows in plan.tensors.items()
         }
     except KeyError as error:

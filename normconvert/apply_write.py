@@ -206,11 +206,11 @@ class Writer:
         return value
 
     def _fits(self, tensor: OutTensor, edited: Tensor) -> Tensor:
-        if self._is_parameter(tensor) and edited.is_floating_point() and not is_finite(edited):
-            largest = float(self._source.read(tensor.origin).abs().max())
-            raise InputError(
-                f"tensor {tensor.name} (up to {largest:.3g}) overflows {edited.dtype}: choose another --dtype"
-            )
+        bound = any(edit["op"] == "bound" for edit in tensor.edits)  # infinite where there is none
+        if not bound and self._is_parameter(tensor) and edited.is_floating_point() and not is_finite(edited):
+            made = any(edit["op"] == "new" for edit in tensor.edits)
+            size = "" if made else f" (up to {float(self._source.read(tensor.origin).abs().max()):.3g})"
+            raise InputError(f"tensor {tensor.name}{size} overflows {edited.dtype}: choose another --dtype")
         return edited
 
     def _is_parameter(self, tensor: OutTensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .runtime import BASES, compress
-from .vectors import evaluate
+from .vectors import evaluate, with_limits
 
 Edit = Mapping[str, Any]
 Lookup = Callable[[str], Tensor]
@@ -124,6 +124,11 @@ def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return torch.zeros(tuple(edit["shape"]), dtype=torch.float64, device=x.device)
 
 
+def _bound(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- by, in the shape of x: the bounds of a clamp, infinite where there is none."""
+    return evaluate(edit["by"], lookup, bound=True).to(x.device).expand(x.numel()).reshape(x.shape).clone()
+
+
 def _add_kernel(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- x + by * W: a branch's kernel W, scaled per output channel, in place ``at`` of a larger kernel.
 
@@ -188,6 +193,7 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "fill": _fill,
     "copy": _copy,
     "new": _new,
+    "bound": _bound,
     "add_kernel": _add_kernel,
     "compress": _compress,
     "read_compressed": _reads_compressed,
@@ -214,3 +220,8 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
     for edit in edits:
         value = EDITS[edit["op"]](value, edit, lookup)
     return value
+
+
+def limited(rows: Sequence[Edit], limit: Callable[[str], float]) -> tuple[Edit, ...]:
+    """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.vectors`."""
+    return tuple({**row, "by": with_limits(row["by"], limit)} if "by" in row else row for row in rows)

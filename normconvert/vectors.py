@@ -4,13 +4,14 @@ An expression is a number, the name of a tensor with one value a channel, or a l
 
     ["mul", "bn1.weight", ["rsqrt", ["add", "bn1.running_var", 1e-05]]]
 
-is a BatchNorm's scale. It is JSON, and :data:`OPERATIONS` is the only place that gives the operations a meaning.
+is a BatchNorm's scale. It is JSON, and :data:`OPERATIONS` is the only place that gives the operations a meaning, but
+for ``["slice", x, start, stop]``, a part of a vector, and ``["limit", name]``, the largest number of a tensor's dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,32 @@ Expression = Any
 """A number, a name, or a list of an operation's name and its operands, which are expressions."""
 
 Lookup = Callable[[str], Tensor]
+
+
+class Clip(NamedTuple):
+    """relu(a x + b) = scale * clamp(x - start, lower, upper), channel by channel."""
+
+    scale: Tensor
+    start: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def _clip(a: Tensor, b: Tensor, limit: Tensor) -> Clip:
+    """The vectors of :class:`Clip`, for every |x| <= ``limit``.
+
+    relu(a x + b) = a max(x + b / a, 0) if a > 0, a min(x + b / a, 0) if a < 0. A channel that is constant because
+    a = 0, or zero because no such x reaches -b / a, is that constant.
+    """
+    flat = a == 0
+    start = -b / torch.where(flat, torch.ones_like(a), a)
+    constant = flat | ((start.abs() > limit) & (b <= 0))
+    value = b.clamp_min(0.0)
+    inf = torch.full_like(a, torch.inf)
+    lower = torch.where(constant, value, torch.where(a > 0, 0.0, -inf))
+    upper = torch.where(constant, value, torch.where(a > 0, inf, 0.0))
+    return Clip(a.masked_fill(constant, 1.0), start.masked_fill(constant, 0.0), lower, upper)
+
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -29,22 +56,28 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "reciprocal": torch.reciprocal,
+    "clip_scale": lambda *x: _clip(*x).scale,
+    "clip_start": lambda *x: _clip(*x).start,
+    "clip_lower": lambda *x: _clip(*x).lower,
+    "clip_upper": lambda *x: _clip(*x).upper,
 }
 
 
-def evaluate(expression: Expression, lookup: Lookup) -> Tensor:
+def evaluate(expression: Expression, lookup: Lookup, *, bound: bool = False) -> Tensor:
     """The vector in float64, shape (channels,), or () if the expression holds no tensor.
 
     Args:
-        expression: see above; ``["slice", x, start, stop]`` is a part of a vector.
-        lookup: gives a stored tensor in float64; whatever its shape, its elements are taken in row-major order.
+        expression: see above.
+        lookup: gives a stored tensor in any floating dtype; whatever its shape, its elements are taken in row-major
+            order.
+        bound: it may be infinite.
 
     Raises:
         ValueError: the result is not finite: a negative variance, say. The message names the tensors.
         KeyError: an operation that is not in the table.
     """
     value = _value(expression, lookup)
-    if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+    if value.device.type != "meta" and not bool((~value.isnan() if bound else value.isfinite()).all()):
         names = ", ".join(dict.fromkeys(names_in(expression)))
         raise ValueError(f"a scale or shift made of {names} is not finite: is a running variance negative?")
     return value
@@ -56,6 +89,8 @@ def _value(expression: Expression, lookup: Lookup) -> Tensor:
     if isinstance(expression, (int, float)):
         return torch.tensor(float(expression), dtype=torch.float64)
     name, *operands = expression
+    if name == "limit":
+        return torch.tensor(torch.finfo(lookup(operands[0]).dtype).max, dtype=torch.float64)
     if name == "slice":
         return _value(operands[0], lookup)[int(operands[1]) : int(operands[2])]
     return OPERATIONS[name](*(_value(operand, lookup) for operand in operands))
@@ -65,9 +100,18 @@ def names_in(expression: Expression) -> Iterator[str]:
     """The names of the tensors that an expression reads."""
     if isinstance(expression, str):
         yield expression
-    elif not isinstance(expression, (int, float)):
+    elif not isinstance(expression, (int, float)) and expression[0] != "limit":
         for operand in expression[1:]:
             yield from names_in(operand)
+
+
+def with_limits(expression: Expression, limit: Callable[[str], float]) -> Expression:
+    """The same with numbers for ``["limit", name]``: of the dtype that the tensor is going to have."""
+    if isinstance(expression, (str, int, float)):
+        return expression
+    if expression[0] == "limit":
+        return limit(expression[1])
+    return [expression[0], *(with_limits(operand, limit) for operand in expression[1:])]
 
 
 def times(a: Expression, b: Expression) -> Expression:

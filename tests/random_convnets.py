@@ -96,6 +96,18 @@ def norm(r: random.Random, c: int) -> tuple[nn.Module, int]:
                           track_running_stats=kind != "batch"), c  # fmt: skip
 
 
+def rectified(r: random.Random, c: int) -> tuple[nn.Module, int]:
+    """A norm, a clamp, and most often a linear map that reads it: what a norm's bounds are for."""
+    clamp = r.choice([nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardtanh(-0.5, 0.25)])
+    steps: list[nn.Module] = [norm(r, c)[0], clamp]
+    if r.random() < 0.3:
+        steps.append(nn.AvgPool2d(2, 1))
+    if r.random() < 0.8:
+        made, c = r.choice([conv, linear, transposed])(r, c)
+        steps.append(made)
+    return nn.Sequential(*steps), c
+
+
 def plain(r: random.Random, c: int) -> tuple[nn.Module, int]:
     made = [nn.ReLU(), nn.GELU(), nn.Dropout(), nn.Identity(), nn.AvgPool2d(2, 1), nn.AvgPool2d(3, 1, 1)]
     made += [nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(2, 1), nn.AdaptiveAvgPool2d(3)]
@@ -141,7 +153,23 @@ def join(r: random.Random, c: int) -> tuple[nn.Module, int]:
     return Join(kind, branches), sum(outs) if kind == "cat" else 4
 
 
-MAKERS: list[Maker] = [conv, conv, conv, norm, norm, norm, norm, plain, plain, function, linear, transposed, join]
+MAKERS: list[Maker] = [
+    conv,
+    conv,
+    conv,
+    norm,
+    norm,
+    norm,
+    norm,
+    plain,
+    plain,
+    rectified,
+    rectified,
+    function,
+    linear,
+    transposed,
+    join,
+]
 
 
 def chain(r: random.Random, c: int, length: int) -> tuple[nn.Module, int]:

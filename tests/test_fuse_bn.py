@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -55,6 +56,7 @@ def fused(make: Callable[[], nn.Module], shape: tuple[int, ...] = IMAGE, merge: 
     """The plan of a network and the network with the plan applied, which computes the same in float64."""
     torch.manual_seed(0)
     model = perturb(make().double().eval(), seed=1)
+    with_signs(model)
     with torch.device("meta"):
         skeleton = make().double().eval()
     options = Options(merge_branches=merge)
@@ -73,6 +75,16 @@ def fused(make: Callable[[], nn.Module], shape: tuple[int, ...] = IMAGE, merge: 
     left = [n for n, m in edited.named_modules() if isinstance(m, BN_LIKE)]
     assert set(left) == {v.path for v in plan.kept}, "every norm that was fused is gone, and no other"
     return plan, edited
+
+
+def with_signs(model: nn.Module) -> None:
+    """Give norms scales of every kind: negative, zero, and next to nothing, in place."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BN_LIKE) and isinstance(module.weight, Tensor):
+                module.weight[::3] *= -1
+                module.weight[1:2] = 0.0
+                module.weight[4:5] *= 1e-9
 
 
 def _named(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -136,6 +148,35 @@ COMPLETE: dict[str, Callable[[], nn.Module]] = {
     "several readers": lambda: Chain(
         nn.ReLU(), bn(6), Branches(lambda x: x[0] * x[1], nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1, bias=False))
     ),
+    "clipped: ReLU into a conv": lambda: Chain(nn.ReLU(), bn(6), nn.ReLU(), nn.Conv2d(6, 4, 1)),
+    "clipped: ReLU in place": lambda: Chain(nn.SiLU(), bn(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1, bias=False)),
+    "clipped: into a pool and a linear": lambda: Chain(
+        nn.SiLU(), bn(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    ),
+    "clipped: several readers that pad": lambda: Chain(
+        nn.SiLU(),
+        bn(6),
+        nn.ReLU(),
+        Branches(
+            lambda x: x[0] * x[1], nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1, groups=2, bias=False)
+        ),
+    ),
+    "clipped: a transposed conv": lambda: Chain(nn.SiLU(), bn(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, stride=2)),
+    "clipped: the norm's own activation, frozen channels between": lambda: Chain(
+        nn.SiLU(), BatchNormAct2d(6), FrozenBatchNorm2d(6), nn.Conv2d(6, 4, 3, bias=False)
+    ),
+    "clipped: dense": lambda: Chain(
+        nn.ReLU(),
+        Branches(
+            lambda x: torch.cat(list(x), 1), nn.Identity(), Chain(bn(6), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False))
+        ),
+        Branches(lambda x: torch.cat(list(x), 1), nn.Identity(), Chain(bn(10), nn.ReLU(), nn.Conv2d(10, 4, 1))),
+        bn(14),
+        nn.ReLU(),
+        nn.Conv2d(14, 8, 1, bias=False),
+        bn(8),
+        nn.ReLU(),
+    ),
     "residual": lambda: Chain(
         Branches(lambda x: x[0] + x[1], nn.Identity(), Chain(nn.Conv2d(6, 6, 3, padding=1, bias=False), bn(6))),
         nn.ReLU(),
@@ -153,6 +194,35 @@ def test_every_norm_is_fused(name: str) -> None:
 def _shared_conv() -> nn.Module:
     conv = nn.Conv2d(6, 6, 1)
     return Chain(conv, bn(6), nn.ReLU(), conv, nn.ReLU())
+
+
+class Plain(nn.Module):
+    """A ReLU that is a line of code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = bn(6), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(F.relu(self.norm(F.relu(x))))
+        return result
+
+
+class Twice(Plain):
+    """One ReLU called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(self.relu(self.norm(self.relu(x))))
+        return result
+
+
+def _shared_relu() -> nn.Module:
+    relu = nn.ReLU()
+    return Chain(nn.SiLU(), bn(6), relu, nn.Conv2d(6, 6, 1), relu)
 
 
 def _shared_norm() -> nn.Module:
@@ -176,7 +246,36 @@ class Deaf(nn.Conv2d):
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "behind ReLU, before ReLU": (lambda: Chain(nn.ReLU(), bn(6), nn.ReLU(), nn.Conv2d(6, 4, 1)), "unknown-op", "relu"),
+    "behind ReLU, before SiLU": (lambda: Chain(nn.ReLU(), bn(6), nn.SiLU(), nn.Conv2d(6, 4, 1)), "unknown-op", "silu"),
+    "behind ReLU, before ReLU6": (
+        lambda: Chain(nn.ReLU(), bn(6), nn.ReLU6(), nn.Conv2d(6, 4, 1)),
+        "unknown-op",
+        "hardtanh",
+    ),
+    "behind ReLU, before ReLU and a max pool": (
+        lambda: Chain(nn.ReLU(), bn(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 1)),
+        "unknown-op",
+        "relu",
+    ),
+    "behind ReLU, before a ReLU that is returned": (lambda: Chain(nn.ReLU(), bn(6), nn.ReLU()), "unknown-op", "relu"),
+    "behind ReLU, before a ReLU that is no module": (lambda: Plain(), "unknown-op", "relu"),
+    "behind ReLU, before ReLU and more in one module": (
+        lambda: Chain(nn.ReLU(), bn(6), lambda x: F.relu(x) + 1.0, nn.Conv2d(6, 4, 1)),
+        "unknown-op",
+        "relu",
+    ),
+    "behind ReLU, before the same ReLU": (lambda: Twice(), "unknown-op", "relu"),
+    "behind ReLU, before a shared ReLU": (_shared_relu, "unknown-op", "relu"),
+    "behind ReLU, before ReLU, read by a product": (
+        lambda: Chain(
+            nn.ReLU(),
+            bn(6),
+            nn.ReLU(),
+            Branches(lambda x: x[0] * x[1], nn.Conv2d(6, 6, 1), nn.Identity()),
+        ),
+        "unknown-op",
+        "relu",
+    ),
     "read elsewhere": (
         lambda: Chain(nn.Conv2d(6, 6, 1), Branches(lambda x: x[0] * x[1], Chain(bn(6), nn.ReLU()), nn.Identity())),
         "read-elsewhere",
@@ -226,16 +325,12 @@ def test_what_cannot_move_is_kept_with_the_reason(name: str) -> None:
 
 
 def test_a_norm_keeps_its_activation() -> None:
-    from timm.layers import BatchNormAct2d
-
     plan, edited = fused(lambda: Chain(nn.Conv2d(6, 8, 3), BatchNormAct2d(8, act_layer=nn.SiLU)))
     assert len(plan.converted) == 1
     assert [type(m).__name__ for m in edited.get_submodule("1").children()] == ["SiLU"]
 
 
 def test_a_prelu_in_a_norm_keeps_its_weight_and_name() -> None:
-    from timm.layers import BatchNormAct2d
-
     def make() -> nn.Module:
         return Chain(nn.Conv2d(6, 8, 3), BatchNormAct2d(8, act_layer=nn.PReLU))
 

@@ -19,6 +19,7 @@ from normconvert.running import algebra_model
 from normconvert.tracing import trace
 from tests.perturb import perturb
 from tests.random_convnets import Network
+from tests.test_fuse_bn import with_signs
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
 SEEN: Counter[str] = Counter()
@@ -29,6 +30,7 @@ def judge(seed: int) -> str:
     torch.manual_seed(seed)
     try:
         model = perturb(Network(seed).double().eval(), seed)
+        with_signs(model)
         images = [torch.randn(2, 4, 11, 9).double(), torch.randn(3, 4, 12, 13).double()]
         with torch.no_grad():
             expected = model(images[0])
@@ -71,4 +73,5 @@ def test_most_random_networks_have_something_to_fuse_and_something_to_keep() -> 
     assert found["fused"] >= 6
     assert SEEN["fused-before"] >= 10, SEEN
     assert SEEN["fused-behind"] >= 1, SEEN
+    assert SEEN["clipped"] >= 1, SEEN
     assert SEEN["unknown-op"] >= 5, SEEN

@@ -351,7 +351,7 @@ def test_the_runtime_file_needs_nothing_but_torch() -> None:
 
 
 def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:
-    known = {"replace", "center", "absorb", "affine", "bias", "resize", "merge", "set", "compress"}
+    known = {"replace", "center", "absorb", "affine", "bias", "resize", "merge", "set", "compress", "clip"}
     assert set(MODULE_EDITS) == known
     assert repr(Center("output", "0", -1)) == "Center('output', key='0', axis=-1)"
 

@@ -57,7 +57,7 @@ def without_norms(
     shared = [*model.parameters(), *model.buffers()]
     bound = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     seen = _layouts(model, norms, call)
-    absorbed = {edit["path"]: edit for edit in edits if edit["op"] == "absorb"}
+    absorbed = {edit["path"]: edit for edit in edits if edit["op"] in ("absorb", "clip")}
     for path, layouts in seen.items():
         if path in absorbed:
             MODULE_EDITS["absorb"](bound, absorbed[path])

@@ -3,7 +3,8 @@
 In eval mode BatchNorm is y = a * x + b with a = w / sqrt(v + eps), b = beta - m a. `normconvert.affine` finds such
 norms, `normconvert.rewrites.moving` says which linear maps can take (a, b) instead. All calls of a norm move, or none;
 nothing moves unless nobody else can see the difference. Two norms in a row are moved one after the other: behind,
-W (a' (a x + b) + b') + c = (W diag(a') diag(a)) x + W (a' b) + W b' + c.
+W (a' (a x + b) + b') + c = (W diag(a') diag(a)) x + W (a' b) + W b' + c. A norm that can move neither way, before a
+ReLU, becomes a part of it where the ReLU's readers are linear maps: `normconvert.rewrites.clipping`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from ..plan import Plan, Verdict
 from ..streams import operation
 from ..tracing import Graph, module_path
 from ..vectors import Expression, part, times
+from .clipping import Clipping, clip
 from .linear_maps import Blocked
-from .moving import Share, Walk
+from .moving import Share, Walk, agreed
 
 Edits = dict[str, list[dict[str, Any]]]
 
@@ -40,14 +42,22 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     behind: Edits = defaultdict(list)
     made: dict[str, tuple[str, int]] = {}
     verdicts, modules, removed = [], [], []
-    for norm, (verdict, shares) in zip(norms, _decide(graph, norms, blocks, merged), strict=True):
+    bounds: Edits = {}
+    for norm, (verdict, shares, clipping) in zip(norms, _decide(graph, norms, blocks, merged), strict=True):
         verdicts.append(verdict)
         if not verdict.converted or verdict.code == "merged":
             continue
         backwards = verdict.code == "fused-before"
+        scale, shift = norm.scale, norm.shift
+        if clipping is not None:
+            scale, shift = clipping.vectors["scale"], 0
+            bounds |= clipping.tensors(norm.path)
+            modules.append({"op": "clip", "path": norm.path, "shape": list(clipping.shape),
+                            "keep": list(norm.keep), "activation": clipping.activation})  # fmt: skip
+        else:
+            modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
         for share in shares:
-            _edit(norm, share, backwards, before if backwards else behind, made)
-        modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
+            _edit(norm.calls[0].place.size, scale, shift, share, backwards, before if backwards else behind, made)
         removed += _tensors_under(graph, norm.path, norm.keep)
     taken = [v for v in verdicts if v.code == "merged"]
     blocks = [b for b in blocks if any(v.path.startswith(f"{b.path}.") for v in taken)]
@@ -57,7 +67,7 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
         removed += _tensors_under(graph, block.path, block.keep)
     # What a norm behind scales is read before what the norm in front has scaled: see add_product in edits.py.
     graph_names = {alias for parameter in graph.parameters.values() for alias in parameter.aliases}
-    tensors: Edits = merges
+    tensors: Edits = merges | bounds
     for bias, (weight, size) in made.items():
         tensors[bias] = [{"op": "new", "shape": [size], "like": weight}]
     for side in (behind, before):
@@ -94,7 +104,7 @@ def _merge(block: Block, edits: Edits) -> dict[str, Any]:
             "groups": block.groups, **settings}  # fmt: skip
 
 
-Decision = tuple[Verdict, list[Share]]
+Decision = tuple[Verdict, list[Share], Clipping | None]
 
 
 def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: frozenset[fx.Node]) -> list[Decision]:
@@ -110,10 +120,10 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: froz
     for at, norm in enumerate(norms):
         if home := next((b for b in blocks if norm.path.startswith(f"{b.path}.") and _is_inside(norm, merged)), None):
             reason = f"into one convolution, with the branches of `{home.path}`."
-            found[at] = Verdict(norm.path, norm.kind, True, reason, "merged"), []
+            found[at] = Verdict(norm.path, norm.kind, True, reason, "merged"), [], None
             continue
         if norm.obstacle:
-            found[at] = Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), []
+            found[at] = Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code), [], None
             continue
         try:
             shares = _backwards(graph, norm, gone, merged)
@@ -121,18 +131,24 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: froz
             rest.append((at, norm, blocked))
         else:
             why = f"into {_named(shares)} before it."
-            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-before"), shares
+            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-before"), shares, None
             gone |= {call.result: call.source for call in norm.calls}
     for at, norm, first in reversed(rest):
         try:
             shares = _forwards(graph, norm, gone, merged, passed)
         except Blocked as second:
-            code = first.code if first.code != "unknown-op" else second.code
-            why = f"before it, {first}; behind it, {second}."
-            found[at] = Verdict(norm.path, norm.kind, False, why, code), []
+            try:
+                clipping, shares = clip(graph, norm, gone, merged, passed)
+            except Blocked:
+                code = first.code if first.code != "unknown-op" else second.code
+                why = f"before it, {first}; behind it, {second}."
+                found[at] = Verdict(norm.path, norm.kind, False, why, code), [], None
+            else:
+                why = f"into {operation(clipping.clamps[0].node)} and {_named(shares)} behind it."
+                found[at] = Verdict(norm.path, norm.kind, True, why, "clipped"), shares, clipping
         else:
             why = f"into {_named(shares)} behind it."
-            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-behind"), shares
+            found[at] = Verdict(norm.path, norm.kind, True, why, "fused-behind"), shares, None
             gone |= {call.result: call.source for call in norm.calls}
             passed |= {call.source: (call.place, norm.scale) for call in norm.calls}
     return [found[at] for at in range(len(norms))]
@@ -159,7 +175,7 @@ def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged:
                     if user.op == "output":
                         raise Blocked("the model returns what it reads", "returned")
                     raise Blocked(f"{operation(user)} reads the same value", "read-elsewhere")
-    return _agreed(walks)
+    return agreed(walks)
 
 
 def _is_gone(user: fx.Node, inside: set[fx.Node], gone: dict[fx.Node, fx.Node]) -> bool:
@@ -191,7 +207,7 @@ def _forwards(
     passed: dict[fx.Node, tuple[Place, Expression]],
 ) -> list[Share]:  # fmt: skip
     """The linear maps that read what every call makes."""
-    if norm.keep:
+    if norm.keep:  # see clipping
         raise Blocked(f"`{norm.path}.{norm.keep[0]}` reads it", "unknown-op")
     walks = []
     for call in norm.calls:
@@ -200,31 +216,15 @@ def _forwards(
         if not walk.shares:
             raise Blocked("nothing reads it", "unused")
         walks.append(walk)
-    return _agreed(walks)
+    return agreed(walks)
 
 
-def _agreed(walks: list[Walk]) -> list[Share]:
-    """The shares of all calls, one a weight; all calls of a weight must take part, and ask for the same."""
-    nodes = {share.node for walk in walks for share in walk.shares}
-    by_weight: dict[str, Share] = {}
-    for walk in walks:
-        seen: set[str] = set()
-        for share in walk.shares:
-            if outside := next((n for n in share.calls if n not in nodes), None):
-                raise Blocked(f"{operation(outside)} uses `{share.weight}`, too", "shared-weight")
-            other = by_weight.setdefault(share.weight, share)
-            if other.recipe != share.recipe or share.weight in seen:
-                raise Blocked(f"`{share.weight}` is used in different ways", "shared-weight")
-            seen.add(share.weight)
-    if any({s.weight for s in walk.shares} != set(by_weight) for walk in walks):
-        raise Blocked("its calls read different linear maps", "shared-weight")
-    return list(by_weight.values())
-
-
-def _edit(norm: Affine, share: Share, backwards: bool, edits: Edits, made: dict[str, tuple[str, int]]) -> None:
+def _edit(
+    size: int, scale: Expression, shift: Expression, share: Share, backwards: bool, edits: Edits,
+    made: dict[str, tuple[str, int]],
+) -> None:  # fmt: skip
     """Add the edits of one linear map."""
-    size = norm.calls[0].place.size
-    scale, shift = (part(v, *share.channels, size) for v in (norm.scale, norm.shift))
+    scale, shift = (part(v, *share.channels, size) for v in (scale, shift))
     row: dict[str, Any] = {"axis": share.axis}
     row |= {"outer": share.outer} if share.outer != 1 else {}
     row |= {"inner": share.inner} if share.inner != 1 else {}
@@ -234,6 +234,8 @@ def _edit(norm: Affine, share: Share, backwards: bool, edits: Edits, made: dict[
     bias = share.bias or f"{share.weight.rpartition('.')[0]}.bias"
     if share.bias is None and share.shifted:
         made.setdefault(bias, (share.weight, share.outputs))
+    if not backwards and not share.shifted:
+        return
     if not backwards:
         # The weight is that of the source: what a norm on the way has scaled in it is in the share's factor.
         edits[bias].append({"op": "add_product", "weight": share.weight, "by": times(share.factor, shift), **row})

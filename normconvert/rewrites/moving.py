@@ -84,6 +84,7 @@ class Walk:
         gone: result of an affine norm that has moved -> its input.
         merged: operations of blocks that become one convolution.
         passed: input of an affine norm that has moved behind -> where it carries the channels, and its scale.
+        shifts: forwards, there is a shift to be moved, too.
         shares: what is found.
         changed: what is found.
     """
@@ -92,6 +93,7 @@ class Walk:
     gone: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
     merged: frozenset[fx.Node] = frozenset()
     passed: Mapping[fx.Node, tuple[Place, Expression]] = field(default_factory=dict)
+    shifts: bool = True
     shares: list[Share] = field(default_factory=list)
     changed: set[fx.Node] = field(default_factory=set)
 
@@ -223,7 +225,7 @@ class Walk:
                 return replace(place, size=total // place.inner), start + before // place.inner
             raise Blocked(stop, "unknown-op")
         terms = terms_of(user)
-        if terms is None or not keeps_constants(user) or len(terms) != 1:
+        if terms is None or (self.shifts and not keeps_constants(user)) or len(terms) != 1:
             raise Blocked(stop, "unknown-op")
         operands = [o for o in terms[0] if o.node is node]
         if len(operands) != 1 or not operands[0].linear:
@@ -266,7 +268,8 @@ class Walk:
             batched = len(shape_of(value)) == len(shape_of(weight))
             if place.dim != (1 if batched else 0):
                 raise Blocked(f"{operation(node)} reads it along other axes", "axes")
-            check_borders(node, weight)
+            if self.shifts:
+                check_borders(node, weight)
             axis = 0 if name in TRANSPOSED else 1
             groups = groups_of(node)
             outputs = int(shape_of(node)[place.dim])
@@ -277,7 +280,7 @@ class Walk:
             outputs = int(shape_of(node)[-1])
         if groups > 1 and (not place.whole or count != place.size):
             raise Blocked(f"{operation(node)} has groups", "cut")
-        return self._share(node, weight, axis, bias, place, start, (0, count), groups, outputs, True)
+        return self._share(node, weight, axis, bias, place, start, (0, count), groups, outputs, self.shifts)
 
     def _share(
         self, node: fx.Node, weight: fx.Node, axis: int, bias: fx.Node | None, place: Place, start: int,
@@ -318,6 +321,24 @@ class Walk:
             if terms is None or back is None or not back.whole or name_of(node) not in MOVES | COPIES | VIEWS:
                 raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
             node, place = terms[0][0].node, back
+
+
+def agreed(walks: list[Walk]) -> list[Share]:
+    """The shares of all calls, one a weight; all calls of a weight must take part, and ask for the same."""
+    nodes = {share.node for walk in walks for share in walk.shares}
+    by_weight: dict[str, Share] = {}
+    for walk in walks:
+        seen: set[str] = set()
+        for share in walk.shares:
+            if outside := next((n for n in share.calls if n not in nodes), None):
+                raise Blocked(f"{operation(outside)} uses `{share.weight}`, too", "shared-weight")
+            other = by_weight.setdefault(share.weight, share)
+            if other.recipe != share.recipe or share.weight in seen:
+                raise Blocked(f"`{share.weight}` is used in different ways", "shared-weight")
+            seen.add(share.weight)
+    if any({s.weight for s in walk.shares} != set(by_weight) for walk in walks):
+        raise Blocked("its calls read different linear maps", "shared-weight")
+    return list(by_weight.values())
 
 
 VIEWS = {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}

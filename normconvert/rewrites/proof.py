@@ -1,13 +1,14 @@
 """The proof that a model with modules taken away computes what it did, but for what they did.
 
 The edited model is traced again, and its graph must be the old one, operation by operation, with each absorbed norm
-read as the identity and with biases where they were added. So no assumption is left about what a class does with its
-children, attributes or missing biases.
+read as the identity, each clipped one as its bounds, and with biases where they were added. So no assumption is left
+about what a class does with its children, attributes or missing biases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import fx
@@ -19,6 +20,7 @@ from ..plan import Plan
 from ..streams import operation
 from ..tracing import Graph
 from ..writes import MARK
+from .clipping import TENSORS, clamp_behind
 
 SILENT = {"aten._assert_tensor_metadata"}
 
@@ -27,14 +29,19 @@ def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
     """The first difference between the two graphs that the plan does not explain, in words; empty if there is none."""
     taken = {v.path for v in plan.converted}
     alone = {v.path for v in plan.converted if v.code != "merged"}
+    clips = {e["path"]: e for e in plan.modules if e["op"] == "clip"}
+    alone -= clips.keys()
     gone = {c.result: c.source for a in find_affine_norms(graph) if a.path in alone for c in a.calls}
+    norms = [a for a in find_affine_norms(graph) if a.path in clips]
+    clamps = {_through(c.result): (c.source, clamp_behind(graph, a, c).node, a.path) for a in norms for c in a.calls}
     inside = {n for a in find_affine_norms(graph) if a.path in taken for c in a.calls for n in c.nodes}
     blocks = {e["path"]: e for e in plan.modules if e["op"] == "merge"}
     merged = {result: (source, blocks[b.path]) for b in find_blocks(graph) if b.path in blocks
               for source, result, _ in b.calls}  # fmt: skip
     sums = {_through(result): found for result, found in merged.items()}
     inside |= {n for b in find_blocks(graph) if b.path in blocks for _, _, nodes in b.calls for n in nodes} - set(sums)
-    skip = (inside | _made_of(graph, set(plan.removed))) - set(sums)
+    skip = (inside | _made_of(graph, set(plan.removed)) | {clamp for _, clamp, _ in clamps.values()}) - set(sums)
+    skip -= set(clamps)
     names = {p.name: node for node, p in edited.parameters.items()}
     image: dict[fx.Node, fx.Node] = {}
     for node, parameter in graph.parameters.items():
@@ -52,6 +59,13 @@ def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
         other = next(rest, None)
         if other is None:
             return f"{operation(node)} does not run any more"
+        if node in clamps:
+            source, clamp, path = clamps[node]
+            found = [other, *islice(rest, 2)]
+            if not _is_clamp(found, _image(source, image, gone), path, names):
+                return f"`{path}` is not the clamp that it should be"
+            image[clamp] = found[-1]
+            continue
         if node in sums:
             source, edit = sums[node]
             if not _is_merged(other, edit, _image(source, image, gone), names):
@@ -86,6 +100,17 @@ def _is_merged(node: fx.Node, edit: dict[str, Any], source: Any, names: Mapping[
         and args[2] is tensors[1]
         and found == wanted
         and (args[6] or 1) == edit["groups"]
+    )
+
+
+def _is_clamp(nodes: list[fx.Node], source: Any, path: str, names: Mapping[str, fx.Node]) -> bool:
+    """Whether nodes are what the runtime's clamp makes of ``source``, with the tensors of the norm at ``path``."""
+    if [name_of(n) for n in nodes] != ["aten.sub", "aten.maximum", "aten.minimum"] or any(n.kwargs for n in nodes):
+        return False
+    read = [source, nodes[0], nodes[1]]
+    return all(
+        len(node.args) == 2 and _through(node.args[0]) is value and node.args[1] is names.get(f"{path}.{tensor}")
+        for node, value, tensor in zip(nodes, read, TENSORS, strict=True)
     )
 
 
