@@ -13,8 +13,7 @@ from torch import nn
 from .errors import TraceError
 from .options import Options
 from .plan import Plan, Verdict
-from .probes import further_inputs, quiet, trace_inputs_candidates
-from .rewrites.crmsnorm import plan_crmsnorm
+from .probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
 from .rewrites.fuse_bn import plan_fuse_bn
 from .rewrites.proof import difference
 from .rewrites.rmsnorm import plan_rmsnorm
@@ -41,6 +40,9 @@ def _trace(model: nn.Module) -> Graph:
     first: TraceError | None = None
     for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
         candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
+        likely = _trace_likely(candidate)
+        if likely is not None:
+            return _with_further_calls(candidate, *likely)
         for inputs in trace_inputs_candidates(candidate):
             try:
                 graph = trace(candidate, inputs)
@@ -49,6 +51,22 @@ def _trace(model: nn.Module) -> Graph:
             else:
                 return _with_further_calls(candidate, graph, inputs)
     raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
+
+
+def _trace_likely(model: nn.Module) -> tuple[Graph, dict[str, Any]] | None:
+    """The graph for the most likely inputs, which fit nearly all models, and the inputs; None if they do not.
+
+    A trace runs the model as the search for inputs does, so there is nothing to try out before it. Where it goes on
+    with a value that it does not know, other inputs may need none: the search looks for such.
+    """
+    inputs = likely_inputs(model)
+    if inputs is None:
+        return None
+    try:
+        graph = trace(model, inputs)
+    except TraceError:
+        return None
+    return None if any(node.meta.get("unbacked_bindings") for node in graph.nodes) else (graph, inputs)
 
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
@@ -77,6 +95,13 @@ def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Mo
         for inputs in islice(trace_inputs_candidates(base), 1):
             for more in further_inputs(base, inputs):
                 yield more, base
+
+
+def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
+    """See :func:`normconvert.rewrites.crmsnorm.plan_crmsnorm`: it needs networkx, which others need not wait for."""
+    from .rewrites import crmsnorm
+
+    return crmsnorm.plan_crmsnorm(graph, options)
 
 
 REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {

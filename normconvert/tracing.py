@@ -11,7 +11,6 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from .caches import fresh_caches
 from .constant_buffers import constant_buffers, in_place, without_changed
 from .errors import TraceError
 from .known_values import known_values, without_values
+from .lean_export import lean_export
 from .pretending import on_either_device, pretending
 from .writes import make_functional, mark, marks_that_lie
 
@@ -150,7 +150,7 @@ def _export(
     held = constant_buffers(model)
     while True:
         marked = _marked(model, without), _entered(model, entry, inputs, held)
-        made = fresh_caches(model), pretending(model, device), _without_stacks()
+        made = fresh_caches(model), pretending(model, device), lean_export()
         with marked[0], marked[1], made[0], made[1], made[2], _Constants() as constants:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
@@ -168,18 +168,6 @@ def _export(
         if len(kept) == len(held):
             return program, tuple(constants.made)
         held = kept
-
-
-@contextmanager
-def _without_stacks() -> Iterator[None]:
-    """Have no stack noted with each node: nobody reads them, and they take a quarter of a trace's time."""
-    config: Any = importlib.import_module("torch.fx.config")
-    before = getattr(config, "do_not_emit_stack_traces", False)
-    config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        config.do_not_emit_stack_traces = before
 
 
 class _Constants(TorchFunctionMode):

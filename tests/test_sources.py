@@ -232,3 +232,14 @@ def test_original_checkpoints_go_through_timms_own_filter(tmp_path: Path) -> Non
     assert bool((changed.get_parameter(name) == 2.0).all())
     changed.get_parameter(name).data.copy_(model.get_parameter(name).data)
     assert_same_state(changed, model)
+
+
+def test_opening_a_model_waits_for_no_scipy_and_its_losses_work_all_the_same() -> None:
+    code = (
+        "import sys; from normconvert.sources import open_source; open_source('demo:gpt2');"
+        "assert 'scipy.optimize' not in sys.modules;"
+        "from transformers.loss.loss_for_object_detection import linear_sum_assignment as assign;"
+        "assert assign([[1, 0], [0, 1]])[1].tolist() == [1, 0];"
+        "import scipy.optimize; assert scipy.optimize.minimize"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

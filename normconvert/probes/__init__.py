@@ -19,7 +19,25 @@ from normconvert.probes.verification import Probe, verification_inputs
 OPTIONAL = ("bool_masked_pos",)
 """Arguments that make a model use parameters which it leaves alone without them."""
 
-__all__ = ["Probe", "further_inputs", "quiet", "trace_inputs", "trace_inputs_candidates", "verification_inputs"]
+__all__ = [
+    "Probe",
+    "further_inputs",
+    "likely_inputs",
+    "quiet",
+    "trace_inputs",
+    "trace_inputs_candidates",
+    "verification_inputs",
+]
+
+
+def likely_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """The first keyword arguments that :func:`trace_inputs_candidates` would try, untried; None if there are none.
+
+    Raises:
+        TraceError: a required argument of ``forward`` has no row in the table.
+    """
+    guess = next(guesses(model), None)
+    return None if guess is None else to_trace(model, guess.specs)
 
 
 def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:

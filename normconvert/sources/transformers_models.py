@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def describe(source: Source) -> Source:
     Raises:
         InputError: transformers has no such class or model type, or it needs code from the checkpoint.
     """
-    return replace(source, architecture=_model_class(source, _config(source)).__name__)
+    with deferred("scipy.optimize", "linear_sum_assignment"):
+        return replace(source, architecture=_model_class(source, _config(source)).__name__)
 
 
 def _remote_classes(source: Source) -> dict[str, str]:

@@ -1,0 +1,63 @@
+"""What `torch.export` does for readers that a trace has not: switched off while a model is exported.
+
+- Stacks: each node's is noted for error messages. They take a quarter of a trace's time.
+- Code: a graph module writes and compiles Python for its graph whenever a pass is through with it, half a dozen times
+  an export. Here the graph is read and nothing runs it, so its code is made when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx
+from torch.fx.graph import CodeGen, _PyTreeCodeGen
+
+
+@contextmanager
+def lean_export() -> Iterator[None]:
+    """Have no stack noted with each node and no code made of a graph before it runs, within and in this thread."""
+    with _without_stacks(), _without_code():
+        yield
+
+
+@contextmanager
+def _without_stacks() -> Iterator[None]:
+    config: Any = importlib.import_module("torch.fx.config")
+    before = getattr(config, "do_not_emit_stack_traces", False)
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
+
+
+@contextmanager
+def _without_code() -> Iterator[None]:
+    graph_module: Any = fx.GraphModule
+    made: Any = graph_module.recompile
+    thread = threading.get_ident()
+
+    def recompile(module: fx.GraphModule) -> Any:
+        codegen: Any = module.graph._codegen
+        if threading.get_ident() != thread or type(codegen) not in (CodeGen, _PyTreeCodeGen):
+            return made(module)
+        if isinstance(codegen, _PyTreeCodeGen):
+            module._in_spec = codegen.pytree_info.in_spec
+            module._out_spec = codegen.pytree_info.out_spec
+
+        def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            made(self)  # replaces this function
+            return type(self).forward(self, *args, **kwargs)
+
+        type(module).forward = forward
+        return None
+
+    graph_module.recompile = recompile
+    try:
+        yield
+    finally:
+        graph_module.recompile = made
