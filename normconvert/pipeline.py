@@ -14,6 +14,7 @@ from .errors import TraceError
 from .options import Options
 from .plan import Plan, Verdict
 from .probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
+from .rewrites.crmsnorm import plan_crmsnorm
 from .rewrites.fuse_bn import plan_fuse_bn
 from .rewrites.proof import difference
 from .rewrites.rmsnorm import plan_rmsnorm
@@ -95,13 +96,6 @@ def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Mo
         for inputs in islice(trace_inputs_candidates(base), 1):
             for more in further_inputs(base, inputs):
                 yield more, base
-
-
-def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
-    """See :func:`normconvert.rewrites.crmsnorm.plan_crmsnorm`: it needs networkx, which others need not wait for."""
-    from .rewrites import crmsnorm
-
-    return crmsnorm.plan_crmsnorm(graph, options)
 
 
 REWRITES: dict[str, Callable[[Graph, Options], Plan]] = {
