@@ -19,7 +19,7 @@ from normconvert.tracing import trace
 def accepted(model: nn.Module, config: Any = None) -> dict[str, Any]:
     """The inputs that are found, on which the model runs."""
     model = model.to("meta").eval()
-    model.config = config  # type: ignore[assignment]
+    model.config = config
     inputs = trace_inputs(model)
     call_fake(model, model, inputs)
     return inputs
@@ -56,7 +56,7 @@ def test_inputs_are_what_the_encoder_says_it_takes() -> None:
 class Patches(nn.Module):
     def __init__(self, img_size: tuple[int, int]) -> None:
         super().__init__()
-        self.img_size = img_size
+        self.img_size: tuple[int, int] | None = img_size
         self.conv = nn.Conv2d(3, 4, 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class OfOneSize(nn.Module):
         super().__init__()
         self.embed = Patches(side)
         if not says:
-            self.embed.img_size, self.side = None, side  # type: ignore[assignment]
+            self.embed.img_size, self.side = None, side
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         if self.embed.img_size is not None:
