@@ -64,8 +64,13 @@ REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classe
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 160, "vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.5}},
-    "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
+    "aria": {
+        "vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14},
+        "projector_patch_to_query_dict": {16: 8, 1225: 128, 4900: 256},  # 16: those of a small image
+    },
     "blip-2": {"image_token_index": 100},
+    # A head's rotated part is shared by rows and columns, each in pairs: 160 channels in 16 heads cannot be.
+    "ernie4_5_vl_moe": {"vision_config": {"num_heads": 8}},
     "gemma3": {"mm_tokens_per_image": 4},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
