@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _KEPT = ("torch", "sympy", "functools", "typing", "re", "numpy", "huggingface_hub", "rich", "typer")
 """Packages whose memoised functions hold no tensors of a model."""
@@ -27,9 +27,7 @@ _HELD = ("_parameters", "_buffers", "_modules")
 @contextmanager
 def fresh_caches(model: nn.Module) -> Iterator[None]:
     """Empty functions' caches before and after; attributes, hooks and tables of ``model`` are afterwards as before."""
-    modules = list(model.modules())
-    tables: list[dict[str, Any]] = [vars(m) for m in modules]
-    tables += [t for m in modules for k, t in vars(m).items() if type(t) in (dict, OrderedDict) and k not in _HELD]
+    tables: list[dict[str, Any]] = [table for module in model.modules() for table in _tables(module)]
     before = [dict(table) for table in tables]
     clear_caches()
     try:
@@ -39,6 +37,24 @@ def fresh_caches(model: nn.Module) -> Iterator[None]:
         for table, held in zip(tables, before, strict=True):
             table.clear()
             table.update(held)
+
+
+def _tables(holder: object) -> Iterator[dict[str, Any]]:
+    """The attributes of a module, its tables, and those of the plain objects that it keeps, a cache of texts say."""
+    yield vars(holder)
+    for key, value in vars(holder).items():
+        if type(value) in (dict, OrderedDict):
+            if key not in _HELD:
+                yield value
+        elif isinstance(holder, nn.Module) and _is_plain(value):
+            yield from _tables(value)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is an object of model code that is neither a module nor a tensor nor a configuration."""
+    if isinstance(value, (nn.Module, Tensor, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return not hasattr(value, "to_dict") and _may_hold_models(type(value).__module__)
 
 
 def clear_caches() -> None:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .caches import fresh_caches
 from .constant_buffers import constant_buffers, in_place, without_changed
 from .errors import TraceError
-from .known_values import known_values, without_values
+from .known_values import UNKNOWN_VALUE, known_values, without_values
 from .lean_export import lean_export
 from .pretending import on_either_device, pretending
 from .writes import make_functional, mark, marks_that_lie
@@ -290,7 +290,10 @@ def _why(error: BaseException) -> str:
         if "/torch/" not in code.co_filename and "normconvert" not in code.co_filename:
             where = f" ({code.co_filename.rsplit('site-packages/', 1)[-1]}:{frame.tb_lineno}, in {code.co_name})"
         frame = frame.tb_next
-    return f"the model could not be traced: {type(error).__name__}: {first[:300]}{where}"
+    what = "a size or a branch depends on values that the weights give, which no trace knows: " * isinstance(
+        error, UNKNOWN_VALUE
+    )
+    return f"the model could not be traced: {what}{type(error).__name__}: {first[:300]}{where}"
 
 
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")

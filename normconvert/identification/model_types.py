@@ -226,6 +226,6 @@ def nearest_types(fits: list[TypeFit], patterns: int, most: int) -> list[Near]:
             groups.setdefault(key, []).append(fit)
     return [
         Near("transformers", tuple(dict.fromkeys(f.model_type for f in group)), group[0].missing, group[0].extra,
-             hint=group[0].clash, classes=tuple(f.model_class for f in group))
+             hint=group[0].clash, classes=tuple(dict.fromkeys(f.model_class for f in group)))
         for group in groups.values()
     ]  # fmt: skip

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch._export.utils import _compiling_state_context
 
 from normconvert.caches import fresh_caches
 from normconvert.constant_buffers import constant_buffers, in_place
 from normconvert.known_values import known_values, without_values
-from normconvert.pretending import on_either_device, pretending
+from normconvert.pretending import as_exported, on_either_device, pretending
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import Spec
 
@@ -42,6 +41,10 @@ FEATURES = {
     "input_values": ("get_audio_features",),
 }
 """Signal argument -> the model's method that turns it into the features that replace the placeholders."""
+
+
+CLASSES = 2
+"""Names of things to find in every image, for models that are told them."""
 
 
 def ids(length: int = 0, rows: int = 0) -> Builder:
@@ -278,6 +281,11 @@ BUILDERS: dict[str, Builder] = {
     "qformer_input_ids": ids(),
     "ple_input_ids": ids(),
     "protein_input_ids": ids(),
+    "classes_input_ids": lambda f, s: ids(rows=CLASSES * s.batch)(f, s),
+    "classes_attention_mask": lambda f, s: Spec((CLASSES * s.batch, s.length), "ones"),
+    "classes_structure": lambda f, s: Spec((s.batch,), "given", value=[CLASSES] * s.batch),
+    "tasks_input_ids": ids(),
+    "tasks_attention_mask": like_text("ones"),
     "task_inputs": lambda f, s: Spec((s.batch, f.number("task_seq_len", default=77)), "ids", 1, 100),
     "pixel_values": image,
     "image_pixel_values": image,
@@ -362,8 +370,7 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
     constants = constant_buffers(model)
 
     def call(device: str) -> Any:
-        # What torch.export does: models ask whether they are traced, and choose other operations then.
-        with fresh_caches(model), pretending(model, device), _compiling_state_context():
+        with fresh_caches(model), pretending(model, device), as_exported():
             fake = without_values(inputs, device)
             with known_values(inputs, fake, in_place(model, constants)):
                 return function(**fake)

@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from normconvert.errors import TraceError
-from normconvert.known_values import LARGEST
+from normconvert.known_values import LARGEST, UNKNOWN_VALUE
 from normconvert.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES, call_fake, feature_count
 from normconvert.probes.facts import Facts, Sizes
 from normconvert.probes.specs import SIGNALS, Spec, materialise
@@ -248,7 +246,7 @@ def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
     """
     try:
         call_fake(model, model, inputs)
-    except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException):
+    except UNKNOWN_VALUE:
         return "maybe"
     except Exception as error:  # whatever a wrong guess makes a model raise
         return f"{type(error).__name__}: {str(error)[:200]}"

@@ -64,8 +64,13 @@ REPVIT = {"model_type": "timm_wrapper", "architecture": "repvit_m1", "num_classe
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 160, "vision_config": {"width_coefficient": 0.5, "depth_coefficient": 0.5}},
-    "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
+    "aria": {
+        "vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14},
+        "projector_patch_to_query_dict": {16: 8, 1225: 128, 4900: 256},  # 16: those of a small image
+    },
     "blip-2": {"image_token_index": 100},
+    # A head's rotated part is shared by rows and columns, each in pairs: 160 channels in 16 heads cannot be.
+    "ernie4_5_vl_moe": {"vision_config": {"num_heads": 8}},
     "gemma3": {"mm_tokens_per_image": 4},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
@@ -90,10 +95,41 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "pe_video": {"video_config": PE_VIDEO},
     "pe_audio_video_encoder": {"video_config": PE_VIDEO},
     "pe_audio_video": {"audio_video_config": {"video_config": PE_VIDEO}},
-    "edgetam": {"vision_config": {"backbone_config": REPVIT}},
+    # Its default names the backbone by a key that is misspelt, and so gets a ResNet-50 of other widths.
+    "edgetam": {"vision_config": {"backbone_config": REPVIT, "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+    "edgetam_vision_model": {"backbone_config": REPVIT},
     "tvp": {"num_frames": 4, "max_img_size": 224, "visual_prompter_size": 48},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "step3p7": {"text_config": {"sliding_window": 512}},
+    # Without them the last lines of its forward look up None; an image of 64 pixels has fewer than 300 places.
+    "pp_doclayout_v2": {"num_queries": 30, "class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    # The default is the recogniser's backbone: the last stage alone, and strides that the neck cannot undo.
+    "pp_ocrv6_small_det": {
+        "neck_out_channels": 16,
+        "layer_list_out_channels": [16, 16, 24, 28],
+        "backbone_config": {
+            "model_type": "pp_lcnet_v4",
+            "stem_channels": [3, 8, 16],
+            "block_configs": [
+                [[3, 16, 16, 1, True], [3, 16, 16, 1, False]],
+                [[3, 16, 16, 2, False]],
+                [[3, 16, 24, 2, False]],
+                [[3, 24, 28, 2, True]],
+            ],
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+        },
+    },
+    # Its default is timm's Swin, which no configuration makes smaller, and whose channels come last.
+    "omdet-turbo": {
+        "num_queries": 30,
+        "apply_layernorm_after_vision_backbone": False,
+        "backbone_config": {
+            "model_type": "swin",
+            "image_size": 640,
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+    },
     "conditional_detr": DETR,
     "dab-detr": DETR,
     "deformable_detr": {"use_timm_backbone": False, "backbone_config": RESNET},
