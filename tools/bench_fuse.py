@@ -237,6 +237,19 @@ def _speed(row: Row, version: str) -> str:
     return f"{found.median:.3f} × ±{(found.high - found.low) / 2:.3f}"
 
 
+def _with_others(document: dict[str, Any], path: Path, models: Sequence[str]) -> dict[str, Any]:
+    """The document with the records of an earlier one for models that were not measured now, in the usual order."""
+    if not path.exists() or set(MODELS) <= set(models):
+        return document
+    earlier = json.loads(path.read_text())
+    records = [r for r in earlier["records"] if r["model"] not in models] + document["records"]
+    order = {cell: at for at, cell in enumerate(cells(MODELS))}
+    records.sort(key=lambda r: order.get((r["row"]["mode"], r["model"], r["row"]["batch"]), len(order)))
+    return {**document, "records": records, "minutes": earlier["minutes"] + document["minutes"],
+            "load": [*earlier["load"], *document["load"]],
+            "command": f"{earlier['command']}` and `{document['command']}"}  # fmt: skip
+
+
 def main() -> None:
     """Measure, print, and write if asked to."""
     import os
@@ -273,6 +286,7 @@ def main() -> None:
     found = {device.type: document}
     if options.write:
         (DOCS / "results").mkdir(exist_ok=True)
+        document = _with_others(document, DOCS / "results" / f"{NAME}-{device.type}.json", models)
         (DOCS / "results" / f"{NAME}-{device.type}.json").write_text(json.dumps(document, indent=1) + "\n")
         kept = {d: DOCS / "results" / f"{NAME}-{d}.json" for d in DEVICES}
         found = {d: json.loads(path.read_text()) for d, path in kept.items() if path.exists()}
