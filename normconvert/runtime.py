@@ -676,7 +676,7 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 PADDED_FROM = 16
 """CPU: rows of an input from which on a linear map of an odd number of results is slower than one of one result more:
-0.8 to 0.9 of its speed, measured by tools/bench_norm.py."""
+0.8 to 0.9 of its speed, measured by tools/bench_writers.py."""
 
 
 def _transposed(module: nn.Module) -> bool | None:
@@ -706,6 +706,7 @@ class Padded:
             or input.numel() < PADDED_FROM * input.shape[-1]
             or weight is None  # parametrised
             or weight.dtype is not input.dtype  # quantised, or autocast
+            or weight.is_inference()  # made in inference mode: cannot move
             or torch.is_autocast_enabled("cpu")
             or _transforms_active()
         ):

@@ -72,6 +72,15 @@ def test_the_results_are_the_same_and_padded(kind: str, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_parameters_made_in_inference_mode_stay_where_they_are(kind: str, x: Tensor) -> None:
+    with torch.inference_mode():
+        module = resized(kind)
+        y = module(x)
+    assert not padded(y)
+    assert torch.allclose(y.double(), definition(module, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_changes_of_the_parameters_are_seen(kind: str, x: Tensor) -> None:
     module = resized(kind)
     with torch.no_grad():

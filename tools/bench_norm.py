@@ -1,7 +1,7 @@
 """Time the kernels that normconvert.runtime chooses from, and the module that chooses, beside torch's nn.LayerNorm.
 
-    python tools/bench_norm.py [--device cuda] [--dtype float32 bfloat16] [--threads N] [--compile] [--backward]
-                               [--json docs/results/norm-cpu.json]
+    python -m tools.bench_norm [--device cuda] [--dtype float32 bfloat16] [--threads N] [--compile] [--backward]
+                               [--json docs/results/norm-cpu.json] [--write]
 
 What is timed in one cell runs interleaved, round by round, so that whatever else the machine does hits all alike. A row
 shows nn.LayerNorm's median time and, for each kernel, the median ratio to nn.LayerNorm in the same round (below 1 is
@@ -29,6 +29,9 @@ from torch import Tensor, nn
 
 from normconvert import runtime
 from normconvert.benchmark.machine import machine
+from normconvert.report.benchmark import machine_in_words
+from tools.bench_fuse import SECTIONS
+from tools.pages import write_section
 
 KERNELS: dict[str, runtime.Kernel] = {
     "layer_norm": runtime._layer_norm,
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     parser.add_argument("--compile", action="store_true", help="time everything compiled")
     parser.add_argument("--json", type=Path, help="write the rows; those of other settings in the file stay")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md and docs/results/ (--json)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
@@ -69,8 +73,39 @@ def main() -> None:
                     ratios = "  ".join(f"{name} {value:.2f}" for name, value in row["ratio"].items())
                     what = f"{dtype:9} size {size:5} tokens {tokens:5} {affine:12}"
                     print(f"{what} {row['microseconds']:9.1f} us  {ratios}", flush=True)
-    if options.json:
-        save(options.json, rows)
+    docs = Path(__file__).parent.parent / "docs"
+    file = options.json or (docs / "results" / f"norm-{options.device}.json" if options.write else None)
+    if file:
+        save(file, rows)
+    if options.write and file:
+        write_section(docs / "performance.md", "norm", section(json.loads(file.read_text())), SECTIONS)
+
+
+def section(document: dict[str, Any]) -> str:
+    """The section of the page: the module's time relative to nn.LayerNorm's, for the three kinds of parameters."""
+    lines = [
+        "## The norm itself",
+        "",
+        "Written by `python -m tools.bench_norm --write`, which has all kernels' figures in docs/results/. Time of "
+        "RMSNorm as a conversion leaves it, relative to nn.LayerNorm's (below 1 is faster), medians of interleaved "
+        "rounds on mean-free input, for each setting of weight and bias; *folded* has ones and zeros for both. "
+        f"{machine_in_words(document['machine'])}.",
+        "",
+        "| dtype | mode | size | tokens | LayerNorm | neither | weight | both | folded |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        key = tuple(row[name] for name in ("dtype", "mode", "size", "tokens"))
+        groups.setdefault(key, {})[row["affine"]] = row
+    for key, rows in groups.items():
+        if set(rows) != set(AFFINE):
+            continue
+        both = rows["weight+bias"]
+        ratios = [*(rows[name]["ratio"]["module"] for name in AFFINE), both["ratio"]["folded"]]
+        shown = [*map(str, key), f"{both['microseconds']:.1f} µs", *(f"{ratio:.2f}" for ratio in ratios)]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join([*lines, ""])
 
 
 def keep_memory() -> None:
