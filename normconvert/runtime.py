@@ -234,7 +234,11 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, e
 def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
     scale = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=_wide(x))
-    y: Tensor = x * scale.square_().mul_(1.0 / x.shape[axis]).add_(eps).rsqrt_()
+    if x.is_cpu:  # for one token each operation counts
+        scale = torch.addcmul(_number(eps, scale.dtype), scale, scale, value=1.0 / x.shape[axis])
+    else:
+        scale = scale.square_().mul_(1.0 / x.shape[axis]).add_(eps)
+    y: Tensor = x * scale.rsqrt_()
     if weight is not None:
         y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype), out=y)
     elif bias is not None:
@@ -256,13 +260,19 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
 @lru_cache(maxsize=64)
 def _ones(size: int, dtype: torch.dtype) -> Tensor:
     """Ones on the CPU, to be read only."""
-    return torch.ones(size, dtype=dtype)
+    return torch.ones(size, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=64)
 def _zeros(size: int, dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU, to be read only."""
-    return torch.zeros(size, dtype=dtype)
+    return torch.zeros(size, dtype=dtype, device="cpu")
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU, to be read only."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _is_identity(weight: Tensor | None, bias: Tensor | None, size: int, dtype: torch.dtype) -> bool:
@@ -341,6 +351,18 @@ class CRMSNorm(RMSNorm):
         if self.expand:
             return super().forward(lift(input, self.axis, self.basis)).to(input.dtype)
         if self.basis != "paper":
+            held = self._parameters
+            if (  # the common case, asked of as little as can be
+                not is_compiling()
+                and type(input) is Tensor
+                and not torch.is_grad_enabled()
+                and input.is_cpu
+                and self.axis == -1
+                and held.get(self.weight_name, input) is None
+                and held.get(self.bias_name, input) is None
+                and not (_is_tracing() or _transforms_active())
+            ):
+                return _in_place(input.contiguous(), None, None, -1, self.eps)
             return super().forward(input)
         if self.channels_last:
             return _two_sums(input.movedim(self.axis, -1).contiguous(), -1, self.eps).movedim(-1, self.axis)
