@@ -45,7 +45,8 @@ def check_finite(name: str, values: Tensor, file: Path | None = None) -> None:
     if not is_finite(values):
         bad = values[~values.isfinite()]
         where = f"{file}: " if file else ""
-        raise InputError(f"{where}tensor {name} holds {bad.numel()} values that are NaN or infinite ({bad[0].item()})")
+        found = "a value that is" if bad.numel() == 1 else f"{bad.numel()} values that are"
+        raise InputError(f"{where}tensor {name} holds {found} NaN or infinite ({bad[0].item()})")
 
 
 def is_finite(values: Tensor) -> bool:
