@@ -18,9 +18,9 @@ running values in the window.
 The published code passes on a factor r = √(σ̂²+ε)/√(σ²_run+ε) ∈ [1/5, 5] to g and ∂L/∂γ once warm-up and 1,000 batches
 are over; so does this. It means over padded tokens in the backward pass, too; here they count in neither, which is
 what makes the gradient exact where no smoothing is at work. And there σ²_run takes an outlier's own σ², undamped,
-though filtration is to keep outliers out: with a wild example in every fourth batch that spoils inference. Here it takes
-the window's geometric mean, as it does without filtration; it cannot ignore the batch, or filtered batches would keep
-σ²_run, and with it the window, from following activations that really have moved.
+though filtration is to keep outliers out: with a wild example in every fourth batch that spoils inference. Here it
+takes the window's geometric mean, as it does without filtration; it cannot ignore the batch, or filtered batches would
+keep σ²_run, and with it the window, from following activations that really have moved.
 """
 
 from __future__ import annotations
