@@ -14,7 +14,10 @@ Array = NDArray[np.float64]
 
 
 class UnifiedReference:
-    """Unified Normalization, arXiv 2208.01313: sections 3.2 and 3.3, and the published code's gradient ratio."""
+    """Unified Normalization, arXiv 2208.01313: sections 3.2 and 3.3, and the published code's gradient ratio.
+
+    An outlier enters the running variance, as any other batch does, as the geometric mean of its window.
+    """
 
     def __init__(self, gamma: Array, beta: Array, *, eps: float, window: int, alpha: float, warmup: int,
                  filtration: bool, ratio_after: int) -> None:  # fmt: skip
@@ -32,20 +35,21 @@ class UnifiedReference:
         x2 = (x[self.valid] ** 2).mean(0)
         recorded = np.sqrt(np.stack(self.squares)).var(ddof=1)
         self.squares[self.t % self.m] = x2
-        self.skip = self.m == 1
+        self.skip, outlier = self.m == 1, None
         if self.filtration and self.t >= self.warmup:
             arithmetic = np.mean(self.squares, 0)
             geometric = np.prod(self.squares, 0) ** (1 / self.m)
             if np.any(arithmetic - geometric > self.m * recorded):
                 self.squares[self.t % self.m] = self.running.copy()
-                self.skip = True
+                self.skip, outlier = True, geometric
                 self.skipped += 1
         smoothing = self.t > self.m and self.t >= self.warmup and not self.skip
         self.var = np.prod(self.squares, 0) ** (1 / self.m) if smoothing else x2
         self.r = np.ones_like(x2)
         if self.t > max(self.ratio_after, self.warmup) and not self.skip:
             self.r = np.clip(np.sqrt(self.var + self.eps) / np.sqrt(self.running + self.eps), 1 / 5, 5)
-        self.running = self.alpha * self.running + (1 - self.alpha) * self.var
+        lasting = self.var if outlier is None or self.t <= self.m else outlier
+        self.running = self.alpha * self.running + (1 - self.alpha) * lasting
         self.z = x / np.sqrt(self.var + self.eps)
         return self.gamma * self.z + self.beta
 
@@ -138,7 +142,9 @@ class FrozenReference:
 
     def forward(self, x: Array, valid: NDArray[np.bool_] | None = None) -> Array:
         valid = np.ones(len(x), bool) if valid is None else valid
-        first = np.arange(len(x)) % self.positions == 0
+        first = np.zeros(len(x), bool)
+        for start in range(0, len(x), self.positions):  # padding on the left is no part of a sequence
+            first[start + int(np.argmax(valid[start : start + self.positions]))] = True
         self.centred = x - x.mean(1, keepdims=True)
         sigma = np.sqrt((self.centred**2).mean(1) + self.eps)
         if not self.frozen:

@@ -58,6 +58,7 @@ def test_a_vision_transformer_learns_to_do_without_norms(tmp_path: Path) -> None
     assert report.fused is not None
     assert report.fused.passed
     assert report.fused.algebra <= 1e-10
+    assert report.fused.rounding_tolerance == 32
     model = normconvert.load(tmp_path / "out")
     assert layer_norms(model) == 0
     assert not any(isinstance(m, Affine) for m in model.modules())

@@ -147,6 +147,22 @@ def test_filtration_leaves_the_wild_batch_out() -> None:
     assert results[False].window_x2.amax() > 5 * results[True].window_x2.amax()
 
 
+def test_an_outlier_leaves_a_damped_trace_in_the_running_variance() -> None:
+    """Not its own variance, which would spoil inference; but it is no stranger if it comes again and again."""
+    norm = perturbed(UnifiedNorm(C, warmup=8))
+    for x, _ in batches(29):
+        norm(x)
+    before, skipped = norm.running_var.clone(), int(norm.skipped)
+    wild = 10 * batches(30)[-1][0]
+    norm(wild)
+    assert int(norm.skipped) == skipped + 1
+    own = wild.square().mean((0, 1))
+    assert (norm.running_var < before + 0.04 * own).all()
+    for _ in range(100):
+        norm(wild)
+    torch.testing.assert_close(norm.running_var, own, rtol=0.1, atol=0)
+
+
 EXACT: dict[str, Callable[[], Any]] = {
     "un, window 1": lambda: UnifiedNorm(C, 1e-3, window=1),
     "powernorm, nothing moves": lambda: PowerNorm(C, 1e-3, forward_momentum=1.0, backward_momentum=1.0, warmup=0),

@@ -1,94 +1,52 @@
 """What swapping the norms of the embedded models costs and gains: docs/swap.md.
 
     apt-get install bible-kjv                        # the King James text, for gpt2 only
-    python tools/swap_demos.py --models vit gpt2     # writes docs/swap.md and docs/results/swap.json
+    python tools/swap_demos.py                       # writes docs/swap.md and docs/results/swap.json
+    python tools/swap_demos.py --only swaps --models gpt2 --methods un
+    python tools/swap_demos.py --only speed          # of the models that were made before; wants an idle machine
 
-A run of one model or method leaves the rows of the others as they are.
+A run of one part, model or method leaves the other rows as they are. The fused models are kept in build/swap, for the
+speed to be measured again without a training.
 Seeded. Each row is one ``normconvert.swap``; accuracy and perplexity are of data that neither the original nor the swap
-has learnt from. The norm-free bound is the original with its norms taken away, which computes nonsense, quickly.
+has learnt from.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script: make `tools` importable
 
 import normconvert
 from normconvert.report.words import human_number, percent
-from normconvert.sources import open_source
 from normconvert.tuning.result import SwapReport
+from tools import swap_ablations, swap_speed
 from tools.corpus import cut, read_bible
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "python tools/swap_demos.py --models vit gpt2"
 PAGE = ROOT / "docs" / "swap.md"
 RESULTS = ROOT / "docs" / "results" / "swap.json"
 METHODS = ("un", "repbn", "powernorm", "ln-free")
+PARTS = ("swaps", "ablations", "speed")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "vit": {"data": "demo:", "steps": 1000, "batch_size": 64},
-    "gpt2": {"steps": 300, "batch_size": 8, "eval_data": "demo:"},
-}
-ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "un, no smoothing": ("un", {"window": 1}),
-    "un, no filtration": ("un", {"filtration": False}),
-    "repbn, LayerNorm gone at once": ("repbn", {"schedule": "none"}),
-    "ln-free, all norms gone at once": ("ln-free", {"schedule": "none"}),
+    "gpt2": {"steps": 300, "batch_size": 8, "eval_data": "demo:", "batches_between_checkpoints": 0},
+    "vit": {"steps": 400, "batch_size": 64, "eval_data": "demo:", "batches_between_checkpoints": 0},
 }
 LIMITS = {"vit": {"un": 1.0, "repbn": 1.0, "powernorm": 2.0, "ln-free": 2.0}, "gpt2": dict.fromkeys(METHODS, 5.0)}
 """Points of accuracy that may be lost, or per cent of perplexity that may be gained."""
-
-
-def inputs_of(model: str) -> dict[str, torch.Tensor]:
-    """What the speed is measured on."""
-    generator = torch.Generator().manual_seed(0)
-    if model == "vit":
-        return {"x": torch.randn(64, 1, 8, 8, generator=generator)}
-    return {"input_ids": torch.randint(0, 2048, (8, 128), generator=generator)}
-
-
-def latencies(models: dict[str, nn.Module], inputs: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
-    """Median milliseconds of a forward pass, the models taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for number in range(rounds + 3):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(**inputs)
-                if number >= 3:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def allocated(model: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
-    """Megabytes that one forward pass allocates."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        model(**inputs)
-    return sum(max(0, event.self_cpu_memory_usage) for event in seen.events()) / 1e6
-
-
-def norm_free(model: nn.Module) -> nn.Module:
-    """The model without its norms."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.LayerNorm):
-                parent._modules[name] = nn.Identity()
-    return model
+KEYS = {"swaps": ("model", "name"), "ablations": ("model", "setting", "name"), "speed": ("model", "name")}
+"""What tells the rows of a part apart."""
+Row = dict[str, Any]
 
 
 def worth(report: SwapReport, stage: str) -> str:
@@ -107,131 +65,120 @@ def loss_of(report: SwapReport) -> float:
     return 100 * (after.perplexity / before.perplexity - 1)
 
 
-def measure(model: str, name: str, method: str, more: dict[str, Any], folder: Path, rounds: int) -> dict[str, Any]:
-    """One row of a table, as JSON-ready data."""
+def measure(model: str, method: str, settings: dict[str, Any], out: Path) -> Row:
+    """One swap, as JSON-ready data; the fused model stays in ``out``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    report = normconvert.swap(f"demo:{model}", folder / "out", method, overwrite=True, **more)
-    seconds = time.perf_counter() - start
-    fused = normconvert.load(folder / "out")
-    original = open_source(f"demo:{model}").load()
-    models = {"original": original, "fused": fused, "bound": norm_free(original)}
-    inputs = inputs_of(model)
+    report = normconvert.swap(f"demo:{model}", out, method, overwrite=True, **settings)
     row = {
         "model": model,
-        "name": name,
-        "method": method,
+        "name": method,
         "original": worth(report, "original"),
         "calibrated": worth(report, "calibrated"),
         "tuned": worth(report, "tuned"),
         "loss": loss_of(report),
         "agreement": report.figures["tuned"].agreement,
+        "kl": report.figures["tuned"].kl,
         "features": max(report.figures["tuned"].features.values()),
         "algebra": report.fused.algebra if report.fused else None,
         "left": len(report.left),
         "train_seconds": report.seconds.get("train", 0.0),
-        "seconds": seconds,
-        "latency": latencies(models, inputs, rounds),
-        "allocated": {key: allocated(value, inputs) for key, value in models.items()},
+        "seconds": time.perf_counter() - start,
     }
     print(json.dumps(row), flush=True)
     return row
 
 
-def together(rows: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
-    """The rows measured now, and those measured before of what was not measured now; ``file`` keeps them all."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    found = {(row["model"], row["name"]): row for row in [*before, *rows]}
-    order = [(model, name) for model in sorted(SETTINGS) for name in (*METHODS, *ABLATIONS)]
-    rows = [found[key] for key in order if key in found]
-    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
-    return rows
+def keep(part: str, rows: Sequence[Row], file: Path) -> dict[str, list[Row]]:
+    """All rows of all parts: those measured before, and ``rows`` in their places; ``file`` keeps them."""
+    found: dict[str, list[Row]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    keyed = {tuple(row[k] for k in KEYS[part]): row for row in [*found.get(part, []), *rows]}
+    names = [*METHODS, *swap_ablations.UN, *swap_ablations.OTHERS]
+
+    def place(row: Row) -> tuple[str, int, int]:
+        setting = list(swap_ablations.SETTINGS).index(row["setting"]) if "setting" in row else 0
+        return row["model"], setting, names.index(row["name"])
+
+    known = [row for row in keyed.values() if row["name"] in names]
+    found = {name: found.get(name, []) for name in PARTS} | {part: sorted(known, key=place)}
+    parts = [f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in found[name]) + "\n]" for name in PARTS]
+    file.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
+    return found
 
 
-def page(rows: list[dict[str, Any]], command: str) -> str:
+def page(rows: dict[str, list[Row]]) -> str:
     """docs/swap.md."""
     text = [
         "# Swapped norms, measured",
         "",
-        f"Made by `{command}` on {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]}. "
+        f"Made by `python tools/swap_demos.py` on {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]}. "
         "Accuracy (vit) and perplexity (gpt2) are of held-out data.",
         "",
         "| model | method | original | calibrated | tuned | lost | allowed | agreement | fused − unfused, float64 "
         "| norms left | training |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    main = [row for row in rows if row["name"] == row["method"]]
-    for row in main:
+    for row in rows["swaps"]:
         unit = " points" if row["model"] == "vit" else " %"
         text.append(
             f"| {row['model']} | {row['name']} | {row['original']} | {row['calibrated']} | {row['tuned']} "
-            f"| {row['loss']:+.2f}{unit} | {LIMITS[row['model']][row['method']]:.1f}{unit} "
+            f"| {row['loss']:+.2f}{unit} | {LIMITS[row['model']][row['name']]:.1f}{unit} "
             f"| {percent(row['agreement'])} | {row['algebra']:.1g} | {row['left']} | {row['train_seconds']:.0f} s |"
         )
-    text += [
-        "",
-        "## Without parts of the machinery",
-        "",
-        "| model | | tuned | lost | agreement | worst feature error |",
-    ]
-    text += ["| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
-        text.append(
-            f"| {row['model']} | {row['name']} | {row['tuned']} | {row['loss']:+.2f} | {percent(row['agreement'])} "
-            f"| {row['features']:.3g} |"
-        )
-    text += ["", "## Speed and memory", "", "Median milliseconds, and megabytes allocated, of one forward pass.", ""]
-    text += ["| model | method | original | fused | norm-free bound | original MB | fused MB | bound MB |"]
-    text += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for row in main:
-        t, m = row["latency"], row["allocated"]
-        text.append(
-            f"| {row['model']} | {row['name']} | {t['original']:.2f} | {t['fused']:.2f} | {t['bound']:.2f} "
-            f"| {m['original']:.2f} | {m['fused']:.2f} | {m['bound']:.2f} |"
-        )
-    text += [
-        "",
-        "UN's paper reports 31 % speed and 18 % memory on a GPU, SLAB 16.2 against 18.6 ms (13 %). A fused model here "
-        "runs the operations of the norm-free bound, plus the biases that the norms left; what is gained is the norms' "
-        "share of the time, which grows with the device's speed at matrix products and falls with the width.",
-        "",
-    ]
+    told = [f"{m}: {s['steps']} steps of {s['batch_size']} examples" for m, s in SETTINGS.items()]
+    text += ["", f"{'; '.join(told)}. The times are those of a machine with other work to do."]
+    text += [*swap_ablations.lines(rows["ablations"]), *swap_speed.lines(rows["speed"])]
     return "\n".join(text)
 
 
 def main() -> None:
     """Parse the command line, run, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="do these parts (default: all)")
     parser.add_argument("--models", nargs="+", choices=sorted(SETTINGS), default=sorted(SETTINGS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int, help="optimiser steps, instead of each model's own")
-    parser.add_argument("--no-ablations", action="store_true")
-    parser.add_argument("--rounds", type=int, default=50, help="forward passes that are timed (default: 50)")
+    parser.add_argument("--settings", nargs="+", choices=swap_ablations.SETTINGS, default=swap_ablations.SETTINGS,
+                        help="of the ablations (default: all)")  # fmt: skip
+    parser.add_argument("--steps", type=int, help="optimiser steps of the swaps, instead of each model's own")
+    parser.add_argument("--rounds", type=int, default=swap_speed.ROUNDS, help="forward passes that are timed")
     parser.add_argument("--text", type=Path, help="the King James text, one verse a line, instead of Debian's reader")
+    parser.add_argument("--kept", type=Path, default=ROOT / "build" / "swap", help="folder of the fused models")
     parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     results = RESULTS if options.out == PAGE else options.out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        data = {"vit": "demo:", "gpt2": f"text:{folder / 'kjv.txt'}"}
+        if "gpt2" in options.models and set(options.only) & {"swaps", "ablations"}:
+            (folder / "kjv.txt").write_text("\n".join(cut(read_bible(options.text)).train), encoding="utf-8")
         for model in options.models:
-            settings = dict(SETTINGS[model])
-            if model == "gpt2":
-                books = cut(read_bible(options.text)).train
-                (folder / "kjv.txt").write_text("\n".join(books), encoding="utf-8")
-                settings["data"] = f"text:{folder / 'kjv.txt'}"
-            if options.steps is not None:
-                settings["steps"] = options.steps
-            jobs: dict[str, tuple[str, dict[str, Any]]] = {method: (method, {}) for method in options.methods}
-            if not options.no_ablations:
-                jobs |= {name: job for name, job in ABLATIONS.items() if job[0] in options.methods}
-            for name, (method, more) in jobs.items():
-                rows.append(measure(model, name, method, settings | more, folder, options.rounds))
-                together(rows[-1:], results)
-    rows = together([], results)
-    options.out.write_text(page(rows, COMMAND), encoding="utf-8")
-    failed = [r for r in rows if r["name"] == r["method"] and r["loss"] > LIMITS[r["model"]][r["method"]]]
+            kept = {method: options.kept / f"{model}-{method}" for method in options.methods}
+            if "swaps" in options.only:
+                settings = {"data": data[model], **SETTINGS[model]}
+                if options.steps is not None:
+                    settings["steps"] = options.steps
+                for method, out in kept.items():
+                    keep("swaps", [measure(model, method, settings, out)], results)
+            if "ablations" in options.only:
+                for setting in options.settings:
+                    where = data[model]
+                    if setting == "outliers":
+                        where = swap_ablations.outliers(model, where, folder)
+                    for name in swap_ablations.SETTINGS[setting]:
+                        if name.partition(",")[0] in options.methods:
+                            row = swap_ablations.measure(model, setting, name, where, folder)
+                            keep("ablations", [row], results)
+            if "speed" in options.only:
+                for method, out in kept.items():
+                    if not out.is_dir():
+                        raise SystemExit(f"{out}: no model there: make it first with --only swaps")
+                    row = swap_speed.measure(model, method, out, options.rounds)
+                    keep("speed", [row], results)
+    rows = keep("swaps", [], results)
+    options.out.write_text(page(rows), encoding="utf-8")
+    failed = [row for row in rows["swaps"] if row["loss"] > LIMITS[row["model"]][row["name"]]]
     if failed:
-        raise SystemExit("beyond the limit: " + ", ".join(f"{r['model']} {r['name']}" for r in failed))
+        raise SystemExit("beyond the limit: " + ", ".join(f"{row['model']} {row['name']}" for row in failed))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def swap(
     add_report(screen, None if others else report_file)
 
     def action() -> Done:
-        from normconvert.report.training import show_swap, stages_of, watch_on
+        from normconvert.report.training import show_swap, stages_of, warn_on, watch_on
 
         stage = stages_of(screen, src, str(out))
         stage("open")
@@ -141,7 +141,7 @@ def swap(
         report = swap_norms(
             src, out, method.value, data=data, fuse=fuse, resume=resume, device=device, revision=revision, arch=arch,
             trust_remote_code=trust_remote_code, overwrite=overwrite, tensorboard=tensorboard, watch=watch_on(screen),
-            stage=stage, eval_data=eval_data, objective=objective.value, norms=tuple(norms or ()),
+            stage=stage, warn=warn_on(screen), eval_data=eval_data, objective=objective.value, norms=tuple(norms or ()),
             schedule=schedule.value, steps=0 if calibrate_only else steps, batch_size=batch_size,
             accumulate=accumulate, lr=lr, length=length, calibration=calibration, seed=seed, max_minutes=max_minutes,
             mixed_precision=mixed_precision.value, window=window, filtration=filtration,

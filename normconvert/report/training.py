@@ -42,6 +42,17 @@ def stages_of(screen: Screen, src: str, out: str) -> Callable[[str], None]:
     return stage
 
 
+def warn_on(screen: Screen) -> Callable[[str], None]:
+    """Prints a sentence that stays on the screen."""
+
+    def warn(text: str) -> None:
+        screen.clear()
+        if not screen.quiet:
+            screen.err.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
+
+    return warn
+
+
 def watch_on(screen: Screen) -> Callable[[int, int, Mapping[str, float]], None]:
     """Shows loss, λ and the agreement with the original: live in a terminal, else as a few lines."""
     last = [0.0]

@@ -19,6 +19,8 @@ PATIENCE = 20
 """... if it stays there for so many steps."""
 GROWTH = 100.0
 """A loss this many times the running one is divergence, too, if it stays."""
+LEAST = 0.1
+"""The running loss is taken for no less: where the old norms fade or go, the training begins with a loss of nothing."""
 BROKEN = 1.0
 """A norm whose output is this far from the teacher's, relative to it, is broken."""
 
@@ -40,7 +42,7 @@ class Guard:
         self.seen += 1
         self.running = agreement if self.seen == 1 else KEEP * self.running + (1 - KEEP) * agreement
         self.best = max(self.best, self.running)
-        exploded = not math.isnan(self.loss) and loss > GROWTH * max(self.loss, 1e-3)
+        exploded = not math.isnan(self.loss) and loss > GROWTH * max(self.loss, LEAST)
         if not exploded:
             self.loss = loss if math.isnan(self.loss) else KEEP * self.loss + (1 - KEEP) * loss
         collapsed = self.running < COLLAPSE * self.best

@@ -188,7 +188,7 @@ class _Measure:
         x, y = rows(input, axis).double(), rows(output, axis).double()
         weight = weights_of(self.mask[0], input, axis)
         weight = x.new_ones(x.shape[0], 1) if weight is None else weight.double()
-        beginning = first_tokens(input, axis)
+        beginning = first_tokens(input, axis, self.mask[0])
         first = torch.zeros_like(weight) if beginning is None else weight * beginning
         sigma = (x.var(-1, unbiased=False, keepdim=True) + self.seat.eps).sqrt()
         new = Moments(

@@ -66,6 +66,7 @@ def swap(
     tensorboard: str | Path | None = None,
     watch: Watch | None = None,
     stage: Stage | None = None,
+    warn: Stage | None = None,
     **settings: Any,
 ) -> SwapReport:
     """Swap LayerNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
@@ -85,6 +86,7 @@ def swap(
         tensorboard: a folder for TensorBoard's log; None: no log.
         watch: sees each step's figures.
         stage: called with each stage's name as it begins.
+        warn: called, before anything is trained, with each sentence that the user may want to stop for.
         settings: further fields of :class:`normconvert.tuning.settings.Settings`.
 
     Raises:
@@ -120,6 +122,9 @@ def swap(
     clock("data")
     teacher = make_teacher(source.load(dtype=torch.float64), subject.plan, torch.float32).to(processes.device)
     learnt, measured, notes = _open_both(subject, teacher, chosen, processes)
+    if warn is not None:
+        for note in notes:
+            warn(note)
     clock("calibrate")
     student = make_student(teacher, subject.plan, subject.seats, method, chosen.norm_options())
     size = chosen.batch_size

@@ -64,7 +64,7 @@ class FrozenNorm(nn.Module):
                 self.bias, input, axis
             ).to(input.dtype)
         x = rows(input, axis)
-        is_first = first_tokens(input, axis)
+        is_first = first_tokens(input, axis, self.valid)
         if not self.frozen or (self.training and self.keep_spread):
             centred = x - x.mean(-1, keepdim=True) if self.centred else x
             sigma = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
@@ -117,14 +117,17 @@ class FrozenNorm(nn.Module):
         return self.weight.detach().double() / self.average.detach().double(), self.bias.detach().double()
 
 
-def first_tokens(input: Tensor, axis: int) -> Tensor | None:
+def first_tokens(input: Tensor, axis: int, valid: Tensor | None = None) -> Tensor | None:
     """Which tokens stand at the first position of a sequence, as (tokens, 1); None if the input has no positions.
 
-    A sequence is an input (..., positions, channels) of at least three dimensions.
+    A sequence is an input (..., positions, channels) of at least three dimensions. Padding before it is not of it.
     """
     if input.ndim < 3 or axis not in (-1, input.ndim - 1) or input.shape[-2] < 2:
         return None
     shape = input.shape[:-1]
+    if valid is not None and valid.shape == shape:
+        valid = valid.to(input.device)
+        return (valid & (valid.cumsum(-1) == 1)).reshape(-1, 1)
     found = torch.zeros(shape, dtype=torch.bool, device=input.device)
     found[..., 0] = True
     return found.reshape(-1, 1)

@@ -17,7 +17,10 @@ running values in the window.
 
 The published code passes on a factor r = √(σ̂²+ε)/√(σ²_run+ε) ∈ [1/5, 5] to g and ∂L/∂γ once warm-up and 1,000 batches
 are over; so does this. It means over padded tokens in the backward pass, too; here they count in neither, which is
-what makes the gradient exact where no smoothing is at work.
+what makes the gradient exact where no smoothing is at work. And there σ²_run takes an outlier's own σ², undamped,
+though filtration is to keep outliers out: with a wild example in every fourth batch that spoils inference. Here it
+takes the window's geometric mean, as it does without filtration; it cannot ignore the batch, or filtered batches would
+keep σ²_run, and with it the window, from following activations that really have moved.
 """
 
 from __future__ import annotations
@@ -106,16 +109,18 @@ class UnifiedNorm(nn.Module):
         window.index_copy_(0, slot, x2[None])
         geometric = window.log().mean(0).exp()
         skip = torch.full((), self.window < 2, dtype=torch.bool, device=x2.device)
+        outlier = torch.zeros_like(skip)
         if self.filtration:
             outlier = ((window.mean(0) - geometric) > recorded * self.window).any() & (step >= self.warmup)
             window.index_copy_(0, slot, torch.where(outlier, self.running_var, x2)[None])
             self.skipped += outlier
             skip = skip | outlier
-        plain = skip | (step <= self.window) | (step < self.warmup)
-        var = torch.where(plain, x2, geometric)
+        early = (step <= self.window) | (step < self.warmup)
+        var = torch.where(skip | early, x2, geometric)
         ratio = ((var + self.eps) / (self.running_var + self.eps)).sqrt().clamp(1 / RATIO, RATIO)
         ratio = torch.where(skip | (step <= max(self.ratio_after, self.warmup)), torch.ones_like(ratio), ratio)
-        self.running_var.copy_(self.momentum * self.running_var + (1 - self.momentum) * var)
+        lasting = torch.where(outlier & ~early, geometric, var)
+        self.running_var.copy_(self.momentum * self.running_var + (1 - self.momentum) * lasting)
         return var, ratio, skip
 
     def smooth(self, gz: Tensor, skip: Tensor) -> Tensor:
