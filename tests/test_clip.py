@@ -120,6 +120,31 @@ def test_the_clamp_is_its_definition(kinds: str) -> None:
     assert torch.equal(y.grad, inside.float())
 
 
+def test_an_owned_input_is_written_over_and_no_other(densenet: Path, tmp_path: Path) -> None:
+    """The bottlenecks' concatenations are theirs alone; what a dense block returns may be looked at by a hook."""
+    plan = normconvert.inspect(densenet, "fuse-bn").plan
+    owned = {edit["path"] for edit in plan.modules if edit["op"] == "clip" and edit["owned"]}
+    assert owned == {f"features.denseblock{b}.denselayer{n}.norm1" for b in (1, 2) for n in (1, 2)}
+    normconvert.convert(densenet, tmp_path / "out", "fuse-bn", verify=False)
+    model: Any = normconvert.load(tmp_path / "out")
+    seen: list[tuple[Tensor, Tensor]] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith(("dense", "transition", "features", "pool", "conv2")):
+            module.register_forward_hook(lambda m, a, y: seen.append((y, y.clone())))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        result = model(x)
+    assert len(seen) >= 12
+    assert all(torch.equal(value, then) for value, then in seen), "no module's result changes after it is returned"
+    assert torch.allclose(model(x), result, atol=1e-5), "with gradients, which overwrites nothing"
+    clip, y = vectors(Clip((6, 1, 1), owned=True), "+"), torch.randn(2, 6, 5, 4)
+    before = y.clone()
+    clip(y)
+    assert torch.equal(y, before)
+    with torch.no_grad():
+        assert clip(y).data_ptr() == y.data_ptr()
+
+
 def test_bounds_are_looked_at_again_when_they_change() -> None:
     clip, x = vectors(Clip((6, 1, 1)), "+"), torch.randn(2, 6, 5, 4)
     assert torch.equal(clip(x), definition(x, clip).float()) or torch.allclose(clip(x), definition(x, clip).float())

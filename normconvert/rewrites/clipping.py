@@ -52,12 +52,14 @@ class Clipping:
         shape: of the clamp's vectors.
         like: the tensor beside which they are stored, in its dtype: the weight of a reader.
         vectors: ``scale`` for the readers, and those of the clamp.
+        owned: what the norm reads is nobody else's, so that it may be written over.
     """
 
     clamps: tuple[Clamp, ...]
     shape: tuple[int, ...]
     like: str
     vectors: Mapping[str, Expression]
+    owned: bool
 
     @property
     def activation(self) -> str | None:
@@ -128,7 +130,24 @@ def clip(
     like = shares[0].weight
     operands: list[Any] = [norm.scale, norm.shift, ["limit", like]]
     vectors = {key: [f"clip_{key}", *operands] for key in ("scale", *TENSORS)}
-    return Clipping(clamps, shapes.pop(), like, vectors), shares
+    owned = all(_is_owned(norm, call) for call in norm.calls)
+    return Clipping(clamps, shapes.pop(), like, vectors, owned), shares
+
+
+def _is_owned(norm: Affine, call: Call) -> bool:
+    """Whether a call reads a concatenation that the module around the norm has made for it alone.
+
+    Then no one sees that its memory is used for the result: not the model, and not a hook on a module.
+    """
+    made = call.source.args[0]
+    if (
+        not isinstance(made, fx.Node)
+        or name_of(made) != "aten.cat"
+        or module_path(made) != norm.path.rpartition(".")[0]
+    ):
+        return False
+    readers = [u for u in made.users if u is not call.source] + [u for u in call.source.users if u not in call.nodes]
+    return all(name_of(u) in NEUTRAL for u in readers)
 
 
 def _check_module(graph: Graph, path: str, own: set[fx.Node]) -> None:

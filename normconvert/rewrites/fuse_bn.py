@@ -53,7 +53,8 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
             scale, shift = clipping.vectors["scale"], 0
             bounds |= clipping.tensors(norm.path)
             modules.append({"op": "clip", "path": norm.path, "shape": list(clipping.shape),
-                            "keep": list(norm.keep), "activation": clipping.activation})  # fmt: skip
+                            "keep": list(norm.keep), "activation": clipping.activation,
+                            "owned": clipping.owned})  # fmt: skip
         else:
             modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
         for share in shares:
