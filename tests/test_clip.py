@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 import normconvert
 from normconvert.benchmark.bound import without_norms
@@ -19,7 +19,7 @@ from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.runtime import Clip
 from tests.perturb import perturb, settle
-from tests.test_fuse_bn import with_signs
+from tests.test_fuse_bn import Chain, fused, with_signs
 
 ARGS: dict[str, Any] = {"growth_rate": 8, "block_config": [2, 2], "num_classes": 7}
 
@@ -99,7 +99,7 @@ def test_the_norm_free_bound_keeps_the_activation(densenet: Path) -> None:
     model = timm.create_model("densenet121", **ARGS).eval()
     x = torch.randn(1, 3, 64, 64)
     bound = without_norms(model, [v.path for v in plan.converted], plan.modules, lambda m: m(x))
-    assert sum(isinstance(m, torch.nn.ReLU) for m in bound.modules()) == 11
+    assert sum(isinstance(m, nn.ReLU) for m in bound.modules()) == 11
 
 
 @pytest.mark.parametrize("kinds", ["+", "-", "+-", "+-="])
@@ -161,3 +161,10 @@ def test_autocast_keeps_the_dtype(dtype: torch.dtype) -> None:
     clip, x = vectors(Clip((6, 1, 1))), torch.randn(2, 6, 5, 4, dtype=dtype)
     assert clip(x).dtype is dtype
     assert torch.allclose(clip(x).double(), definition(x, clip), atol=2e-2)
+
+
+def test_what_another_module_returns_is_not_owned() -> None:
+    plan, _ = fused(
+        lambda: Chain(nn.SiLU(), lambda x: torch.cat([x, 2 * x], 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 1))
+    )
+    assert [edit["owned"] for edit in plan.modules if edit["op"] == "clip"] == [False]

@@ -147,7 +147,7 @@ def test_the_writers_of_a_compressed_stream_are_padded(make: Any, keep: Any, cou
     model: Any = load(tmp_path / "out")
     writers = [n for n, m in model.named_modules() if isinstance(m, Padded)]
     assert len(writers) == count, writers
-    x = torch.randint(0, 50, (2, 24)) if make is gpt2 else torch.randn(4, 3, *([model.patch_embed.img_size[0]] * 2))
+    x = torch.randint(0, 50, (4, 24)) if make is gpt2 else torch.randn(16, 3, *([model.patch_embed.img_size[0]] * 2))
     outputs: list[Tensor] = []
     for name in writers:
         model.get_submodule(name).register_forward_hook(lambda m, a, y: outputs.append(y))

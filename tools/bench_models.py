@@ -239,13 +239,18 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     measured = [row for row in rows if CONVERTED in row.speedup]
     speeds = [row.speedup[CONVERTED].median for row in measured]
     worth = [row.share for row in measured if row.share is not None]
+    bounds = [row.speedup[BOUND].median for row in measured if BOUND in row.speedup]
     if not measured:
         return ["Nothing could be measured."]
     return [
         f"In {sum(s >= SLOWEST for s in speeds)} of {len(speeds)} cells the converted model has at least {SLOWEST} × "
         f"the original's speed; the slowest has {min(speeds):.3f} ×, the fastest {max(speeds):.3f} ×. The bound is "
         f"above {WORTH} × in {len(worth)} cells; `rmsnorm` goes {SHARE:.0%} of the way or more in "
-        f"{sum(s >= SHARE for s in worth)} of them."
+        f"{sum(s >= SHARE for s in worth)} of them.",
+        "",
+        f"How much of that is chance the bound says, which does strictly less than the original: it has less than "
+        f"{SLOWEST} × the original's speed in {sum(b < SLOWEST for b in bounds)} of {len(bounds)} cells, and "
+        f"{min(bounds, default=1.0):.3f} × in the worst.",
     ]
 
 
