@@ -165,6 +165,9 @@ def _probe_type(model_type: str, generic: frozenset[str], words: dict[str, list[
     listed = [name for name in model_classes().get(model_type, ()) if getattr(transformers, name, None) is not None]
     if not listed:
         return {"type": model_type, "skipped": "no model class of its own"}
+    own = transformers.CONFIG_MAPPING[model_type].model_type
+    if own != model_type:  # the same classes: nothing computes differently
+        return {"type": model_type, "skipped": f"another name of {own}"}
     main = CLASSES.get(model_type, listed[0])
     required = REQUIRED.get(model_type, {})
     config = transformers.CONFIG_MAPPING[model_type](**required)

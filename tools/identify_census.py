@@ -201,6 +201,7 @@ def _page(rows: list[Row], wrong: dict[str, str], timm: str) -> str:
     alone = sum(len(names) == 1 for names in sets)
     types = load_types()
     no_class = sum("no model class" in why for why in types.left_out.values())
+    again = sum("another name" in why for why in types.left_out.values())
     classes = sum(len(row["classes"]) for row in types.rows)
     lines = [
         "# What identify can tell apart",
@@ -218,8 +219,8 @@ def _page(rows: list[Row], wrong: dict[str, str], timm: str) -> str:
         f"The whole command takes {_timing(rows)}. Other programs kept the machine busy meanwhile.",
         "",
         f"Of transformers {types.transformers} the index holds {len(types.rows)} model types with {classes} classes; "
-        f"{len(types.left_out) - no_class} with a class of their own are left out, "
-        f"and {no_class} are parts of others.",
+        f"{len(types.left_out) - no_class - again} with a class of their own are left out, "
+        f"{no_class} are parts of others, and {again} are other names of one that it holds.",
         "",
         "## Sets that names and shapes cannot tell apart",
         "",
