@@ -703,7 +703,7 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 PADDED_FROM = 64
 """CPU: rows of an input from which on a linear map of an odd number of results is slower than one of one result more:
-0.8 to 0.9 of its speed, measured by tools/bench_writers.py."""
+0.74 to 0.95 of its speed, measured by tools/bench_writers.py."""
 
 
 def _transposed(module: nn.Module) -> bool | None:
@@ -738,6 +738,7 @@ class Padded:
             or weight is None  # parametrised
             or weight.dtype is not input.dtype  # quantised, or autocast
             or weight.is_inference()  # made in inference mode: cannot move
+            or weight.is_shared()  # with other processes: must not move
             or torch.is_autocast_enabled("cpu")
             or _transforms_active()
         ):

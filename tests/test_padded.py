@@ -80,6 +80,14 @@ def test_parameters_made_in_inference_mode_stay_where_they_are(kind: str, x: Ten
     assert torch.allclose(y.double(), definition(module, x), atol=1e-5)
 
 
+def test_memory_that_processes_share_stays_where_it_is(x: Tensor) -> None:
+    module = resized("linear").share_memory()
+    at = module.weight.data_ptr()
+    with torch.no_grad():
+        assert not padded(module(x))
+    assert module.weight.data_ptr() == at
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_changes_of_the_parameters_are_seen(kind: str, x: Tensor) -> None:
     module = resized(kind)

@@ -242,4 +242,5 @@ def test_opening_a_model_waits_for_no_scipy_and_its_losses_work_all_the_same() -
         "assert assign([[1, 0], [0, 1]])[1].tolist() == [1, 0];"
         "import scipy.optimize; assert scipy.optimize.minimize"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

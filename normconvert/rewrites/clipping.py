@@ -1,11 +1,11 @@
 """A norm between two non-linearities, the second a ReLU: its scale moves behind, and the ReLU begins elsewhere.
 
 relu(a x + b) = a max(x + b / a, 0) for a > 0, and a min(x + b / a, 0) for a < 0. So an affine norm that can move
-neither before nor behind, as in DenseNet, where every layer reads all earlier ones through a norm of its own, still
-vanishes: the linear maps that read the ReLU take a, whatever they pad with zeros, and x + b / a is half a BatchNorm's
-work. The start -b / a could move behind as well, max(x, -b / a) + b / a, and then no work would be left; but sums of
-what cancels again lose digits: the rounding errors of a DenseNet-121 grew 2.6 to 4.6 times, and now 1.4 times. What
-the vectors are, with constant channels, is `normconvert.vectors`'s to say.
+neither before nor behind, where every layer reads all earlier ones through a norm of its own, still vanishes: the
+linear maps that read the ReLU take a, whatever they pad with zeros, and x + b / a is half a BatchNorm's work. The start
+-b / a could move behind as well, max(x, -b / a) + b / a, and then no work would be left; but sums of what cancels again
+lose digits (docs/design.md has figures). What the vectors are, with constant channels, is `normconvert.vectors`'s to
+say.
 """
 
 from __future__ import annotations

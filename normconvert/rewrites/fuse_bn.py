@@ -235,9 +235,9 @@ def _edit(
     bias = share.bias or f"{share.weight.rpartition('.')[0]}.bias"
     if share.bias is None and share.shifted:
         made.setdefault(bias, (share.weight, share.outputs))
-    if not backwards and not share.shifted:
-        return
     if not backwards:
+        if not share.shifted:
+            return
         # The weight is that of the source: what a norm on the way has scaled in it is in the share's factor.
         edits[bias].append({"op": "add_product", "weight": share.weight, "by": times(share.factor, shift), **row})
         return

@@ -31,10 +31,11 @@ def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
     alone = {v.path for v in plan.converted if v.code != "merged"}
     clips = {e["path"]: e for e in plan.modules if e["op"] == "clip"}
     alone -= clips.keys()
-    gone = {c.result: c.source for a in find_affine_norms(graph) if a.path in alone for c in a.calls}
-    norms = [a for a in find_affine_norms(graph) if a.path in clips]
+    found_norms = find_affine_norms(graph)
+    gone = {c.result: c.source for a in found_norms if a.path in alone for c in a.calls}
+    norms = [a for a in found_norms if a.path in clips]
     clamps = {_through(c.result): (c.source, clamp_behind(graph, a, c).node, a.path) for a in norms for c in a.calls}
-    inside = {n for a in find_affine_norms(graph) if a.path in taken for c in a.calls for n in c.nodes}
+    inside = {n for a in found_norms if a.path in taken for c in a.calls for n in c.nodes}
     blocks = {e["path"]: e for e in plan.modules if e["op"] == "merge"}
     merged = {result: (source, blocks[b.path]) for b in find_blocks(graph) if b.path in blocks
               for source, result, _ in b.calls}  # fmt: skip
