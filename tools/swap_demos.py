@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=swap_ablations.SETTINGS, default=swap_ablations.SETTINGS,
                         help="of the ablations (default: all)")  # fmt: skip
     parser.add_argument("--steps", type=int, help="optimiser steps of the swaps, instead of each model's own")
-    parser.add_argument("--rounds", type=int, default=swap_speed.ROUNDS, help="forward passes that are timed")
+    parser.add_argument("--seconds", type=float, default=swap_speed.SECONDS, help="of timing, a model and method")
     parser.add_argument("--text", type=Path, help="the King James text, one verse a line, instead of Debian's reader")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "swap", help="folder of the fused models")
     parser.add_argument("--out", type=Path, default=PAGE)
@@ -172,7 +172,7 @@ def main() -> None:
                 for method, out in kept.items():
                     if not out.is_dir():
                         raise SystemExit(f"{out}: no model there: make it first with --only swaps")
-                    row = swap_speed.measure(model, method, out, options.rounds)
+                    row = swap_speed.measure(model, method, out, options.seconds)
                     keep("speed", [row], results)
     rows = keep("swaps", [], results)
     options.out.write_text(page(rows), encoding="utf-8")

@@ -6,10 +6,8 @@ whatever else the machine does falls on all of them, and what counts are the rat
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ import torch
 from torch import nn
 
 import normconvert
+from normconvert.benchmark.bound import without_norms
+from normconvert.benchmark.timing import Step, interleave, spread, warm_up
 from normconvert.sources import open_source
 
-ROUNDS = 100
-WARM_UP = 5
-"""Rounds that are not counted."""
+SECONDS = 6.0
+"""For one model and method."""
 Row = dict[str, Any]
 
 
@@ -34,32 +33,6 @@ def inputs_of(model: str) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 2048, (8, 128), generator=generator)}
 
 
-def norm_free(model: nn.Module) -> nn.Module:
-    """The model without its norms."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, nn.LayerNorm):
-                parent._modules[name] = nn.Identity()
-    return model
-
-
-def milliseconds(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor], rounds: int
-) -> dict[str, list[float]]:
-    """Of each forward pass; the models take turns, in another order each round."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    names = list(models)
-    with torch.inference_mode():
-        for number in range(rounds + WARM_UP):
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                start = time.perf_counter()
-                models[name](**inputs)
-                if number >= WARM_UP:
-                    times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def allocated(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
     """Megabytes that one forward pass allocates."""
     from torch.profiler import ProfilerActivity, profile
@@ -69,32 +42,39 @@ def allocated(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
     return sum(max(0, event.self_cpu_memory_usage) for event in seen.events()) / 1e6
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The first, the second (the median) and the third."""
-    return statistics.quantiles(values, n=4)
-
-
-def measure(model: str, method: str, folder: Path, rounds: int = ROUNDS) -> Row:
+def measure(model: str, method: str, folder: Path, seconds: float = SECONDS) -> Row:
     """One row, as JSON-ready data, of the fused model in ``folder``."""
-    original = open_source(f"demo:{model}").load()
-    models = {"original": original, "fused": normconvert.load(folder), "bound": norm_free(original)}
-    for one in models.values():
-        one.eval()
+    original = open_source(f"demo:{model}").load().eval()
     inputs = inputs_of(model)
-    times = milliseconds(models, inputs, rounds)
+    norms = [name for name, module in original.named_modules() if isinstance(module, nn.LayerNorm)]
+    models = {
+        "original": original,
+        "fused": normconvert.load(folder).eval(),
+        "bound": without_norms(original, norms, (), lambda network: network(**inputs)),
+    }
+    steps = {name: Step(functools.partial(network, **inputs)) for name, network in models.items()}
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        quickest = min(warm_up(step, cpu) for step in steps.values())
+        times, _ = interleave(steps, cpu, seconds, quickest)
     row = {
         "model": model,
         "name": method,
-        "rounds": rounds,
-        "milliseconds": {name: quartiles(values) for name, values in times.items()},
+        "rounds": len(times["original"]),
+        "milliseconds": {name: _quartiles([1000 * t for t in values]) for name, values in times.items()},
         "ratios": {
-            name: quartiles([a / b for a, b in zip(times[name], times["original"], strict=True)])
+            name: _quartiles([a / b for a, b in zip(times[name], times["original"], strict=True)])
             for name in ("fused", "bound")
         },
         "allocated": {name: allocated(one, inputs) for name, one in models.items()},
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    found = spread(values)
+    return [found.low, found.median, found.high]
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -105,7 +85,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
         "",
         "## Speed and memory",
         "",
-        f"Of {rows[0]['rounds']} rounds, in each of which original, fused model and norm-free bound run once: median "
+        f"Of {min(r['rounds'] for r in rows)} rounds or more, in"
+        " each of which original, fused model and norm-free bound run once: median "
         "milliseconds of a forward pass; the ratios to the original within a round, with their quartiles in brackets; "
         "megabytes that a pass allocates.",
         "",
