@@ -723,17 +723,13 @@ class Padded:
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """As the class does."""
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if (
             is_compiling()
             or type(input) is not Tensor
             or _is_tracing()
             or input.numel() < PADDED_FROM * input.shape[-1]
-        ):
-            plain: Tensor = super().forward(input)  # type: ignore[misc]
-            return plain
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if (
-            torch.is_grad_enabled()
+            or torch.is_grad_enabled()
             or not input.is_cpu
             or weight is None  # parametrised
             or weight.dtype is not input.dtype  # quantised, or autocast
@@ -742,8 +738,8 @@ class Padded:
             or torch.is_autocast_enabled("cpu")
             or _transforms_active()
         ):
-            result: Tensor = super().forward(input)  # type: ignore[misc]
-            return result
+            plain: Tensor = super().forward(input)  # type: ignore[misc]
+            return plain
         across = int(self._transposed)
         wide = _with_room(weight, across)
         wide_bias = None if bias is None else _with_room(bias, 0)

@@ -242,6 +242,8 @@ def _with_others(document: dict[str, Any], path: Path, models: Sequence[str]) ->
     if not path.exists() or set(MODELS) <= set(models):
         return document
     earlier = json.loads(path.read_text())
+    if any(earlier[key] != document[key] for key in ("machine", "timm")):
+        return document  # measured elsewhere: not to stand beside these
     records = [r for r in earlier["records"] if r["model"] not in models] + document["records"]
     order = {cell: at for at, cell in enumerate(cells(MODELS))}
     records.sort(key=lambda r: order.get((r["row"]["mode"], r["model"], r["row"]["batch"]), len(order)))
