@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import torch
@@ -54,6 +54,29 @@ def block_dimension(edits: Sequence[Edit], before: tuple[int, ...], after: tuple
     if 0 in free:
         return 0
     return max(free, key=lambda dim: before[dim], default=None)
+
+
+def centres_rows(edits: Sequence[Edit], before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether the edits begin with centring dimension 0, and the others may be applied to some rows at a time.
+
+    Then two passes over the rows do: one for their mean, one to subtract it, without the whole tensor in memory.
+    """
+    if not edits or edits[0]["op"] != "center" or len(before) < 2 or before[0] == 0:
+        return False
+    first = edits[0]
+    plain = int(first["axis"]) % len(before) == 0 and int(first.get("outer", 1)) == int(first.get("inner", 1)) == 1
+    return plain and block_dimension(edits[1:], before, after) == 0
+
+
+def mean_of_rows(pieces: Iterable[Tensor], count: int, workspace: Workspace) -> Tensor:
+    """The mean over dimension 0 of ``count`` rows that come in pieces, in float64."""
+    total, shape = torch.empty(0), (0,)
+    for piece in pieces:
+        rows = workspace.widened(piece).flatten(1)
+        if total.numel() == 0:
+            total, shape = rows.new_zeros(rows.shape[1]), (1, *piece.shape[1:])
+        total.addmv_(rows.T, rows.new_ones(len(rows)))  # much faster than sum(0)
+    return total.div_(count).reshape(shape)
 
 
 def blocks(shape: tuple[int, ...], dim: int, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -102,6 +125,18 @@ def _memory(size: int) -> Tensor:
     with suppress(OSError):
         held.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(held, dtype=torch.uint8)
+
+
+def edit_rows(
+    rows: Tensor, edits: Sequence[Edit], lookup: Lookup, target: torch.dtype, workspace: Workspace, mean: Tensor | None
+) -> Tensor:
+    """Some rows of a tensor with edits that may be applied to rows, after ``mean`` is subtracted, in ``target``.
+
+    The result holds until the next call.
+    """
+    wide = workspace.widened(rows)
+    block = apply_edits(wide if mean is None else wide.sub_(mean), edits, lookup, own=True)
+    return workspace.empty("whole", tuple(block.shape), target).copy_(block)
 
 
 def edit_whole(

@@ -15,15 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from normconvert.apply_blocks import Workspace, block_dimension, edit_whole
+from normconvert.apply_blocks import Workspace, block_dimension, centres_rows, edit_rows, edit_whole, mean_of_rows
 from normconvert.apply_layout import Layout, OutFile, OutTensor
-from normconvert.apply_scan import SourceReader, check_finite, is_finite
+from normconvert.apply_scan import SourceReader, check_finite
 from normconvert.errors import InputError
+from normconvert.scanning import all_finite
 from normconvert.sources import Source, TensorInfo
 from normconvert.sources.safetensors_file import read_tensor, torch_dtype
 
@@ -31,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the tensor being written, the bytes done and the bytes in all."""
 
 COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
-PIECE = 1 << 22  # bytes of rows that are read, edited and written at once: they stay in the cache
+PIECE = 1 << 19  # elements of rows that are read, edited and written at once: they stay in the cache
 WORKERS = 2  # each holds one tensor: more would need more memory, and a disk is busy with two
 SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which many edits share
 
@@ -60,6 +62,7 @@ class Writer:
         self._source, self._layout, self._folder, self._progress = source, layout, folder, progress
         self._done, self.total = 0, sum(file.nbytes for file in layout.files)
         self._small: dict[str, Tensor] = {}
+        self._no_parameters = frozenset({"", *source.buffers})
 
     def start(self, reader: SourceReader | None = None) -> list[Task]:
         """Make the files, with their headers; those that are there keep their data. Returns what is to be written.
@@ -182,39 +185,63 @@ class Writer:
 
     def _compute(self, fd: int, task: Task, workspace: Workspace) -> None:
         """Edit, convert and write one tensor: the whole of it, or some rows at a time where the edits permit."""
-        tensor, own, at = task.tensor, not self._source.is_pickle, task.at
-        info, target = self._info(tensor), torch_dtype(tensor.dtype)
+        tensor, info = task.tensor, self._info(task.tensor)
+        target = torch_dtype(tensor.dtype)
         by_rows = block_dimension(tensor.edits, info.shape, tensor.shape) == 0
-        # Blocks of columns are put together in memory first; rows lie one behind the other in the file.
-        for rows in _row_pieces(info.shape, target.itemsize) if by_rows else (None,):
-            if own:
-                value = read_tensor(info, rows, workspace.raw)
+        if self._source.is_pickle:
+            value = self._source.read(tensor.origin)
+            self._check(tensor, value)
+            edited = edit_whole(value, tensor.edits, self._lookup, target) if tensor.edits else value.to(target)
+            self._write_tensor(fd, tensor, edited, task.at)
+        elif by_rows or centres_rows(tensor.edits, info.shape, tensor.shape):
+            with info.file.open("rb", buffering=0) as handle:
+                self._compute_rows(fd, task, info, handle, target, workspace, centred=not by_rows)
+        else:  # blocks of columns are put together in memory first
+            value = read_tensor(info, memory=workspace.raw)
+            self._check(tensor, value)
+            edited = edit_whole(value, tensor.edits, self._lookup, target, in_place=True, workspace=workspace)
+            self._write_tensor(fd, tensor, edited, task.at)
+
+    def _compute_rows(
+        self, fd: int, task: Task, info: TensorInfo, handle: FileIO, target: torch.dtype, workspace: Workspace,
+        centred: bool,
+    ) -> None:  # fmt: skip
+        """Rows lie one behind the other in the file: they are read, edited and written while they are in the cache."""
+        tensor, at = task.tensor, task.at
+        pieces, edits, mean = list(_row_pieces(info.shape)), tensor.edits, None
+        if centred:
+            read = (read_tensor(info, rows, workspace.raw, handle) for rows in pieces)
+            mean, edits = mean_of_rows(read, info.shape[0], workspace), edits[1:]
+        for rows in pieces:
+            value = read_tensor(info, rows, workspace.raw, handle)
+            self._check(tensor, value)
+            if tensor.edits:
+                value = edit_rows(value, edits, self._lookup, target, workspace, mean)
             else:
-                whole = self._source.read(tensor.origin)
-                value = whole if rows is None else whole[slice(*rows)]
-            value = self._edited(tensor, self._checked(tensor, value), target, own, workspace)
-            at += self._write_tensor(fd, tensor, self._fits(tensor, value), at)
+                value = workspace.empty("whole", tuple(value.shape), target).copy_(value)
+            at += self._write_tensor(fd, tensor, value, at)
 
-    def _edited(self, tensor: OutTensor, value: Tensor, target: torch.dtype, own: bool, workspace: Workspace) -> Tensor:
-        if not tensor.edits:
-            return workspace.empty("whole", tuple(value.shape), target).copy_(value)
-        return edit_whole(value, tensor.edits, self._lookup, target, in_place=own, workspace=workspace)
-
-    def _checked(self, tensor: OutTensor, value: Tensor) -> Tensor:
-        if self._is_parameter(tensor) or tensor.edits:
+    def _check(self, tensor: OutTensor, value: Tensor) -> None:
+        """Refuse NaN and infinities that the pass over the files does not look for."""
+        parameter = self._is_parameter(tensor)
+        if (parameter and self._source.is_pickle) or (tensor.edits and not parameter):
             check_finite(tensor.origin, value)
-        return value
 
-    def _fits(self, tensor: OutTensor, edited: Tensor) -> Tensor:
-        bound = any(edit["op"] == "bound" for edit in tensor.edits)  # infinite where there is none
-        if not bound and self._is_parameter(tensor) and edited.is_floating_point() and not is_finite(edited):
-            made = any(edit["op"] == "new" for edit in tensor.edits)
-            size = "" if made else f" (up to {float(self._source.read(tensor.origin).abs().max()):.3g})"
-            raise InputError(f"tensor {tensor.name}{size} overflows {edited.dtype}: choose another --dtype")
-        return edited
+    def _check_fits(self, tensor: OutTensor, data: memoryview) -> None:
+        """Refuse what became infinite."""
+        if all_finite(data, tensor.dtype) or not self._is_parameter(tensor):
+            return
+        if any(edit["op"] == "bound" for edit in tensor.edits):  # infinite where there is none
+            return
+        size = ""
+        if not any(edit["op"] == "new" for edit in tensor.edits):
+            original = self._source.read(tensor.origin)
+            check_finite(tensor.origin, original)
+            size = f" (up to {float(original.abs().max()):.3g})"
+        raise InputError(f"tensor {tensor.name}{size} overflows {torch_dtype(tensor.dtype)}: choose another --dtype")
 
     def _is_parameter(self, tensor: OutTensor) -> bool:
-        return self._source.name_map.get(tensor.origin, "") not in {"", *self._source.buffers}
+        return self._source.name_map.get(tensor.origin, "") not in self._no_parameters
 
     def _lookup(self, name: str) -> Tensor:
         """A source tensor by its model name; small ones are kept, in float64, since many edits share them."""
@@ -229,6 +256,7 @@ class Writer:
 
     def _write_tensor(self, fd: int, tensor: OutTensor, value: Tensor, at: int) -> int:
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._check_fits(tensor, data)
         _write_all(fd, data, at)
         self._wrote(tensor.name, len(data))
         return len(data)
@@ -270,9 +298,9 @@ class _Supply:
             yield task
 
 
-def _row_pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about :data:`PIECE` bytes each."""
-    step = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+def _row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about :data:`PIECE` elements each."""
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 

@@ -33,6 +33,9 @@ EDITS: dict[str, list[dict[str, Any]]] = {
                                       {"op": "center", "axis": 1}],  # both dimensions are needed whole
     f"{BLOCK_1}.attn.c_attn.bias": [{"op": "add_product", "weight": f"{BLOCK_1}.attn.c_attn.weight",
                                      "by": f"{BLOCK_1}.ln_1.bias", "axis": 0}],  # reads the source, not the edited
+    f"{BLOCK_1}.mlp.c_proj.weight": [{"op": "center", "axis": 0}],  # two passes over the rows
+    f"{BLOCK_0}.mlp.c_fc.weight": [{"op": "center", "axis": 0},
+                                   {"op": "scale", "axis": 1, "by": f"{BLOCK_0}.mlp.c_fc.bias"}],
     f"{BLOCK_1}.ln_1.weight": [{"op": "fill", "value": 1.0}],
 }  # fmt: skip
 PLAN = Plan("rmsnorm", tensors=EDITS)
@@ -74,7 +77,7 @@ def test_edits_in_the_files_equal_edits_in_memory(
     source: Source, tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apply_blocks, "BLOCK", block)  # small: every tensor is taken in many blocks
-    monkeypatch.setattr(apply_write, "PIECE", 8 * block)
+    monkeypatch.setattr(apply_write, "PIECE", block)
     result = apply_plan(source, PLAN, tmp_path / "out")
     assert_equal(loaded(tmp_path / "out"), expected(source.load().state_dict(), PLAN))
     assert set(result.edited) == set(EDITS)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +15,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from normconvert import apply_scan, convert
+from normconvert import apply_scan, convert, scanning
 from normconvert.apply_blocks import HALVES, Workspace
 from normconvert.apply_scan import SourceReader
 from normconvert.errors import InputError, TraceError
+from normconvert.scan_process import ScanProcess
+from normconvert.scanning import Scan
+from normconvert.sources import open_source
 from tests.tiny_checkpoints import contents, gpt2, save
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="the kernel does not copy here")
 
 
+@pytest.fixture(params=["thread", "process"])
+def apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a process of its own reads, as it does for large checkpoints."""
+    if request.param == "process":
+        monkeypatch.setattr(apply_scan, "APART", 0)
+    return bool(request.param == "process")
+
+
 @pytest.fixture
-def finished(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+def finished(monkeypatch: pytest.MonkeyPatch, apart: bool) -> list[dict[str, int]]:
     """Have the reader come to its end before the writer asks for copies; what it was then told."""
     told: list[dict[str, int]] = []
     keep = SourceReader.keep_copies
 
     def late(self: SourceReader, names: Any) -> dict[str, int]:
-        self.join()
+        assert self._thread is not None
+        assert isinstance(self._scan, ScanProcess) == apart
+        self._thread.join()
         told.append(keep(self, names))
         return told[-1]
 
@@ -57,16 +74,16 @@ def test_what_was_copied_is_kept_or_written_over(src: Path, tmp_path: Path, fini
 
 
 def test_half_a_copy_is_completed(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apply_scan, "CHUNK", 1 << 10)
+    monkeypatch.setattr(scanning, "CHUNK", 1 << 10)
     done: list[int] = []
-    copy = SourceReader._copy
+    copy = Scan._copy
 
-    def some(self: SourceReader, origin: int, name: str, at: int, count: int) -> None:
+    def some(self: Scan, origin: int, name: str, at: int, count: int) -> None:
         done.append(at)
         if len(done) != 20:  # one gap: nothing after it may be taken for copied
             copy(self, origin, name, at, count)
 
-    monkeypatch.setattr(SourceReader, "_copy", some)
+    monkeypatch.setattr(Scan, "_copy", some)
     convert(src, tmp_path / "out", verify=False)
     assert len(done) > 20
     assert contents(tmp_path / "out") == without_copies(src, tmp_path / "plain")
@@ -96,8 +113,6 @@ def test_a_full_disk_while_copying_is_left_to_the_writer(
     with SourceReader() as reader:
         monkeypatch.setattr(os, "copy_file_range", full)
         (tmp_path / "copies").mkdir()
-        from normconvert.sources import open_source
-
         reader.begin(open_source(str(src)).tensors.values(), src, tmp_path / "copies")
         reader.finish()
     assert set(reader.keep_copies({path.name for path in src.glob("*.safetensors")}).values()) == {0}
@@ -105,7 +120,7 @@ def test_a_full_disk_while_copying_is_left_to_the_writer(
 
 @pytest.mark.parametrize("error", [TraceError("no"), KeyboardInterrupt()], ids=str)
 def test_nothing_stays_when_the_trace_fails(
-    src: Path, tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    src: Path, tmp_path: Path, error: BaseException, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise error
@@ -127,6 +142,86 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
     with pytest.raises(InputError, match="exists and is not empty"):
         convert(src, tmp_path / "out", verify=False, stage=stage)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_weight_that_is_not_finite_is_found_by_the_process(src: Path, tmp_path: Path, apart: bool) -> None:
+    model = gpt2()
+    model.get_parameter("transformer.h.0.mlp.c_fc.weight").data[-1, -1] = float("inf")
+    source = open_source(str(save(model, tmp_path / "bad")))
+    with pytest.raises(InputError, match=r"h\.0\.mlp\.c_fc\.weight holds a value that is NaN or infinite"):
+        convert(source.reference, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_hashes_are_those_of_the_files(src: Path, apart: bool) -> None:
+    import hashlib
+
+    with SourceReader() as reader:
+        reader.begin(open_source(str(src)).tensors.values(), src)
+        reader.finish()
+    files = [*src.glob("*.safetensors"), src / "config.json"]
+    assert reader.hashes == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_process_that_is_killed_is_made_up_for(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_scan, "APART", 0)
+    run, killed = ScanProcess.run, []
+
+    def kill_and_run(self: ScanProcess) -> None:
+        os.kill(self._process.pid, signal.SIGKILL)
+        killed.append(self._process.pid)
+        run(self)
+
+    monkeypatch.setattr(ScanProcess, "run", kill_and_run)
+    convert(src, tmp_path / "out", verify=False)
+    assert killed
+    assert contents(tmp_path / "out") == without_copies(src, tmp_path / "plain")
+
+
+def test_without_another_process_a_thread_reads(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_scan, "APART", 0)
+    monkeypatch.setattr(sys, "executable", "")
+    convert(src, tmp_path / "out", verify=False)
+    monkeypatch.undo()
+    assert contents(tmp_path / "out") == without_copies(src, tmp_path / "plain")
+
+
+def test_a_file_that_has_gone_is_reported_as_by_a_thread(src: Path, tmp_path: Path, apart: bool) -> None:
+    tensors = list(open_source(str(src)).tensors.values())
+    for file in {tensor.file for tensor in tensors}:
+        file.rename(file.with_suffix(".gone"))
+    with SourceReader() as reader:
+        reader.begin(tensors)
+        with pytest.raises(FileNotFoundError, match=r"\.safetensors"):
+            reader.finish()
+
+
+def test_the_process_ends_with_the_one_that_waits(tmp_path: Path) -> None:
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 1 << 36)  # minutes of reading
+    code = (
+        "import sys, time; from normconvert.scan_process import ScanProcess; "
+        "s = ScanProcess({sys.argv[1]: []}, print); print(s._process.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "large")], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        reader = int(parent.stdout.readline())
+        os.kill(reader, 0)
+        parent.kill()
+    for _ in range(100):
+        if not _runs(reader):
+            return
+        time.sleep(0.1)
+    os.kill(reader, signal.SIGKILL)
+    pytest.fail("the process reads on")
+
+
+def _runs(process: int) -> bool:
+    """Whether it is there and no zombie that waits for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normconvert import apply_blocks, apply_scan, apply_write, convert
+from normconvert import apply_blocks, apply_write, convert, scanning
 from normconvert.apply import apply_plan
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.plan import Plan
@@ -28,6 +28,7 @@ def reading() -> bool:
 def test_the_number_of_threads_does_not_show(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(save(gpt2(n_layer=4), tmp_path / "src", form)))
     monkeypatch.setattr(apply_blocks, "BLOCK", 97)
+    monkeypatch.setattr(apply_write, "PIECE", 97)
     for workers in (1, 2, 5):
         monkeypatch.setattr(apply_write, "WORKERS", workers)
         monkeypatch.setattr("os.cpu_count", lambda: 8)
@@ -73,11 +74,11 @@ def test_a_copied_weight_that_is_not_finite_is_found(tmp_path: Path, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", [apply_scan.CHUNK, 24])
+@pytest.mark.parametrize("chunk", [scanning.CHUNK, 24])
 def test_the_largest_numbers_are_finite(
     tmp_path: Path, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(apply_scan, "CHUNK", chunk)
+    monkeypatch.setattr(scanning, "CHUNK", chunk)
     model = gpt2(n_layer=1).to(dtype)
     weight, largest = model.get_parameter("transformer.h.0.mlp.c_fc.weight").data, torch.finfo(dtype).max
     weight[:] = largest

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from normconvert import apply_blocks, convert, edits, load, verify
+from normconvert import apply_blocks, apply_write, convert, edits, load, verify
 from normconvert.cli import run
 from normconvert.runtime import CRMSNorm
 from normconvert.sources import open_source
@@ -175,6 +175,7 @@ def test_files_are_edited_in_blocks_as_in_memory(
 ) -> None:
     """Sharded files and pickles, by small blocks of rows and columns, give the bytes of whole tensors."""
     monkeypatch.setattr(apply_blocks, "BLOCK", 97)
+    monkeypatch.setattr(apply_write, "PIECE", 97)
     monkeypatch.setattr(edits, "BLOCK", 97)
     convert(save(text[0], tmp_path / "src", form), tmp_path / "out", "crmsnorm", verify=False)
     whole = load_file(text[1] / "model.safetensors")

@@ -48,7 +48,7 @@ model.save_pretrained(sys.argv[2], max_shard_size=int(sys.argv[3]))
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall seconds, peak resident GB, processor seconds, seconds until it first said something."""
+    """One process: wall seconds, peak resident GB (its children's peaks added), processor seconds, first line after."""
 
     seconds: float
     gigabytes: float
@@ -102,19 +102,41 @@ def sizes(folder: Path) -> list[int]:
 def measure(command: list[str], out: Path) -> Run:
     """Run one way as a process of its own; ``out`` is removed before."""
     shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # else one way pays for what another has left to the disk
     start = time.perf_counter()
     said: list[tuple[float, str]] = []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    listener = threading.Thread(target=_listen, args=(process.stdout, start, said))
-    listener.start()
+    children: dict[str, float] = {}
+    done = threading.Event()
+    threads = [
+        threading.Thread(target=_listen, args=(process.stdout, start, said)),
+        threading.Thread(target=_watch, args=(process.pid, children, done)),
+    ]
+    for thread in threads:
+        thread.start()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    listener.join()
+    done.set()
+    for thread in threads:
+        thread.join()
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit("".join(line for _, line in said))
     peak = usage.ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
-    return Run(seconds, peak, usage.ru_utime + usage.ru_stime, said[0][0] if said else None)
+    return Run(seconds, peak + sum(children.values()), usage.ru_utime + usage.ru_stime, said[0][0] if said else None)
+
+
+def _watch(process: int, peaks: dict[str, float], done: threading.Event) -> None:
+    """Note the peak memory (GB) of each child of a process, where the system tells (Linux)."""
+    while not done.wait(0.05):
+        for listing in Path(f"/proc/{process}/task").glob("*/children"):
+            try:
+                for child in listing.read_text().split():
+                    for line in Path(f"/proc/{child}/status").read_text().splitlines():
+                        if line.startswith("VmHWM:"):
+                            peaks[child] = int(line.split()[1]) / 1e6
+            except OSError:  # it has ended
+                continue
 
 
 def _listen(stream: IO[bytes], start: float, said: list[tuple[float, str]]) -> None:
@@ -194,8 +216,8 @@ def render(data: dict[str, Any]) -> str:
             f"{checkpoint['largest_tensor'] / 1e6:.0f} MB, page cache warm. The ways take turns, {count} runs each, "
             f"as whole processes, on {data['machine']['cores']} cores. *normconvert* is "
             "`normconvert rmsnorm SRC OUT --no-verify`; *plain* is `from_pretrained`, the same edits on the loaded "
-            "weights, `save_pretrained`. normconvert also computes the source's sha256 and looks for NaN and infinity "
-            "in every weight.",
+            "weights, `save_pretrained`. Before each the disk is idle (`sync`). Memory counts the process and those it "
+            "started. normconvert also computes the source's sha256 and looks for NaN and infinity in every weight.",
             "",
             "| | median | range | of cp | peak memory | cores busy | first line after |",
             "| --- | --- | --- | --- | --- | --- | --- |",

@@ -13,11 +13,13 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from ..streams import Analysis, Spot, Stream, operation
 from .centring import Centring, MarkKey, axis_of
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Marks = Mapping[MarkKey, list[Spot]]
 
@@ -125,6 +127,8 @@ def _cut(
         if a != b:
             capacity[a, b] += -(-UNIT * min_gain // len(marks[key]))
             capacity[b, a] = math.inf  # what stays as it is is made of what stays as it is
+    import networkx as nx  # takes a while, and other conversions need no cut
+
     graph = nx.DiGraph()
     graph.add_nodes_from(["stay", "norms"])
     graph.add_edges_from((a, b, {"capacity": c}) for (a, b), c in capacity.items())

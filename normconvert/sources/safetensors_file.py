@@ -9,6 +9,8 @@ import json
 import math
 import mmap
 from collections.abc import Callable
+from contextlib import nullcontext
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -166,7 +168,10 @@ def map_tensor(info: TensorInfo) -> torch.Tensor:
 
 
 def read_tensor(
-    info: TensorInfo, rows: tuple[int, int] | None = None, memory: Callable[[int], torch.Tensor] | None = None
+    info: TensorInfo,
+    rows: tuple[int, int] | None = None,
+    memory: Callable[[int], torch.Tensor] | None = None,
+    opened: FileIO | None = None,
 ) -> torch.Tensor:
     """The tensor, or its rows ``[first, last)`` along dimension 0, read into memory of its own.
 
@@ -174,6 +179,7 @@ def read_tensor(
         info: the tensor's place.
         rows: which of them; None: all.
         memory: gives so many bytes (uint8) to read into; None: fresh ones.
+        opened: the file, unbuffered, if it is open already.
 
     Raises:
         InputError: the file ends before the tensor does.
@@ -185,7 +191,7 @@ def read_tensor(
     size = (last - first) * row
     flat = torch.empty(size, dtype=torch.uint8) if memory is None else memory(size)
     view, at = flat.numpy().data, 0
-    with info.file.open("rb", buffering=0) as handle:
+    with nullcontext(opened) if opened is not None else info.file.open("rb", buffering=0) as handle:
         handle.seek(info.start + first * row)
         while at < len(view):
             n = handle.readinto(view[at:])
