@@ -233,8 +233,10 @@ def _formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, e
 
 def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
-    scale = torch.linalg.vector_norm(x, dim=axis, keepdim=True, dtype=_wide(x))
-    if x.is_cpu:  # for one token each operation counts
+    # Lean: between two large products nothing of this is in a cache, and a needless call takes as long as a small norm.
+    own = x.dtype is torch.float32 or x.dtype is torch.float64
+    scale = _vector_norm(x, 2, axis, True) if own else _vector_norm(x, 2, axis, True, dtype=torch.float32)
+    if x.is_cpu:
         scale = torch.addcmul(_number(eps, scale.dtype), scale, scale, value=1.0 / x.shape[axis])
     else:
         scale = scale.square_().mul_(1.0 / x.shape[axis]).add_(eps)
@@ -243,7 +245,10 @@ def _in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, 
         y = y.mul_(weight) if bias is None else torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype), out=y)
     elif bias is not None:
         y = y.add_(bias)
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
+
+
+_vector_norm = torch.linalg.vector_norm
 
 
 def _fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
@@ -269,10 +274,17 @@ def _zeros(size: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(size, dtype=dtype, device="cpu")
 
 
-@lru_cache(maxsize=64)
 def _number(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a tensor on the CPU, to be read only."""
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    found = _NUMBERS.get((value, dtype))
+    if found is None:
+        if len(_NUMBERS) >= 64:
+            _NUMBERS.clear()
+        found = _NUMBERS[value, dtype] = torch.tensor(value, dtype=dtype, device="cpu")
+    return found
+
+
+_NUMBERS: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
 def _is_identity(weight: Tensor | None, bias: Tensor | None, size: int, dtype: torch.dtype) -> bool:
@@ -362,7 +374,7 @@ class CRMSNorm(RMSNorm):
                 and held.get(self.bias_name, input) is None
                 and not (_is_tracing() or _transforms_active())
             ):
-                return _in_place(input.contiguous(), None, None, -1, self.eps)
+                return _in_place(input if input.is_contiguous() else input.contiguous(), None, None, -1, self.eps)
             return super().forward(input)
         if self.channels_last:
             return _two_sums(input.movedim(self.axis, -1).contiguous(), -1, self.eps).movedim(-1, self.axis)
@@ -701,9 +713,9 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
     _stand_in(model, old, new)
 
 
-PADDED_FROM = 64
+PADDED_FROM = (64, 8)
 """CPU: rows of an input from which on a linear map of an odd number of results is slower than one of one result more:
-0.74 to 0.95 of its speed, measured by tools/bench_writers.py."""
+weights kept as (outputs, inputs), and as (inputs, outputs). Measured by tools/bench_writers.py."""
 
 
 def _transposed(module: nn.Module) -> bool | None:
@@ -721,33 +733,56 @@ class Padded:
     names. Only the memory behind them gets room for one more: what lies there does not matter, since it is dropped.
     """
 
+    _room: Any = None  # (wide weight, wide bias, results, the parameters' places and shapes), made by a call
+
     def forward(self: Any, input: Tensor) -> Tensor:
         """As the class does."""
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        held = self._parameters
         if (
             is_compiling()
             or type(input) is not Tensor
             or _is_tracing()
-            or input.numel() < PADDED_FROM * input.shape[-1]
+            or input.numel() < PADDED_FROM[self._transposed] * input.shape[-1]
             or torch.is_grad_enabled()
             or not input.is_cpu
-            or weight is None  # parametrised
-            or weight.dtype is not input.dtype  # quantised, or autocast
-            or weight.is_inference()  # made in inference mode: cannot move
-            or weight.is_shared()  # with other processes: must not move
+            or held.get("weight") is None  # parametrised
+            or held["weight"].dtype is not input.dtype  # quantised, or autocast
             or torch.is_autocast_enabled("cpu")
             or _transforms_active()
         ):
-            plain: Tensor = super().forward(input)  # type: ignore[misc]
-            return plain
+            return self._plainly(input)
+        weight, bias = held["weight"], held.get("bias")
+        room = self._room
+        if room is None or room[3:] != (weight.data_ptr(), weight.shape, bias if bias is None else bias.data_ptr()):
+            room = self._make_room(weight, bias)
+            if room is None:
+                return self._plainly(input)
+        return F.linear(input, room[0], room[1]).narrow(-1, 0, room[2])
+
+    def _plainly(self: Any, input: Tensor) -> Tensor:
+        plain: Tensor = super().forward(input)  # type: ignore[misc]
+        return plain
+
+    def _make_room(self: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+        """Where the parameters have room now, with views of them that take it in; None if they must not move."""
+        if weight.is_inference() or weight.is_shared():  # made in inference mode; other processes have it, too
+            return None
         across = int(self._transposed)
         wide = _with_room(weight, across)
         wide_bias = None if bias is None else _with_room(bias, 0)
-        return F.linear(input, wide.t() if across else wide, wide_bias).narrow(-1, 0, weight.shape[across])
+        places = weight.data_ptr(), weight.shape, bias if bias is None else bias.data_ptr()
+        # The views keep the memory, so no other tensor can come to lie there while they are held.
+        self._room = (wide.t() if across else wide, wide_bias, weight.shape[across], *places)
+        return self._room
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_room", None)  # casts and other devices: the old memory is not to be kept
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copied and pickled by its own class, since classes made on demand have no place where pickle finds them."""
-        return _made_again, (type(self).__mro__[2],), self.__dict__.copy()
+        state = {name: value for name, value in self.__dict__.items() if name != "_room"}
+        return _made_again, (type(self).__mro__[2],), state
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]

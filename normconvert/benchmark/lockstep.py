@@ -1,0 +1,115 @@
+"""Versions of a model that take turns within a call, layer by layer.
+
+A machine that others use as well changes its speed by several hundredths from second to second. Calls that follow each
+other meet different speeds; parts of calls that do, a few milliseconds each, meet the same. Measured with copies of one
+model (GPT-2, 2 cores), medians differ by 0.5% instead of 1.4% in the same time.
+
+The calls run as greenlets: functions that are left in the middle and gone on with later, within one thread, so that all
+use the same pool of workers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from normconvert.benchmark.timing import ROUNDS, SAMPLE, Step
+
+LONG_PART = 0.02
+"""Seconds of a layer from which its linear maps begin parts of their own."""
+
+
+def parts(model: nn.Module, seconds: float) -> list[nn.Module]:
+    """The modules at which a call of ``seconds`` is left: the layers, and the linear maps of layers that take long."""
+    lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    stacks = [stack for stack in lists if len(stack) > 1 and len({type(layer) for layer in stack}) == 1]
+    layers = max(stacks, key=len, default=[])
+    if seconds <= LONG_PART * len(layers):
+        return layers
+    inside = [m for layer in layers for m in layer.modules() if m is not layer and _is_linear(m)]
+    return layers + inside
+
+
+def _is_linear(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim >= 2 and not isinstance(module, nn.Embedding)
+
+
+def lockstep(
+    models: Mapping[str, nn.Module],
+    steps: Mapping[str, Step],
+    seconds: float,
+    quickest: float,
+    between: Callable[[], None] = lambda: None,
+    laps: int = 4,
+) -> tuple[dict[str, list[float]], int]:
+    """As :func:`normconvert.benchmark.timing.interleave`, on the CPU, with turns within a call.
+
+    Args:
+        models: what the steps call, by the same names.
+        steps: warm.
+        seconds: to spend; there are five rounds at least.
+        quickest: seconds that the quickest call takes.
+        between: called after equal shares of the rounds.
+        laps: how many shares.
+
+    Raises:
+        ImportError: greenlet is not installed.
+    """
+    from greenlet import getcurrent, greenlet
+
+    def leave(*_: Any) -> None:
+        current: Any = getcurrent()
+        if current.parent is not None:
+            current.parent.switch()
+
+    names = list(steps)
+    calls = max(1, min(math.ceil(SAMPLE / max(quickest, 1e-9)), *(step.most for step in steps.values()), 1000))
+    times: dict[str, list[float]] = {name: [] for name in names}
+
+    def several(step: Step) -> None:
+        for _ in range(calls):
+            step.call()
+
+    begin, lap = time.perf_counter(), 1
+    with _hooked([part for model in models.values() for part in parts(model, quickest)], leave):
+        for turn in range(ROUNDS[1]):
+            spent = time.perf_counter() - begin
+            if turn >= ROUNDS[0] and spent >= seconds:
+                break
+            if lap < laps and max(spent / seconds, turn / ROUNDS[1]) * laps >= lap:
+                lap += 1
+                between()
+            first = turn % len(names)
+            running = {name: greenlet(lambda n=name: several(steps[n])) for name in names[first:] + names[:first]}
+            took = dict.fromkeys(names, 0.0)
+            for name in names:
+                steps[name].prepare()
+            while running:
+                for name, one in list(running.items()):
+                    start = time.perf_counter()
+                    one.switch()
+                    took[name] += time.perf_counter() - start
+                    if one.dead:
+                        del running[name]
+                if running:  # who began goes last
+                    name = next(iter(running))
+                    running[name] = running.pop(name)
+            for name in names:
+                times[name].append(took[name] / calls)
+    return times, calls
+
+
+@contextmanager
+def _hooked(modules: list[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
