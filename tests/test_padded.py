@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def test_the_results_are_the_same_and_padded(kind: str, x: Tensor) -> None:
             assert padded(y)
             assert torch.allclose(y.double(), definition(module, x), atol=1e-5)
         assert not padded(module(x[:1, :3])), "a few rows are as fast without"
+        assert padded(module(x[:1, :8])) == isinstance(module, Conv1D), "kept as (inputs, outputs), not so few"
     assert {n: p.shape for n, p in module.named_parameters()} == {n: v.shape for n, v in state.items()}
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert all(value.is_contiguous() for value in module.state_dict().values())
@@ -98,6 +100,14 @@ def test_changes_of_the_parameters_are_seen(kind: str, x: Tensor) -> None:
         module.load_state_dict({n: torch.randn(v.shape) for n, v in module.state_dict().items()}, assign=True)
         assert torch.allclose(module(x).double(), definition(module, x), atol=1e-5), "other tensors"
         assert padded(module(x))
+        for parameter in module.parameters():
+            parameter.data = torch.randn(parameter.shape)
+            assert torch.allclose(module(x).double(), definition(module, x), atol=1e-5), "other memory"
+        assert padded(module(x))
+        held = weakref.ref(module._room[0])
+        module.double()
+        assert held() is None, "the old memory is not kept"
+        module.float()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)  # after a call without gradients, training goes on
     y = module(x)
     assert not padded(y)
