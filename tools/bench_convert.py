@@ -217,9 +217,9 @@ def render(data: dict[str, Any]) -> str:
             f"{checkpoint['largest_tensor'] / 1e6:.0f} MB, page cache warm. The ways take turns, {count} runs each, "
             f"as whole processes, on {data['machine']['cores']} cores. *normconvert* is "
             "`normconvert rmsnorm SRC OUT --no-verify`; *plain* is `from_pretrained`, the same edits on the loaded "
-            "weights, `save_pretrained`; it runs last, since the memory that it gives back is slow to get again. Memory "
-            "counts the process and those it started. normconvert also computes the source's sha256 and looks for NaN "
-            "and infinity in every weight.",
+            "weights, `save_pretrained`; it runs last, since the memory that it gives back is slow to get again. "
+            "Memory counts the process and those it started. normconvert also computes the source's sha256 and looks "
+            "for NaN and infinity in every weight.",
             "",
             "| | median | range | of cp | peak memory | cores busy | first line after |",
             "| --- | --- | --- | --- | --- | --- | --- |",
