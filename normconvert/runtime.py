@@ -212,6 +212,7 @@ Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor
 _is_tracing: Callable[[], bool] = torch._C._is_tracing
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 """Whether vmap or grad of torch.func is at work: values cannot be looked at then, nor results be written in place."""
+_mode_active: Callable[[], bool] = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: False)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -749,6 +750,7 @@ class Padded:
             or held["weight"].dtype is not input.dtype  # quantised, or autocast
             or torch.is_autocast_enabled("cpu")
             or _transforms_active()
+            or _mode_active()  # whoever looks at all calls is not to see parameters move
         ):
             return self._plainly(input)
         weight, bias = held["weight"], held.get("bias")
@@ -765,6 +767,8 @@ class Padded:
 
     def _make_room(self: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
         """Where the parameters have room now, with views of them that take it in; None if they must not move."""
+        if type(weight) not in (nn.Parameter, Tensor):  # one that is read from a file when it is used, say
+            return None
         if weight.is_inference() or weight.is_shared():  # made in inference mode; other processes have it, too
             return None
         across = int(self._transposed)

@@ -60,7 +60,10 @@ class ScanProcess:
         ended, copied = False, dict[str, int]()
         try:
             for line in self._process.stdout:
-                kind, *found = json.loads(line)
+                try:
+                    kind, *found = json.loads(line)
+                except (ValueError, TypeError):  # an interpreter may be told to say something when it starts
+                    continue
                 if kind == "copied":
                     copied = found[0]
                     self._kept.put(copied)

@@ -178,6 +178,19 @@ def test_a_process_that_is_killed_is_made_up_for(src: Path, tmp_path: Path, monk
     assert contents(tmp_path / "out") == without_copies(src, tmp_path / "plain")
 
 
+def test_what_an_interpreter_says_at_its_start_is_passed_over(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('hello'); print(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setattr(apply_scan, "APART", 0)
+    with SourceReader() as reader:
+        reader.begin(open_source(str(src)).tensors.values(), src)
+        reader.finish()
+    assert set(reader.hashes) == {path.name for path in [*src.glob("*.safetensors"), src / "config.json"]}
+
+
 def test_without_another_process_a_thread_reads(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apply_scan, "APART", 0)
     monkeypatch.setattr(sys, "executable", "")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from normconvert import convert, load
@@ -86,6 +87,19 @@ def test_memory_that_processes_share_stays_where_it_is(x: Tensor) -> None:
     module = resized("linear").share_memory()
     at = module.weight.data_ptr()
     with torch.no_grad():
+        assert not padded(module(x))
+    assert module.weight.data_ptr() == at
+
+
+def test_parameters_do_not_move_under_somebody_who_looks(x: Tensor) -> None:
+    class Looks(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert "__set__" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    module = resized("linear")
+    at = module.weight.data_ptr()
+    with torch.no_grad(), Looks():
         assert not padded(module(x))
     assert module.weight.data_ptr() == at
 

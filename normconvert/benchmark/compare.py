@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from normconvert.benchmark.lockstep import lockstep
-from normconvert.benchmark.memory import peak_bytes
+from normconvert.benchmark.memory import parameter_bytes, peak_bytes
 from normconvert.benchmark.result import ORIGINAL, Row, row_of
 from normconvert.benchmark.steps import make_step
 from normconvert.benchmark.timing import Step, interleave, warm_up
 from normconvert.benchmark.versions import own_memory
 from normconvert.benchmark.workloads import Workload
+
+MOVED = 1 << 32
+"""Bytes of a model up to which its weights are moved: with more it takes long, and places matter less."""
 
 
 def compare(
@@ -71,7 +74,8 @@ def compare(
 def _move(models: Mapping[str, nn.Module]) -> None:
     """Put all weights elsewhere in memory: where they happen to lie makes a call up to a hundredth slower or faster."""
     for model in models.values():
-        own_memory(model)
+        if parameter_bytes(model) < MOVED:
+            own_memory(model)
 
 
 def why(error: Exception) -> str:
