@@ -297,7 +297,7 @@ print(json.dumps({"reasons": fidelity.reasons, "before": before, "peak": peak(),
 def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
     """120 MB of float16, half a gigabyte in float64 and that twice, are verified in 0.42 GB.
 
-    The libraries' mapped files count as well, so how much is free of the limit depends on what the system keeps of them.
+    The libraries' mapped files count as well: how much is free of the limit depends on what the system keeps of them.
     """
     from tools.bench_convert import make_checkpoint
 
