@@ -1,7 +1,7 @@
 """A :class:`~normconvert.scanning.Scan` in a process of its own.
 
 Beside a thread that imports, builds and traces, a thread that reads gets the interpreter only now and then, and takes
-three times as long. The two processes talk in lines of JSON: first the order, then ``keep`` from the one, and what is
+half as long again. The two processes talk in lines of JSON: first the order, then ``keep`` from the one, and what is
 found from the other. Whichever goes, the other notices that the pipe has ended.
 """
 

@@ -4,7 +4,7 @@
 
 The checkpoints are made here: the shapes of well-known models with random, perturbed weights. Each is converted by
 ``rmsnorm`` and by ``crmsnorm``, and all versions take turns in one process, on a CPU layer by layer
-(normconvert/benchmark/lockstep.py). On two idle cores everything takes 35 to 40 minutes; ``--small`` tries it in
+(normconvert/benchmark/lockstep.py). On two idle cores everything takes half an hour; ``--small`` tries it in
 three. ``--write`` writes docs/performance.md and docs/results/models-DEVICE.json: a run on a GPU leaves the rows of the
 CPU as they are.
 """

@@ -10,7 +10,6 @@ use the same pool of workers.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from normconvert.benchmark.timing import ROUNDS, SAMPLE, Step
+from normconvert.benchmark.timing import ROUNDS, Step, calls_a_sample
 
 LONG_PART = 0.02
 """Seconds of a layer from which its linear maps begin parts of their own."""
@@ -69,7 +68,7 @@ def lockstep(
             current.parent.switch()
 
     names = list(steps)
-    calls = max(1, min(math.ceil(SAMPLE / max(quickest, 1e-9)), *(step.most for step in steps.values()), 1000))
+    calls = calls_a_sample(steps, quickest)
     times: dict[str, list[float]] = {name: [] for name in names}
 
     def several(step: Step) -> None:

@@ -97,6 +97,11 @@ def warm_up(step: Step, device: torch.device, done: int = 0) -> float:
             return took
 
 
+def calls_a_sample(steps: Mapping[str, Step], quickest: float) -> int:
+    """How many calls are timed as one, if the quickest takes ``quickest`` seconds."""
+    return max(1, min(math.ceil(SAMPLE / max(quickest, 1e-9)), *(step.most for step in steps.values()), 1000))
+
+
 def interleave(
     steps: Mapping[str, Step], device: torch.device, seconds: float, quickest: float = math.inf
 ) -> tuple[dict[str, list[float]], int]:
@@ -112,7 +117,7 @@ def interleave(
         For each step one number a round, and how many calls each of them is the mean of.
     """
     names = list(steps)
-    calls = max(1, min(math.ceil(SAMPLE / max(quickest, 1e-9)), *(step.most for step in steps.values()), 1000))
+    calls = calls_a_sample(steps, quickest)
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for turn in range(ROUNDS[1]):
