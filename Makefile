@@ -22,6 +22,7 @@ test: lint
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check
+	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
 
 # The long tests as well (minutes each).

@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import convert, inspect
-    from .benchmark.bench import bench
-    from .checking import check
-    from .exporting import export
-    from .identification import Identification, identify
-    from .loading import load
-    from .recipes.batch import run_recipes
-    from .result import Report
-    from .tuning.swapping import swap
-    from .verification import verify
+    from normconvert.api import convert, identify, inspect
+    from normconvert.benchmark.bench import bench
+    from normconvert.exporting.export import export
+    from normconvert.identification import Identification
+    from normconvert.recipes.batch import run_recipes
+    from normconvert.result import Report
+    from normconvert.sources.converted import load
+    from normconvert.tuning.swapping import swap
+    from normconvert.verification.equivalence import verify
+    from normconvert.verification.record_check import check
 
 _WHERE = {
     "bench": "benchmark.bench",
-    "check": "checking",
+    "check": "verification.record_check",
     "convert": "api",
-    "identify": "identification",
+    "identify": "api",
     "Identification": "identification",
     "inspect": "api",
     "Report": "result",
-    "verify": "verification",
-    "load": "loading",
-    "export": "exporting",
+    "verify": "verification.equivalence",
+    "load": "sources.converted",
+    "export": "exporting.export",
     "run_recipes": "recipes.batch",
     "swap": "tuning.swapping",
 }

@@ -10,20 +10,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .collecting import collecting
-from .errors import FidelityError, InputError, NormConvertError, NothingToConvert
-from .options import DTYPES, METHODS, Options, check_method
-from .output import loading_files, write_card, write_record
-from .result import Report
+from normconvert.apply.record import loading_files, write_card, write_record
+from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.options import DTYPES, METHODS, Options, check_device, check_method
+from normconvert.result import Report
+from normconvert.tracing.garbage import collecting
 
 if TYPE_CHECKING:
     import torch
 
-    from .fidelity import Fidelity
-    from .plan import Plan
-    from .sources import Source, TensorInfo
-    from .sources.opening import Found
-    from .streaming import Stream
+    from normconvert.apply.shard_stream import Stream
+    from normconvert.files.tensor_info import TensorInfo
+    from normconvert.identification import Identification
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.sources import Source
+    from normconvert.sources.opening import Found
+    from normconvert.verification.fidelity import Fidelity
 
 SHIFTED = "shifted outputs: "
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
@@ -57,6 +59,27 @@ def inspect(
     options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
     with collecting(False):
         return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
+
+
+def identify(path: str | Path, *, revision: str | None = None) -> Identification:
+    """Find the architectures whose tensors have the names and shapes of a checkpoint.
+
+    Names and shapes alone are read, no values, and a config.json is not believed but only quoted. What fits exactly is
+    told from an index, without torch. If nothing does, models may be built on the meta device to see whether another
+    image size or number of input channels explains the difference.
+
+    Args:
+        path: a weight file (safetensors or a pickle), a folder, or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError: there is no such checkpoint, or it cannot be read.
+    """
+    from normconvert.identification import identify_names, read_names
+    from normconvert.sources.opening import locate
+
+    located, _ = locate(str(path), revision)
+    return identify_names(str(path), read_names(located))
 
 
 def convert(
@@ -108,8 +131,8 @@ def convert(
         require_all: refuse unless every norm can be converted.
         merge_branches: with ``fuse-bn``, make parallel convolutions and skips of a block one convolution.
         trust_remote_code: allow code that comes with the checkpoint to run.
-        limits: figure of the verification -> limit, as in :mod:`normconvert.limits`; those of ``algebra`` and
-            ``rounding`` may be narrower than what every conversion is held to, never wider.
+        limits: figure of the verification -> limit, as in :mod:`normconvert.verification.limits`; those of ``algebra``
+            and ``rounding`` may be narrower than what every conversion is held to, never wider.
         stream: fetch the shards of a model on the hub one by one and delete each when it is converted, so that the
             disk holds the output and one shard. Interrupted, it goes on where it stopped. Verified only if the disk
             has room for all shards.
@@ -126,10 +149,10 @@ def convert(
             verdicts.
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
-    from .apply_output import check_output, staged_output
-    from .apply_scan import SourceReader
-    from .limits import check_limits
-    from .streaming import streamed
+    from normconvert.apply.output_folder import check_output, staged_output
+    from normconvert.apply.shard_stream import streamed
+    from normconvert.apply.source_reader import SourceReader
+    from normconvert.verification.limits import check_limits
 
     check_method(method)
     if dtype not in DTYPES:
@@ -165,8 +188,8 @@ def convert(
         _refuse_if_pointless(report, require_all)
         if dry_run:
             return report
-        from .apply import write_checkpoint
-        from .statistics import check_statistics
+        from normconvert.apply.checkpoint import write_checkpoint
+        from normconvert.verification.running_statistics import check_statistics
 
         report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
         stored = _torch_dtype(dtype)
@@ -230,7 +253,7 @@ def _plan(
     say = stage or (lambda name: None)
     say("open")
     start = time.perf_counter()
-    from .sources import open_source
+    from normconvert.sources import open_source
 
     if remote is not None:
         source = remote.open(str(src), revision, arch, trust_remote_code)
@@ -239,7 +262,7 @@ def _plan(
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
-    from .pipeline import plan_model
+    from normconvert.rewrites.planning import plan_model
 
     plan = plan_model(model, options, method)
     traced = time.perf_counter()
@@ -263,7 +286,7 @@ def _refuse_if_pointless(report: Report, require_all: bool) -> None:
     if not plan.verdicts:
         message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
         raise _with_report(NothingToConvert(message), report)
-    from .report.collapse import Row, collapse
+    from normconvert.wording.grouping import Row, collapse
 
     groups = collapse(Row(v.path, v.reason, v.kind) for v in plan.kept)
     times = [f" (×{group.count})" if group.count > 1 else "" for group in groups]
@@ -282,21 +305,6 @@ def _with_report(error: Failure, report: Report) -> Failure:
     return error
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there, before any work is done.
-
-    Raises:
-        InputError: torch does not know it, or cannot use it here.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used here: {reason}") from error
-
-
 def _torch_dtype(name: str) -> torch.dtype | None:
     import torch
 
@@ -308,10 +316,10 @@ def _fidelity(
 ) -> Fidelity:
     import torch
 
-    from .limits import judge_limits
-    from .loading import load
-    from .probes import verification_inputs
-    from .verification import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
+    from normconvert.sources.converted import load
+    from normconvert.tracing.probes import verification_inputs
+    from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
+    from normconvert.verification.limits import judge_limits
 
     dtype = stored or source.dtype
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")

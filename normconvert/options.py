@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import InputError
+from normconvert.errors import InputError
 
 METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
@@ -61,3 +61,18 @@ def check_method(method: str) -> None:
     """Raise InputError unless there is such a conversion."""
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before any work is done.
+
+    Raises:
+        InputError: torch does not know it, or cannot use it here.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here: {reason}") from error

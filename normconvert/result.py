@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from normconvert import __version__
 
 if TYPE_CHECKING:
-    from normconvert.fidelity import Fidelity
-    from normconvert.plan import Plan
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.verification.fidelity import Fidelity
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ REMOTE_FILE = "modeling_normconvert.py"
 BARE_FROM = 200_000
 """CPU, mean-free input, no parameters or folded ones: numbers in the input for each thread from which on the definition
 without parameters beats fused LayerNorm, and it pays to look whether folded ones still are ones and zeros. Measured by
-tools/bench_norm.py, as is every choice of a kernel here."""
+tools/benchmarks/norm.py, as is every choice of a kernel here."""
 IN_PLACE_FROM = {False: 25_000, True: 500_000}
 """CPU, no promise of a mean-free input: numbers from which on few passes count for more than few operations; the key
 says whether there is a weight or bias to apply."""
@@ -716,7 +716,7 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 PADDED_FROM = (64, 8)
 """CPU: rows of an input from which on a linear map of an odd number of results is slower than one of one result more:
-weights kept as (outputs, inputs), and as (inputs, outputs). Measured by tools/bench_writers.py."""
+weights kept as (outputs, inputs), and as (inputs, outputs). Measured by tools/benchmarks/writers.py."""
 
 
 def _transposed(module: nn.Module) -> bool | None:

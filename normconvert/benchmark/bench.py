@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from normconvert.benchmark.compare import Progress
     from normconvert.benchmark.result import Benchmark
-    from normconvert.plan import Plan
+    from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
-    from normconvert.tracing import Graph
+    from normconvert.tracing.graph import Graph
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -78,13 +78,13 @@ def bench(
         check_method(method)
     import torch
 
-    from normconvert.api import check_device
     from normconvert.benchmark.compare import compare
     from normconvert.benchmark.machine import machine
     from normconvert.benchmark.memory import parameter_bytes
     from normconvert.benchmark.result import Benchmark
     from normconvert.benchmark.versions import versions
     from normconvert.benchmark.workloads import grid
+    from normconvert.options import check_device
     from normconvert.sources import open_source
 
     check_device(device)
@@ -123,9 +123,9 @@ def bench(
 
 def _recorded_plan(source: Source, out: str | Path) -> Plan:
     """The plan that the converted folder was made by."""
-    from normconvert.plan import Plan
-    from normconvert.records import RECORD_FILE, read_record
-    from normconvert.sources.checkpoint import load_json
+    from normconvert.files.weight_files import load_json
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.plan.conversion_record import RECORD_FILE, read_record
 
     folder = Path(out).expanduser()
     if not folder.is_dir():
@@ -146,7 +146,9 @@ def _recorded_plan(source: Source, out: str | Path) -> Plan:
 
 def _made_plan(source: Source, method: str | None) -> Plan:
     """The plan of the method, or of the first one that converts any norm of this model."""
-    from normconvert.pipeline import REWRITES, plan_model, trace_model
+    from normconvert.rewrites.planning import plan_model
+    from normconvert.rewrites.registry import REWRITES
+    from normconvert.tracing.model_graph import trace_model
 
     model = source.skeleton()
     graph = trace_model(model)

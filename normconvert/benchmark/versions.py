@@ -16,7 +16,7 @@ from normconvert.benchmark.result import BOUND, CONVERTED, ORIGINAL
 from normconvert.benchmark.workloads import Workload, on_device
 
 if TYPE_CHECKING:
-    from normconvert.plan import Plan
+    from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
 
 
@@ -33,7 +33,7 @@ def versions(
         dtype: of all floating parameters.
         device: where they are put.
     """
-    from normconvert.loading import load
+    from normconvert.sources.converted import load
 
     models = {ORIGINAL: own_memory(source.load(dtype=dtype, device=device))}
     if out is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from normconvert.errors import InputError
-from normconvert.probes import quiet
-from normconvert.probes.choose import Guess, is_timm, ranked, specs
-from normconvert.probes.facts import Facts
-from normconvert.probes.specs import Spec, materialise
+from normconvert.tracing.probes import quiet
+from normconvert.tracing.probes.choose import Guess, is_timm, ranked, specs
+from normconvert.tracing.probes.facts import Facts
+from normconvert.tracing.probes.specs import Spec, materialise
 
 BATCHES = (1, 8)
 LENGTHS = (32, 512)

@@ -30,8 +30,8 @@ from normconvert.cli import (  # noqa: F401
 )
 from normconvert.cli.app import ARGUMENTS, app
 from normconvert.cli.options import parse_size
-from normconvert.collecting import collecting
 from normconvert.errors import Terminated
+from normconvert.tracing.garbage import collecting
 
 __all__ = ["app", "main", "parse_size", "run"]
 

@@ -36,7 +36,7 @@ from normconvert.cli.options import (
     measured,
     parse_size,
 )
-from normconvert.collecting import collecting
+from normconvert.tracing.garbage import collecting
 
 
 @app.command(short_help="Turn LayerNorm into RMSNorm.")

@@ -36,7 +36,7 @@ def demo(
 
     screen = make_screen(json, verbose, quiet)
     add_report(screen, report_file)
-    from normconvert.demo import run_demo
+    from normconvert.demos.run import run_demo
 
     def measure(source: str, converted: str) -> dict[str, Any]:
         return measured(screen, report_file, source, converted)

@@ -33,7 +33,7 @@ def export(
 
     def action() -> Done:
         screen.say(f"exporting {src}")
-        from normconvert.exporting import export as export_model
+        from normconvert.exporting.export import export as export_model
         from normconvert.report.console import show_export
 
         report = export_model(

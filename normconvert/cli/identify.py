@@ -30,7 +30,7 @@ def identify(
 
     def action() -> Done:
         screen.stages(checkpoint)("open")
-        from normconvert.identification import identify as identify_checkpoint
+        from normconvert import identify as identify_checkpoint
         from normconvert.report.identified import show_identification
 
         found = identify_checkpoint(checkpoint, revision=revision)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normconvert.sizes import parse_size
+from normconvert.files.sizes import parse_size
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Screen
@@ -154,12 +154,12 @@ def measured(screen: Screen, file: str | None, a: str, b: str | None, **options:
         file: the report, None for none.
         a: the original.
         b: the converted checkpoint, None for none.
-        options: of :func:`normconvert.measures.measure`.
+        options: of :func:`normconvert.verification.layer_measures.measure`.
     """
     if file is None or b is None:
         return {}
     from normconvert.errors import NormConvertError
-    from normconvert.measures import measure
+    from normconvert.verification.layer_measures import measure
 
     screen.say("measuring every layer")
     try:

@@ -60,8 +60,8 @@ def verify(
 
     def action() -> Done:
         from normconvert.errors import InputError
-        from normconvert.limits import read_limits
         from normconvert.report.benchmark import read_benchmark
+        from normconvert.verification.limits import read_limits
 
         allowed = parse_size(max_memory, "--max-memory") if max_memory is not None else None
         if allowed is not None and report_file is not None:
@@ -71,10 +71,10 @@ def verify(
         screen.say(f"comparing {b} with {a}")
         import torch
 
-        from normconvert.api import check_device
+        from normconvert.options import check_device
         from normconvert.report.console import show_fidelity
         from normconvert.report.document import fidelity_document
-        from normconvert.verification import verify as verify_checkpoints
+        from normconvert.verification.equivalence import verify as verify_checkpoints
 
         check_device(device)
         run_in = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)

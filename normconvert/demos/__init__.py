@@ -1,37 +1,6 @@
-"""Models embedded in the package: ``demo:gpt2``, ``demo:vit``, ``demo:convnet``.
+"""``normconvert demo``: the embedded models and what is shown with them.
 
-They are trained for real, by ``tools/train_demos.py``. Each is an ordinary checkpoint folder, with a model card that
-states its data, licence and what it learnt.
+`run` converts each, verifies it, and lets the original and the conversion do the same work side by side. The folders
+beside it are ordinary checkpoints, made by ``tools/demos/train_demos.py``; where they lie is for
+`normconvert.files.embedded` to say.
 """
-
-from __future__ import annotations
-
-import difflib
-from pathlib import Path
-
-from normconvert.errors import InputError
-
-DEMOS: dict[str, str] = {
-    "gpt2": "transformers",
-    "vit": "timm",
-    "convnet": "timm",
-}
-"""Name -> the library that loads it."""
-
-
-def folder(name: str) -> Path:
-    """The checkpoint folder of the demo model ``name``, as in ``demo:name``.
-
-    Raises:
-        InputError: there is no such demo model.
-    """
-    if name not in DEMOS:
-        close = difflib.get_close_matches(name, DEMOS, n=1)
-        hint = f"; did you mean demo:{close[0]}?" if close else ""
-        raise InputError(f"no demo model {name!r}: expected one of {', '.join(f'demo:{d}' for d in DEMOS)}{hint}")
-    return Path(__file__).parent / name
-
-
-def held_out_text() -> str:
-    """Text that ``demo:gpt2`` has not seen: whole books of the King James Bible, in the public domain."""
-    return (folder("gpt2") / "heldout.txt").read_text(encoding="utf-8")

@@ -46,7 +46,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
     import timm
     import torch
 
-    from normconvert.sources.timm_models import NoRandomInit
+    from normconvert.files.uninitialised import NoRandomInit
 
     try:
         with torch.device("meta"):

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
-from normconvert.identification.result import Shape, Stated
-from normconvert.records import RECORD_FILE
-from normconvert.sources.checkpoint import (
+from normconvert.files.pickle_names import Unreadable, read_pickle_names
+from normconvert.files.safetensors_file import FLOATING, read_header
+from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.weight_files import (
     PICKLES,
     TIMM_FILES,
     WEIGHT_FILES,
     find_weights,
+    in_hub_cache,
     inside,
     load_json,
     read_checkpoint,
 )
-from normconvert.sources.opening import in_hub_cache
-from normconvert.sources.pickle_names import Unreadable, read_pickle_names
-from normconvert.sources.safetensors_file import FLOATING, read_header
-from normconvert.sources.source import TensorInfo
+from normconvert.identification.result import Shape, Stated
+from normconvert.plan.conversion_record import RECORD_FILE
 
 KEYS = ("architecture", "arch", "model_name", "timm_model", "model", "model_type")
 """Metadata and entries that state an architecture, alone or in ``args``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from normconvert.identification.model_types import candidates, load_types, nearest_types, search_types
 from normconvert.identification.prints import (
@@ -19,7 +18,7 @@ from normconvert.identification.prints import (
     search,
     write_print,
 )
-from normconvert.identification.reading import Names, read_names
+from normconvert.identification.reading import Names
 from normconvert.identification.result import Candidate, Identification, Near
 
 NEAREST = 3
@@ -30,28 +29,8 @@ PROVED = 8
 """So many models are built to see whether another image size or number of input channels explains a difference."""
 
 
-def identify(path: str | Path, *, revision: str | None = None) -> Identification:
-    """Find the architectures whose tensors have the names and shapes of a checkpoint.
-
-    Names and shapes alone are read, no values, and a config.json is not believed but only quoted. What fits exactly is
-    told from an index, without torch. If nothing does, models may be built on the meta device to see whether another
-    image size or number of input channels explains the difference.
-
-    Args:
-        path: a weight file (safetensors or a pickle), a folder, or a hub id.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        InputError: there is no such checkpoint, or it cannot be read.
-    """
-    from normconvert.sources.opening import locate
-
-    located, _ = locate(str(path), revision)
-    return identify_names(str(path), read_names(located))
-
-
 def identify_names(path: str, names: Names, *, prove: bool = True) -> Identification:
-    """What :func:`identify` says of names that have been read.
+    """Find the architectures whose tensors have the names and shapes that have been read.
 
     Args:
         path: what was read, for the report.

@@ -13,6 +13,7 @@ from string import Formatter
 from typing import Any
 
 from normconvert.errors import InputError
+from normconvert.files.yaml_file import Key, nearest
 from normconvert.options import Options
 from normconvert.recipes.job import Job, Resources, Upload
 from normconvert.recipes.model import Settings, Source, Variant
@@ -20,7 +21,6 @@ from normconvert.recipes.origins import Origin, Reference, hub_models, local_che
 from normconvert.recipes.reading import RecipeFile, together
 from normconvert.recipes.storage import is_url
 from normconvert.sources import hub
-from normconvert.yaml_file import Key, nearest
 
 PLACEHOLDERS = ("name", "variant", "method", "author", "dtype", "recipe")
 DEFAULTS: Mapping[str, Any] = {

@@ -23,8 +23,8 @@ from pydantic import (
 
 from normconvert import options as conversion
 from normconvert.errors import InputError
-from normconvert.limits import FIGURES
-from normconvert.sizes import parse_size
+from normconvert.files.sizes import parse_size
+from normconvert.verification.limits import FIGURES
 
 OUTPUT = "out/{name}-{variant}"
 NARROWEST = {"algebra": 1e-5, "rounding": 2.0}

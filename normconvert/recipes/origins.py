@@ -14,11 +14,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from normconvert.errors import InputError
-from normconvert.records import RECORD_FILE
+from normconvert.files.safetensors_file import FLOATING, read_header
+from normconvert.files.weight_files import find_weights, load_json
+from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
-from normconvert.sources.checkpoint import find_weights, load_json
 from normconvert.sources.opening import WEIGHT_SUFFIXES, library_of
-from normconvert.sources.safetensors_file import FLOATING, read_header
 
 BASE = 1_200_000_000
 """Bytes that a conversion takes whatever the model: the libraries, the trace."""
@@ -94,9 +94,9 @@ def _origin(reference: Reference) -> Origin | InputError:
 def _local(reference: Reference) -> Origin | None:
     text, arch = reference.text, reference.arch
     if text.startswith("demo:"):
-        from normconvert.demos import folder
+        from normconvert.files.embedded import demo_folder
 
-        path = folder(text.removeprefix("demo:"))
+        path = demo_folder(text.removeprefix("demo:"))
         return Origin(text, path.name, "", path, None, None, *_weigh(path, arch))
     path = Path(text).expanduser()
     if not text or not path.exists():

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from normconvert.errors import InputError
+from normconvert.files.yaml_file import Key, YamlFile, nearest, read_yaml
 from normconvert.recipes.model import Recipe, keys_at
-from normconvert.yaml_file import Key, YamlFile, nearest, read_yaml
 
 # ``$${`` stands for ``${``; whatever else begins with ``${`` has to be a variable.
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})?")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normconvert import __version__
+from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.fingerprint import Mark, compare
 from normconvert.recipes.job import Job
 from normconvert.recipes.storage import Store, is_url
-from normconvert.records import RECORD_FILE
 
 STATE = ".cache/normconvert/job.json"
 FORMAT = 1
@@ -109,9 +109,9 @@ def source_name(job: Job) -> str:
 def source_path(job: Job) -> Path | None:
     """The folder or file of a source; None on the hub."""
     if job.source.startswith("demo:"):
-        from normconvert.demos import folder
+        from normconvert.files.embedded import demo_folder
 
-        return folder(job.source.removeprefix("demo:"))
+        return demo_folder(job.source.removeprefix("demo:"))
     return Path(job.source) if os.path.isabs(job.source) else None
 
 
@@ -214,7 +214,7 @@ def _other_settings(job: Job, state: State) -> str:
 
 def broken_limit(figures: Mapping[str, Any], limits: Mapping[str, float]) -> str:
     """The first limit that recorded figures do not keep; empty if they keep all."""
-    from normconvert.limits import outcomes
+    from normconvert.verification.limits import outcomes
 
     if not limits:
         return ""

@@ -16,7 +16,7 @@ from rich.text import Text
 from normconvert.recipes.batch import Batch, Entry, Listener
 from normconvert.recipes.expansion import shown
 from normconvert.report.console import BAD, FAINT, GOOD, HEAD, NO, YES
-from normconvert.report.words import human_bytes, percent
+from normconvert.wording.words import human_bytes, percent
 
 if TYPE_CHECKING:
     from normconvert.recipes.job import Event

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.apply_output import check_output
+from normconvert.apply.output_folder import check_output
 from normconvert.errors import InputError, NormConvertError
+from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim, publish
 from normconvert.recipes.fingerprint import stats, take
 from normconvert.recipes.job import Job, Result
 from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
 from normconvert.recipes.storage import Store, is_url
-from normconvert.records import RECORD_FILE
 from normconvert.sources import hub
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rich.text import Text
 from normconvert.benchmark.result import BOUND, CONVERTED, ORIGINAL, WORTH, Benchmark, Row
 from normconvert.errors import InputError
 from normconvert.report.console import BAD, FAINT, GOOD, HEAD
-from normconvert.report.words import human_bytes
+from normconvert.wording.words import human_bytes
 
 if TYPE_CHECKING:
     from normconvert.benchmark.timing import Spread
@@ -40,7 +40,7 @@ def read_benchmark(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it is something else.
     """
-    from normconvert.sources.checkpoint import load_json
+    from normconvert.files.weight_files import load_json
 
     data = load_json(file)
     try:

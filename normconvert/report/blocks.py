@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from normconvert.report.collapse import Row, collapse
-from normconvert.report.words import becomes
+from normconvert.wording.grouping import Row, collapse
+from normconvert.wording.words import becomes
 
 if TYPE_CHECKING:
-    from normconvert.plan import Plan, Verdict
+    from normconvert.plan.conversion_plan import Plan, Verdict
 
 CONVERTED, KEPT, CENTRED = "converted", "kept", "centred"
 INSERTED = ("center", "compress")

@@ -17,18 +17,19 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from normconvert.apply.model_card import auto_class
 from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
-from normconvert.report.collapse import Row, collapse
 from normconvert.report.junit import PARTS
-from normconvert.report.words import auto_class, becomes, felt, human_bytes
+from normconvert.wording.grouping import Row, collapse
+from normconvert.wording.words import becomes, felt, human_bytes
 
 if TYPE_CHECKING:
-    from normconvert.checking import CheckReport
-    from normconvert.exporting import ExportReport
-    from normconvert.fidelity import Fidelity
-    from normconvert.plan import Plan
+    from normconvert.exporting.export import ExportReport
+    from normconvert.plan.conversion_plan import Plan
     from normconvert.result import Report
+    from normconvert.verification.fidelity import Fidelity
+    from normconvert.verification.record_check import CheckReport
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
 YES, NO = "✓", "✗"
@@ -53,7 +54,8 @@ def show_summary(
         report: the result.
         verbose: every norm for itself.
         kept: the output stays; say where it is and how to load it.
-        measures: what was measured for an HTML report, as :meth:`normconvert.measures.Measures.to_json` gives it.
+        measures: what was measured for an HTML report, as
+            :meth:`~normconvert.verification.layer_measures.Measures.to_json` gives it.
     """
     dry = report.out is None
     title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)

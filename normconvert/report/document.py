@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normconvert.checking import CheckReport
-    from normconvert.fidelity import Fidelity
     from normconvert.result import Report
+    from normconvert.verification.fidelity import Fidelity
+    from normconvert.verification.record_check import CheckReport
 
 
 def report_document(command: str, report: Report) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from normconvert.comparing import Finding
-from normconvert.limits import outcomes
 from normconvert.report.markdown import markdown
+from normconvert.verification.folder_comparison import Finding
+from normconvert.verification.limits import outcomes
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The environment variable that names the file of the job's summary."""

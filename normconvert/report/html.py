@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
 from normconvert.benchmark.result import Row
-from normconvert.comparing import Finding
-from normconvert.limits import outcomes
-from normconvert.plan import Plan
+from normconvert.plan.conversion_plan import Plan
 from normconvert.report.benchmark import machine_in_words, milliseconds
 from normconvert.report.charts import bench_chart, layer_chart, norm_chart
 from normconvert.report.console import how_to_load
 from normconvert.report.junit import PARTS
 from normconvert.report.parts import badge, bars, plan_view, tile
 from normconvert.report.runs import batch_section, swap_section
-from normconvert.report.words import becomes, human_bytes, percent
 from normconvert.result import Report
+from normconvert.verification.folder_comparison import Finding
+from normconvert.verification.limits import outcomes
+from normconvert.wording.words import becomes, human_bytes, percent
 
 if TYPE_CHECKING:
     from jinja2 import Template

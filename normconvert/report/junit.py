@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-from normconvert.limits import outcomes
+from normconvert.verification.limits import outcomes
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold, not even escaped."""
@@ -95,7 +95,7 @@ def _figure_cases(document: dict[str, Any]) -> Iterator[Case]:
 
 
 def _check_cases(document: dict[str, Any]) -> Iterator[Case]:
-    from normconvert.comparing import Finding
+    from normconvert.verification.folder_comparison import Finding
 
     for part, name in PARTS.items():
         findings = [Finding(**data) for data in document["findings"] if data["part"] == part]

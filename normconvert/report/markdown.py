@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from normconvert.comparing import Finding
-from normconvert.limits import outcomes
-from normconvert.report.collapse import Row, collapse
 from normconvert.report.junit import PARTS
+from normconvert.verification.folder_comparison import Finding
+from normconvert.verification.limits import outcomes
+from normconvert.wording.grouping import Row, collapse
 
 MOST = 30
 """Findings that are listed; a pull request is no place for more."""

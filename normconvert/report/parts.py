@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from normconvert.plan import Plan
+from normconvert.plan.conversion_plan import Plan
 from normconvert.report.blocks import NormLine, model_blocks, norm_lines
-from normconvert.report.words import becomes
+from normconvert.wording.words import becomes
 
 
 def badge(passed: bool | None, otherwise: str) -> tuple[str, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from normconvert.plan import Plan
+from normconvert.plan.conversion_plan import Plan
 from normconvert.report.charts import training_chart
 from normconvert.report.parts import badge, bars, plan_view, tile
-from normconvert.report.words import human_number, percent
+from normconvert.wording.words import human_number, percent
 
 Document = dict[str, Any]
 WORTH: dict[str, Callable[[float], str]] = {"accuracy": percent, "perplexity": human_number}

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normconvert.report.screen import Screen
-from normconvert.report.words import human_number, percent
+from normconvert.wording.words import human_number, percent
 
 if TYPE_CHECKING:
     from normconvert.tuning.evaluation import Figures
@@ -94,19 +94,6 @@ def show_swap(console: Console, report: SwapReport) -> None:
         grid.add_row("note", note)
     console.print(grid)
     console.print(figures_table(report.figures))
-
-
-def in_words(report: SwapReport) -> dict[str, str]:
-    """What was measured -> what was found, for the model card."""
-    found = {"measured on": report.eval_data}
-    for stage, one in report.figures.items():
-        words = [f"{percent(one.agreement)} of the original's decisions"]
-        words += [f"accuracy {percent(one.accuracy)}"] if one.accuracy is not None else []
-        words += [f"perplexity {human_number(one.perplexity)}"] if one.perplexity is not None else []
-        found[stage] = ", ".join(words)
-    if report.fused is not None:
-        found["fused against unfused, float64"] = f"{report.fused.algebra:.2g} (at most {report.fused.tolerance:.2g})"
-    return found
 
 
 def figures_table(figures: Mapping[str, Figures]) -> Table:

@@ -10,7 +10,7 @@ from rich.tree import Tree
 from normconvert.report.blocks import CENTRED, CONVERTED, KEPT, Block, Chip, model_blocks
 
 if TYPE_CHECKING:
-    from normconvert.plan import Plan
+    from normconvert.plan.conversion_plan import Plan
 
 SIGNS = {CONVERTED: ("✓", "green"), KEPT: ("✗", "bold red"), CENTRED: ("⊖", "cyan")}
 """State of a chip -> its sign and colour."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import fx
 
-from ..options import Options
-from ..places import Place, shape_of
-from ..streams import Analysis, Made, Spot, Stream, operation, spans
-from ..tracing import module_path
-from ..writes import MARK
+from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
+from normconvert.options import Options
+from normconvert.tracing.graph import module_path
+from normconvert.tracing.in_place_writes import MARK
 
 MarkKey = tuple[str, str, str]
 """Module path, ``input`` or ``output``, and which one of them."""

@@ -4,8 +4,7 @@ relu(a x + b) = a max(x + b / a, 0) for a > 0, and a min(x + b / a, 0) for a < 0
 neither before nor behind, where every layer reads all earlier ones through a norm of its own, still vanishes: the
 linear maps that read the ReLU take a, whatever they pad with zeros, and x + b / a is half a BatchNorm's work. The start
 -b / a could move behind as well, max(x, -b / a) + b / a, and then no work would be left; but sums of what cancels again
-lose digits (docs/design.md has figures). What the vectors are, with constant channels, is `normconvert.vectors`'s to
-say.
+lose digits (docs/design.md has figures). `normconvert.plan.vectors` says what the vectors are, with constant channels.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from typing import Any
 
 from torch import fx
 
-from ..affine import Affine, Call
-from ..channels import NEUTRAL, name_of
-from ..places import Place, shape_of
-from ..streams import operation
-from ..tracing import Graph, module_path
-from ..vectors import Expression
-from ..writes import MARK
-from .linear_maps import Blocked
-from .moving import Share, Walk, agreed
+from normconvert.analysis.affine_norms import Affine, Call
+from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.streams import operation
+from normconvert.plan.vectors import Expression
+from normconvert.rewrites.linear_maps import Blocked
+from normconvert.rewrites.moving import Share, Walk, agreed
+from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.in_place_writes import MARK
 
 TENSORS = ("start", "lower", "upper")
 """Names of the tensors of a clamp."""

@@ -18,22 +18,23 @@ from typing import Any
 
 from torch import fx
 
-from ..channels import terms_of
-from ..norms import Norm, find_norms, is_float32_cast
-from ..options import Options
-from ..places import Place, carry_forward, shape_of
-from ..plan import Plan, Verdict
-from ..probes import quiet
-from ..streams import Analysis, Spot, Stream, described
-from ..tracing import Graph
-from .centring import Centring, survey
-from .fold import along
-from .readers import Reader, Unfoldable, readers_of
-from .regions import Marks, Region, Stays, choose_region
-from .retrace import Differs, Meant, narrowed, prove
-from .sizes import Remedies, resize_edits
-from .verdicts import Obstacle, misuse, never_called, obstacle
-from .writers import Edits, writer_edits
+from normconvert.analysis.channel_axes import Place, carry_forward, shape_of
+from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.op_table import terms_of
+from normconvert.analysis.streams import Analysis, Spot, Stream, described
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.centring import Centring, survey
+from normconvert.rewrites.fold import along
+from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
+from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
+from normconvert.rewrites.registry import rewrite
+from normconvert.rewrites.retrace import Differs, Meant, narrowed, prove
+from normconvert.rewrites.sizes import Remedies, resize_edits
+from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
+from normconvert.rewrites.writers import Edits, writer_edits
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.probes import quiet
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Draft:
     meant: Meant = field(default_factory=lambda: Meant((), (), (), ()))
 
 
+@rewrite("crmsnorm")
 def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     """The plan that stores each stream which provably allows it in one channel less.
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..norms import Norm
-from ..places import Place
-from ..streams import Analysis, described
-from .readers import Unfoldable, readers_of
+from normconvert.analysis.channel_axes import Place
+from normconvert.analysis.norms import Norm
+from normconvert.analysis.streams import Analysis, described
+from normconvert.rewrites.readers import Unfoldable, readers_of
 
 Edits = dict[str, list[dict[str, Any]]]
 

@@ -1,7 +1,8 @@
 """BatchNorm and its kin -> nothing: each affine norm moves into the linear maps before it, or behind it.
 
-In eval mode BatchNorm is y = a * x + b with a = w / sqrt(v + eps), b = beta - m a. `normconvert.affine` finds such
-norms, `normconvert.rewrites.moving` says which linear maps can take (a, b) instead. All calls of a norm move, or none;
+In eval mode BatchNorm is y = a * x + b with a = w / sqrt(v + eps), b = beta - m a.
+`normconvert.analysis.affine_norms` finds such norms, `normconvert.rewrites.moving` says which linear maps can take
+(a, b) instead. All calls of a norm move, or none;
 nothing moves unless nobody else can see the difference. Two norms in a row are moved one after the other: behind,
 W (a' (a x + b) + b') + c = (W diag(a') diag(a)) x + W (a' b) + W b' + c. A norm that can move neither way, before a
 ReLU, becomes a part of it where the ReLU's readers are linear maps: `normconvert.rewrites.clipping`.
@@ -14,22 +15,25 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..affine import Affine, find_affine_norms
-from ..branches import Block, find_blocks
-from ..channels import NEUTRAL, name_of
-from ..options import Options
-from ..places import Place
-from ..plan import Plan, Verdict
-from ..streams import operation
-from ..tracing import Graph, module_path
-from ..vectors import Expression, part, times
-from .clipping import Clipping, clip
-from .linear_maps import Blocked
-from .moving import Share, Walk, agreed
+from normconvert.analysis.affine_norms import Affine, find_affine_norms
+from normconvert.analysis.channel_axes import Place
+from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.parallel_branches import Block, find_blocks
+from normconvert.analysis.streams import operation
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.plan.vectors import Expression, part, times
+from normconvert.rewrites.clipping import Clipping, clip
+from normconvert.rewrites.linear_maps import Blocked
+from normconvert.rewrites.moving import Share, Walk, agreed
+from normconvert.rewrites.proof import difference
+from normconvert.rewrites.registry import rewrite
+from normconvert.tracing.graph import Graph, module_path
 
 Edits = dict[str, list[dict[str, Any]]]
 
 
+@rewrite("fuse-bn", proof=difference)
 def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     """The plan that moves every affine norm that can move into linear maps beside it.
 

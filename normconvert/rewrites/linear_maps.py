@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from ..channels import name_of, terms_of
-from ..norms import COPIES, MOVES
-from ..places import shape_of
-from ..streams import operation
+from normconvert.analysis.channel_axes import shape_of
+from normconvert.analysis.norms import COPIES, MOVES
+from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.analysis.streams import operation
 
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
 TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}

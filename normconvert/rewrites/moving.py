@@ -14,13 +14,12 @@ from typing import Any
 
 from torch import fx
 
-from ..channels import NEUTRAL, name_of, terms_of, varies
-from ..norms import COPIES, MOVES
-from ..places import Place, carry_back, carry_forward, shape_of
-from ..streams import operation
-from ..tracing import Graph
-from ..vectors import Expression, part, times
-from .linear_maps import (
+from normconvert.analysis.channel_axes import Place, carry_back, carry_forward, shape_of
+from normconvert.analysis.norms import COPIES, MOVES
+from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
+from normconvert.analysis.streams import operation
+from normconvert.plan.vectors import Expression, part, times
+from normconvert.rewrites.linear_maps import (
     CONVOLUTIONS,
     LINEAR,
     TRANSPOSED,
@@ -33,6 +32,7 @@ from .linear_maps import (
     keeps_constants,
     weight_and_bias,
 )
+from normconvert.tracing.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Share:
         outer: further factors of that dimension (see `Place`), as ``inner``.
         start: forwards, the first of its channels that is scaled.
         channels: backwards, which of the affine map's channels it takes: (start, stop).
-        groups: as in `normconvert.edits`, where dimension 1 continues dimension 0.
+        groups: as in `normconvert.plan.edits`, where dimension 1 continues dimension 0.
         bias: name of its bias; None if it has none.
         outputs: length of the bias.
         shifted: whether it takes the shift, too.

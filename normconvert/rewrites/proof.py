@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import fx
 
-from ..affine import find_affine_norms
-from ..branches import find_blocks
-from ..channels import name_of
-from ..plan import Plan
-from ..streams import operation
-from ..tracing import Graph
-from ..writes import MARK
-from .clipping import TENSORS, clamp_behind
+from normconvert.analysis.affine_norms import find_affine_norms
+from normconvert.analysis.op_table import name_of
+from normconvert.analysis.parallel_branches import find_blocks
+from normconvert.analysis.streams import operation
+from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.clipping import TENSORS, clamp_behind
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import MARK
 
 SILENT = {"aten._assert_tensor_metadata"}
 

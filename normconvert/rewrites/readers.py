@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..channels import name_of, terms_of
-from ..norms import COPIES, MOVES, Norm
-from ..places import Place, carry_back, shape_of
-from ..streams import Analysis, Leak, Spot, described, operation
-from ..tracing import module_path
+from normconvert.analysis.channel_axes import Place, carry_back, shape_of
+from normconvert.analysis.norms import COPIES, MOVES, Norm
+from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.analysis.streams import Analysis, Leak, Spot, described, operation
+from normconvert.tracing.graph import module_path
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..streams import Analysis, Spot, Stream, operation
-from .centring import Centring, MarkKey, axis_of
+from normconvert.analysis.streams import Analysis, Spot, Stream, operation
+from normconvert.rewrites.centring import Centring, MarkKey, axis_of
 
 if TYPE_CHECKING:
     import networkx as nx

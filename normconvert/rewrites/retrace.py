@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..channels import NEUTRAL, POINTWISE, name_of, varies
-from ..errors import TraceError
-from ..places import Place, shape_of
-from ..runtime import Compress, add_hook, apply_module_edits
-from ..streams import Spot, operation
-from ..tracing import Graph, merge, module_path, trace
-from ..writes import MARK
-from .centring import MarkKey
+from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.op_table import NEUTRAL, POINTWISE, name_of, varies
+from normconvert.analysis.streams import Spot, operation
+from normconvert.errors import TraceError
+from normconvert.rewrites.centring import MarkKey
+from normconvert.runtime import Compress, add_hook, apply_module_edits
+from normconvert.tracing.graph import Graph, merge, module_path, trace
+from normconvert.tracing.in_place_writes import MARK
 
 
 class Differs(Exception):

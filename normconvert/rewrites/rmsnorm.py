@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from ..norms import Norm, find_norms, is_float32_cast
-from ..options import Options
-from ..plan import Plan, Verdict
-from ..streams import Analysis, Spot, Stream
-from ..tracing import Graph
-from .centring import Centring, MarkKey, axis_of, centre_streams, root_of_taint
-from .fold import fold_norms
-from .verdicts import misuse, never_called, obstacle
-from .writers import Edits, writer_edits
+from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.streams import Analysis, Spot, Stream
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.centring import Centring, MarkKey, axis_of, centre_streams, root_of_taint
+from normconvert.rewrites.fold import fold_norms
+from normconvert.rewrites.registry import rewrite
+from normconvert.rewrites.verdicts import misuse, never_called, obstacle
+from normconvert.rewrites.writers import Edits, writer_edits
+from normconvert.tracing.graph import Graph
 
 
+@rewrite("rmsnorm")
 def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     """The plan that turns every LayerNorm which provably reads a mean-free value into RMSNorm.
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..places import Place, shape_of
-from ..streams import Spot, Stream
-from ..tracing import Graph, module_path
-from ..writes import MARK
-from .regions import Stays
-from .retrace import Differs, narrowed
+from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.streams import Spot, Stream
+from normconvert.rewrites.regions import Stays
+from normconvert.rewrites.retrace import Differs, narrowed
+from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.in_place_writes import MARK
 
 SIZES = (
     ("out_features", "in_features"),

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..norms import Norm
-from ..options import Options
-from ..plan import Verdict
-from ..streams import Leak, Spot, Stream, operation
-from ..tracing import Graph, module_path
-from ..writes import MARK
-from .centring import leaks_of
+from normconvert.analysis.norms import Norm
+from normconvert.analysis.streams import Leak, Spot, Stream, operation
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Verdict
+from normconvert.rewrites.centring import leaks_of
+from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.in_place_writes import MARK
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..streams import Analysis, Spot
-from ..tracing import module_path
-from .centring import Centring
-from .fold import along
+from normconvert.analysis.streams import Analysis, Spot
+from normconvert.rewrites.centring import Centring
+from normconvert.rewrites.fold import along
+from normconvert.tracing.graph import module_path
 
 Edits = dict[str, list[dict[str, Any]]]
 

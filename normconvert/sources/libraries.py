@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
-from normconvert.sources.safetensors_file import FLOATING
+from normconvert.files.safetensors_file import FLOATING
+from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def build_skeleton(source: Source) -> nn.Module:
     """See :meth:`Source.skeleton`."""
     import torch
 
-    from normconvert.constant_buffers import following_integers
+    from normconvert.tracing.constant_buffers import following_integers
 
     with following_integers() as fill:
         if source.library == "timm":
@@ -60,20 +61,6 @@ def build_skeleton(source: Source) -> nn.Module:
     model = model.to(torch.device("meta")).eval()
     fill(model)
     return model
-
-
-def apply_modules(source: Source, model: nn.Module) -> None:
-    """Give the plain architecture the form that the weights of a converted folder have.
-
-    Raises:
-        InputError: the edits are another model's.
-    """
-    from normconvert.runtime import apply_module_edits
-
-    try:
-        apply_module_edits(model, source.modules)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{source.reference}: {error}") from error
 
 
 def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
@@ -183,3 +170,11 @@ def load_tokenizer(source: Source) -> Any | None:
             source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
         )
     return None
+
+
+class LibraryModels:
+    """What a :class:`Source` is given to make models with, whichever library it is of."""
+
+    skeleton = staticmethod(build_skeleton)
+    load = staticmethod(load_model)
+    tokenizer = staticmethod(load_tokenizer)

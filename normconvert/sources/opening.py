@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
-from normconvert.records import RECORD_FILE, structural_edits
-from normconvert.sources.checkpoint import (
+from normconvert.files.embedded import demo_folder
+from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.weight_files import (
     PICKLES,
     Checkpoint,
     find_weights,
+    in_hub_cache,
     load_json,
     majority_dtype,
     read_checkpoint,
 )
+from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.hub import HUB_ID, download
-from normconvert.sources.source import Source, TensorInfo
+from normconvert.sources.source import Source
 
-DEMOS = Path(__file__).parent.parent / "demos"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
 
@@ -80,7 +82,7 @@ def _is_bare(reference: str) -> bool:
 def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file that ``reference`` means, and its commit if it comes from the hub."""
     if reference.startswith("demo:"):
-        return _demo(reference.removeprefix("demo:")), None
+        return demo_folder(reference.removeprefix("demo:")), None
     path = Path(reference).expanduser()
     if reference and path.exists():
         if revision is not None:
@@ -103,14 +105,6 @@ def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
             raise InputError(f"{reference}: two revisions, {at} and {revision}: give one")
         raise InputError(f"{reference}: no such file or folder, and not a hub id (name or org/name)")
     return name, at or revision
-
-
-def _demo(name: str) -> Path:
-    folder = DEMOS / name
-    known = sorted(path.parent.name for path in DEMOS.glob("*/config.json"))
-    if name not in known:
-        raise InputError(f"demo:{name}: no such demo: expected one of {', '.join(known) or '(none installed)'}")
-    return folder
 
 
 def open_folder(
@@ -140,7 +134,7 @@ def _finish(
     trust: bool,
     found: Found | None,
 ) -> Source:
-    from normconvert.sources.libraries import describe, map_names
+    from normconvert.sources.libraries import LibraryModels, describe, map_names
 
     bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, arch)
@@ -158,7 +152,8 @@ def _finish(
     source = Source(
         reference=reference, library=library, folder=folder, config=config,
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
-        dtype=dtype, trust_remote_code=trust, record=record, revision=commit, pickled=checkpoint.pickled,
+        dtype=dtype, models=LibraryModels(), trust_remote_code=trust, record=record, revision=commit,
+        pickled=checkpoint.pickled,
         modules=structural_edits(folder) if folder is not None else (), notes=notes,
     )  # fmt: skip
     source = describe(source)
@@ -213,8 +208,3 @@ def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
                 f"{folder}: quantised checkpoint ({method or 'quantization_config in config.json'}): "
                 "convert the original weights, quantise afterwards"
             )
-
-
-def in_hub_cache(folder: Path) -> bool:
-    """Whether this is a snapshot folder of the hub's cache, whose files are links made by huggingface_hub."""
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError, Unfinished
+from normconvert.files.safetensors_file import MAX_HEADER
+from normconvert.files.tensor_info import TensorInfo
 from normconvert.sources.hub import explained, wanted_files
 from normconvert.sources.opening import hub_id, open_folder
-from normconvert.sources.safetensors_file import MAX_HEADER
-from normconvert.sources.source import Source, TensorInfo
+from normconvert.sources.source import Source
 
 FIRST = 100_000  # bytes asked for at first: most headers are shorter
 PIECE = 1 << 26  # bytes of a tensor asked for at a time

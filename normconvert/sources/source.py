@@ -5,32 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one checkpoint tensor lies.
+class Models(Protocol):
+    """How the library of a source makes models of it: what a :class:`Source` is given, so that it need not know it."""
 
-    Attributes:
-        name: name in the checkpoint.
-        file: the file that holds it.
-        dtype: safetensors dtype name, e.g. ``F32``.
-        shape: its shape.
-        start: first byte in ``file``; -1 for pickles, which have no fixed place.
-        end: one past the last byte in ``file``; -1 for pickles.
-    """
+    def skeleton(self, source: Source) -> nn.Module:
+        """See :meth:`Source.skeleton`."""
 
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int = -1
-    end: int = -1
+    def load(self, source: Source, dtype: torch.dtype) -> nn.Module:
+        """See :meth:`Source.load`; on the CPU."""
+
+    def tokenizer(self, source: Source) -> Any | None:
+        """See :meth:`Source.tokenizer`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Source:
         name_map: checkpoint name -> name in ``model.state_dict()``; a stray tensor is absent.
         one_to_one: False if the library merges, splits or reshapes tensors when it loads them.
         dtype: dtype of the majority of the floating elements.
+        models: what makes models of it.
         trust_remote_code: whether code that comes with the checkpoint may run.
         record: parsed normconvert.json if normconvert wrote this folder.
         buffers: model names that are buffers: these may hold infinities (masks).
@@ -70,6 +65,7 @@ class Source:
     name_map: dict[str, str]
     one_to_one: bool
     dtype: torch.dtype
+    models: Models = field(repr=False, compare=False)
     trust_remote_code: bool = False
     record: dict[str, Any] | None = None
     buffers: frozenset[str] = frozenset()
@@ -100,9 +96,7 @@ class Source:
         Raises:
             InputError: the library cannot build the architecture.
         """
-        from normconvert.sources.libraries import build_skeleton
-
-        return build_skeleton(self)
+        return self.models.skeleton(self)
 
     def load(self, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
         """The model with its weights, loaded by the library itself, in eval mode.
@@ -114,16 +108,14 @@ class Source:
         Raises:
             InputError: the library refuses the files.
         """
-        from normconvert.sources.libraries import load_model
-
-        return load_model(self, dtype or self.dtype).to(device)
+        return self.models.load(self, dtype or self.dtype).to(device)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its checkpoint name, mapped from the file where the format allows it.
 
         The tensor is a private copy-on-write view: writing to it never reaches the file.
         """
-        from normconvert.sources.safetensors_file import map_tensor
+        from normconvert.files.safetensors_file import map_tensor
 
         if self.fetch is not None:
             self.fetch(name)
@@ -131,6 +123,4 @@ class Source:
 
     def tokenizer(self) -> Any | None:
         """The tokenizer in the folder; None if there is none or it cannot be built here."""
-        from normconvert.sources.libraries import load_tokenizer
-
-        return load_tokenizer(self)
+        return self.models.tokenizer(self)

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from normconvert.errors import InputError
+from normconvert.files.uninitialised import NoRandomInit
+from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
-
-RANDOM_INIT = frozenset({"uniform_", "normal_", "trunc_normal_", "erfinv_", "bernoulli_", "exponential_"})
-
-
-class NoRandomInit(TorchFunctionMode):
-    """Skips random initialisation, which costs seconds and is overwritten by the checkpoint."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in RANDOM_INIT and args and isinstance(args[0], torch.Tensor):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def describe(source: Source) -> Source:
@@ -170,8 +158,6 @@ def _load_filtered(source: Source) -> nn.Module:
 
 def load(source: Source, dtype: torch.dtype) -> nn.Module:
     """timm's factory, then the weights."""
-    from normconvert.sources.libraries import apply_modules
-
     if source.merged:
         return _load_filtered(source).to(dtype)
     with NoRandomInit():

@@ -1,1 +1,6 @@
-"""Replacing norms by ones with fixed statistics, which must be learnt: calibration, distillation, and the norms."""
+"""A source and data in, a checkpoint with other norms out: calibration, distillation, and the norms themselves.
+
+`swapping` is the stage; `settings` is what a user chooses, `data` what is learnt from, `seats` which norms may go,
+`norms` what takes their place, `student` and `training` how they learn, `fusing` how they vanish again. A new norm is a
+file of `norms`. What is lossless is none of this room's business: it asks the rewrites for it.
+"""

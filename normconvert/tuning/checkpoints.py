@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from .settings import Settings
+from normconvert.errors import InputError
+from normconvert.tuning.settings import Settings
 
 STATE, SETTINGS = "state.pt", "settings.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..fidelity import flatten
+from normconvert.verification.fidelity import flatten
 
 IGNORED = -100
 """A label that does not count."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compare import blocks_of, divergence, feature_error, label_loss, main_output, outputs_of
-from .data import Data, all_batches
-from .processes import Processes
-from .student import call, move
+from normconvert.tuning.compare import blocks_of, divergence, feature_error, label_loss, main_output, outputs_of
+from normconvert.tuning.data import Data, all_batches
+from normconvert.tuning.processes import Processes
+from normconvert.tuning.student import call, move
 
 
 @dataclass(frozen=True)

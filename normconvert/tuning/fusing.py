@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ..apply import write_checkpoint
-from ..errors import NothingToConvert
-from ..fidelity import Fidelity
-from ..options import Options
-from ..output import loading_files
-from ..pipeline import plan_model
-from ..plan import Plan, Verdict
-from ..probes import verification_inputs
-from ..sources import Source, open_source
-from ..verification import tolerance_for, verify_models
+from normconvert.apply.checkpoint import write_checkpoint
+from normconvert.apply.record import loading_files
+from normconvert.errors import NothingToConvert
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.planning import plan_model
+from normconvert.sources import Source, open_source
+from normconvert.tracing.probes import verification_inputs
+from normconvert.verification.equivalence import tolerance_for, verify_models
+from normconvert.verification.fidelity import Fidelity
 
 ROUNDING = 32.0
 """Allowed rounding error of the fused model, times the trained one's. Two are not enough: on a single odd input the
@@ -57,7 +57,7 @@ def fuse_folder(
     Returns:
         What was done. The fidelity may have failed.
     """
-    from ..loading import load
+    from normconvert.sources.converted import load
 
     arch = f"timm:{original.architecture}" if not (tuned / "config.json").is_file() else None
     source = open_source(str(tuned), arch=arch, trust_remote_code=original.trust_remote_code)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compare import outputs_of
-from .student import Batch, Student, call
+from normconvert.tuning.compare import outputs_of
+from normconvert.tuning.student import Batch, Student, call
 
 KEEP = 0.95
 """Of the running averages."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..errors import InputError
+from normconvert.errors import InputError
 
 
 class Processes:

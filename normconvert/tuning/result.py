@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from normconvert import __version__
+from normconvert.wording.words import human_number, percent
 
 if TYPE_CHECKING:
-    from ..fidelity import Fidelity
-    from ..plan import Plan
-    from .evaluation import Figures
-    from .settings import Settings
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.tuning.evaluation import Figures
+    from normconvert.tuning.settings import Settings
+    from normconvert.verification.fidelity import Fidelity
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,16 @@ class SwapReport:
             "notes": list(self.notes),
             "plan": self.plan.to_json(),
         }
+
+
+def in_words(report: SwapReport) -> dict[str, str]:
+    """What was measured -> what was found, for the model card."""
+    found = {"measured on": report.eval_data}
+    for stage, one in report.figures.items():
+        words = [f"{percent(one.agreement)} of the original's decisions"]
+        words += [f"accuracy {percent(one.accuracy)}"] if one.accuracy is not None else []
+        words += [f"perplexity {human_number(one.perplexity)}"] if one.perplexity is not None else []
+        found[stage] = ", ".join(words)
+    if report.fused is not None:
+        found["fused against unfused, float64"] = f"{report.fused.algebra:.2g} (at most {report.fused.tolerance:.2g})"
+    return found

@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from ..channels import name_of
-from ..errors import InputError
-from ..norms import Norm, find_norms
-from ..plan import Plan
-from ..tracing import Graph
-from ..writes import MARK
+from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.op_table import name_of
+from normconvert.errors import InputError
+from normconvert.plan.conversion_plan import Plan
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import MARK
 
 ATTENTION = ("attention", "softmax")
 """How the names of operations begin or end that say: this branch is attention."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..errors import InputError
+from normconvert.errors import InputError
 
 SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",

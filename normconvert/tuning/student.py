@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edits import apply_edits
-from ..plan import Plan
-from ..running import algebra_model, named_tensors
-from .norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
-from .norms.frozen import first_tokens
-from .norms.tokens import Moments, rows, summed, weights_of
-from .seats import Seat
+from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.edits import apply_edits
+from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
+from normconvert.tuning.norms.frozen import first_tokens
+from normconvert.tuning.norms.tokens import Moments, rows, summed, weights_of
+from normconvert.tuning.seats import Seat
+from normconvert.verification.probe_runs import algebra_model, named_tensors
 
 Batch = Mapping[str, Tensor]
 

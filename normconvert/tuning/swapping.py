@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FidelityError, InputError, NormConvertError, NothingToConvert
-from ..options import Options
-from ..plan import Plan
-from ..sources import Source
-from . import checkpoints
-from .data import Data, Wanted, all_batches, open_data, wanted_by
-from .data.batches import Part
-from .evaluation import Figures, evaluate
-from .processes import Processes
-from .result import SwapReport
-from .seats import Seat, choose, find_seats
-from .settings import Settings
-from .student import Student, call, finish, make_student, make_teacher, measure, move
-from .training import Trace, Watch, train
-from .writing import LARGE_EPS, eps_key, plan_of, write_folder
+from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.sources import Source
+from normconvert.tuning import checkpoints
+from normconvert.tuning.data import Data, Wanted, all_batches, open_data, wanted_by
+from normconvert.tuning.data.batches import Part
+from normconvert.tuning.evaluation import Figures, evaluate
+from normconvert.tuning.processes import Processes
+from normconvert.tuning.result import SwapReport, in_words
+from normconvert.tuning.seats import Seat, choose, find_seats
+from normconvert.tuning.settings import Settings
+from normconvert.tuning.student import Student, call, finish, make_student, make_teacher, measure, move
+from normconvert.tuning.training import Trace, Watch, train
+from normconvert.tuning.writing import LARGE_EPS, eps_key, plan_of, write_folder
 
 HELD_BACK = 0.05
 """Share of the data that is measured on and not learnt from, where there is no other."""
@@ -96,8 +96,8 @@ def swap(
         Diverged: the training went astray; its last good state is kept.
         FidelityError: the fused model does not compute what the trained one computes.
     """
-    from ..api import check_device
-    from ..apply_output import check_output
+    from normconvert.apply.output_folder import check_output
+    from normconvert.options import check_device
 
     try:
         chosen = Settings(method=method, data=data, **settings)
@@ -115,7 +115,7 @@ def swap(
     processes.wait()
     clock = _Clock(stage)
     clock("open")
-    from ..sources import open_source
+    from normconvert.sources import open_source
 
     source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
     subject = analyse(source, chosen, fuse, clock)
@@ -196,8 +196,8 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
         NothingToConvert: none can be.
     """
     clock("trace")
-    from ..pipeline import trace_model
-    from ..rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.tracing.model_graph import trace_model
 
     if source.modules:
         raise InputError(f"{source.reference}: its norms have been changed already; swap those of the original")
@@ -247,7 +247,7 @@ def _open_both(
 
 def _try(data: Data, teacher: nn.Module, processes: Processes) -> None:
     """Refuse data that the original cannot take."""
-    from .compare import main_output
+    from normconvert.tuning.compare import main_output
 
     batch = move(data.batch([0]), processes.device)
     try:
@@ -306,7 +306,7 @@ def write(
     clock: Callable[[str], None],
 ) -> SwapReport:
     """Write the output, fused or not, complete or not at all."""
-    from ..apply_output import staged_output
+    from normconvert.apply.output_folder import staged_output
 
     source, method = subject.source, report.method
     key = None if fuse or source.dtype == torch.float16 else eps_key(source, subject.seats, subject.norms)
@@ -326,7 +326,7 @@ def write(
             write_folder(source, student, plan, tuned, torch.float32)
             _record(tuned, source, replace(report, plan=plan))
             clock("fuse")
-            from .fusing import fuse_folder
+            from normconvert.tuning.fusing import fuse_folder
 
             fused = fuse_folder(
                 tuned,
@@ -356,7 +356,7 @@ def _left(plan: Plan, absorbed: Iterable[str]) -> tuple[str, ...]:
 
 def _record(folder: Path, source: Source, report: SwapReport) -> None:
     """normconvert.json, which the loader reads, with what the training was and found; and the model card."""
-    from ..output import RECORD_FORMAT
+    from normconvert.apply.record import RECORD_FORMAT
 
     data = report.to_json()
     record = {
@@ -373,9 +373,7 @@ def _record(folder: Path, source: Source, report: SwapReport) -> None:
 
 
 def _card(folder: Path, source: Source, report: SwapReport) -> None:
-    from ..modelcard import model_card
-    from ..report.training import in_words
-    from ..report.words import auto_class
+    from normconvert.apply.model_card import auto_class, model_card
 
     existing = source.folder / "README.md" if source.folder else None
     text = model_card(

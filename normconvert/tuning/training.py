@@ -12,16 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NormConvertError
-from . import checkpoints
-from .compare import agreement, blocks_of, divergence, feature_error, label_loss, main_output, outputs_of
-from .data.batches import Data, training_batch
-from .guard import Guard, worst_norm
-from .norms import FrozenNorm, RepBatchNorm
-from .processes import Processes
-from .seats import ROLES
-from .settings import Settings, share_left
-from .student import Batch, Student, call, move
+from normconvert.errors import NormConvertError
+from normconvert.tuning import checkpoints
+from normconvert.tuning.compare import (
+    agreement,
+    blocks_of,
+    divergence,
+    feature_error,
+    label_loss,
+    main_output,
+    outputs_of,
+)
+from normconvert.tuning.data.batches import Data, training_batch
+from normconvert.tuning.guard import Guard, worst_norm
+from normconvert.tuning.norms import FrozenNorm, RepBatchNorm
+from normconvert.tuning.processes import Processes
+from normconvert.tuning.seats import ROLES
+from normconvert.tuning.settings import Settings, share_left
+from normconvert.tuning.student import Batch, Student, call, move
 
 WARM_UP = 0.05
 """Share of the steps over which the learning rate rises."""

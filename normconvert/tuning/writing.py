@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply_loaded import save_model
-from ..apply_output import copy_other_files
-from ..errors import InputError, NormConvertError
-from ..output import loading_files
-from ..plan import Plan, Verdict
-from ..running import named_tensors
-from ..runtime import STRUCTURAL, apply_module_edits
-from ..sources import Source
-from .seats import Seat
-from .settings import SWAPS
-from .student import Student
+from normconvert.apply.loaded_model import save_model
+from normconvert.apply.output_folder import copy_other_files
+from normconvert.apply.record import loading_files
+from normconvert.errors import InputError, NormConvertError
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.runtime import STRUCTURAL, apply_module_edits
+from normconvert.sources import Source
+from normconvert.tuning.seats import Seat
+from normconvert.tuning.settings import SWAPS
+from normconvert.tuning.student import Student
+from normconvert.verification.probe_runs import named_tensors
 
 LARGE_EPS = 1e12
 

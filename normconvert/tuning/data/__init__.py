@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .batches import Data, all_batches, training_batch
-from .opening import KINDS, open_data
-from .wanted import Wanted, wanted_by
+from normconvert.tuning.data.batches import Data, all_batches, training_batch
+from normconvert.tuning.data.opening import KINDS, open_data
+from normconvert.tuning.data.wanted import Wanted, wanted_by
 
 __all__ = ["KINDS", "Data", "Wanted", "all_batches", "open_data", "training_batch", "wanted_by"]

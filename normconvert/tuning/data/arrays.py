@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from .batches import Columns
-from .wanted import Wanted, check_columns
+from normconvert.errors import InputError
+from normconvert.tuning.data.batches import Columns
+from normconvert.tuning.data.wanted import Wanted, check_columns
 
 
 def read_arrays(name: str, kind: str, path: Path, wanted: Wanted) -> Columns:

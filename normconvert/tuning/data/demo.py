@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...demos import held_out_text
-from ...errors import InputError
-from .batches import Columns
-from .images import Distorted
-from .text import from_ids, windows_of
-from .wanted import TEXT, Wanted
+from normconvert.errors import InputError
+from normconvert.files.embedded import held_out_text
+from normconvert.tuning.data.batches import Columns
+from normconvert.tuning.data.images import Distorted
+from normconvert.tuning.data.text import from_ids, windows_of
+from normconvert.tuning.data.wanted import TEXT, Wanted
 
 SAMPLES = 256
 """Texts that a language model makes."""
@@ -42,7 +42,7 @@ def demo_data(
     if wanted.shape is None or wanted.shape[0] != 1:
         raise InputError(f"{name}: the embedded data are text and grey digits; the model takes {wanted.main}")
     try:
-        from .digits import MEAN, STD, digits
+        from normconvert.tuning.data.digits import MEAN, STD, digits
     except ImportError as error:
         raise InputError(f"{name}: the digits come with scikit-learn: pip install 'normconvert[swap]'") from error
     images, labels = digits("test" if held_out else "train", size=wanted.shape[1])

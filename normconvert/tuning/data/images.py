@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import InputError
-from .wanted import Wanted
+from normconvert.errors import InputError
+from normconvert.tuning.data.wanted import Wanted
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 

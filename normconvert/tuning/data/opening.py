@@ -6,14 +6,14 @@ from pathlib import Path
 
 from torch import nn
 
-from ...errors import InputError
-from .arrays import read_arrays
-from .batches import Data
-from .demo import demo_data
-from .images import read_images
-from .tables import read_hub, read_parquet
-from .text import read_text
-from .wanted import Wanted
+from normconvert.errors import InputError
+from normconvert.tuning.data.arrays import read_arrays
+from normconvert.tuning.data.batches import Data
+from normconvert.tuning.data.demo import demo_data
+from normconvert.tuning.data.images import read_images
+from normconvert.tuning.data.tables import read_hub, read_parquet
+from normconvert.tuning.data.text import read_text
+from normconvert.tuning.data.wanted import Wanted
 
 KINDS = {
     "imagefolder": "imagefolder:FOLDER, a subfolder for each class",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from .batches import Columns, Data
-from .text import windows_of
-from .wanted import TEXT, Wanted, check_columns
+from normconvert.errors import InputError
+from normconvert.tuning.data.batches import Columns, Data
+from normconvert.tuning.data.text import windows_of
+from normconvert.tuning.data.wanted import TEXT, Wanted, check_columns
 
 
 def read_parquet(name: str, path: Path, column: str | None, wanted: Wanted, length: int | None) -> Data:

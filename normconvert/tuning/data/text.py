@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from .batches import Columns
-from .wanted import TEXT, Wanted, check_columns
+from normconvert.errors import InputError
+from normconvert.tuning.data.batches import Columns
+from normconvert.tuning.data.wanted import TEXT, Wanted, check_columns
 
 LENGTH = 256
 """Tokens a window, unless the user or the model asks for fewer."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import InputError
-from ...probes import trace_inputs
-from ...probes.facts import Facts
-from ...sources import Source
+from normconvert.errors import InputError
+from normconvert.sources import Source
+from normconvert.tracing.probes import trace_inputs
+from normconvert.tracing.probes.facts import Facts
 
 TEXT = "input_ids"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .frozen import FrozenNorm
-from .power import PowerNorm
-from .repbn import RepBatchNorm
-from .unified import UnifiedNorm
+from normconvert.tuning.norms.frozen import FrozenNorm
+from normconvert.tuning.norms.power import PowerNorm
+from normconvert.tuning.norms.repbn import RepBatchNorm
+from normconvert.tuning.norms.unified import UnifiedNorm
 
 TRAINING_NORMS: dict[str, Callable[..., Any]] = {
     "un": UnifiedNorm,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .tokens import Moments, along, rows, summed, unrows, weights_of
+from normconvert.tuning.norms.tokens import Moments, along, rows, summed, unrows, weights_of
 
 
 class FrozenNorm(nn.Module):

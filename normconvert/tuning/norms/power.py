@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
+from normconvert.tuning.norms.tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
 
 
 class PowerNorm(nn.Module):

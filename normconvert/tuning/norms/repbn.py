@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .tokens import Moments, along, count, mean, rows, unrows, weights_of
+from normconvert.tuning.norms.tokens import Moments, along, count, mean, rows, unrows, weights_of
 
 
 class RepBatchNorm(nn.Module):

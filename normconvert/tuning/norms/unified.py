@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
+from normconvert.tuning.norms.tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
 
 RATIO = 5.0
 """Largest r, and 1/r, that the backward pass corrects by."""

@@ -1,0 +1,406 @@
+"""One function an operation: the terms of a node, or None where this use of the operation is not understood.
+
+A row says which dimensions of each operand arrive unchanged at which dimension of the result. What is not listed does
+not pass. `normconvert.analysis.op_table` lists which operation has which row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normconvert.analysis.channel_axes import Operand, Term, is_float, shape_of
+
+
+def kept_dims(node: Call, but: Sequence[int] = ()) -> dict[int, int]:
+    """All dimensions stay where they are, except ``but`` (may be negative)."""
+    rank = len(shape_of(node))
+    skip = {d % rank for d in but} if rank else set()
+    return {d: d for d in range(rank) if d not in skip}
+
+
+def broadcast(arg: Call, result: fx.Node) -> dict[int, int]:
+    """Dimensions aligned at the right; a dimension of one that is stretched does not pass."""
+    old, new = shape_of(arg), shape_of(result)
+    shift = len(new) - len(old)
+    return {d: d + shift for d in range(len(old)) if d + shift >= 0 and old[d] == new[d + shift]}
+
+
+def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
+    """An argument of the call, by position or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _dims_arg(value: Any, rank: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value) if value else list(range(rank))  # none named: all
+    return [v % rank for v in values] if rank else []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or (
+        isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), Tensor)
+    )
+
+
+Call = Any
+"""A node of the graph; its arguments have no types."""
+
+PARTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unbind"}
+"""Operations whose result is a tuple of parts."""
+
+Row = Callable[[fx.Node], "tuple[Term, ...] | None"]
+
+
+def unary_row(node: Call) -> tuple[Term, ...] | None:
+    """The same values on the same axes: casts between floating dtypes, copies, marks, negation."""
+    x = node.args[0]
+    if not (is_float(x) and is_float(node)):
+        return None
+    return ((Operand(x, kept_dims(x)),),)
+
+
+def dropout_row(node: Call) -> tuple[Term, ...] | None:
+    """Nothing happens in eval mode."""
+    return None if argument(node, 2, "train", True) else unary_row(node)
+
+
+def add_row(node: Call) -> tuple[Term, ...]:
+    """a + b, a - b; a number is a term that is the same for all channels."""
+    return tuple((Operand(a, broadcast(a, node)),) if not _is_number(a) else () for a in node.args[:2] if a != 0)
+
+
+def mul_row(node: Call) -> tuple[Term, ...]:
+    """a * b: a product, whatever carries the channels."""
+    return (tuple(Operand(a, broadcast(a, node)) for a in node.args[:2] if not _is_number(a)),)
+
+
+def div_row(node: Call) -> tuple[Term, ...] | None:
+    """a / b: linear in a."""
+    top, bottom = node.args[:2]
+    if _is_number(top) or node.kwargs.get("rounding_mode"):
+        return None
+    gate = () if _is_number(bottom) else (Operand(bottom, broadcast(bottom, node), linear=False),)
+    return ((Operand(top, broadcast(top, node)), *gate),)
+
+
+def where_row(node: Call) -> tuple[Term, ...] | None:
+    """Chosen by a mask."""
+    if len(node.args) != 3:
+        return None
+    gate = Operand(node.args[0], broadcast(node.args[0], node), linear=False)
+    return tuple(
+        (Operand(a, broadcast(a, node)), gate) if not _is_number(a) else (gate,) for a in node.args[1:3] if a != 0
+    )
+
+
+def masked_fill_row(node: Call) -> tuple[Term, ...]:
+    """Replaced by a number where the mask says so."""
+    x, mask, value = node.args[:3]
+    gate = Operand(mask, broadcast(mask, node), linear=False)
+    fill: tuple[Term, ...] = () if value == 0 else ((gate,),)
+    return ((Operand(x, broadcast(x, node)), gate), *fill)
+
+
+def masked_scatter_row(node: Call) -> tuple[Term, ...]:
+    """Rows of ``source`` replace the rows of x that the mask selects; the mask must be the same along the channels."""
+    x, mask, source = node.args[:3]
+    last, rank = len(shape_of(source)) - 1, len(shape_of(node))
+    gate = Operand(mask, broadcast(mask, node), linear=False)
+    dims = {last: rank - 1} if _one_for_all(mask) else {}
+    return (Operand(x, kept_dims(x)), gate), (Operand(source, dims), gate)
+
+
+def _one_for_all(mask: Call) -> bool:
+    """Whether a mask is the same along its whole last dimension: one value, or one value stretched."""
+    while shape_of(mask)[-1] != 1:
+        if not any(f".{name}" in str(mask.target) for name in ("expand", "to.", "_to_copy", "contiguous", "clone")):
+            return False
+        mask = mask.args[0]
+    return True
+
+
+def permute_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions in another order."""
+    x = node.args[0]
+    order = _dims_arg(node.args[1], len(shape_of(x)))
+    return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
+
+
+def swap_row(node: Call) -> tuple[Term, ...]:
+    """Two dimensions change places."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (-2, -1)  # aten.t and aten.mT name none
+    dims = kept_dims(x)
+    if rank >= 2:
+        dims[a % rank], dims[b % rank] = b % rank, a % rank
+    return ((Operand(x, dims),),)
+
+
+def reverse_row(node: Call) -> tuple[Term, ...]:
+    """All dimensions in reverse order: ``x.T``."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    return ((Operand(x, {d: rank - 1 - d for d in range(rank)}),),)
+
+
+def movedim_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions move."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    sources, targets = _dims_arg(node.args[1], rank), _dims_arg(node.args[2], rank)
+    order: list[int] = [-1] * rank
+    for source, target in zip(sources, targets, strict=True):
+        order[target] = source
+    rest = iter(d for d in range(rank) if d not in sources)
+    order = [next(rest) if d < 0 else d for d in order]
+    return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
+
+
+def view_row(node: Call) -> tuple[Term, ...]:
+    """Row-major order is kept."""
+    return ((Operand(node.args[0], {}, view=True),),)
+
+
+def view_dtype_row(node: Call) -> tuple[Term, ...] | None:
+    """Never understood."""
+    return None  # a reinterpretation of bits
+
+
+def expand_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions of one are stretched."""
+    return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
+
+
+def except_dim(position: int, name: str = "dim") -> Row:
+    """All dimensions pass except the one named by an argument (slice, roll, index_select, ...)."""
+
+    def row(node: Call) -> tuple[Term, ...]:
+        x = node.args[0]
+        rank = len(shape_of(x))
+        dims = _dims_arg(argument(node, position, name), rank)
+        return ((Operand(x, kept_dims(x, dims)),),)
+
+    return row
+
+
+def slice_row(node: Call) -> tuple[Term, ...]:
+    """Other dimensions pass; along ``dim`` a channel axis passes if whole blocks of channels are taken."""
+    x = node.args[0]
+    dim = argument(node, 1, "dim", 0) % len(shape_of(x))
+    start, step = argument(node, 2, "start", 0) or 0, argument(node, 4, "step", 1)
+    old, new = shape_of(x)[dim], shape_of(node)[dim]
+    whole = old == new
+    aligned = step == 1 and isinstance(start, int) and isinstance(old, int) and isinstance(new, int)
+    start = start + old if aligned and start < 0 else start
+    blocks = aligned and new > 0 and start % new == 0 and old % new == 0
+    dims = kept_dims(x) if whole else kept_dims(x, [dim])
+    return ((Operand(x, dims, regroup=dim if blocks and not whole else None),),)
+
+
+def split_row(node: Call) -> tuple[Term, ...]:
+    """The first part's shape stands for all; parts of equal size may cut the channel axis in whole blocks."""
+    x = node.args[0]
+    dim = argument(node, 2, "dim", 0) % len(shape_of(x))
+    sizes = [part.shape[dim] for part in node.meta["val"]]
+    equal = all(isinstance(size, int) and size == sizes[0] for size in sizes)
+    return ((Operand(x, kept_dims(x, [dim]), regroup=dim if equal else None),),)
+
+
+def unbind_row(node: Call) -> tuple[Term, ...]:
+    """One dimension vanishes: unbind, select."""
+    x = node.args[0]
+    dim = argument(node, 1, "dim", 0) % len(shape_of(x))
+    return ((Operand(x, {d: d - (d > dim) for d in range(len(shape_of(x))) if d != dim}),),)
+
+
+def getitem_row(node: Call) -> tuple[Term, ...] | None:
+    """One part of a split: what a part looks like is said by the row of the operation that made the parts."""
+    parts = node.args[0]
+    if not isinstance(parts, fx.Node) or str(parts.target).rpartition(".")[0] not in PARTS:
+        return None
+    return ((Operand(parts, kept_dims(node)),),)
+
+
+def squeeze_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions of one vanish or appear; as for every view, row-major order is kept."""
+    return view_row(node)
+
+
+def cat_row(node: Call) -> tuple[Term, ...]:
+    """Other dimensions pass; parts of equal size along ``dim`` keep whole blocks of channels together."""
+    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
+    parts = [p for p in node.args[0] if shape_of(p) != (0,)]
+    equal = len({shape_of(p)[dim] for p in parts}) == 1
+    return tuple((Operand(p, kept_dims(p, [dim]), regroup=dim if equal else None),) for p in parts)
+
+
+def stack_row(node: Call) -> tuple[Term, ...]:
+    """One dimension appears."""
+    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
+    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}),) for p in node.args[0])
+
+
+def pad_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions that are not padded pass; a number other than zero is a constant."""
+    x, pads = node.args[0], list(node.args[1])
+    mode, value = ("constant", argument(node, 2, "value", 0))
+    if isinstance(value, str):
+        mode, value = value, argument(node, 3, "value", None)
+    rank = len(shape_of(x))
+    padded = [rank - 1 - i // 2 for i, p in enumerate(pads) if p != 0]
+    fill: tuple[Term, ...] = ((),) if mode == "constant" and value not in (0, 0.0, None) else ()
+    return ((Operand(x, kept_dims(x, padded)),), *fill)
+
+
+def repeat_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions that are not repeated pass."""
+    return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
+
+
+def reduce_row(node: Call) -> tuple[Term, ...]:
+    """mean and sum over other dimensions."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    gone = set(_dims_arg(argument(node, 1, "dim"), rank))
+    keep = bool(argument(node, 2, "keepdim", False))
+    left = [d for d in range(rank) if d not in gone]
+    return ((Operand(x, {d: d if keep else left.index(d) for d in left}),),)
+
+
+def index_row(node: Call) -> tuple[Term, ...] | None:
+    """Advanced indexing: dimensions indexed by nothing pass.
+
+    The indexed ones become new ones in their place, or in front if they are not neighbours.
+    """
+    x = node.args[0]
+    used: list[int] = []
+    dim = 0
+    for index in node.args[1]:
+        value = index.meta["val"] if isinstance(index, fx.Node) else None
+        width = value.ndim if value is not None and value.dtype == torch.bool else 1
+        used += range(dim, dim + width) if value is not None else []
+        dim += width
+    if not used:
+        return unary_row(node)
+    free = [d for d in range(len(shape_of(x))) if d not in used]
+    made = len(shape_of(node)) - len(free)
+    neighbours = used == list(range(used[0], used[-1] + 1))
+    return ((Operand(x, {d: i if neighbours and d < used[0] else i + made for i, d in enumerate(free)}),),)
+
+
+def gather_row(node: Call) -> tuple[Term, ...]:
+    """Dimensions of equal size other than the gathered one pass."""
+    x, dim, index = node.args[0], node.args[1], node.args[2]
+    dims = {d: d for d in kept_dims(x, [dim]) if shape_of(x)[d] == shape_of(node)[d]}
+    return ((Operand(x, dims), Operand(index, kept_dims(index), linear=False)),)
+
+
+def spatial_row(node: Call) -> tuple[Term, ...]:
+    """Linear in each channel on its own, over the trailing dimensions: average pooling, interpolation."""
+    x = node.args[0]
+    rank = len(shape_of(x))
+    trailing = {"1d": 1, "2d": 2, "3d": 3}
+    count = next((n for key, n in trailing.items() if key in str(node.target)), rank - 2)
+    return ((Operand(x, kept_dims(x, list(range(rank - count, rank)))),),)
+
+
+def linear_row(node: Call) -> tuple[Term, ...] | None:
+    """x W + b: the last dimension of the result is dimension 0 of W and b. A vector for W has no row."""
+    x, weight = node.args[0], node.args[1]
+    bias = argument(node, 2, "bias")
+    if len(shape_of(weight)) == 1:
+        return None
+    last = len(shape_of(node)) - 1
+    terms: list[Term] = [(Operand(x, kept_dims(x, [-1])), Operand(weight, {0: last}))]
+    if bias is not None:
+        terms.append((Operand(bias, {0: last}),))
+    return tuple(terms)
+
+
+def _matmul_term(a: Call, b: Call, node: Call) -> Term | None:
+    rank_a, rank_b, rank = len(shape_of(a)), len(shape_of(b)), len(shape_of(node))
+    if rank_a == 1 and rank_b == 1:
+        return None
+    if rank_b == 1:
+        return (Operand(a, kept_dims(a, [-1])), Operand(b, {}))
+    if rank_a == 1:
+        return (Operand(a, {}), Operand(b, {d: d - (d == rank_b - 1) for d in range(rank_b) if d != rank_b - 2}))
+    new = shape_of(node)
+    dims_a = {d: d + rank - rank_a for d in range(rank_a - 1)}
+    dims_b = {d: d + rank - rank_b for d in range(rank_b) if d != rank_b - 2}
+    dims_a = {s: t for s, t in dims_a.items() if shape_of(a)[s] == new[t]}
+    dims_b = {s: t for s, t in dims_b.items() if shape_of(b)[s] == new[t]}
+    return (Operand(a, dims_a), Operand(b, dims_b))
+
+
+def matmul_row(node: Call) -> tuple[Term, ...] | None:
+    """(A B): rows from A, columns from B."""
+    term = _matmul_term(node.args[0], node.args[1], node)
+    return None if term is None else (term,)
+
+
+def addmm_row(node: Call) -> tuple[Term, ...] | None:
+    """c + A B (also baddbmm, addbmm is not the same and has no row)."""
+    term = _matmul_term(node.args[1], node.args[2], node)
+    return None if term is None else ((Operand(node.args[0], broadcast(node.args[0], node)),), term)
+
+
+def embedding_row(node: Call) -> tuple[Term, ...]:
+    """The last dimension is dimension 1 of the table."""
+    weight, index = node.args[0], node.args[1]
+    rank = len(shape_of(node))
+    return ((Operand(weight, {1: rank - 1}), Operand(index, kept_dims(index), linear=False)),)
+
+
+def conv_row(node: Call) -> tuple[Term, ...] | None:
+    """W * x + b. With groups each output channel sees other inputs, so no map across channels moves into W: no row."""
+    x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    if argument(node, 6, "groups", 1) != 1:
+        return None
+    batched = len(shape_of(x)) == len(shape_of(weight))
+    channel = 1 if batched else 0
+    source = 1 if "transpose" in str(node.target) else 0
+    terms: list[Term] = [(Operand(x, {0: 0} if batched else {}), Operand(weight, {source: channel}))]
+    if bias is not None:
+        terms.append((Operand(bias, {0: channel}),))
+    return tuple(terms)
+
+
+def attention_row(node: Call) -> tuple[Term, ...]:
+    """softmax(q k') v: mixes tokens of v, and passes its last dimension."""
+    q, k, v = node.args[:3]
+    rank = len(shape_of(node))
+    mask = argument(node, 3, "attn_mask")
+    others = (q, k) if mask is None else (q, k, mask)
+    gates = tuple(
+        Operand(g, {s: t for s, t in broadcast(g, node).items() if t < rank - 2}, linear=False) for g in others
+    )
+    return ((Operand(v, {**{d: d for d in range(rank - 2)}, rank - 1: rank - 1}), *gates),)
+
+
+def einsum_row(node: Call) -> tuple[Term, ...] | None:
+    """Each letter of the result passes from the operands that have it."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    if "." in equation or "->" not in equation:
+        return None
+    inputs, output = equation.split("->")
+    term = []
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        if len(set(letters)) != len(letters):
+            return None
+        term.append(Operand(operand, {d: output.index(c) for d, c in enumerate(letters) if c in output}))
+    return (tuple(term),)
+
+
+def zeros_row(node: Call) -> tuple[Term, ...]:
+    """No term at all: zero is in every stream."""
+    return ()
+
+
+def full_row(node: Call) -> tuple[Term, ...]:
+    """A number everywhere: nothing, or a constant."""
+    return () if node.args[1] == 0 else ((),)

@@ -1,0 +1,332 @@
+"""Finding the norms of a graph: calls of ``layer_norm`` and the same function written by hand.
+
+LN(x) = w * Px / sqrt(|Px|^2 / d + eps) + b with P = I - 11'/d. Only the part that reads the stream matters to
+the proof; the module around it matters to the replacement, which must take the module's input and give its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from normconvert.analysis.axis_rules import broadcast
+from normconvert.analysis.channel_axes import Operand, Place, carry_back, shape_of
+from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.in_place_writes import MARK
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """One call of a norm.
+
+    Attributes:
+        path: module path of the norm.
+        kind: the module's class.
+        function: ``layer_norm``, or the operation found (``rms_norm``, ``group_norm``, ``batch_norm``).
+        source: the value it reads; ``read`` the node that reads it; ``result`` the normalised value, before any cast.
+        output: the value after the weight and bias (``result`` itself for a call of layer_norm).
+        place: where ``source`` carries the channels; None if the norm is over several axes.
+        module: the replacement's settings (a row for `normconvert.runtime`), or None.
+        obstacle: why the module cannot be replaced, if it cannot.
+        float32: the norm casts its input to float32, whatever the model's dtype.
+    """
+
+    path: str
+    kind: str
+    function: str
+    source: fx.Node
+    read: fx.Node
+    result: fx.Node
+    output: fx.Node
+    place: Place | None
+    module: dict[str, Any] | None
+    obstacle: str
+    float32: bool
+
+
+OTHER_NORMS = {
+    "aten.rms_norm": "rms_norm",
+    "aten.group_norm": "group_norm",
+    "aten.instance_norm": "instance_norm",
+    "aten.batch_norm": "batch_norm",
+}
+
+
+def find_norms(graph: Graph) -> list[Norm]:
+    """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand."""
+    found = []
+    for node in graph.nodes:
+        if name_of(node) == "aten.layer_norm":
+            found.append(_called(graph, node))
+        elif (source := _handwritten(node)) is not None:
+            found.append(_by_hand(graph, node, source))
+    return found
+
+
+def _called(graph: Graph, node: fx.Node) -> Norm:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axes = list(node.args[1])  # type: ignore[arg-type]
+    shape = shape_of(source)
+    place = Place(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
+    weight, bias = (_get(node, 2, "weight"), _get(node, 3, "bias"))
+    eps = _get(node, 4, "eps")
+    return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
+
+
+def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
+    """The affine part, if there is one, follows the normalised value inside the same module."""
+    weight = bias = None
+    at = node
+    while len(at.users) == 1:
+        user = next(iter(at.users))
+        others = [a for a in user.all_input_nodes if a is not at]
+        aligned = len(others) == 1 and _aligned(others[0], user, source.place) and _plain(user)
+        if name_of(user) == "aten.mul" and aligned and weight is None and bias is None:
+            weight = others[0]
+        elif name_of(user) == "aten.add" and aligned and bias is None:
+            bias = others[0]
+        elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
+            break
+        at = user
+    return _norm(graph, node, at, source.x, source.place, weight, bias, source.eps, read=source.read)
+
+
+def _aligned(vector: fx.Node, user: fx.Node, place: Place) -> bool:
+    """Whether an affine operand lies along the norm's channels and is the same everywhere else."""
+    at = carry_back(Operand(vector, broadcast(vector, user)), place, user)
+    shape = shape_of(vector)
+    return at is not None and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
+
+
+def _plain(node: fx.Node) -> bool:
+    """No ``alpha`` that multiplies the second operand."""
+    return bool(node.kwargs.get("alpha", 1) == 1)
+
+
+def _norm(
+    graph: Graph,
+    result: fx.Node,
+    end: fx.Node,
+    source: fx.Node,
+    place: Place | None,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    read: fx.Node | None = None,
+    called: bool = False,
+) -> Norm:
+    path = module_path(result)
+    module = graph.modules.get(path)
+    settings: dict[str, Any] | None = None
+    float32 = False
+    obstacle = ""
+    if place is None:
+        obstacle = "it normalises over several axes at once"
+    else:
+        entry, float32 = _boundary_in(source, path)
+        leave = _boundary_out(end, path)
+        w, offset = _named_parameter(graph, weight, path)
+        b, shift = _named_parameter(graph, bias, path)
+        held = {n for n, _ in module.named_parameters()} if module is not None else set()
+        if entry is None or leave is None:
+            obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
+        elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
+            obstacle = f"`{path}` moves the dimensions of what it normalises"
+        elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
+            obstacle = f"its weight or bias is not a parameter of `{path}`"
+        elif held != {n for n in (w, b) if n is not None} or (w is not None and w == b):
+            obstacle = f"`{path}` holds other parameters than the norm's weight and bias"
+        else:
+            settings = {
+                "op": "replace",
+                "path": path,
+                "kind": "rmsnorm",
+                "size": place.size,
+                "eps": eps,
+                "axis": entry[place.dim] - len(entry),
+                "weight": w,
+                "bias": b,
+                "offset": offset,
+                "upcast": float32,
+            }
+            if called and settings["axis"] != -1:
+                settings["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
+    kind = type(module).__name__ if module is not None else "layer_norm"
+    reader = read if read is not None else result
+    return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _float(value: Any) -> float:
+    return float(value)
+
+
+def _get(node: fx.Node, index: int, name: str) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+
+
+MOVES = {"aten.permute", "aten.transpose", "aten.swapaxes", "aten.movedim"}
+COPIES = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.float"}
+"""Between a module's boundary and its norm: anything else would be lost with the module."""
+
+
+def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
+    """Walk back from the norm's source to the input of its module.
+
+    Returns:
+        For each dimension of the source the dimension of the module's input it is; None if more happens on the way than
+        casts and permutations. And whether there is a cast to float32.
+    """
+    float32 = False
+    order = list(range(len(shape_of(node))))
+    while True:
+        if node.target is MARK and node.args[1:3] == (path, "input"):
+            return (order if node.args[3] == "0" else None), float32
+        step = _moved(node, path)
+        if step is None:
+            return None, float32
+        float32 = float32 or is_float32_cast(node)
+        node, dims = step
+        back = {target: source for source, target in dims.items()}
+        order = [back[d] for d in order]
+
+
+def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
+    """Walk on from the norm to the output of its module: where each dimension of the norm's result is there."""
+    order = list(range(len(shape_of(node))))
+    while True:
+        if node.target is MARK and node.args[1:3] == (path, "output"):
+            return order if node.args[3] == "" else None
+        users = [u for u in node.users if not name_of(u).startswith("aten._assert")]
+        step = _moved(users[0], path) if len(users) == 1 else None
+        if step is None:
+            return None
+        node, dims = users[0], step[1]
+        order = [dims[d] for d in order]
+
+
+def _moved(node: fx.Node, path: str) -> tuple[fx.Node, dict[int, int]] | None:
+    """The operand of a cast or permutation inside the module, and where its dimensions go."""
+    if name_of(node) not in MOVES | COPIES or module_path(node) != path:
+        return None
+    terms = terms_of(node)
+    if terms is None or len(terms) != 1 or len(terms[0]) != 1:
+        return None
+    return terms[0][0].node, dict(terms[0][0].dims)
+
+
+def is_float32_cast(node: fx.Node) -> bool:
+    """Whether the node casts to float32 by name."""
+    return name_of(node) in ("aten.to", "aten._to_copy", "aten.float") and (
+        torch.float32 in node.args or node.kwargs.get("dtype") is torch.float32 or name_of(node) == "aten.float"
+    )
+
+
+def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, float]:
+    """The name within the module of the parameter behind ``node``, and the number added to it (as in weight + 1)."""
+    offset = 0.0
+    while isinstance(node, fx.Node):
+        if node.op == "placeholder":
+            parameter = graph.parameters.get(node)
+            names = parameter.aliases if parameter is not None else ()
+            prefix = f"{path}."
+            return next(
+                (n[len(prefix) :] for n in names if n.startswith(prefix) and "." not in n[len(prefix) :]), None
+            ), offset
+        if name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
+            offset += _float(node.args[1])
+        elif name_of(node) not in ("aten.to", "aten.type_as", "aten.view", "aten.reshape", "aten.detach"):
+            return None, offset
+        node = node.args[0]
+    return None, offset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Written by hand: (x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps)
+
+
+@dataclass(frozen=True)
+class _Handwritten:
+    x: fx.Node
+    place: Place
+    eps: float
+    read: fx.Node
+
+
+def _mean_over(node: Any) -> tuple[fx.Node, int] | None:
+    """``mean(x, one dim, keepdim=True)`` -> (x, dim)."""
+    if not (isinstance(node, fx.Node) and name_of(node) == "aten.mean" and len(node.args) > 2 and node.args[2] is True):
+        return None
+    x, dims = node.args[0], node.args[1]
+    if not (isinstance(x, fx.Node) and isinstance(dims, (list, tuple)) and len(dims) == 1):
+        return None
+    return x, int(_float(dims[0])) % len(shape_of(x))
+
+
+def _centred(node: Any) -> tuple[fx.Node, int] | None:
+    """``x - mean(x)`` -> (x, dim)."""
+    if not (isinstance(node, fx.Node) and name_of(node) == "aten.sub" and _plain(node)):
+        return None
+    mean = _mean_over(node.args[1])
+    return mean if mean is not None and mean[0] is node.args[0] else None
+
+
+def reads_centred(user: fx.Node, x: fx.Node, place: Place) -> bool:
+    """Whether ``user`` sees x at ``place`` through P only: x - mean(x), or a mean that goes nowhere else."""
+    centred = _centred(user)
+    if centred is not None and centred == (x, place.dim) and place.whole:
+        return True
+    mean = _mean_over(user)
+    if mean is not None and mean == (x, place.dim) and place.whole:
+        return all(_centred(u) == mean and u.args[0] is x for u in user.users)
+    return False
+
+
+def _variance(node: Any) -> tuple[fx.Node, int] | None:
+    """``mean((x - mean(x))^2)`` -> (x, dim)."""
+    outer = _mean_over(node)
+    if outer is None:
+        return None
+    square, dim = outer
+    if (name_of(square) == "aten.pow" and square.args[1] == 2) or (
+        name_of(square) in ("aten.mul", "aten.square") and square.args[0] is square.args[-1]
+    ):
+        base = square.args[0]
+    else:
+        return None
+    centred = _centred(base)
+    return centred if centred is not None and centred[1] == dim else None
+
+
+def _plus_eps(node: Any) -> tuple[Any, float] | None:
+    if isinstance(node, fx.Node) and name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
+        return node.args[0], _float(node.args[1])
+    return None
+
+
+def _handwritten(node: fx.Node) -> _Handwritten | None:
+    """Match the normalised value: ``centred * rsqrt(variance + eps)`` or ``centred / sqrt(variance + eps)``."""
+    name = name_of(node)
+    if name not in ("aten.mul", "aten.div") or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        return None
+    pairs = [(node.args[0], node.args[1])] + ([(node.args[1], node.args[0])] if name == "aten.mul" else [])
+    root = "aten.rsqrt" if name == "aten.mul" else "aten.sqrt"
+    for top, bottom in pairs:
+        centred = _centred(top)
+        if centred is None or not isinstance(bottom, fx.Node) or name_of(bottom) != root:
+            continue
+        inside = _plus_eps(bottom.args[0])
+        if inside is None or _variance(inside[0]) != centred:
+            continue
+        x, dim = centred
+        assert isinstance(top, fx.Node)
+        return _Handwritten(x, Place(dim, int(shape_of(x)[dim])), inside[1], top)
+    return None

@@ -1,0 +1,141 @@
+"""The op table: for each ATen operation, how a channel axis passes from its operands to its result.
+
+Every row describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
+which of its dimensions arrive unchanged at which dimension of the result. ``linear(x, W, b)`` is ``x W + b``: the last
+dimension of the result is dimension 0 of W and of b; the other dimensions are those of x. From this one description
+follow both directions: what a channel of the result is made of, and where a channel of an operand goes. What is
+not listed does not pass: an operation without a row is never assumed harmless.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from normconvert.analysis import axis_rules as rows
+from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, shape_of
+
+TABLE: dict[str, rows.Row] = {
+    # the same values
+    **dict.fromkeys(
+        ["normconvert.mark", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.detach_", "aten.to"]
+        + ["aten._to_copy", "aten.type_as", "aten.lift_fresh_copy", "aten.neg", "aten.float", "aten.half"],
+        rows.unary_row,
+    ),
+    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rows.dropout_row),
+    # sums and products
+    **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rows.add_row),
+    "aten.mul": rows.mul_row,
+    "aten.div": rows.div_row,
+    "aten.where": rows.where_row,
+    "aten.masked_fill": rows.masked_fill_row,
+    "aten.masked_scatter": rows.masked_scatter_row,
+    # views and moves
+    "aten.permute": rows.permute_row,
+    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], rows.swap_row),
+    "aten.numpy_T": rows.reverse_row,
+    "aten.movedim": rows.movedim_row,
+    **dict.fromkeys(
+        ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], rows.view_row
+    ),
+    "aten.view.dtype": rows.view_dtype_row,
+    **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], rows.squeeze_row),
+    **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], rows.expand_row),
+    "aten.slice": rows.slice_row,
+    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], rows.split_row),
+    **dict.fromkeys(["aten.unbind", "aten.select"], rows.unbind_row),
+    "<built-in function getitem>": rows.getitem_row,
+    **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], rows.cat_row),
+    "aten.stack": rows.stack_row,
+    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], rows.pad_row),
+    **dict.fromkeys(["aten.repeat", "aten.tile"], rows.repeat_row),
+    "aten.repeat_interleave": rows.except_dim(2, "dim"),
+    "aten.cumsum": rows.except_dim(1),
+    "aten.roll": rows.except_dim(2, "dims"),
+    "aten.flip": rows.except_dim(1, "dims"),
+    "aten.index_select": rows.except_dim(1),
+    "aten.index": rows.index_row,
+    "aten.gather": rows.gather_row,
+    # linear over other dimensions
+    **dict.fromkeys(["aten.mean", "aten.sum"], rows.reduce_row),
+    **dict.fromkeys(
+        ["aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.adaptive_avg_pool1d"]
+        + ["aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten.upsample_nearest2d", "aten.upsample_linear1d"]
+        + ["aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa"]
+        + ["aten._upsample_bilinear2d_aa", "aten.upsample_nearest1d", "aten.upsample_trilinear3d"],
+        rows.spatial_row,
+    ),
+    # linear maps
+    "aten.linear": rows.linear_row,
+    **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rows.matmul_row),
+    **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rows.addmm_row),
+    "aten.embedding": rows.embedding_row,
+    **dict.fromkeys(
+        ["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d"]
+        + ["aten.conv_transpose3d"],
+        rows.conv_row,
+    ),
+    "aten.scaled_dot_product_attention": rows.attention_row,
+    "aten.einsum": rows.einsum_row,
+    # constants
+    **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rows.zeros_row),
+    **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rows.full_row),
+}
+
+NEUTRAL = {
+    "aten.sym_size",
+    "aten._assert_tensor_metadata",
+    "aten.zeros_like",
+    "aten.ones_like",
+    "aten.empty_like",
+    "aten.full_like",
+    "aten.new_zeros",
+    "aten.new_ones",
+    "aten.new_full",
+    "aten.new_empty",
+}
+"""Operations that look at a tensor's shape and dtype, never at its values."""
+
+POINTWISE = {
+    *["aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.to", "aten._to_copy", "aten.clone"],
+    *["aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.logical_not", "aten.logical_and"],
+    *["aten.logical_or", "aten.bitwise_not", "aten.bitwise_and", "aten.bitwise_or", "aten.__and__", "aten.__or__"],
+    *["aten.sigmoid", "aten.exp", "aten.neg", "aten.contiguous", "aten.type_as", "aten.where", "aten.expand"],
+    *["aten.expand_as", "aten.clamp", "aten.tanh", "normconvert.mark", "aten.detach", "aten.pow", "aten.sqrt"],
+    *["aten.rsqrt", "aten.reciprocal", "aten.abs", "aten.softplus"],
+}
+"""Element by element (after broadcasting): constant along an axis if every operand is."""
+
+
+def name_of(node: fx.Node) -> str:
+    """The operation without its overload, e.g. ``aten.add``; the full name if that has a row of its own."""
+    if node.op != "call_function":
+        return node.op
+    full = str(node.target)
+    return full if full in TABLE else full.rpartition(".")[0] if full.count(".") > 1 else full
+
+
+def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
+    """The terms of ``node``; None if its operation has no row, or not for this use."""
+    if node.op != "call_function":
+        return None
+    row = TABLE.get(name_of(node))
+    return None if row is None else row(node)
+
+
+def varies(node: fx.Node, place: Place) -> bool:
+    """Whether a value may differ along the channels at ``place``. True when in doubt."""
+    shape = shape_of(node)
+    if place.dim >= len(shape) or shape[place.dim] == 1:
+        return False
+    name = name_of(node)
+    if name in POINTWISE:
+        for arg in node.all_input_nodes:
+            source = carry_back(Operand(arg, rows.broadcast(arg, node)), place, node)
+            if source is not None and varies(arg, source):
+                return True
+        return False
+    if TABLE.get(name) in (rows.view_row, rows.squeeze_row, rows.permute_row, rows.swap_row):
+        (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
+        source = carry_back(operand, place, node)
+        return source is None or varies(operand.node, source)
+    return name not in ("aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zeros", "aten.ones_like")

@@ -1,0 +1,292 @@
+"""Graph -> streams: maximal sets of values joined by operations that treat every channel alike.
+
+A stream is grown from a norm's input, both ways along the op table: back to what its values are made of, on to
+who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members
+when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter
+(`uses`), so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, carry_forward, shape_of
+from normconvert.analysis.norms import Norm, reads_centred
+from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
+from normconvert.tracing.graph import Graph, module_path
+
+Spot = tuple[fx.Node, Place]
+"""A value and where it carries the channels."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a member is made of.
+
+    Attributes:
+        how: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
+            parameter parts[1], channel by channel) or ``opaque`` (nothing can be moved into it).
+        parts: the members it is linear in.
+        constant: something equal in all channels is added, so that the sum is not mean-free.
+        reason: for ``opaque``, in words.
+    """
+
+    how: str
+    parts: tuple[Spot, ...] = ()
+    constant: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A reader that sees more of the stream than a norm does.
+
+    Attributes:
+        spot: the value that is read.
+        reader: the node that reads it.
+        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached`` or ``cut``.
+        reason: one clause in words.
+    """
+
+    spot: Spot
+    reader: fx.Node
+    code: str
+    reason: str
+
+
+@dataclass
+class Stream:
+    """A stream with ``size`` channels: its members and what they are made of, its norms and its leaks."""
+
+    size: int
+    members: dict[Spot, Made] = field(default_factory=dict)
+    norms: list[tuple[Norm, Spot]] = field(default_factory=list)
+    leaks: list[Leak] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Onward:
+    """Where one reader takes a value: ``to`` the next spot, or a norm, a leak, or (all None) nowhere that matters."""
+
+    to: Spot | None = None
+    norm: Norm | None = None
+    leak: Leak | None = None
+
+
+class Analysis:
+    """The streams of a graph, and the questions a rewrite asks of them."""
+
+    def __init__(self, graph: Graph, norms: list[Norm]) -> None:
+        self.graph = graph
+        self.norms = norms
+        self._reads = {norm.read: norm for norm in norms}
+        self._made_by = {norm.result: norm for norm in norms}
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self.data = self._data_dependent()
+        self.live = self._reaching_an_output()
+        self.streams: list[Stream] = []
+        self.stream_of: dict[Spot, Stream] = {}
+        for norm in norms:
+            if norm.place is not None and (norm.source, norm.place) not in self.stream_of:
+                stream = self.grow((norm.source, norm.place))
+                self.streams.append(stream)
+                self.stream_of.update(dict.fromkeys(stream.members, stream))
+
+    def _data_dependent(self) -> set[fx.Node]:
+        """Nodes that depend on what the user feeds the model."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                if node not in self.graph.parameters:
+                    found.add(node)
+            elif any(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _reaching_an_output(self) -> set[fx.Node]:
+        """Nodes whose values matter; of a tensor that is only asked for its shape they do not."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
+            silent = (
+                node.op == "call_function"
+                and has_value
+                and not any(u in found and name_of(u) not in NEUTRAL for u in node.users)
+            )
+            if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
+                found.add(node)
+        return found
+
+    def grow(self, start: Spot, back_only: bool = False) -> Stream:
+        """The stream through ``start``, its members in execution order."""
+        stream = Stream(size=start[1].size)
+        work, leaks = [start], {}
+        while work:
+            spot = work.pop()
+            if spot in stream.members:
+                continue
+            made = stream.members[spot] = self.made(spot)
+            work += made.parts if made.how == "sum" else ()
+            if spot[0] not in self.data and spot != start:
+                continue
+            for onward in self.onward(spot):
+                if onward.to is not None:
+                    work.append(onward.to)
+                elif onward.norm is not None:
+                    stream.norms.append((onward.norm, spot))
+                elif onward.leak is not None:
+                    leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
+        stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
+        for name, shape in self.graph.unreached.items():
+            if any(n % stream.size == 0 for n in shape):
+                why = f"`{name}` fits this stream, and no traced input makes the model use it"
+                leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
+                break
+        stream.leaks = sorted(leaks.values(), key=lambda leak: self._order[leak.reader])
+        stream.norms.sort(key=lambda pair: self._order[pair[0].result])
+        return stream
+
+    def made(self, spot: Spot) -> Made:
+        """What the value at ``spot`` is made of."""
+        node, place = spot
+        if node.op == "placeholder":
+            parameter = self.graph.parameters.get(node)
+            if parameter is None:
+                return Made("opaque", reason=f"the model's input `{node.name}`")
+            if not parameter.stored:
+                return Made("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
+            return Made("parameter")
+        if node in self._made_by:
+            return Made("opaque", reason=f"the output of the norm {described(self._made_by[node].path)}")
+        terms = terms_of(node)
+        if terms is None:
+            return Made("opaque", reason=f"the result of {operation(node)}")
+        parts: list[Spot] = []
+        constant = False
+        for term in terms:
+            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            if not carriers:
+                constant = True
+            elif len(carriers) == 1 and carriers[0][0].linear:
+                parts.append((carriers[0][0].node, carriers[0][1]))
+            elif scale := self._layer_scale(node, terms, carriers):
+                return scale
+            else:
+                return Made("opaque", reason=f"a product that differs by channel, {operation(node)}")
+        return Made("sum", tuple(parts), constant)
+
+    def _layer_scale(
+        self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]
+    ) -> Made | None:
+        """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
+        if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
+            return None
+        fixed = [(o, p) for o, p in carriers if o.node not in self.data]
+        moving = [(o, p) for o, p in carriers if o.node in self.data]
+        if len(fixed) != 1 or len(moving) != 1:
+            return None
+        (value, value_place), (factor, factor_place) = moving[0], fixed[0]
+        return Made("scale", ((value.node, value_place), (factor.node, factor_place)))
+
+    def onward(self, spot: Spot) -> Iterator[Onward]:
+        """Where each reader of the value at ``spot`` takes it."""
+        node, place = spot
+        for user in node.users:
+            name = name_of(user)
+            if user not in self.live:
+                continue
+            if user.op == "output":
+                names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
+                yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
+            elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):
+                yield Onward()  # only its shape or dtype is asked for
+            elif (norm := self._reads.get(user)) is not None and norm.source is node:
+                if norm.place == place:
+                    yield Onward(norm=norm)
+                else:
+                    why = f"the norm {described(norm.path)} reads it over other axes"
+                    yield Onward(leak=Leak(spot, user, "norm-axes", why))
+            elif reads_centred(user, node, place):
+                yield Onward()
+            else:
+                yield from self._through(user, spot)
+
+    def _through(self, user: fx.Node, spot: Spot) -> Iterator[Onward]:
+        node = spot[0]
+        terms = terms_of(user)
+        if terms is None:
+            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+            return
+        if not any(operand.node is node for term in terms for operand in term):
+            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+        for term in terms:
+            for operand in term:
+                if operand.node is node:
+                    yield self._step(user, term, operand, spot)
+
+    def _step(self, user: fx.Node, term: Term, operand: Operand, spot: Spot) -> Onward:
+        place = carry_forward(operand, spot[1], user) if operand.linear else None
+        if place is None:
+            is_map = name_of(user) in LINEAR_MAPS and operand.linear
+            code = "linear" if is_map else "cut" if operand.linear else "unknown-op"
+            verb = "reads it directly" if is_map else "takes its channels apart" if operand.linear else "reads it"
+            return Onward(leak=Leak(spot, user, code, f"{operation(user)} {verb}"))
+        for other in term:
+            if other is not operand:
+                at = carry_back(other, place, user)
+                if at is not None and varies(other.node, at):
+                    why = f"{operation(user)} multiplies it channel by channel"
+                    return Onward(leak=Leak(spot, user, "product", why))
+        return Onward(to=(user, place))
+
+    def uses(self, spot: Spot, allowed: Callable[[Spot], bool]) -> fx.Node | None:
+        """The first reader of a parameter (followed through values made of parameters alone) that is not ``allowed``.
+
+        A reader is fine if it is a norm, or takes the parameter to a spot for which ``allowed`` holds.
+        """
+        for onward in self.onward(spot):
+            if onward.leak is not None:
+                return onward.leak.reader
+            if onward.to is not None and not (allowed(onward.to) and onward.to[0] in self.data):
+                if onward.to[0] in self.data:
+                    return onward.to[0]
+                blocked = self.uses(onward.to, allowed)
+                if blocked is not None:
+                    return blocked
+        return None
+
+
+LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
+"""Operations that take the shape or the dtype of their second operand."""
+
+LINEAR_MAPS = {
+    *["aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d"],
+    *["aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"],
+}
+"""Operations with a weight that mixes channels: a leak through one of them is a linear map reading the raw stream."""
+
+
+def described(path: str) -> str:
+    """A module path for a sentence."""
+    return f"`{path}`" if path else "of the model itself"
+
+
+def operation(node: fx.Node) -> str:
+    """An operation and the module that runs it, for a sentence: ``aten.gelu in `encoder```."""
+    if "getitem" in name_of(node) and node.all_input_nodes:  # one result of several: name what made it
+        node = node.all_input_nodes[0]
+    path = module_path(node)
+    name = name_of(node).removeprefix("aten.")
+    if node.op == "placeholder":
+        return f"the input `{node.name}`"
+    if name_of(node) in LINEAR_MAPS or name == "embedding":
+        return f"`{path}`" if path else name
+    return f"{name} in `{path}`" if path else f"{name} in the model's own forward"
+
+
+def spans(spot: Spot) -> bool:
+    """Whether the channels are one whole dimension of the value."""
+    return spot[1].whole and shape_of(spot[0])[spot[1].dim] == spot[1].size

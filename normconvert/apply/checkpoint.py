@@ -1,0 +1,182 @@
+"""Plan x checkpoint files -> checkpoint files, streaming: memory for one tensor, not for the model (invariant I4).
+
+Untouched tensors are copied as bytes inside the kernel. Edited ones are computed in float64, in blocks where the edits
+permit, and stored in the source's dtype. Nothing here knows what a norm is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from normconvert.apply.layout import can_stream, index_bytes, make_layout
+from normconvert.apply.loaded_model import save_loaded
+from normconvert.apply.output_folder import copy_other_files, edit_config, set_dtype, staged_output, write_json
+from normconvert.apply.source_reader import SourceReader
+from normconvert.apply.writer import Progress, Writer
+from normconvert.errors import InputError, Unfinished
+from normconvert.plan.conversion_plan import Plan
+from normconvert.sources import Source
+
+if TYPE_CHECKING:
+    from normconvert.apply.shard_stream import Stream
+
+
+@dataclass(frozen=True)
+class ApplyResult:
+    """What was written.
+
+    Attributes:
+        files: names relative to the output folder, sorted.
+        bytes_written: size of the weight files.
+        edited: checkpoint names of the tensors that were edited or added.
+        copied: how many tensors were copied unchanged.
+        hashes: source file -> sha256, for the weight files and config.json (empty if not asked for).
+        notes: sentences for the user.
+    """
+
+    files: tuple[str, ...]
+    bytes_written: int
+    edited: tuple[str, ...]
+    copied: int
+    hashes: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def apply_plan(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    hash_source: bool = True,
+) -> ApplyResult:
+    """Write the converted checkpoint to ``out``, complete or not at all.
+
+    Args:
+        source: the checkpoint, which is only read.
+        plan: tensor edits in model names, and changes to config.json.
+        out: the folder to make.
+        dtype: store all floating tensors in this dtype; None: each in its own.
+        max_shard_size: bytes a weight file; None: files as in the source.
+        overwrite: replace an ``out`` that exists, once the new one is complete.
+        progress: called as tensors are written.
+        extra_files: further files, name -> content, written last.
+        hash_source: compute sha256 of the source's files, beside the conversion.
+
+    Raises:
+        InputError: ``out`` cannot be written, the plan does not fit, or a weight is NaN or infinite.
+    """
+    with staged_output(out, source.folder or source.files[0], overwrite) as folder:
+        return write_checkpoint(
+            source, plan, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress,
+            extra_files=extra_files, hash_source=hash_source,
+        )  # fmt: skip
+
+
+def write_checkpoint(
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    progress: Progress | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    hash_source: bool = True,
+    reader: SourceReader | None = None,
+    stream: Stream | None = None,
+) -> ApplyResult:
+    """:func:`apply_plan` into a folder that exists: for callers that check the result inside ``staged_output``.
+
+    ``reader`` is one that was begun before, when the files were found; ``hash_source`` is then its own affair, as it is
+    with ``stream``, which brings the files one by one.
+    """
+    notes: list[str] = []
+    try:
+        if source.folder is not None:
+            _, refused = copy_other_files(source.folder, folder)
+            notes += [f"{name} is a link that leads out of the source and was not copied" for name in refused]
+        with SourceReader(hash_source) if reader is None else nullcontext(reader) as pass_over_files:
+            if reader is None:
+                pass_over_files.begin(source.tensors.values(), source.folder)
+            edited, copied, hashes = _write_weights(
+                source, plan, folder, dtype, max_shard_size, progress, pass_over_files, notes, stream
+            )
+        _write_config(source, plan, folder, dtype)
+        for name, content in (extra_files or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        kept = "" if stream is not None else "; nothing was kept"
+        raise Unfinished(f"cannot write the output: {error.strerror or error}{name}{kept}") from error
+    files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    return ApplyResult(files, size, edited, copied, hashes, tuple(notes))
+
+
+def _write_weights(
+    source: Source,
+    plan: Plan,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_size: int | None,
+    progress: Progress | None,
+    reader: SourceReader,
+    notes: list[str],
+    stream: Stream | None,
+) -> tuple[tuple[str, ...], int, dict[str, str]]:
+    parameters = [name for name, target in source.name_map.items() if target not in source.buffers]
+    reader.require(parameters)
+    if can_stream(source, plan):
+        layout = make_layout(source, plan, dtype, max_shard_size)
+        notes += layout.notes
+        writer = Writer(source, layout, folder, progress)
+        if stream is None:
+            writer.run(writer.start(reader), reader)
+        else:
+            hashes = stream.write(source, writer, parameters)
+        if layout.index is not None:
+            (folder / layout.index[0]).write_bytes(index_bytes(source, layout.index))
+        tensors = [t for file in layout.files for t in file.tensors]
+        edited = tuple(t.name for t in tensors if t.edits)
+        copied = len(tensors) - len(edited)
+    elif stream is not None:
+        raise InputError(
+            f"{source.reference}: {source.library} merges or splits tensors of this checkpoint when it loads them, "
+            "and for that all of them have to be there: convert it without --stream"
+        )
+    else:
+        reader.keep_copies(frozenset())
+        edited, copied = save_loaded(source, plan, folder, dtype, max_shard_size)
+        notes.append(
+            f"{source.library} merges, splits or reshapes tensors of this checkpoint when it loads them: "
+            "the plan was applied to the loaded model, which was saved again"
+        )
+    if stream is None:
+        reader.finish()
+        hashes = dict(reader.hashes)
+    return edited, copied, hashes
+
+
+def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
+    """config.json: the source's bytes unless something changes."""
+    if not source.config or not (plan.config or dtype or source.described or not can_stream(source, plan)):
+        return
+    config: Mapping[str, Any] = source.config
+    if dtype is not None:
+        config = set_dtype(config, str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", edit_config(config, plan.config))
+
+
+__all__ = ["ApplyResult", "Progress", "apply_plan", "staged_output", "write_checkpoint"]

@@ -1,0 +1,108 @@
+"""The way out for checkpoints whose tensors the library merges or splits: through the loaded model.
+
+It needs memory for the whole model, and is taken only where names do not map one to one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.apply.source_reader import check_finite
+from normconvert.errors import InputError
+from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.edits import apply_edits, limited
+
+if TYPE_CHECKING:
+    from normconvert.sources import Source
+
+
+def save_loaded(
+    source: Source, plan: Plan, folder: Path, dtype: torch.dtype | None, max_shard_size: int | None
+) -> tuple[tuple[str, ...], int]:
+    """Load the model, apply the plan to its tensors, save it in the library's format.
+
+    Returns:
+        Model names of the edited tensors, and how many were not edited.
+
+    Raises:
+        InputError: the plan names a tensor the model does not have, or a weight is not finite.
+    """
+    model = source.load()
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, _ in model.named_parameters():
+        check_finite(name, state[name])
+
+    def lookup(name: str) -> Tensor:
+        return state[name]
+
+    def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
+        return state[next((row["like"] for row in rows if row["op"] == "new"), name)]
+
+    def limit(name: str) -> float:
+        return torch.finfo(dtype or state[name].dtype).max
+
+    try:
+        edited = {
+            name: apply_edits(start(name, rows), limited(rows, limit), lookup).to(start(name, rows).dtype)
+            for name, rows in plan.tensors.items()
+        }
+    except KeyError as error:
+        raise InputError(f"the plan edits tensor {error}, which {source.architecture} does not have") from error
+    _shape(model, plan)
+    for name, value in edited.items():
+        _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
+    if dtype is not None:
+        model = model.to(dtype)
+    save_model(source, plan, model, folder, max_shard_size)
+    return tuple(edited), len(state) - len(edited)
+
+
+def _shape(model: nn.Module, plan: Plan) -> None:
+    """Give the model the tensors that the plan's module edits add or resize, and take away those that they remove."""
+    from normconvert.runtime import STRUCTURAL, apply_module_edits
+
+    apply_module_edits(model, [e for e in plan.modules if e["op"] in STRUCTURAL or e.get("dropped")])
+
+
+def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:
+    """Put a value into a parameter, in place so that tied names follow; an untied copy becomes its own parameter."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old: Tensor = getattr(module, leaf)
+    if untied:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+    elif value.shape == old.shape:
+        old.data.copy_(value)
+    else:
+        old.data = value
+
+
+def save_model(source: Source, plan: Plan, model: Any, folder: Path, max_shard_size: int | None) -> None:
+    """Save a loaded model with its config in the library's format; the plan says what changes in the config."""
+    if source.library == "timm":
+        from safetensors.torch import save_file
+
+        state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    from normconvert.sources.transformers_models import quiet
+
+    for key, value in plan.config.items():
+        *parents, last = key.split(".")
+        node = model.config
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, last, value)
+    generation = folder / "generation_config.json"
+    kept = generation.read_bytes() if generation.is_file() else None
+    with quiet():
+        state = dict(model.state_dict())
+        if plan.guard is not None:
+            state[plan.guard] = torch.empty(0, dtype=model.dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size or "5GB", state_dict=state)
+    if kept is not None:
+        generation.write_bytes(kept)

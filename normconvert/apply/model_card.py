@@ -1,0 +1,191 @@
+"""The README.md of a converted checkpoint: what was done, how to load it, how faithful it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from normconvert.plan.conversion_plan import Plan, Verdict
+
+PAPER = "https://arxiv.org/abs/2305.14858"
+METHODS = {
+    "rmsnorm": (
+        "Every converted norm reads a stream whose writers were centred (their mean over the channels removed), so "
+        "that LayerNorm and RMSNorm are the same function there: *Pre-RMSNorm and Pre-CRMSNorm Transformers: "
+        f"Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). Tensor names and shapes are "
+        "unchanged."
+    ),
+    "crmsnorm": (
+        "The mean-free stream is stored in one channel less and the norms are CRMSNorm: *Pre-RMSNorm and Pre-CRMSNorm "
+        f"Transformers: Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). Many tensors "
+        "have other shapes than the original's, and the norms' weights and biases have moved into the linear maps that "
+        "read them. The outputs are the original's; hidden states inside the model have one channel less."
+    ),
+    "fuse-bn": (
+        "Norms that are affine maps at inference (BatchNorm and its kin) were fused into the convolutions and linear "
+        "layers beside them, which gained biases: the norms' tensors are gone, so the plain architecture cannot load "
+        "these weights."
+    ),
+}
+TRAINED = {
+    "swap un": ("Unified Normalization", "2208.01313"),
+    "swap repbn": ("RepBN", "2405.11582"),
+    "swap powernorm": ("PowerNorm", "2003.07845"),
+    "swap ln-free": ("nothing: LayerNorm's divisor was frozen, norm by norm", "2507.02559"),
+}
+"""Swap -> what LayerNorm was swapped for, and its paper."""
+METHODS |= {
+    swap: f"LayerNorm was swapped for {norm} ([arXiv:{paper}](https://arxiv.org/abs/{paper})) while the model learnt "
+    "to say what the original says; at inference such a norm is one scale and shift per channel."
+    for swap, (norm, paper) in TRAINED.items()
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+BASE_MODEL = re.compile(r"^base_model(?:_relation)?:.*\n?(?:^(?:[ \t]+|-[ \t]).*\n?)*", re.MULTILINE)
+
+
+def model_card(
+    source_reference: str,
+    plan: Plan,
+    fidelity: Mapping[str, Any] | None = None,
+    *,
+    library: str = "transformers",
+    architecture: str = "",
+    auto_class: str = "AutoModel",
+    source_readme: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        source_reference: what was converted; a hub id becomes ``base_model`` in the metadata, a local path does not
+            appear in the card.
+        plan: the plan that was applied.
+        fidelity: name -> figure, shown as a table; None: not verified.
+        library: ``transformers`` or ``timm``.
+        architecture: class or timm model name.
+        auto_class: the Auto class for the example.
+        source_readme: the source's README.md. Its front matter (licence, language, tags) is kept, its text appended.
+    """
+    base = hub_id(source_reference, library)
+    title = base or architecture or "A checkpoint"
+    front, text = split_front_matter(source_readme or "")
+    parts = [
+        f"---\n{_metadata(front, base, library)}---",
+        f"# {title}, converted by normconvert",
+        _summary(plan, base, architecture),
+        "## Loading",
+        _loading(plan, library, architecture, auto_class),
+        "## Fidelity",
+        _table(("measure", "value"), fidelity.items()) if fidelity else "The conversion was not verified.",
+        _kept(plan.kept),
+        "\n".join(["## Notes", "", *(f"- {note}" for note in plan.notes)]) if plan.notes else "",
+        f"## The original model card\n\n{text.strip()}" if text.strip() else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hub_id(reference: str, library: str = "transformers") -> str | None:
+    """The hub id in ``name``, ``org/name`` or ``name@revision``; None for a path, a file or a demo."""
+    from pathlib import Path
+
+    name = reference.partition("@")[0]
+    if not HUB_ID.fullmatch(name) or Path(reference).exists() or name.endswith((".safetensors", ".bin", ".pth", ".pt")):
+        return None
+    return name if "/" in name or library == "transformers" else None
+
+
+def split_front_matter(readme: str) -> tuple[str, str]:
+    """The YAML between the leading ``---`` lines (without them) and the rest."""
+    match = FRONT_MATTER.match(readme)
+    return (match.group(1).strip("\r\n"), readme[match.end() :]) if match else ("", readme)
+
+
+def _metadata(front: str, base: str | None, library: str) -> str:
+    """The source's metadata with ``base_model`` set. Its text is kept as it is, so nothing in it can be misread."""
+    lines = BASE_MODEL.sub("", front + "\n").strip("\n") if base else front
+    lines = lines + "\n" if lines else ""
+    if not re.search(r"^library_name:", lines, re.MULTILINE):
+        lines += f"library_name: {library}\n"
+    if base:
+        lines += f"base_model: {base}\nbase_model_relation: finetune\n"
+    return lines
+
+
+def _summary(plan: Plan, base: str | None, architecture: str) -> str:
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "the original checkpoint"
+    count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
+    method = METHODS.get(plan.method, "")
+    claim = (
+        "trained to compute nearly the same" if plan.method in TRAINED else "computing the same function up to rounding"
+    )
+    return (
+        f"This is {origin}{f' ({architecture})' if architecture else ''} after `normconvert {plan.method}`: {count} "
+        f"converted, {claim}.\n\n{method}"
+    ).strip()
+
+
+def _loading(plan: Plan, library: str, architecture: str, auto_class: str) -> str:
+    in_place = "as converted" if plan.structural else "RMSNorm modules in place"
+    own = f"import normconvert\n\nmodel = normconvert.load(FOLDER)  # {in_place}"
+    if library == "timm" and plan.structural:
+        blocks = [own]
+    elif library == "timm":
+        plain = f'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)  # {architecture}'
+        blocks = [own, plain]
+    else:
+        remote = (
+            f"from transformers import {auto_class}\n\n"
+            f"model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)  # {in_place}"
+        )
+        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture"
+        blocks = [own, remote] if plan.structural else [own, remote, plain]
+    text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if any(edit["op"] == "affine" and edit["eps"] != 1.0 for edit in plan.modules):
+        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture, ε = 10¹²"
+        why = "All ways give the same outputs: a LayerNorm of so large an ε divides by √ε, whatever it reads."
+        return f"{text}\n\n```python\n{plain}\n```\n\n{why}"
+    if any(edit["op"] == "affine" for edit in plan.modules):
+        return f"{text}\n\nUnmodified {library} cannot load it: its norms would compute something else."
+    if plan.structural:
+        missing = "tensors of the plain architecture are missing here, or have other shapes"
+        return f"{text}\n\nUnmodified {library} cannot load it: {missing}."
+    if plan.method != "rmsnorm":
+        return text
+    return text + (
+        "\n\nAll ways give the same outputs: on the mean-free stream LayerNorm *is* RMSNorm. Training moves the "
+        "weights away from that; load a model that was fine-tuned with RMSNorm with RMSNorm again, not as the original "
+        "architecture."
+    )
+
+
+def _kept(kept: list[Verdict]) -> str:
+    if not kept:
+        return ""
+    rows = ((f"`{verdict.path}` ({verdict.kind})", verdict.reason) for verdict in kept)
+    return "## Norms that stay\n\n" + _table(("norm", "why"), rows)
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, Any]]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def auto_class(folder: Path, architecture: str) -> str | None:
+    """The Auto class that the output's config.json maps to its architecture; AutoModel only if no other does."""
+    try:
+        auto_map: dict[str, Any] = (
+            json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+        )
+    except (OSError, ValueError):
+        return None
+    names = [auto for auto, target in auto_map.items() if str(target).endswith(f".{architecture}")]
+    return min(names, key=lambda name: name == "AutoModel", default=None)

@@ -1,0 +1,83 @@
+"""What stands beside the weights in an output folder: the record, the model card, the files that load it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normconvert import __version__
+from normconvert.result import Report
+
+if TYPE_CHECKING:
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.sources import Source
+
+RECORD_FORMAT = 1
+
+
+def loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | bytes]:
+    """The files that make the output load by itself."""
+    if source.library != "transformers":
+        return {}
+    from normconvert.sources.converted import huggingface_files
+
+    config = dict(source.config)
+    if dtype != "auto":
+        config["dtype"] = dtype
+        config.pop("torch_dtype", None)
+    return huggingface_files(config, replace(plan, modules=all_modules(source, plan)), source.architecture)
+
+
+def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
+    """The module edits of the output: those that the source needs already, then the plan's."""
+    return [*source.modules, *plan.modules]
+
+
+def write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
+    """normconvert.json: all that is needed to load the output, and to make it again."""
+    record = {
+        "format": RECORD_FORMAT,
+        "normconvert": __version__,
+        "method": report.method,
+        "library": source.library,
+        "architecture": source.architecture,
+        "source": {"reference": public_reference(report.source, source), "revision": source.revision, "sha256": hashes},
+        "options": report.options,
+        "versions": versions(source.library),
+        "plan": report.plan.to_json(),
+        **({"modules": all_modules(source, report.plan)} if source.modules else {}),
+        "verification": report.fidelity.to_json() if report.fidelity else None,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
+    (folder / "normconvert.json").write_text(text, encoding="utf-8")
+
+
+def public_reference(reference: str, source: Source) -> str:
+    """What the record calls the source: a hub id as it is (its commit stands beside it), of a path its name only."""
+    return reference.partition("@")[0] if source.revision is not None else Path(reference).absolute().name
+
+
+def versions(library: str) -> dict[str, str]:
+    """The libraries that a plan and the bytes written depend on."""
+    return {name: str(import_module(name).__version__) for name in ("torch", library)}
+
+
+def write_card(folder: Path, source: Source, report: Report) -> None:
+    """README.md: what was done, how to load it, how faithful it is."""
+    from normconvert.apply.model_card import auto_class, model_card
+    from normconvert.wording.words import in_words
+
+    existing = source.folder / "README.md" if source.folder else None
+    text = model_card(
+        report.source,
+        report.plan,
+        in_words(report.fidelity) if report.fidelity else None,
+        library=source.library,
+        architecture=source.architecture,
+        auto_class=auto_class(folder, source.architecture) or source.architecture,
+        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

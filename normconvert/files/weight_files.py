@@ -1,0 +1,184 @@
+"""Find the weight files of a folder, check them, and list their tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError
+from normconvert.files.pickle_file import read_pickle
+from normconvert.files.safetensors_file import FLOATING, dtype_name, read_header, torch_dtype
+from normconvert.files.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+PICKLES = (".bin", ".pth", ".pt", ".pth.tar")
+# In the order the libraries prefer them; transformers first, then timm's further names (timm.models._hub).
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TIMM_FILES = (
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.npz", "*.ot", "adapter_model.*")
+
+# Names that only quantised checkpoints hold: GPTQ/AWQ (packed rows, zero points), bitsandbytes, compressed-tensors.
+QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|SCB|weight_packed|weight_scale|weight_scale_inv|input_scale)$"
+    r"|\.quant_state\.|\.weight:qdata$"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint: their places, and the values of those that come from pickles."""
+
+    tensors: dict[str, TensorInfo]
+    pickled: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
+    """The weight file (or index) that the library would load from ``folder``.
+
+    Raises:
+        InputError: there is none.
+    """
+    named = config.get("transformers_weights")
+    if isinstance(named, str) and library == "transformers":
+        return inside(folder, named, "config.json")
+    names = WEIGHT_FILES + (TIMM_FILES if library == "timm" else ())
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    if library == "timm":
+        for suffix in (".safetensors", *PICKLES):
+            found = sorted(folder.glob(f"*{suffix}"))
+            if len(found) == 1:
+                return found[0]
+            if found and not any("-of-" in path.name for path in found):
+                listed = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
+                raise InputError(f"{folder}: {len(found)} weight files, {listed}: pass one of them")
+    shards = sorted(folder.glob("model-*-of-*.safetensors")) + sorted(folder.glob("pytorch_model-*-of-*.bin"))
+    if shards:
+        raise InputError(f"{folder}: shards such as {shards[0].name} but no index (*.index.json); download it again")
+    others = sorted(path.name for pattern in OTHER_FORMATS for path in folder.glob(pattern))
+    hint = f"; found only {', '.join(others[:3])}" if others else ""
+    raise InputError(f"{folder}: no weights: expected model.safetensors, pytorch_model.bin or an index of shards{hint}")
+
+
+def read_checkpoint(weights: Path, *, trusted_links: bool) -> Checkpoint:
+    """List the tensors of a weight file or of all the shards of an index.
+
+    Args:
+        weights: a .safetensors file, a pickle, or an ``*.index.json``.
+        trusted_links: the folder is the hub's cache, where every file is a link.
+
+    Raises:
+        InputError: a file is missing, corrupt, quantised, or lies outside the folder.
+    """
+    is_index = weights.name.endswith(".index.json")
+    checkpoint = _read_index(weights, trusted_links) if is_index else _read_file(weights)
+    if not checkpoint.tensors:
+        raise InputError(f"{weights}: holds no tensors")
+    if quantised := next((name for name in checkpoint.tensors if QUANTISED.search(name)), None):
+        raise InputError(
+            f"{weights}: quantised checkpoint (tensor {quantised}): convert the original weights, quantise afterwards"
+        )
+    return checkpoint
+
+
+def _read_file(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return Checkpoint(read_header(path).tensors)
+    pickled = read_pickle(path)
+    return Checkpoint(
+        {name: TensorInfo(name, path, dtype_name(x.dtype), tuple(x.shape)) for name, x in pickled.items()}, pickled
+    )
+
+
+def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise InputError(f"{index}: not an index of shards: expected an object 'weight_map' of file names")
+    tensors: dict[str, TensorInfo] = {}
+    pickled: dict[str, torch.Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = inside(index.parent, name, index.name, trusted_links)
+        if not shard.is_file():
+            raise InputError(f"{index.parent}: shard {name} is missing (named by {index.name}); download it again")
+        found = _read_file(shard)
+        if doubled := next((t for t in found.tensors if t in tensors), None):
+            raise InputError(f"{shard}: tensor {doubled} is in {tensors[doubled].file.name} as well")
+        tensors.update(found.tensors)
+        pickled.update(found.pickled)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != Path(file).name:
+            raise InputError(f"{index}: tensor {name} is not in {file}, which the index says holds it")
+    return Checkpoint(tensors, pickled)
+
+
+def inside(folder: Path, name: str, said_by: str, trusted_links: bool = False) -> Path:
+    """``folder / name``, refused if it leaves the folder by name or by link."""
+    path = folder / name
+    escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name
+    if not escapes and not trusted_links:
+        escapes = not path.resolve().is_relative_to(folder.resolve())
+    if escapes:
+        raise InputError(f"{folder}: {said_by} names a file outside the folder: {name!r}; refused")
+    return path
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: not readable, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def majority_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
+    """The floating dtype that most elements have.
+
+    Raises:
+        InputError: no tensor is floating.
+    """
+    counts: Counter[str] = Counter()
+    for info in tensors.values():
+        if info.dtype in FLOATING:
+            elements = 1
+            for n in info.shape:
+                elements *= n
+            counts[info.dtype] += elements
+    if not counts:
+        found = ", ".join(sorted({info.dtype for info in tensors.values()}))
+        raise InputError(f"no floating tensors (found {found}): quantised checkpoints are not supported")
+    return torch_dtype(counts.most_common(1)[0][0])
+
+
+def in_hub_cache(folder: Path) -> bool:
+    """Whether this is a snapshot folder of the hub's cache, whose files are links made by huggingface_hub."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -1,0 +1,109 @@
+"""The plan: what to do with a checkpoint, as plain data (invariant I8).
+
+It is made by a rewrite from the analysed graph and used by three readers that know nothing of graphs: the streaming
+writer (`apply`), the verification and the loader (`runtime`). It can be printed, diffed, kept and replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happens to one norm, and why.
+
+    Attributes:
+        path: module path of the norm, e.g. ``transformer.h.0.ln_1``.
+        kind: the norm as found, e.g. ``LayerNorm`` or ``BatchNorm2d``.
+        converted: whether the plan changes it.
+        reason: one sentence for a person. For a norm that stays: the value, the operation and the module in the way.
+        code: the class of the reason, for tables (``converted``, ``post-norm``, ``returned``, ``unknown-op``, ...).
+    """
+
+    path: str
+    kind: str
+    converted: bool
+    reason: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tensor edits and module edits.
+
+    Attributes:
+        method: the conversion, e.g. ``rmsnorm``.
+        tensors: model tensor name -> edits in order (see :mod:`normconvert.plan.edits`). Names are those of the model's
+            ``state_dict``; the source maps them to names in the files.
+        aliases: for every *edited* tensor that several names of the model share (tied weights), the name used in
+            ``tensors`` -> all its names, so that whichever name the files hold is found.
+        modules: module edits in order, rows of `normconvert.runtime.MODULE_EDITS`.
+        removed: model tensor names that the converted model no longer has.
+        config: changes to the model's config.json, dotted key -> value (only with ``--tied untie``).
+        verdicts: one per norm, in the order of execution.
+        notes: sentences the user should read (shifted outputs, float32 casts, ...).
+        float32_norms: True if the traced model casts a norm's input to float32 whatever its dtype, so that 1e-6 is the
+            best the algebra's test can show.
+    """
+
+    method: str
+    tensors: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    float32_norms: bool = False
+
+    @property
+    def converted(self) -> list[Verdict]:
+        """The norms that change."""
+        return [v for v in self.verdicts if v.converted]
+
+    @property
+    def kept(self) -> list[Verdict]:
+        """The norms that stay as they are."""
+        return [v for v in self.verdicts if not v.converted]
+
+    @property
+    def structural(self) -> bool:
+        """Whether the converted model has other tensors than the architecture: plain libraries cannot load it."""
+        from normconvert.runtime import STRUCTURAL
+
+        return any(edit["op"] in STRUCTURAL for edit in self.modules)
+
+    @property
+    def guard(self) -> str | None:
+        """A removed tensor of which transformers outputs keep the name, with no elements.
+
+        transformers initialises tensors that a checkpoint lacks and only warns; a tensor of another shape it refuses.
+        None where tensors have other shapes anyway.
+        """
+        if any(edit["op"] == "resize" for edit in self.modules):
+            return None
+        return next((name for name in self.removed if name.endswith((".weight", ".running_var"))), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: the data was written by another plan format.
+        """
+        data = dict(data)
+        found = data.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(
+                f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert"
+            )
+        data["verdicts"] = [Verdict(**v) for v in data.get("verdicts", [])]
+        return cls(**data)

@@ -1,0 +1,55 @@
+"""Model on the meta device -> plan: trace it, ask the conversion, and prove what the analysis alone cannot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import nn
+
+from normconvert.errors import TraceError
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites import crmsnorm, fuse_bn, rmsnorm  # noqa: F401  # they register themselves
+from normconvert.rewrites.registry import REWRITES
+from normconvert.runtime import apply_module_edits
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.model_graph import trace_model
+
+
+def plan_model(
+    model: nn.Module,
+    options: Options | None = None,
+    method: str = "rmsnorm",
+    tracer: Callable[[nn.Module], Graph] = trace_model,
+) -> Plan:
+    """The plan that converts the norms of ``model`` (on the meta device).
+
+    Args:
+        model: its weights are not read.
+        options: what the user allows.
+        method: one of :data:`normconvert.rewrites.registry.REWRITES`.
+        tracer: how a model becomes a graph; by default with probe inputs that it accepts.
+
+    Raises:
+        TraceError: see :func:`normconvert.tracing.model_graph.trace_model`.
+    """
+    graph = tracer(model)
+    rewrite = REWRITES[method]
+    plan = rewrite.planner(graph, options or Options())
+    if rewrite.proof is not None and plan.converted:
+        edited = copy.deepcopy(model)
+        apply_module_edits(edited, plan.modules)
+        try:
+            found = rewrite.proof(graph, tracer(edited), plan)
+        except TraceError as error:
+            found = str(error)
+        if found:
+            verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
+            return Plan(method, verdicts=verdicts)
+    return plan
+
+
+def _unproved(verdict: Verdict, why: str) -> Verdict:
+    reason = f"it could go {verdict.reason.rstrip('.')}, but the edited model is not the old one: {why}."
+    return Verdict(verdict.path, verdict.kind, False, reason, "unproved")

@@ -1,0 +1,146 @@
+"""Converted checkpoints: loading them, and the files that let transformers load them by itself.
+
+``OUT/normconvert.json`` is the record of a conversion; of its keys the loader reads ``format`` (1), ``library``,
+``architecture`` and ``plan`` (:meth:`normconvert.plan.Plan.to_json`). transformers outputs carry the module edits in
+``config.json`` too, under ``normconvert``, where the shipped ``modeling_normconvert.py`` finds them and where
+``save_pretrained`` keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError
+from normconvert.plan.conversion_plan import FORMAT, Plan
+from normconvert.plan.conversion_record import NotConverted, read_record
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a converted checkpoint with its RMSNorms in place, in eval mode; transformers and timm alike.
+
+    Args:
+        path: the output folder of a conversion, a folder written by ``save_pretrained`` of such a model, or a hub id.
+        dtype: dtype of all floating parameters; None: that of the files.
+        device: where to put the model.
+        trust_remote_code: allow code that came with the *original* checkpoint to run.
+
+    Returns:
+        The architecture's own class (for transformers a subclass of the same name, so that ``save_pretrained`` writes
+        a converted checkpoint again).
+
+    Raises:
+        InputError: there is no conversion record, or the files are unfit for the architecture.
+    """
+    from normconvert.runtime import REMOTE_FILE, apply_module_edits, converted_class
+    from normconvert.sources import open_source
+
+    folder = Path(path).expanduser()
+    arch = None
+    if folder.is_dir():
+        record = read_record(folder)
+        if record.get("library") == "timm" and not (folder / "config.json").is_file():
+            arch = f"timm:{record['architecture']}"
+    source = open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
+    record = read_record(source.folder or folder)
+    if record["architecture"] != source.architecture:
+        raise InputError(
+            f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
+        )
+    model = source.load(dtype=dtype, device=device)
+    try:
+        apply_module_edits(model, () if source.modules else record["modules"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    auto_map = source.config.get("auto_map") or {}
+    if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
+        model.__class__ = converted_class(type(model))
+    return model
+
+
+def load_any(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A checkpoint, converted or not: as :func:`load` where there is a record, else as its library loads it.
+
+    Raises:
+        InputError: as :func:`load`, but for the record.
+    """
+    from normconvert.sources import open_source
+
+    try:
+        return load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    except NotConverted:
+        return open_source(str(path), trust_remote_code=trust_remote_code).load(dtype=dtype, device=device)
+
+
+def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> dict[str, str | bytes]:
+    """The files that make a transformers output load by ``trust_remote_code``, and still without it.
+
+    Args:
+        config: the source's config.json; not changed.
+        plan: the plan that was applied.
+        architecture: the class of the source.
+
+    Returns:
+        File name -> content: ``config.json`` with the plan's config changes, the module edits and an ``auto_map``, and
+        ``modeling_normconvert.py``. A checkpoint with model code of its own keeps its ``auto_map`` and gains no file.
+    """
+    from normconvert import runtime
+
+    config = json.loads(json.dumps(config))
+    for key, value in plan.config.items():
+        *parents, last = key.split(".")
+        section = config
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    guard = plan.guard or (config.get(runtime.CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
+    config[runtime.CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    if guard is not None:
+        config[runtime.CONFIG_KEY]["guard"] = guard
+    module = Path(runtime.REMOTE_FILE).stem
+    auto_map = dict(config.get("auto_map") or {})
+    own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
+    files: dict[str, str | bytes] = {}
+    if not own_code:
+        classes = dict(_auto_classes(str(config.get("model_type")), architecture))
+        if any(edit["op"] == "resize" for edit in plan.modules):  # for other classes of the family it does not load
+            classes = {auto: name for auto, name in classes.items() if name == architecture}
+        classes = classes or {"AutoModel": architecture}
+        config["auto_map"] = auto_map | {auto: f"{module}.{name}" for auto, name in classes.items()}
+        files[runtime.REMOTE_FILE] = Path(runtime.__file__).read_bytes()
+    files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return files
+
+
+def _auto_classes(model_type: str, architecture: str) -> Iterator[tuple[str, str]]:
+    """The Auto classes that may build ``architecture``, and AutoModel with the base model of that type."""
+    from transformers.models.auto import modeling_auto
+
+    for auto, kind in sorted(vars(modeling_auto).items()):
+        mapping = getattr(kind, "_model_mapping", None)
+        if not auto.startswith("AutoModel") or mapping is None:
+            continue
+        names = mapping._model_mapping.get(model_type, ())
+        names = (names,) if isinstance(names, str) else tuple(names)
+        if architecture in names:
+            yield auto, architecture
+        elif auto == "AutoModel" and names:
+            yield auto, names[0]

@@ -1,0 +1,371 @@
+"""Model -> Graph: torch.export on the meta device, with module boundaries marked in the graph.
+
+No weight is read and no kernel runs. Two things are added to what ``torch.export`` gives:
+
+- *marks*: identity operations at the inputs and outputs of modules, so that a place where a centring operation may be
+  put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
+- *flattening*: regions such as autocast or no_grad, which export keeps as sub-graphs, are inlined, and in-place
+  operations are made functional, so that the analysis sees one list of pure operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from normconvert.errors import TraceError
+from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
+from normconvert.tracing.in_place_writes import make_functional, mark, marks_that_lie
+from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
+from normconvert.tracing.lean_export import lean_export
+from normconvert.tracing.model_caches import fresh_caches
+from normconvert.tracing.pretend_cpu import on_either_device, pretending
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model that the graph reads.
+
+    Attributes:
+        name: its name in ``state_dict`` (the first one, if several names share the tensor).
+        aliases: all its names.
+        stored: whether a checkpoint holds it; False for non-persistent buffers and constants made while tracing.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    stored: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced model.
+
+    Attributes:
+        nodes: operations in execution order (ATen, functional, on meta tensors).
+        parameters: placeholder node -> the tensor it stands for.
+        outputs: node -> names of the model outputs it is.
+        modules: module path -> module on the meta device.
+        unreached: name -> shape of the parameters that the traced calls do not read.
+        constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
+        calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    parameters: Mapping[fx.Node, Parameter]
+    outputs: Mapping[fx.Node, tuple[str, ...]]
+    modules: Mapping[str, nn.Module]
+    unreached: Mapping[str, tuple[int, ...]]
+    constants: tuple[str, ...] = ()
+    calls: tuple[tuple[Mapping[str, Any], str], ...] = ()
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
+    """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs``.
+
+    Args:
+        model: gives the names of parameters and modules.
+        inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, whose values
+            are known where the model asks for them (see :mod:`known_values`).
+        entry: a module within ``model`` to call instead of the whole; None calls ``model``.
+
+    Raises:
+        TraceError: torch.export cannot trace the model; the message names the operation and the line that stopped it.
+    """
+    model.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program, constants = on_either_device(lambda device: _export(model, inputs, entry, device))
+    except Exception as error:  # torch.export raises many kinds; all mean the same to the user
+        raise TraceError(_why(error)) from error
+    module = program.graph_module
+    _inline_regions(module)
+    _name_paths(model, module.graph)
+    parameters = _parameters(model, program, module.graph)
+    reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
+    return Graph(
+        nodes=tuple(module.graph.nodes),
+        parameters=parameters,
+        outputs=_outputs(program, module.graph),
+        modules=dict(model.named_modules(remove_duplicate=False)),
+        unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
+        constants=constants,
+        calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
+    )
+
+
+def merge(first: Graph, second: Graph) -> Graph:
+    """Two calls of one model as one graph: they share the parameters, and nothing else.
+
+    What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same.
+    """
+    graph = first.nodes[0].graph
+    # Tied parameters have several placeholders, of which one is used.
+    by_name = {p.name: node for node, p in sorted(first.parameters.items(), key=lambda item: bool(item[0].users))}
+    mapping: dict[fx.Node, fx.Node] = {}
+    parameters, outputs, copies = dict(first.parameters), dict(first.outputs), []
+    for node in second.nodes:
+        parameter = second.parameters.get(node)
+        if parameter is not None and parameter.name in by_name:
+            mapping[node] = by_name[parameter.name]
+            continue
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        copies.append(mapping[node])
+        if parameter is not None:
+            parameters[mapping[node]] = parameter
+        if node in second.outputs:
+            names = (*outputs.get(mapping[node], ()), *second.outputs[node])
+            outputs[mapping[node]] = tuple(dict.fromkeys(names))
+    return Graph(
+        nodes=(*first.nodes, *copies),
+        parameters=parameters,
+        outputs=outputs,
+        modules=first.modules,
+        unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
+        constants=first.constants + second.constants,
+        calls=first.calls + second.calls,
+    )
+
+
+def _export(
+    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
+) -> tuple[Any, tuple[str, ...]]:
+    """Export with marks, functional in the end; and what the model made constants of.
+
+    A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
+    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
+    buffer that is written to is no constant: then the program is exported again without its values.
+    """
+    without: set[str] = set()
+    held = constant_buffers(model)
+    while True:
+        marked = _marked(model, without), _entered(model, entry, inputs, held)
+        made = fresh_caches(model), pretending(model, device), lean_export()
+        with marked[0], marked[1], made[0], made[1], made[2], _Constants() as constants:
+            program = torch.export.export(model, (), without_values(inputs, device), strict=False)
+        graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+        written = set().union(*(marks_that_lie(graph) for graph in graphs))
+        if written:
+            without |= written
+            continue
+        functional = [make_functional(graph) for graph in graphs]
+        if not all(functional):
+            for module in program.graph_module.modules():
+                if isinstance(module, fx.GraphModule):
+                    module.recompile()
+            program = program.run_decompositions({})
+        kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
+        if len(kept) == len(held):
+            return program, tuple(constants.made)
+        held = kept
+
+
+class _Constants(TorchFunctionMode):
+    """Notes what ``torch.tensor`` and its like are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        data = args[1:2] if func is Tensor.new_tensor else args[:1]
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and data and not isinstance(data[0], Tensor):
+            self.made.append(repr(data[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _entered(
+    model: nn.Module, entry: nn.Module | None, inputs: Mapping[str, Any], constants: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Have a call of ``model`` run ``entry`` alone, if given, under the names that it has in ``model``.
+
+    The values of ``inputs`` and of constant buffers are known meanwhile; above all modes of ``torch.export``, which
+    would ask for them first.
+    """
+    run = model.forward if entry is None else entry
+
+    @functools.wraps(model.forward if entry is None else entry.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with known_values(inputs, kwargs, in_place(model, constants)):
+            return run(*args, **kwargs)
+
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that ran ``node``; empty for the model itself."""
+    return str(node.meta.get(_PATH, ""))
+
+
+_PATH = "normconvert_path"
+
+
+def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
+    """Note each node's module by one name, although a module that is registered twice has several."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        first.setdefault(id(module), path)
+    names = {path: first[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = str(next(reversed(stack.values()))[0]) if stack else ""
+        node.meta[_PATH] = names.get(path, path)
+
+
+@contextmanager
+def _marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
+    """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if not path or path in without or isinstance(module, _UNMARKED):
+                continue
+            pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
+            stack.callback(pre.remove)
+            post = module.register_forward_hook(_mark_outputs(path))
+            stack.callback(post.remove)
+        yield
+
+
+_UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU)
+"""Modules whose boundary is never a better place than their neighbours': the graph stays small."""
+
+
+def _markable(value: object) -> bool:
+    # One number may be a constant, whose value torch computes while it traces, where a custom operation cannot run.
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
+
+
+def _mark_inputs(path: str) -> Callable[..., Any]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
+            return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
+        new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
+        return new_args, new_kwargs
+
+    return hook
+
+
+def _mark_outputs(path: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if _markable(output):
+            return mark(output, path, "output", "")
+        if type(output) in (tuple, list):
+            return type(output)(mark(a, path, "output", str(i)) if _markable(a) else a for i, a in enumerate(output))
+        if isinstance(output, dict):  # transformers' ModelOutput among them
+            for key, value in list(output.items()):
+                if _markable(value):
+                    output[key] = mark(value, path, "output", str(key))
+        return output
+
+    return hook
+
+
+def _why(error: BaseException) -> str:
+    """One line for a person: the first sentence of the error and the line of model code that raised it."""
+    text = str(error).strip()
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "normconvert" not in code.co_filename:
+            where = f" ({code.co_filename.rsplit('site-packages/', 1)[-1]}:{frame.tb_lineno}, in {code.co_name})"
+        frame = frame.tb_next
+    what = "a size or a branch depends on values that the weights give, which no trace knows: " * isinstance(
+        error, UNKNOWN_VALUE
+    )
+    return f"the model could not be traced: {what}{type(error).__name__}: {first[:300]}{where}"
+
+
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def _inline_regions(module: fx.GraphModule) -> None:
+    """Replace autocast and grad-mode regions by their contents: neither changes what is computed on this device."""
+    while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _REGIONS]:
+        for region in regions:
+            position = next(i for i, a in enumerate(region.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+            body = getattr(module, region.args[position].target)
+            holders = [n for n in body.graph.nodes if n.op == "placeholder"]
+            mapping: dict[fx.Node, Any] = dict(zip(holders, region.args[position + 1 :], strict=True))
+            for name, sub in body.named_children():  # regions within regions
+                fresh = f"{region.name}_{name}"
+                setattr(module, fresh, sub)
+                for node in body.graph.nodes:
+                    if node.op == "get_attr" and node.target == name:
+                        node.target = fresh
+            with module.graph.inserting_before(region):
+                results = module.graph.graph_copy(body.graph, mapping)
+            results = results[0] if isinstance(results, tuple) and _wraps_twice(body) else results
+            for user in list(region.users):
+                if isinstance(results, (tuple, list)) and user.target is not None and "getitem" in str(user.target):
+                    user.replace_all_uses_with(results[user.args[1]])
+                    module.graph.erase_node(user)
+            if region.users:
+                region.replace_all_uses_with(results)
+            module.graph.erase_node(region)
+
+
+def _wraps_twice(body: fx.GraphModule) -> bool:
+    """Whether a region's output node wraps its results in one more tuple."""
+    value = next(n for n in body.graph.nodes if n.op == "output").args[0]
+    return isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (tuple, list))
+
+
+def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node, Parameter]:
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    unstored = set(signature.non_persistent_buffers)
+    constants = signature.inputs_to_lifted_tensor_constants
+    groups: dict[int, list[str]] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        groups.setdefault(id(tensor), []).append(name)
+    aliases = {name: tuple(group) for group in groups.values() for name in group}
+    found: dict[fx.Node, Parameter] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in names:
+            all_names = aliases.get(names[node.name], (names[node.name],))
+            found[node] = Parameter(all_names[0], all_names, names[node.name] not in unstored)
+        elif node.name in constants:
+            found[node] = Parameter(constants[node.name], (constants[node.name],), stored=False)
+    return found
+
+
+def _outputs(program: Any, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """Names of the user's outputs, as paths in the nested output (``logits``, ``encoder_last_hidden_state``, ``0``)."""
+    specs = list(program.graph_signature.output_specs)
+    flat = next(n for n in graph.nodes if n.op == "output").args[0]
+    user = [value for spec, value in zip(specs, flat, strict=True) if spec.kind.name == "USER_OUTPUT"]
+    spec = program.call_spec.out_spec
+    try:
+        keyed, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(user))), spec))
+        labels = [pytree.keystr(path).strip("[].'\"") or "output" for path, _ in keyed]
+    except Exception:  # an output class that cannot be rebuilt: number the outputs
+        labels = [str(i) for i in range(len(user))]
+    names: dict[fx.Node, tuple[str, ...]] = {}
+    for label, value in zip(labels, user, strict=False):
+        if isinstance(value, fx.Node):
+            names[value] = (*names.get(value, ()), label)
+    return names

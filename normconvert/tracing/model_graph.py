@@ -1,0 +1,91 @@
+"""Model on the meta device -> Graph: with probe inputs that it accepts, and with further calls until all is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from normconvert.errors import TraceError
+from normconvert.tracing.graph import Graph, merge, trace
+from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
+
+FURTHER_CALLS = 3
+
+
+def trace_model(model: nn.Module) -> Graph:
+    """Trace ``model`` with the first probe inputs that it accepts.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
+    """
+    with quiet():
+        return _trace(model)
+
+
+def _trace(model: nn.Module) -> Graph:
+    first: TraceError | None = None
+    for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
+        candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
+        likely = _trace_likely(candidate)
+        if likely is not None:
+            return _with_further_calls(candidate, *likely)
+        for inputs in trace_inputs_candidates(candidate):
+            try:
+                graph = trace(candidate, inputs)
+            except TraceError as error:
+                first = first or error
+            else:
+                return _with_further_calls(candidate, graph, inputs)
+    raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
+
+
+def _trace_likely(model: nn.Module) -> tuple[Graph, dict[str, Any]] | None:
+    """The graph for the most likely inputs, which fit nearly all models, and the inputs; None if they do not.
+
+    A trace runs the model as the search for inputs does, so there is nothing to try out before it. Where it goes on
+    with a value that it does not know, other inputs may need none: the search looks for such.
+    """
+    inputs = likely_inputs(model)
+    if inputs is None:
+        return None
+    try:
+        graph = trace(model, inputs)
+    except TraceError:
+        return None
+    return None if any(node.meta.get("unbacked_bindings") for node in graph.nodes) else (graph, inputs)
+
+
+def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
+    """Add calls of the model that use parameters which the first leaves alone: another modality, masked patches."""
+    if not graph.unreached:
+        return graph
+    calls = chain(
+        ((more, None) for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
+    )
+    for more, entry in islice(calls, 2 * FURTHER_CALLS):
+        try:
+            other = trace(model, more, entry)
+        except TraceError:
+            continue
+        if set(graph.unreached) - set(other.unreached):
+            graph = merge(graph, other)
+        if not graph.unreached:
+            break
+    return graph
+
+
+def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """Calls of a transformers model without its head, whose forward may take what that of the whole does not."""
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        for inputs in islice(trace_inputs_candidates(base), 1):
+            for more in further_inputs(base, inputs):
+                yield more, base

@@ -1,0 +1,91 @@
+"""Inputs for a model that nobody described: to trace it with, and to compare two of its versions on.
+
+They are guessed from ``forward``'s signature, ``main_input_name`` and the config, by a table from argument name to
+builder (:mod:`normconvert.tracing.probes.builders`); no model is named anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from normconvert.tracing.probes.builders import BUILDERS
+from normconvert.tracing.probes.choose import SIZES, accepts, guesses, is_timm, quiet, ranked, to_trace
+from normconvert.tracing.probes.facts import Facts
+from normconvert.tracing.probes.verification import Probe, verification_inputs
+
+OPTIONAL = ("bool_masked_pos",)
+"""Arguments that make a model use parameters which it leaves alone without them."""
+
+__all__ = [
+    "Probe",
+    "further_inputs",
+    "likely_inputs",
+    "quiet",
+    "trace_inputs",
+    "trace_inputs_candidates",
+    "verification_inputs",
+]
+
+
+def likely_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """The first keyword arguments that :func:`trace_inputs_candidates` would try, untried; None if there are none.
+
+    Raises:
+        TraceError: a required argument of ``forward`` has no row in the table.
+    """
+    guess = next(guesses(model), None)
+    return None if guess is None else to_trace(model, guess.specs)
+
+
+def trace_inputs_candidates(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Keyword arguments on the CPU to try in turn, the likely first; at most a few.
+
+    Args:
+        model: a transformers or timm model on the meta device. ``config.use_cache`` is set to False on it.
+
+    Raises:
+        TraceError: a required argument of ``forward`` has no row in the table.
+    """
+    for guess, _ in ranked(model):
+        yield to_trace(model, guess.specs)
+
+
+def trace_inputs(model: nn.Module) -> dict[str, Any]:
+    """The first of :func:`trace_inputs_candidates` that the model's forward takes (tried in torch's fake mode).
+
+    Where every guess is stopped only by a value that tracing does not know, the first such; else the first of all.
+
+    Raises:
+        TraceError: a required argument of ``forward`` has no row in the table.
+    """
+    guess, _ = next(ranked(model))
+    return to_trace(model, guess.specs)
+
+
+def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Other ways to call a model that takes ``inputs``: with patches masked out, then other sets of arguments, a few.
+
+    Args:
+        model: on the meta device.
+        inputs: keyword arguments that its forward takes.
+    """
+    if is_timm(model):
+        return
+    facts, tried = Facts(model), {frozenset(inputs)}
+    sizes = SIZES[0]
+    for name in OPTIONAL:
+        if name in facts.parameters and name not in inputs and frozenset([*inputs, name]) not in tried:
+            tried.add(frozenset([*inputs, name]))
+            spec = BUILDERS[name](facts, sizes)
+            if spec is not None:
+                yield {**inputs, **to_trace(model, {name: spec})}
+    for guess in guesses(model):
+        if frozenset(guess.specs) not in tried and accepts(model, found := to_trace(model, guess.specs)) in (
+            "yes",
+            "maybe",
+        ):
+            tried.add(frozenset(guess.specs))
+            yield found

@@ -1,0 +1,201 @@
+"""Inputs to compare two versions of a model on: a few small ones, each after another kind of mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.tracing.probes.choose import Guess, is_timm, ranked, specs
+from normconvert.tracing.probes.facts import Facts
+from normconvert.tracing.probes.specs import SIGNALS, Spec, materialise, place_tokens
+
+LONGEST = 32
+"""Tokens of the longest text."""
+
+SENTENCES = (
+    "The keeper of the lighthouse counted the ships every evening and wrote their names in a green book.",
+    "If 3 of 12 eggs break, how many are left? Nine; but nobody asked the hen, who had laid them on a Tuesday.",
+)
+"""Written for this file."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call of the model.
+
+    Attributes:
+        name: for the report; text probes begin with ``text``.
+        inputs: keyword arguments on the CPU: signals in float32, integers in int64, plain values as they are.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a probe differs from the model's usual input.
+
+    Attributes:
+        name: of the probe.
+        applies: ``text``, ``signal`` or ``any``: what the model must take for the probe to make sense.
+        batch, length: None leaves the usual.
+        ids: what token ids become; None leaves them random.
+        signal: what images and sounds become; None leaves them gaussian.
+        padding: the side on which the attention mask pads, if any.
+    """
+
+    name: str
+    applies: str = "any"
+    batch: int | None = None
+    length: int | None = None
+    ids: Callable[[Tensor, Spec], Tensor] | None = None
+    signal: Callable[[Tensor], Tensor] | None = None
+    padding: str | None = None
+
+
+def _degenerate(ids: Tensor, spec: Spec) -> Tensor:
+    """Rows all equal: to an ordinary id, to zero, to the largest id, in turn."""
+    values = torch.tensor([(spec.low + spec.high) // 2, 0, spec.high - 1])[torch.arange(len(ids)) % 3]
+    return values.view(-1, *[1] * (ids.ndim - 1)).expand_as(ids).clone()
+
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("random"),
+    Recipe("single", batch=1),
+    Recipe("long", "text", batch=1, length=LONGEST),
+    Recipe("one-token", "text", length=1),
+    Recipe("degenerate", "text", batch=3, ids=_degenerate),
+    Recipe("padded-right", "text", length=12, padding="right"),
+    Recipe("padded-left", "text", length=12, padding="left"),
+    Recipe("constant", "signal", signal=torch.ones_like),
+    Recipe("zero", "signal", batch=1, signal=torch.zeros_like),
+    Recipe("large", "signal", signal=lambda x: 100.0 * x),
+    Recipe("small", "signal", batch=1, signal=lambda x: 0.01 * x),
+)
+"""Degenerate ids and constant images make rows alike; large and small signals hide and show a norm's eps."""
+
+
+def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None) -> list[Probe]:
+    """Six to ten small probes, the same for the same model and seed.
+
+    Args:
+        model: on any device, the meta device included; only its signature, config and shapes are read.
+        seed: of all random values; probe number i uses ``seed * 1000 + i``.
+        tokenizer: of the model; if given, two probes hold real sentences (names ``text-0``, ``text-1``).
+
+    Returns:
+        Probes with CPU tensors: text at most 32 tokens, plus placeholders where the model wants them.
+
+    Raises:
+        TraceError: no input is known for this model.
+    """
+    guess, _ = next(ranked(model))
+    kinds = {value.kind for value in guess.specs.values() if isinstance(value, Spec)}
+    text, signal = "ids" in kinds, bool(kinds & SIGNALS)
+    probes = []
+    for number, recipe in enumerate(_recipes(text, signal)):
+        generator = torch.Generator().manual_seed(seed * 1000 + number)
+        inputs = _make(model, guess, recipe, generator)
+        if inputs is not None:
+            probes.append(Probe(recipe.name, inputs))
+    if tokenizer is not None and text:
+        probes += _text_probes(model, guess, tokenizer, seed)
+    return probes
+
+
+def _recipes(text: bool, signal: bool) -> Iterator[Recipe]:
+    """The recipes that apply; for a model with both kinds of input, fewer of each."""
+    for recipe in RECIPES:
+        if recipe.applies == "any" or (recipe.applies == "text" and text) or (recipe.applies == "signal" and signal):
+            if text and signal and recipe.name in ("single", "zero", "small", "padded-left"):
+                continue
+            if text and not signal and recipe.name == "single":
+                continue
+            yield recipe
+
+
+def _make(model: nn.Module, guess: Guess, recipe: Recipe, generator: torch.Generator) -> dict[str, Any] | None:
+    """The recipe's inputs; None if the model cannot take it."""
+    facts = Facts(model)
+    length = recipe.length or guess.sizes.length
+    limit = facts.number(
+        "max_position_embeddings", "n_positions", "max_target_positions", part="text", default=LONGEST * 2
+    )
+    if length > LONGEST // 2:
+        length = min(length, max(limit // 2, 1))
+    if guess.sizes.length > 7:  # the model wants long texts
+        if recipe.length is not None and recipe.length < guess.sizes.length:
+            return None
+        length = max(length, guess.sizes.length)
+    sizes = replace(guess.sizes, batch=min(recipe.batch or guess.sizes.batch, 3), length=length)
+    if guess.sizes.batch == 1:
+        sizes = replace(sizes, batch=1)
+    made = specs(model, guess.names, sizes)
+    inputs = {
+        name: _value(value, recipe, generator) if isinstance(value, Spec) else value for name, value in made.items()
+    }
+    if recipe.padding is not None:
+        if is_timm(model) or "attention_mask" not in facts.parameters or "input_ids" not in inputs:
+            return None
+        inputs["attention_mask"] = padding_mask(inputs["input_ids"].shape, recipe.padding)
+    return inputs
+
+
+def _value(spec: Spec, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    value = materialise(spec, generator)
+    if spec.kind == "ids" and recipe.ids is not None:
+        return place_tokens(recipe.ids(value, spec), spec)
+    if spec.kind in SIGNALS and recipe.signal is not None:
+        return recipe.signal(value)
+    return value
+
+
+def padding_mask(shape: torch.Size, side: str) -> Tensor:
+    """(batch, length) of ones, with a third of the first row's length masked on one side."""
+    mask = torch.ones(shape, dtype=torch.int64)
+    count = max(shape[1] // 3, 1)
+    if side == "right":
+        mask[0, -count:] = 0
+    else:
+        mask[0, :count] = 0
+    return mask
+
+
+def _text_probes(model: nn.Module, guess: Guess, tokenizer: Any, seed: int) -> list[Probe]:
+    """One probe a sentence, cut to 32 tokens; other inputs as usual, with a batch of one."""
+    probes = []
+    for number, sentence in enumerate(SENTENCES):
+        generator = torch.Generator().manual_seed(seed * 1000 + 500 + number)
+        encoded = tokenizer(sentence)["input_ids"][:LONGEST]
+        if not encoded:  # a vocabulary that knows none of its words
+            continue
+        made = specs(model, guess.names, replace(guess.sizes, batch=1, length=len(encoded)))
+        inputs: dict[str, Any] = {}
+        for name, value in made.items():
+            if not isinstance(value, Spec):
+                inputs[name] = value
+            elif value.kind == "ids" and name in ("input_ids", "decoder_input_ids") and len(value.shape) == 2:
+                inputs[name] = _with_text(value, torch.tensor(encoded))
+            else:
+                inputs[name] = materialise(value, generator)
+        probes.append(Probe(f"text-{number}", inputs))
+    return probes
+
+
+def _with_text(spec: Spec, encoded: Tensor) -> Tensor:
+    """(1, length): the placeholders that `spec` wants, then the sentence (cut where the ids must be shorter)."""
+    extra = sum(spec.tokens.values())
+    ids = torch.full(spec.shape, int(encoded[0]))
+    room = spec.shape[1] - extra
+    sentence = encoded[:room].clamp(max=spec.high - 1)
+    if extra:
+        ids = place_tokens(ids, spec)
+        ids[0, 1 + extra : extra + len(sentence)] = sentence[1:]
+    else:
+        ids[0, : len(sentence)] = sentence
+    return ids

@@ -1,0 +1,380 @@
+"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what users feel.
+
+- *Algebra*: the plan applied to float64 copies of the weights, against the original in float64.
+- *Rounding*: the stored result in its dtype against that float64 truth, divided by the original's own such error.
+- *What users feel*: top-1 agreement, KL divergence, loss difference on text, in the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normconvert.errors import InputError
+from normconvert.plan.conversion_plan import Plan
+from normconvert.tracing.probes import Probe, verification_inputs
+from normconvert.verification.divergence import first_divergence, watch_means
+from normconvert.verification.fidelity import (
+    Distance,
+    Fidelity,
+    agreement,
+    distance,
+    is_shifted,
+    next_token_loss,
+    ratio,
+    scores,
+)
+from normconvert.verification.probe_runs import Run, algebra_model, cast, run_model
+
+if TYPE_CHECKING:
+    from normconvert.sources import Source
+
+__all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify", "verify_models"]
+
+TOLERANCE = 1e-10
+FLOAT32_TOLERANCE = 1e-5
+"""For models that cast a norm's input to float32 whatever their dtype: there float32's rounding is the limit."""
+ROUNDING_TOLERANCE = 2.0
+STORAGE_UNITS = 32.0
+"""Two arbitrary checkpoints may differ by this many units of the coarser storage dtype."""
+
+ModelOrMaker = nn.Module | Callable[[], nn.Module]
+"""A model, or a function that makes it when its turn comes, so that few are in memory at once."""
+
+
+def tolerance_for(plan: Plan | None) -> float:
+    """1e-10, or what float32 allows for a model that casts its norms' inputs to float32."""
+    return FLOAT32_TOLERANCE if plan is not None and plan.float32_norms else TOLERANCE
+
+
+def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> dict[tuple[str, str], Distance]:
+    """(probe, output) -> how far the two are apart; inf where only one of them has the output."""
+    result = {}
+    for probe, outputs in expected.outputs.items():
+        other = found.outputs.get(probe, {})
+        for name in dict.fromkeys([*outputs, *other]):
+            if name in outputs and name in other:
+                result[probe, name] = distance(other[name], outputs[name], shifted=is_shifted(name, shifted))
+            else:
+                result[probe, name] = Distance(math.inf, 1.0)
+    return result
+
+
+def compare_models(
+    original: nn.Module,
+    converted: nn.Module,
+    probes: Sequence[Probe],
+    *,
+    outputs_shift_allowed: bool = False,
+    seed: int = 0,
+) -> dict[tuple[str, str], float]:
+    """Relative errors of every output of every probe that the original can run, {(probe, output): ||y'-y|| / ||y||}.
+
+    Args:
+        original: in float64 for the algebra.
+        converted: likewise.
+        probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
+        seed: for models that draw random numbers even in eval mode.
+        outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
+    """
+    runs = [run_model(model, probes, dtype=torch.float32, seed=seed) for model in (original, converted)]
+    names = {name for outputs in runs[0].outputs.values() for name in outputs}
+    shifted = frozenset(names if outputs_shift_allowed else ())
+    return {key: d.relative for key, d in compare_runs(runs[0], runs[1], shifted).items()}
+
+
+def _take(model: ModelOrMaker) -> nn.Module:
+    return model if isinstance(model, nn.Module) else model()
+
+
+def verify_models(
+    *,
+    truth: ModelOrMaker,
+    algebra: ModelOrMaker | None,
+    original: ModelOrMaker,
+    converted: ModelOrMaker,
+    probes: Sequence[Probe],
+    tolerance: float = TOLERANCE,
+    rounding_tolerance: float = ROUNDING_TOLERANCE,
+    converted_norms: Sequence[str] = (),
+    shifted_outputs: set[str] | frozenset[str] = frozenset(),
+    plan: Plan | None = None,
+    seed: int = 0,
+) -> Fidelity:
+    """The three figures for one conversion.
+
+    Args:
+        truth: the original's weights in float64.
+        algebra: the plan applied to them in float64; None replays `plan`, or skips this figure (0.0) if that is None.
+        original: the original checkpoint in the dtype it is used in.
+        converted: the converted one in that dtype.
+        probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
+        tolerance: for the algebra; see :func:`tolerance_for`.
+        rounding_tolerance: for the rounding.
+        converted_norms: module paths, for ``mean_over_rms``.
+        shifted_outputs: outputs whose per-token mean may change; compared with it removed.
+        plan: replayed if `algebra` is None.
+        seed: for models that draw random numbers even in eval mode.
+
+        Models may be given as functions that make them; then at most two of them are in memory at once.
+
+    Raises:
+        InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
+    """
+    shifted = frozenset(shifted_outputs)
+    first = _take(original)
+    dtype = next((p.dtype for p in first.parameters() if p.is_floating_point()), torch.float32)
+    original_run = run_model(first, probes, dtype=dtype, seed=seed)
+    probes = [probe for probe in probes if probe.name in original_run.outputs]
+    if not probes:
+        reason = next(iter(original_run.failures.values()), "there are no probes")
+        raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
+    del first
+
+    second = _take(converted)
+    with watch_means(second, converted_norms) as means:
+        converted_run = run_model(second, probes, dtype=dtype, seed=seed)
+    del second
+
+    true_model = _take(truth)
+    truth_run = run_model(true_model, probes, dtype=dtype, seed=seed)
+    algebra_distances: dict[tuple[str, str], Distance] = {}
+    worst_module = None
+    if algebra is not None or plan is not None:
+        edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
+        algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
+        algebra_distances = compare_runs(truth_run, algebra_run, shifted)
+        worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
+        if not algebra_distances[worst].relative <= tolerance:
+            probe = next(p for p in probes if p.name == worst[0])
+            worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
+        del edited
+    del true_model
+
+    original_errors = compare_runs(truth_run, original_run, shifted)
+    converted_errors = compare_runs(truth_run, converted_run, shifted)
+    if converted_errors and not any(d.size > 0 or d.difference > 0 for d in converted_errors.values()):
+        raise InputError(
+            "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
+            "two models agree; are its weights those of a trained model?"
+        )
+    same, positions, divergence = _felt(original_run, converted_run)
+    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in original_run.failures.items()]
+    rows += [
+        {
+            "probe": key[0],
+            "output": key[1],
+            "algebra": algebra_distances[key].relative if key in algebra_distances else None,
+            "original_error": original_errors[key].relative if key in original_errors else None,
+            "converted_error": error.relative,
+        }
+        for key, error in converted_errors.items()
+    ]
+    fidelity = Fidelity(
+        algebra=max((d.relative for d in algebra_distances.values()), key=_rank, default=0.0),
+        rounding=worst_ratio(original_errors, converted_errors, torch.finfo(dtype).eps),
+        top1=same / positions if positions else 1.0,
+        kl=divergence / positions if positions else 0.0,
+        loss_difference=_loss_difference(probes, original_run, converted_run),
+        mean_over_rms=max(means.values(), default=None),
+        worst_module=worst_module,
+        probes=rows,
+        tolerance=tolerance,
+        rounding_tolerance=rounding_tolerance,
+    )
+    return judge(fidelity, converted_run)
+
+
+def _rank(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any]:
+    sample = next(p for p in model.parameters() if p.is_floating_point())
+    return {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
+
+
+def worst_ratio(
+    original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
+) -> float | None:
+    """For each output the root mean square of the relative errors over the probes, converted/original; the largest."""
+    names = dict.fromkeys(name for _, name in converted)
+    ratios = []
+    for name in names:
+        sums = [
+            math.sqrt(sum(_rank(d.relative) ** 2 for (_, n), d in side.items() if n == name) / max(len(side), 1))
+            for side in (converted, original)
+        ]
+        ratios.append(ratio(sums[0], sums[1], eps))
+    return max(ratios, key=_rank, default=None)
+
+
+def _felt(original: Run, converted: Run) -> tuple[int, int, float]:
+    """(positions with the same top class, positions, summed KL) over all probes."""
+    same, positions, divergence = 0, 0, 0.0
+    for probe, outputs in original.outputs.items():
+        a, b = scores(outputs), scores(converted.outputs.get(probe, {}))
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        found = agreement(a, b)
+        same, positions, divergence = same + found[0], positions + found[1], divergence + found[2]
+    return same, positions, divergence
+
+
+def _loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> float | None:
+    differences = []
+    for probe in probes:
+        if probe.name.startswith("text") and probe.name in converted.outputs:
+            a = next_token_loss(original.outputs[probe.name], probe.inputs)
+            b = next_token_loss(converted.outputs[probe.name], probe.inputs)
+            if a is not None and b is not None:
+                differences.append(b - a)
+    return sum(differences) / len(differences) if differences else None
+
+
+def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
+    """The verdict: one reason for each figure out of its tolerance."""
+    reasons = []
+    if not fidelity.algebra <= fidelity.tolerance:  # also catches NaN
+        at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
+        reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")
+    if fidelity.rounding is not None and not fidelity.rounding <= fidelity.rounding_tolerance:
+        allowed = f"(allowed {fidelity.rounding_tolerance:g})"
+        reasons.append(f"rounding errors are {fidelity.rounding:.3g} times the original's {allowed}")
+    for probe, why in (converted.failures if converted is not None else {}).items():
+        reasons.append(f"the converted model cannot run probe {probe!r}, which the original runs: {why}")
+    return replace(fidelity, passed=not reasons, reasons=reasons)
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    limits: Mapping[str, float] | None = None,
+    max_memory: int | None = None,
+) -> Fidelity:
+    """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
+
+    If `b` was written by normconvert, its plan is replayed on `a`'s weights in float64: that is held to 1e-10. For
+    any other pair the algebra compares `b` with `a` in float64 as they are stored; since storing alone rounds, the
+    tolerance there is 32 units (eps) of the coarser storage dtype.
+
+    Args:
+        a: the original: a path or a name as :func:`normconvert.sources.open_source` takes it.
+        b: the one to check, likewise.
+        device: where to run.
+        dtype: to run both in; None takes that of `b`'s files.
+        trust_remote_code: whether code that comes with a checkpoint may run.
+        seed: of the probes.
+        limits: figure -> limit, instead of the defaults; see :mod:`normconvert.verification.limits`.
+        max_memory: bytes of memory that the process may take. The weights stay in their files then: each is read when
+            its turn comes, for all probes at once, and freed. None loads whole models, two at a time.
+
+    Raises:
+        InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
+    """
+    from normconvert.sources import open_pair
+    from normconvert.verification.limits import check_limits, judge_limits
+
+    limits = check_limits(limits or {})
+    first, second = open_pair(str(a), str(b), trust_remote_code=trust_remote_code)
+    plan = recorded_plan(second.record) if first.record is None else None
+    used = dtype or second.dtype
+    _same_model(first.architecture, second.architecture, str(a), str(b))
+    loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
+    original = loader(first, used, device)()
+    if plan is None:
+        _same_shapes(original, loader(second, used, device), str(a), str(b))
+    algebra = None if plan is not None else loader(second, torch.float64, device)
+    if plan is not None and max_memory is not None:
+        algebra = _lazy_loader(first, torch.float64, device, plan=plan, max_memory=max_memory)
+    coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
+    tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
+    fidelity = verify_models(
+        truth=loader(first, torch.float64, device),
+        algebra=algebra,
+        original=original,
+        converted=loader(second, used, device),
+        probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
+        tolerance=limits.get("algebra", tolerance),
+        rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
+        converted_norms=watched_norms(plan) if plan is not None else (),
+        plan=plan,
+        seed=seed,
+    )
+    return judge_limits(fidelity, limits)
+
+
+def watched_norms(plan: Plan) -> list[str]:
+    """The norms whose input is to be mean-free as it is."""
+    return [edit["path"] for edit in plan.modules if edit["op"] == "replace" and edit["kind"] == "rmsnorm"]
+
+
+def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:
+    """The plan in the record of a converted folder; None if there is no record.
+
+    Raises:
+        InputError: another version wrote it.
+    """
+    if record is None or not record.get("plan"):
+        return None
+    try:
+        return Plan.from_json(record["plan"])
+    except (ValueError, TypeError) as error:
+        raise InputError(f"normconvert.json cannot be read: {error}") from error
+
+
+def _loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
+    """Makes a checkpoint's model: with the plan's module edits if normconvert wrote it, else as the library does."""
+
+    def load() -> nn.Module:
+        if source.record is not None and source.folder is not None:
+            from normconvert.sources.converted import load as load_converted
+
+            return load_converted(source.folder, dtype=dtype, device=device)
+        model: nn.Module = source.load(dtype=dtype, device=device)
+        return model
+
+    return load
+
+
+def _lazy_loader(
+    source: Source, dtype: torch.dtype, device: str | torch.device, *, max_memory: int, plan: Plan | None = None
+) -> Callable[[], nn.Module]:
+    """As `_loader`, with the weights left in their files; `plan` is applied as :func:`algebra_model` does it."""
+
+    def load() -> nn.Module:
+        from normconvert.verification.lazy_models import check_memory, lazy_model
+
+        model = lazy_model(source, dtype, torch.device(device), plan=plan, max_memory=max_memory)
+        check_memory(model, max_memory, source.reference)
+        return model
+
+    return load
+
+
+def _same_model(a: str, b: str, path_a: str, path_b: str) -> None:
+    if a != b:
+        raise InputError(f"expected two checkpoints of one model, found {a} in {path_a} and {b} in {path_b}")
+
+
+def _same_shapes(original: nn.Module, make: Callable[[], nn.Module], path_a: str, path_b: str) -> None:
+    """Raise on the first tensor that only one has, or that has another shape."""
+    a, b = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (original, make()))
+    for name in dict.fromkeys([*a, *b]):
+        if a.get(name) != b.get(name):
+            raise InputError(
+                f"expected two checkpoints of one model, but {name!r} is {a.get(name, 'missing')} in {path_a} "
+                f"and {b.get(name, 'missing')} in {path_b}"
+            )

@@ -1,0 +1,197 @@
+"""How far two runs of a model are apart: outputs as named tensors, and the figures made from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHES = frozenset({"cache", "past_key_values", "mems", "cache_params", "past_buckets_states"})
+"""Output names that hold a cache, not a result."""
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the verification found.
+
+    Attributes:
+        algebra: largest ||y'-y|| / ||y|| over probes and outputs, both sides in float64; inf if only one side is NaN.
+        rounding: the converted model's error to the float64 truth in its dtype, divided by the original's own such
+            error, errors being aggregated over the probes; the worst output's. None if not measured.
+        top1: share of positions at which the most likely class is the same, original and converted in the dtype.
+        kl: mean Kullback-Leibler divergence from the original's distribution to the converted one's, in nats.
+        loss_difference: mean next-token loss on the text probes, converted minus original; None without such probes.
+        mean_over_rms: largest |mean|/rms at the input of any converted norm of the converted model.
+        worst_module: on failure of the algebra, the first module at which the two models part.
+        probes: one row for each probe and output: ``probe``, ``output``, ``algebra``, ``original_error``,
+            ``converted_error``; or ``probe`` and ``skipped`` with the reason.
+        tolerance: that the algebra was held against.
+        rounding_tolerance: that the rounding was held against.
+        passed: whether every figure is within its tolerance.
+        reasons: one sentence for each that is not.
+        limits: figure -> the limit that the user set (:mod:`normconvert.verification.limits`).
+    """
+
+    algebra: float
+    rounding: float | None
+    top1: float
+    kl: float
+    loss_difference: float | None = None
+    mean_over_rms: float | None = None
+    worst_module: str | None = None
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    tolerance: float = 1e-10
+    rounding_tolerance: float = 2.0
+    passed: bool = True
+    reasons: list[str] = field(default_factory=list)
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON-ready data; numbers that JSON lacks (inf, nan) become strings."""
+        return {key: _json(value) for key, value in asdict(self).items()}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return [_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    return value
+
+
+def flatten(output: Any) -> Outputs:
+    """A model's output as {name: floating tensor}: ``logits``, ``hidden_states.0``, ``0``; a bare tensor is ``output``.
+
+    Caches and integer tensors are left out.
+    """
+    return dict(_leaves(output, ""))
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name or "output", value.detach()
+        return
+    items: Iterator[tuple[Any, Any]]
+    if isinstance(value, Mapping):
+        items = iter(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = iter([(f.name, getattr(value, f.name)) for f in fields(value)])
+    else:
+        return
+    for key, item in items:
+        if key not in CACHES:
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+
+
+def is_shifted(name: str, shifted: frozenset[str] | set[str]) -> bool:
+    """Whether an output's per-token mean may change (``hidden_states`` stands for ``hidden_states.3`` too)."""
+    return any(name == s or name.startswith(f"{s}.") for s in shifted)
+
+
+def channel_axes(x: Tensor) -> tuple[int, ...]:
+    """The axes that may hold channels: the last, and the second of a feature map (batch, channels, height, width)."""
+    return (-1,) if x.ndim < 4 else (-1, 1)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """||y' - y|| and ||y||, over the finite values both share."""
+
+    difference: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        """||y' - y|| / ||y||; the difference itself where y is zero."""
+        return self.difference / self.size if self.size > 0.0 else self.difference
+
+
+def distance(found: Tensor, expected: Tensor, *, shifted: bool = False) -> Distance:
+    """How far `found` is from `expected`, computed in float64.
+
+    NaN and infinities in both at the same places count as equal; in one only, the distance is inf.
+
+    Args:
+        found: any shape and floating dtype.
+        expected: likewise.
+        shifted: compare after removing the per-token mean over the channels.
+    """
+    if found.shape != expected.shape:
+        return Distance(math.inf, 1.0)
+    if shifted and expected.ndim > 0:
+        options = [_distance(*(_centered(t, axis) for t in (found, expected))) for axis in channel_axes(expected)]
+        return min(options, key=lambda option: option.relative)
+    return _distance(found.double(), expected.double())
+
+
+def _centered(x: Tensor, axis: int) -> Tensor:
+    x = x.double()
+    return x - x.mean(axis, keepdim=True)
+
+
+def _distance(found: Tensor, expected: Tensor) -> Distance:
+    finite = torch.isfinite(expected)
+    if not bool(finite.all()) or not bool(torch.isfinite(found).all()):
+        same = torch.isfinite(found) == finite
+        infinite = torch.isinf(expected) | torch.isinf(found)
+        same &= ~infinite | (found == expected)
+        if not bool(same.all()):
+            return Distance(math.inf, 1.0)
+        found, expected = found[finite], expected[finite]
+    return Distance(float((found - expected).norm()), float(expected.norm()))
+
+
+def ratio(converted: float, original: float, eps: float) -> float:
+    """The converted model's error over the original's; errors below half a rounding unit count as half a unit.
+
+    Without that floor, an output that the original happens to hit exactly would make any rounding look infinite.
+    """
+    floor = eps / 4.0  # the unit roundoff is eps / 2
+    if converted <= floor:
+        return 1.0 if original <= floor else converted / original
+    return converted / max(original, floor)
+
+
+def scores(outputs: Outputs) -> Tensor | None:
+    """The output that ranks classes: ``logits`` where there is one, else the first that ranks more than one class."""
+    named = [name for name in outputs if name.rsplit(".", 1)[-1].endswith("logits")]
+    for name in [*named, *outputs]:
+        if outputs[name].ndim >= 2 and outputs[name].shape[-1] > 1:
+            return outputs[name]
+    return None
+
+
+def agreement(original: Tensor, converted: Tensor) -> tuple[int, int, float]:
+    """(positions that agree on the most likely class, positions, summed KL divergence in nats), over the last axis."""
+    a, b = (torch.nan_to_num(t.double()).log_softmax(-1).flatten(0, -2) for t in (original, converted))
+    same = int((a.argmax(-1) == b.argmax(-1)).sum())
+    return same, a.shape[0], float((a.exp() * (a - b)).sum())
+
+
+def next_token_loss(outputs: Outputs, inputs: Mapping[str, Any]) -> float | None:
+    """Mean next-token loss in nats; None if there are no logits over the vocabulary for every token."""
+    logits = outputs.get("logits")
+    ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if (
+        logits is None
+        or not isinstance(ids, Tensor)
+        or logits.ndim != 3
+        or logits.shape[:2] != ids.shape
+        or ids.shape[1] < 2
+    ):
+        return None
+    if int(ids.max()) >= logits.shape[-1]:
+        return None
+    flat = logits[:, :-1].double().flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten().to(flat.device)))

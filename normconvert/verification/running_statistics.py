@@ -1,0 +1,74 @@
+"""A look at the running statistics that a plan is about to fold into weights, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import InputError
+from normconvert.plan.vectors import Expression
+
+if TYPE_CHECKING:
+    from normconvert.plan.conversion_plan import Plan
+    from normconvert.sources import Source
+
+COUNTER = "num_batches_tracked"
+
+
+def check_statistics(source: Source, plan: Plan) -> list[str]:
+    """Refuse statistics that cannot be right, and name those that look as if nobody had learnt them.
+
+    Returns:
+        Sentences for the user.
+
+    Raises:
+        InputError: a running variance or mean is NaN or infinite, or a variance is negative.
+    """
+    from normconvert.apply.layout import origins_of
+
+    origins = origins_of(source, plan)
+    dead, fresh = [], []
+    for name in variances(plan):
+        value = source.read(origins[name])
+        bad = ~(value.isfinite() & (value >= 0))
+        if bool(bad.any()):
+            worst = value[bad][0].item()
+            raise InputError(
+                f"{source.reference}: tensor {origins[name]} holds {worst:.3g} ({int(bad.sum())} of {value.numel()} "
+                "values): expected running variances, finite and not negative: train or download the model again"
+            )
+        if bool((value == 0).any()):
+            dead.append(f"{origins[name]} ({int((value == 0).sum())} of {value.numel()})")
+    for name in plan.removed:
+        if name.endswith(COUNTER) and name in origins and int(source.read(origins[name])) == 0:
+            fresh.append(name.removesuffix(f".{COUNTER}"))
+    notes = []
+    if dead:
+        notes.append(f"running variances that are zero, as dead channels have (fused as they are): {_some(dead)}")
+    if fresh:
+        notes.append(
+            f"statistics that were never updated ({COUNTER} is 0), as in a model that was not trained: {_some(fresh)}"
+        )
+    return notes
+
+
+def variances(plan: Plan) -> list[str]:
+    """Names of the tensors under a root: v in 1 / sqrt(v + eps)."""
+    found: dict[str, None] = {}
+    for rows in plan.tensors.values():
+        for row in rows:
+            found.update(dict.fromkeys(_under_roots(row.get("by", 0))))
+    return list(found)
+
+
+def _under_roots(expression: Expression) -> Iterator[str]:
+    if isinstance(expression, list):
+        operand: Any = expression[1]
+        if expression[0] == "rsqrt" and isinstance(operand, list) and operand[0] == "add":
+            yield from (name for name in operand[1:] if isinstance(name, str))
+        for inner in expression[1:]:
+            yield from _under_roots(inner)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

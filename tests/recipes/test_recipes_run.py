@@ -1,0 +1,534 @@
+"""Batches that run: in real processes, killed and run again, skipped, redone, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import normconvert
+from normconvert.cli import run
+from normconvert.errors import InputError
+from normconvert.plan.conversion_record import RECORD_FILE
+from normconvert.recipes import claim, fingerprint, local, machine, state, work
+from normconvert.recipes.batch import Batch, plan_recipes, run_batch, run_recipes
+from normconvert.recipes.expansion import expand
+from normconvert.recipes.job import Event, Job, Resources, Result
+from normconvert.recipes.reading import read_recipe
+from tests.support.tiny_checkpoints import contents, gpt2, save, talkative
+from tools.docs.command_output import alike, lines_of, page_says
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COMMAND = [sys.executable, "-m", "normconvert", "run"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(gpt2(n_layer=1, n_embd=24), tmp_path_factory.mktemp("recipes") / "model")
+
+
+@pytest.fixture
+def here(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with one checkpoint."""
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def job_of(text: str = "sources: [model]\n", *, redo: bool = False) -> Job:
+    Path("r.yaml").write_text(text)
+    (job,) = expand([read_recipe("r.yaml")])
+    return replace(job, redo=redo)
+
+
+def perform(job: Job, run: str = "") -> Result:
+    """The job in a batch of its own, or in one that is named."""
+    return work.perform(replace(job, run=run or uuid.uuid4().hex), lambda kind, data: None)
+
+
+def look(folder: Path) -> dict[str, tuple[int, int]]:
+    """What shows whether any file was written again, but for the state, which notes when it looked."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and ".cache" not in p.parts]
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+# The whole thing
+
+
+def test_the_demo_recipe_converts_and_the_second_run_does_nothing_quickly(tmp_path: Path) -> None:
+    command = [*COMMAND, str(RECIPES / "demo.yaml")]
+    first = subprocess.run(
+        [*command, "--report", "report.html"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert first.returncode == 0, first.stderr + first.stdout
+    assert "3 jobs: 3 converted" in first.stdout
+    assert "convnet fuse-bn" in (tmp_path / "report.html").read_text()
+    assert alike(lines_of(first.stdout), page_says("commands.md", "run recipes/demo.yaml"))
+    names = ["convnet-fuse-bn", "gpt2-rmsnorm", "vit-rmsnorm"]
+    assert sorted(p.name for p in (tmp_path / "out/demo").iterdir()) == names
+    for name in names:
+        record = json.loads((tmp_path / "out/demo" / name / RECORD_FILE).read_text())
+        assert record["verification"]["passed"] is True
+        assert record["method"] == name.partition("-")[2]
+    before, used = look(tmp_path), resource.getrusage(resource.RUSAGE_CHILDREN)
+    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert second.returncode == 0
+    assert second.stdout == "3 jobs: nothing to do, every output is up to date\n"
+    assert look(tmp_path) == before
+    # Processor time, so that a busy machine fails nothing; on an idle one it is the time on the clock.
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime <= 3
+
+
+def test_nothing_heavy_is_imported_to_find_that_there_is_nothing_to_do(here: Path) -> None:
+    assert perform(job_of()).status == "converted"
+    code = "import sys; from normconvert.cli import run; status = run(['run', 'r.yaml']); print(status, *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, *modules = done.stdout.splitlines()[-1].split()
+    assert status == "0"
+    assert not {"torch", "transformers", "timm", "ray", "huggingface_hub", "fsspec"} & set(modules)
+
+
+def test_a_batch_that_was_killed_goes_on_where_it_stopped(here: Path) -> None:
+    for number in range(12):
+        shutil.copytree(here / "model", here / f"models/m{number:02}")
+    Path("r.yaml").write_text("sources: [{folder: 'models/*'}]\noutput: out/{name}\n")
+    command = [*COMMAND, "r.yaml", "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    out = here / "out"
+    until = time.monotonic() + 300
+    while not out.is_dir() or len([p for p in out.iterdir() if not p.name.startswith(".")]) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # its workers see that they are alone
+    done = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
+    assert 5 <= len(done) < 12
+    before = {name: look(out / name) for name in done}
+    again = subprocess.run([*command, "--json", "report.json"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    report = json.loads(Path("report.json").read_text())
+    assert report["counts"] == {"converted": 12 - len(done), "skipped": len(done), "failed": 0, "interrupted": 0}
+    assert sorted(p.name for p in out.iterdir()) == [f"m{n:02}" for n in range(12)]  # no folders half-way either
+    for name, files in before.items():
+        assert look(out / name) == files
+    expected = {name: data for name, data in contents(out / done[0]).items() if not name.startswith(".cache")}
+    for folder in out.iterdir():
+        kept = state.read_state(folder)
+        assert kept is not None
+        assert kept.verified
+        assert fingerprint.compare(kept.output_files, folder).same
+        assert json.loads((folder / RECORD_FILE).read_text())["verification"]["passed"] is True
+        found = {name: data for name, data in contents(folder).items() if not name.startswith(".cache")}
+        assert found.keys() == expected.keys()
+        assert found["model.safetensors"] == expected["model.safetensors"]
+
+
+def test_one_failure_stops_nobody_and_the_worst_status_counts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("model", "damaged")
+    Path("damaged/model.safetensors").write_bytes(b"not a checkpoint")
+    talkative(Path("model"))
+    Path("r.yaml").write_text(
+        "sources:\n  - damaged\n  - {source: model, method: fuse-bn}\n"
+        "  - {source: model, limits: {rounding: 0}, output: out/strict}\n  - model\n"
+        "defaults: {trust_remote_code: true}\n"
+    )
+    assert run(["run", "r.yaml", "-v", "--json", "-"]) == 1
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    results = [job["result"] for job in report["jobs"]]
+    assert [result["exit_status"] for result in results] == [2, 3, 1, 0]
+    for result, words in zip(results, ("safetensors", "has no BatchNorm", "rounding errors are", ""), strict=True):
+        assert words in result["message"]
+    assert results[3]["norms"] == [3, 3]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["model-rmsnorm"]
+    assert report["exit_status"] == 1
+    for words in ("r.yaml:2:5", "r.yaml:3:5", "r.yaml:4:5", "4 jobs: 1 converted, 3 failed", "hello from the model"):
+        assert words in err
+
+
+def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_way(here: Path) -> None:
+    Path("r.yaml").write_text("sources: [model, {source: model, output: second}]\n")
+    process = subprocess.Popen([*COMMAND, "r.yaml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    worker = int(process.stderr.readline().split()[-2])  # [0/2] model rmsnorm: process 123 ...
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "2 jobs: 2 interrupted" in out
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    assert sorted(p.name for p in here.iterdir()) == ["model", "r.yaml"]
+
+
+def test_a_dry_run_says_what_each_job_would_do_and_how_large_it_is(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    perform(job_of())
+    shutil.copytree("out/model-rmsnorm", "out/model-old")
+    edited = json.loads(Path("out/model-old", state.STATE).read_text())
+    edited["settings"]["min_gain"] = 7
+    Path("out/model-old", state.STATE).write_text(json.dumps(edited))
+    Path("out/model-mine").mkdir()
+    Path("out/model-mine/file").write_text("mine")
+    variants = "".join(f"  - {{name: {name}}}\n" for name in ("rmsnorm", "old", "mine", "new"))
+    Path("r.yaml").write_text(f"sources: [model]\nmatrix:\n{variants}")
+    before = look(here)
+    assert run(["run", "r.yaml", "--dry-run"]) == 0
+    out, _ = capsys.readouterr()
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith(" model")}
+    assert "up to date" in rows["rmsnorm"]
+    assert "convert again: min_gain was 7, is not set" in rows["old"]
+    assert "refuse: the output exists and was not made by normconvert" in rows["mine"]
+    assert rows["new"].split()[2] == "convert"
+    size = Path("model/model.safetensors").stat().st_size
+    assert all(f"{size / 1000:.1f} kB" in row for row in rows.values())
+    assert "2 to be converted" in out
+    assert look(here).keys() == before.keys()
+
+
+# What is there already
+
+
+def test_what_is_done_is_skipped_until_something_about_it_changes(here: Path) -> None:
+    job = job_of()
+    first = perform(job)
+    assert (first.status, first.norms) == ("converted", (3, 3))
+    before = look(Path("out"))
+    assert state.decide(job).action == "skip"
+    assert perform(job).status == "skipped"
+    assert look(Path("out")) == before
+
+    def reason(text: str) -> str:
+        decision = state.decide(job_of(text))
+        return f"{decision.action}: {decision.why}"
+
+    said = "sources: [{source: model, %s}]\noutput: out/model-rmsnorm\n"
+    assert reason(said % "options: {min_gain: 2}") == "redo: min_gain was not set, is 2"
+    assert reason(said % "dtype: bfloat16") == "redo: dtype was auto, is bfloat16"
+    assert reason(said % "method: fuse-bn") == "redo: method was rmsnorm, is fuse-bn"
+    assert reason(said % "limits: {rounding: 1.99, top1: 0.5}") == "skip: up to date"
+    assert reason(said % "limits: {rounding: 0.1}").startswith("redo: rounding is ")
+    assert reason(said % "verify: false") == "skip: up to date"  # it is more than what is asked for
+    decision = state.decide(replace(job, redo=True))
+    assert (decision.action, decision.why) == ("redo", "forced")
+
+
+def test_a_second_attempt_in_one_batch_does_not_write_again_even_when_forced(here: Path) -> None:
+    job = job_of(redo=True)
+    assert perform(job, "batch").status == "converted"
+    before = look(Path("out"))
+    again = perform(job, "batch")  # the worker died between writing and saying so
+    assert (again.status, again.norms) == ("converted", (3, 3))
+    assert again.figures["top1"] == 1.0
+    assert look(Path("out")) == before
+    assert perform(job, "another").status == "converted"
+    assert look(Path("out")) != before
+
+
+def test_a_source_that_changed_in_content_is_converted_again_one_that_was_touched_is_not(here: Path) -> None:
+    job = job_of()
+    perform(job)
+    weights = Path("model/model.safetensors")
+    os.utime(weights)
+    assert state.decide(job).action == "skip"
+    shutil.copytree("model", "copy")
+    shutil.rmtree("model")
+    Path("copy").rename("model")
+    assert state.decide(job).action == "skip"  # other inodes and times, the same bytes
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    times = weights.stat()
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as some tools do
+    decision = state.decide(job)
+    assert (decision.action, decision.why) == ("redo", "of the source, model.safetensors changed")
+    assert perform(job).status == "converted"
+    assert state.decide(job).action == "skip"
+    Path("model/pytorch_model.bin").write_bytes(b"")
+    assert state.decide(job).why == "of the source, pytorch_model.bin is new"
+
+
+def test_an_output_of_another_version_is_made_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of()
+    perform(job)
+    monkeypatch.setattr(state, "__version__", "99.0")
+    decision = state.decide(job)
+    assert decision.action == "redo"
+    assert decision.why == f"made by normconvert {normconvert.__version__}, this is 99.0"
+
+
+def test_an_output_that_was_not_verified_is_made_again_when_it_is_to_be(here: Path) -> None:
+    perform(job_of("sources: [{source: model, verify: false}]\n"))
+    decision = state.decide(job_of())
+    assert (decision.action, decision.why) == ("redo", "it was not verified")
+
+
+def test_what_somebody_edited_is_not_replaced_unless_forced(here: Path) -> None:
+    job = job_of()
+    perform(job)
+    out = Path("out/model-rmsnorm")
+    (out / "README.md").write_text("my own words")
+    assert state.decide(job).action == "skip"  # a model card is there to be edited
+    other = job_of("sources: [{source: model, options: {min_gain: 2}}]\n")
+    assert state.decide(other).action == "refuse"
+    assert perform(other).exit_status == 2
+    assert (out / "README.md").read_text() == "my own words"
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    decision = state.decide(job)
+    assert decision.action == "refuse"
+    assert "model.safetensors changed" in decision.why
+    (out / "notes.txt").write_text("mine")
+    assert perform(replace(job, redo=True)).status == "converted"
+    assert state.decide(job).action == "skip"
+    assert not (out / "notes.txt").exists()
+
+
+def test_a_file_that_was_lost_is_made_again(here: Path) -> None:
+    job = job_of()
+    perform(job)
+    Path("out/model-rmsnorm/model.safetensors").unlink()
+    decision = state.decide(job)
+    assert (decision.action, decision.why) == ("redo", "model.safetensors is missing")
+    assert perform(job).status == "converted"
+
+
+def test_foreign_folders_are_never_replaced(here: Path) -> None:
+    out = Path("out/model-rmsnorm")
+    out.mkdir(parents=True)
+    assert state.decide(job_of()).action == "convert"  # an empty one is nobody's
+    (out / "thesis.tex").write_text("mine")
+    for redo in (False, True):
+        result = perform(replace(job_of(), redo=redo))
+        assert result.exit_status == 2
+        assert "was not made by normconvert" in result.message
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    shutil.rmtree(out)
+    normconvert.convert("model", out, verify=False)
+    assert "was not made by a recipe: --force" in state.decide(job_of()).why
+    assert perform(replace(job_of(), redo=True)).status == "converted"
+
+
+def test_a_failed_conversion_leaves_the_old_output_as_it_was(here: Path) -> None:
+    perform(job_of())
+    before = contents(Path("out"))
+    result = perform(job_of("sources: [{source: model, limits: {rounding: 0}}]\n"))
+    assert result.exit_status == 1
+    assert contents(Path("out")) == before
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_taken_for_done(here: Path) -> None:
+    job = job_of()
+
+    def meddle(kind: str, data: dict[str, Any]) -> None:
+        if data.get("name") == "verify":
+            Path("model/config.json").write_text(Path("model/config.json").read_text() + "\n")
+
+    result = work.perform(job, meddle)
+    assert result.exit_status == 2
+    assert "changed while it was converted" in result.message
+    assert list(Path("out").iterdir()) == []
+
+
+def test_no_path_of_this_machine_is_written_into_an_output(here: Path) -> None:
+    perform(job_of())
+    for name, data in contents(Path("out")).items():
+        assert str(here).encode() not in data, name
+
+
+def test_a_second_conversion_passes_over_the_state_of_the_first(here: Path) -> None:
+    perform(job_of())
+    from normconvert.apply.output_folder import copy_other_files
+
+    Path("copy").mkdir()
+    copied, _ = copy_other_files(Path("out/model-rmsnorm"), Path("copy"))
+    assert not any(".cache" in name for name in copied)
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize("times", ["new", "kept"])
+def test_a_changed_byte_is_seen_whatever_the_times_say(tmp_path: Path, times: str) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    mark = fingerprint.take(tmp_path)
+    mark = replace(mark, seen=mark.seen + 10 * fingerprint.TICK)  # as if it had been there for long
+    before = (tmp_path / "a").stat()
+    time.sleep(0.05)  # the clock of the file system ticks
+    (tmp_path / "a").write_bytes(b"two")
+    if times == "kept":
+        os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fingerprint.compare(mark, tmp_path).changed == ("a",)
+
+
+def test_a_file_that_may_have_changed_in_the_moment_it_was_recorded_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    mark = fingerprint.take(tmp_path)
+    forged = {"a": replace(mark.files["a"], sha256="0" * 64)}  # what only reading can tell
+    assert fingerprint.compare(replace(mark, files=forged), tmp_path).changed == ("a",)
+    long_ago = replace(mark, seen=mark.seen + 10 * fingerprint.TICK, files=forged)
+    assert fingerprint.compare(long_ago, tmp_path).same
+
+
+# Claims
+
+
+def test_two_processes_never_make_one_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import sys, time; from pathlib import Path; from normconvert.recipes.claim import claim\n"
+        "with claim(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, out], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match="another process is making it"), claim.claim(out, patience=0.3):
+            pass
+        process.kill()
+        with claim.claim(out) as folder:  # the claim of a process that was killed ends with it
+            assert list(folder.iterdir()) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_output_comes_back_if_the_new_one_never_came(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = claim.staging(out)
+    (left / claim.OLD).mkdir(parents=True)
+    (left / claim.OLD / "file").write_text("old")
+    (left / claim.NEW).mkdir()
+    claim.discard(out)
+    assert (out / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# Processes, threads, memory
+
+
+def sized(*gigabytes: float) -> dict[int, Job]:
+    base = Job("s", "n", "v", "/o", "w", "rmsnorm", {})
+    return {i: replace(base, resources=Resources(memory=int(g * 1e9))) for i, g in enumerate(gigabytes)}
+
+
+@given(
+    sizes=st.lists(st.integers(0, 12), max_size=12),
+    limit=st.integers(12, 24),
+    workers=st.integers(1, 5),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_memory_of_all_that_runs_is_never_over_the_limit_and_everything_runs(
+    sizes: list[int], limit: int, workers: int, order: Any
+) -> None:
+    waiting, running, ran = sized(*sizes), dict[int, Job](), list[int]()
+    while waiting or running:
+        while len(running) < workers:
+            index = local.choose(waiting, running.values(), limit * 10**9, in_order=workers == 1)
+            if index is None:
+                break
+            running[index] = waiting.pop(index)
+        assert running
+        assert sum(job.resources.memory for job in running.values()) <= limit * 10**9
+        done = order.choice(list(running))
+        ran.append(done)
+        del running[done]
+    assert sorted(ran) == list(range(len(sizes)))
+    assert workers > 1 or ran == sorted(ran)
+
+
+def doomed(text: str) -> Batch:
+    """A batch whose source has gone since it was planned: its jobs fail in their processes, and soon."""
+    Path("r.yaml").write_text(text)
+    batch = plan_recipes("r.yaml")
+    shutil.rmtree("model")
+    return batch
+
+
+@pytest.mark.parametrize(("budget", "at_once"), [(9, 1), (11, 2)])
+def test_jobs_that_do_not_fit_beside_each_other_take_turns(here: Path, budget: int, at_once: int) -> None:
+    batch = doomed(
+        "sources: [{source: model, output: a}, {source: model, output: b}]\ndefaults: {resources: {memory: 5GB}}\n"
+    )
+    running, most = set[int](), 0
+
+    def listen(batch: Batch, event: Event) -> None:
+        nonlocal most
+        if event.kind == "start":
+            running.add(event.job)
+        elif event.kind == "end":
+            running.discard(event.job)
+        most = max(most, len(running))
+
+    run_batch(batch, jobs=2, memory=budget * 10**9, listen=listen)
+    assert batch.count("failed") == 2
+    assert most == at_once
+
+
+def test_a_job_that_memory_cannot_hold_is_refused_and_the_others_run(here: Path) -> None:
+    batch = doomed("sources: [{source: model, output: a, resources: {memory: 900GB}}, {source: model, output: b}]\n")
+    run_batch(batch, memory=10**11)
+    first, second = (entry.result for entry in batch.entries)
+    assert first is not None
+    assert (first.status, first.exit_status, first.attempts) == ("failed", 2, 0)
+    assert "needs about 900.0 GB of memory and 100.0 GB may be used" in first.message
+    assert second is not None
+    assert second.attempts == 1
+
+
+def test_a_process_that_dies_fails_its_job_alone(here: Path) -> None:
+    batch = doomed("sources: [{source: model, output: a}, {source: model, output: b}]\n")
+
+    def listen(batch: Batch, event: Event) -> None:
+        if event.job == 0 and event.kind == "start":
+            os.kill(int(batch.entries[0].place.rpartition(" ")[2]), signal.SIGKILL)
+
+    run_batch(batch, listen=listen)
+    first, second = (entry.result for entry in batch.entries)
+    assert first is not None
+    assert (first.status, first.exit_status, first.kind) == ("failed", 2, "ProcessDied")
+    assert "signal 9 (SIGKILL); the system may have run out of memory" in first.message
+    assert second is not None
+    assert second.kind == "FileNotFoundError"
+    assert [p.name for p in here.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "wish", "share"), [(8, 2, "", "4"), (8, 3, "", "2"), (2, 4, "", "1"), (8, 2, "1", "1")]
+)
+def test_each_process_gets_its_share_of_the_threads(
+    cores: int, workers: int, wish: str, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in local.THREADS:
+        monkeypatch.setenv(name, wish)
+    assert local.thread_share(cores, workers) == dict.fromkeys(local.THREADS, share)
+    assert machine.cores() >= 1
+    assert machine.memory() > 0
+
+
+def test_a_plan_is_made_without_running_anything(here: Path) -> None:
+    Path("r.yaml").write_text("sources: [model]\n")
+    batch = plan_recipes("r.yaml")
+    assert [entry.decision.action for entry in batch.entries] == ["convert"]
+    assert [entry.result for entry in batch.entries] == [None]
+    assert run_recipes("r.yaml", dry_run=True).exit_status == 0
+    assert not Path("out").exists()

@@ -1,0 +1,112 @@
+"""``crmsnorm``: streams in one channel less, exactly, for every architecture that the project says it of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normconvert.options import Options
+from normconvert.rewrites.crmsnorm import plan_crmsnorm
+from normconvert.rewrites.rmsnorm import plan_rmsnorm
+from normconvert.runtime import CRMSNorm
+from normconvert.tracing.graph import trace
+from normconvert.tracing.model_graph import trace_model
+from normconvert.tracing.probes import verification_inputs
+from normconvert.verification.equivalence import compare_models, tolerance_for
+from normconvert.verification.probe_runs import algebra_model, plain_experts
+from tests.support.zoo_cases import named_cases
+
+CASES = named_cases()
+COMPLETE = [
+    *["gpt2", "gpt_neo", "opt", "gpt_neox", "gptj", "phi", "bloom", "mpt", "starcoder2", "stablelm", "olmo", "whisper"],
+    *["vit", "deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
+    *["timm_cait", "timm_mlp_mixer"],
+]
+BASES = ("isometric", "paper")
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_the_architecture_converts_completely_and_computes_the_same(name: str) -> None:
+    case = CASES[name]
+    graph = trace_model(case.skeleton())
+    truth = case.build().double()
+    plain_experts(truth)
+    probes = verification_inputs(case.skeleton(), seed=0)[:2]
+    for basis in BASES:
+        plan = plan_crmsnorm(graph, Options(basis=basis))
+        assert plan.converted
+        assert not plan.kept, {v.path: v.reason for v in plan.kept}
+        converted = algebra_model(truth, plan)
+        modules, paths = dict(converted.named_modules()), [v.path for v in plan.converted]
+        assert all(type(modules[path]) is CRMSNorm for path in paths)
+        assert _layer_norms(truth) - _layer_norms(converted) == len(paths)
+        widths = _widths(converted, paths)
+        errors = compare_models(truth, converted, probes)
+        worst = max(errors, key=lambda key: errors[key])
+        assert errors[worst] <= tolerance_for(plan), (basis, worst, errors[worst])
+        inserted = {e["path"] for e in plan.modules if e["op"] == "compress" and e["side"] == "output"}
+        for path in paths:
+            size = next(e["size"] for e in plan.modules if e["op"] == "replace" and e["path"] == path)
+            assert widths[path] == (
+                size - 1,
+                size if modules[path].expand and path not in inserted else size - 1,
+            )
+        state = truth.state_dict()
+        assert set(plan.removed) <= set(state)
+        assert set(plan.removed).isdisjoint(converted.state_dict())
+
+
+class Headed(nn.Module):
+    """A stream that is read by heads alone: 48 channels fit them, 47 do not."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.write, self.read = heads, nn.Linear(5, 48), nn.Linear(48, 5)
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in range(3))
+        self.branch = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        if self.heads and x.shape[-1] % self.heads:
+            raise ValueError(f"{x.shape[-1]} channels cannot be split into {self.heads} heads")
+        x = x + self.branch(self.norms[0](x))
+        x = x + self.branch(self.norms[1](x))
+        return self.read(self.norms[2](x))
+
+
+@pytest.mark.parametrize("heads", [0, 4])
+def test_a_model_that_cannot_take_an_odd_width_is_refused_with_the_reason(heads: int) -> None:
+    with torch.device("meta"):
+        model = Headed(heads).eval()
+    graph = trace(model, {"x": torch.empty(2, 3, 5, device="meta")})
+    assert len(plan_rmsnorm(graph, Options()).converted) == 3
+    plan = plan_crmsnorm(graph, Options())
+    assert len(plan.converted) == (0 if heads else 3)
+    for verdict in plan.kept:
+        assert verdict.code == "width"
+        assert "does not run in one channel less" in verdict.reason
+        assert "47 channels cannot be split into 4 heads" in verdict.reason
+    assert not heads or not (plan.tensors or plan.modules)
+
+
+def _layer_norms(model: nn.Module) -> int:
+    return sum(n for kind, n in Counter(type(m).__name__ for m in model.modules()).items() if "LayerNorm" in kind)
+
+
+def _widths(model: nn.Module, paths: list[str]) -> dict[str, tuple[int, int]]:
+    """The channels that a norm reads and gives, filled in when the model runs."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def watch(path: str) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[path] = (args[0].shape[module.axis], output.shape[module.axis])
+
+        model.get_submodule(path).register_forward_hook(hook)
+
+    for path in paths:
+        watch(path)
+    return found

@@ -1,0 +1,148 @@
+"""Is a plan right? The one question that soundness tests ask, of any network that can be built twice.
+
+A plan is right if the float64 network with the plan applied computes what the original computes, if that still holds
+with the LayerNorms left in place (invariant I3), if every converted norm is an RMSNorm which reads mean-free values,
+and if no tensor changed its name or shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.errors import TraceError
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.rmsnorm import plan_rmsnorm
+from normconvert.runtime import RMSNorm
+from normconvert.tracing.graph import trace
+from normconvert.verification.equivalence import algebra_model
+
+Inputs = Mapping[str, Tensor]
+TOLERANCE = 1e-10
+MEAN_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a network: its plan (None if it could not be traced), and what is wrong with it."""
+
+    plan: Plan | None
+    problems: tuple[str, ...] = ()
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Weights that hide nothing: gains 1 + 0.3 n, everything else normal, matrices by their fan-in."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = {
+        id(m.weight) for m in model.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) and m.weight is not None
+    }
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if id(p) in norms or name.endswith("gain"):
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_(noise * (0.5 if p.ndim < 2 else max(p[0].numel(), 1) ** -0.5))
+
+
+def on_meta(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: value.to("meta") for name, value in inputs.items()}
+
+
+def run(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The outputs by name; a tensor is ``output``, a tuple is numbered."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found: Any = model(**{name: value.clone() for name, value in inputs.items()})
+    if isinstance(found, Tensor):
+        return {"output": found}
+    return dict(found) if isinstance(found, dict) else {str(i): value for i, value in enumerate(found)}
+
+
+def check(
+    make: Callable[[], nn.Module],
+    inputs: Sequence[Inputs],
+    options: Options | None = None,
+    *,
+    seed: int = 0,
+    axes: Mapping[str, int] | None = None,
+) -> Outcome:
+    """Trace, plan, apply and compare.
+
+    Args:
+        make: builds the network, float64 by default dtype, on the default device.
+        inputs: what to compare on; the first is also traced.
+        options: of the plan.
+        seed: of the weights.
+        axes: channel axis of returned streams, by output; -1 where not named.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            skeleton = make().eval()
+        try:
+            plan = plan_rmsnorm(trace(skeleton, on_meta(inputs[0])), options or Options())
+        except TraceError as error:
+            return Outcome(None, (f"not traced: {error}",))
+        truth = make().eval()
+        randomise(truth, seed)
+        return Outcome(plan, tuple(_problems(truth, plan, inputs, axes or {})))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _problems(truth: nn.Module, plan: Plan, inputs: Sequence[Inputs], axes: Mapping[str, int]) -> list[str]:
+    problems = []
+    # without the promise of mean-free inputs, on which RMSNorm may run LayerNorm's kernel and hide a mistake
+    plain = replace(plan, modules=[{**m, "mean_free": False} if m["op"] == "replace" else m for m in plan.modules])
+    converted = algebra_model(truth, plain)
+    kept = algebra_model(truth, replace(plan, modules=[m for m in plan.modules if m["op"] != "replace"]))
+    if {k: v.shape for k, v in truth.state_dict().items()} != {k: v.shape for k, v in converted.state_dict().items()}:
+        problems.append("the names or shapes of the tensors changed")
+    shifted = {
+        name.strip("' ") for note in plan.notes if note.startswith("shifted outputs: ") for name in note[17:].split(",")
+    }
+    means: dict[str, float] = {}
+    for verdict in plan.converted:
+        norm = converted.get_submodule(verdict.path)
+        if type(norm) is not RMSNorm:
+            problems.append(f"{verdict.path} is said to be converted but is a {type(norm).__name__}")
+        norm.register_forward_pre_hook(_watch(means, verdict.path))
+    for number, one in enumerate(inputs):
+        expected = run(truth, one)
+        for label, model in (("converted", converted), ("with its LayerNorms kept", kept)):
+            found = run(model, one)
+            for name, value in expected.items():
+                error = distance(found[name], value, axes.get(name, -1) if name in shifted else None)
+                if not error <= TOLERANCE:
+                    problems.append(f"input {number}: {name} of the model {label} is off by {error:.2g}")
+    problems += [f"{path} reads a mean of {m:.2g} of the rms" for path, m in means.items() if not m <= MEAN_TOLERANCE]
+    return problems
+
+
+def _watch(means: dict[str, float], path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        axis = module.axis
+        assert isinstance(axis, int)
+        ratio = x.mean(axis).abs() / (x.square().mean(axis).sqrt() + 1e-4)
+        means[path] = max(means.get(path, 0.0), float(ratio.max()))
+
+    return hook
+
+
+def distance(found: Tensor, expected: Tensor, axis: int | None = None) -> float:
+    """The relative error; with ``axis`` given, of the parts orthogonal to the constants along it."""
+    if found.shape != expected.shape:
+        return float("inf")
+    a, b = found.double(), expected.double()
+    if axis is not None:
+        a, b = a - a.mean(axis, keepdim=True), b - b.mean(axis, keepdim=True)
+    if not bool(torch.isfinite(b).all()):
+        return 0.0 if bool(torch.equal(a.isnan(), b.isnan())) else float("inf")
+    return float((a - b).norm()) / max(float(b.norm()), 1e-6)

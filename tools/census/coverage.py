@@ -1,0 +1,387 @@
+"""The coverage sweep: convert every model the installed libraries can build, in float64, and say what came of it.
+
+Each model is built small, traced on the meta device, planned, and, if anything converts, built for real with perturbed
+weights: the plan applied to float64 weights must equal the original. One process a model, two at a time, with a time
+and a memory limit; every result is a line of a work file, so that an interrupted sweep goes on where it stopped.
+
+    python tools/census/coverage.py                                  # everything -> docs/coverage.md
+    python tools/census/coverage.py --method crmsnorm                # a column of that page, once it is there
+    python tools/census/coverage.py --method fuse-bn                 # the page's section about BatchNorm
+    python tools/census/coverage.py --library timm --only hiera_tiny_224 --fresh -v --out -
+    python tools/census/coverage.py --stage trace                    # census of tracing only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+STAGES = ("build", "trace", "plan", "verify")
+LIBRARIES = ("transformers", "timm")
+ATTEMPTS = 4
+"""How many sizes of one model are tried: shrinking may have made a model that builds and does not run."""
+
+Row = dict[str, Any]
+Key = tuple[str, str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep, then write the page. Returns 1 if a converted model does not compute what its original computes."""
+    from tools.census.coverage_page import state
+    from tools.census.coverage_sections import is_wrong, summary, write_page
+    from tools.census.zoo.methods import METHODS
+
+    arguments = _parser().parse_args(argv)
+    arguments.work = arguments.work or ROOT / "build" / METHODS[arguments.method].work
+    keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
+    table = METHODS[arguments.method].column_of or arguments.method
+    if table != arguments.method:
+        tried = _read(ROOT / "build" / METHODS[table].work)
+        keys = [key for key in keys if key in tried and state(tried[key]) in ("complete", "partly")]
+    rows = {} if arguments.fresh else _read(arguments.work)
+    known = {} if arguments.fresh else rows
+    todo = [] if arguments.page_only else [key for key in keys if not _is_done(known.get(key), arguments)]
+    arguments.work.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.fresh and not arguments.only:
+        arguments.work.unlink(missing_ok=True)
+    with arguments.work.open("a") as work:
+        for done, row in enumerate(_sweep(todo, arguments, known), 1):
+            rows[row["library"], row["name"]] = row
+            work.write(json.dumps(row) + "\n")
+            work.flush()
+            if arguments.verbose:
+                print(f"{done}/{len(todo)} {_one_line(row)}", flush=True)
+    swept = [rows[key] for key in keys if key in rows]
+    print(summary(swept, table))
+    if str(arguments.out) != "-":
+        if table != arguments.method:
+            keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[table].norm))
+            swept = [tried[key] for key in keys if key in tried]
+        _add_columns(swept, table)
+        write_page(arguments.out, table, swept, _versions(), left=len(keys) - len(swept))
+    return int(any(is_wrong(row, table) for row in swept))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from tools.census.zoo.methods import METHODS
+
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--method", choices=list(METHODS), default="rmsnorm", help="the conversion (default: rmsnorm)")
+    parser.add_argument("--library", action="append", choices=LIBRARIES, help="default: both")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
+    parser.add_argument("--stage", choices=STAGES, default="verify", help="how far to go (default: verify)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=120, help="processor time for one model")
+    parser.add_argument("--gigabytes", type=float, default=8, help="memory limit for one model")
+    parser.add_argument("--min-gain", type=int, default=None)
+    parser.add_argument("--allow-shifted-outputs", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave the other tools to a later run")
+    parser.add_argument("--work", type=Path, default=None, help="results so far (default: one file a method in build/)")
+    parser.add_argument("--fresh", action="store_true", help="sweep again what the work file already has")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page, or - for none")
+    parser.add_argument("--page-only", action="store_true", help="sweep nothing; write the page of what is there")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    return parser
+
+
+def _is_done(row: Row | None, arguments: argparse.Namespace) -> bool:
+    """Whether nothing is left to find out about a model, other tools included if they are asked for."""
+    return row is not None and ("taken" not in row or "others" in row or not _asks_others(arguments))
+
+
+def _asks_others(arguments: argparse.Namespace) -> bool:
+    from tools.census.zoo.methods import METHODS
+
+    return METHODS[arguments.method].beside is not None and arguments.stage == "verify" and not arguments.ours
+
+
+def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
+    from tools.census.zoo.timm_zoo import timm_names
+    from tools.census.zoo.transformers_zoo import transformers_types
+
+    for library in libraries:
+        names = transformers_types() if library == "transformers" else timm_names(norm)
+        # Any timm model may be named, not only those of the table.
+        extra = sorted(only - set(names)) if library == "timm" and list(libraries) == ["timm"] else []
+        yield from ((library, name) for name in [*names, *extra] if not only or name in only)
+
+
+def _read(path: Path) -> dict[Key, Row]:
+    """The rows of the work file; a later row of a model replaces an earlier one, and a torn last line is dropped."""
+    rows: dict[Key, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[row["library"], row["name"]] = row
+    return rows
+
+
+def _add_columns(rows: list[Row], table: str) -> None:
+    """Give rows what other methods, which have no table of their own, did with the same models, if they were swept."""
+    from tools.census.zoo.methods import METHODS
+
+    for name, method in METHODS.items():
+        found = _read(ROOT / "build" / method.work) if method.column_of == table else {}
+        for row in rows:
+            if (other := found.get((row["library"], row["name"]))) is not None:
+                row[name] = other
+
+
+def _versions() -> dict[str, str]:
+    import timm
+    import torch
+    import transformers
+
+    return {m.__name__: str(m.__version__).split("+")[0] for m in (torch, transformers, timm)}
+
+
+def _one_line(row: Row) -> str:
+    if "skipped" in row:
+        what = "skipped: " + row["skipped"]
+    elif "failure" in row:
+        what = f"{row['cause']}: {row['failure']}"
+    else:
+        what = f"{row.get('converted', '-')}/{row.get('norms', '-')} error {row.get('error', '-')}"
+        what += " MISMATCH" if row.get("mismatch") else ""
+        what += f" {row['reasons']}" if row.get("reasons") else ""
+    return f"{row['library']} {row['name']} {what}  [{row['seconds']} s]"[:250]
+
+
+def _sweep(keys: list[Key], arguments: argparse.Namespace, known: dict[Key, Row]) -> Iterator[Row]:
+    """Results in the order they come. Children are forked after the imports, which would cost more than the models."""
+    _preload(arguments.method)
+    context = multiprocessing.get_context("fork")
+    queue = list(reversed(keys))
+    running: dict[Connection, tuple[Key, Any, float]] = {}
+    while queue or running:
+        while queue and len(running) < arguments.jobs:
+            key = queue.pop()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(sender, key, arguments, known.get(key)), daemon=True)
+            process.start()
+            sender.close()
+            running[receiver] = (key, process, time.monotonic())
+        ready = set(wait(list(running), timeout=1.0))
+        for receiver in list(running):
+            key, process, started = running[receiver]
+            spent = time.monotonic() - started
+            if receiver in ready:
+                try:
+                    row = receiver.recv()
+                except EOFError:
+                    process.join()
+                    row = {"failure": f"the process ended with status {process.exitcode}", "cause": "memory"}
+                    if process.exitcode == -signal.SIGXCPU:
+                        row = {"failure": f"more than {arguments.seconds} s of processor time", "cause": "time"}
+            elif spent > 5 * arguments.seconds:
+                process.kill()
+                row = {"failure": f"more than {5 * arguments.seconds} s", "cause": "time"}
+            else:
+                continue
+            process.join()
+            receiver.close()
+            del running[receiver]
+            if key in known and "failure" in row:  # the other tools failed as a whole; what ours did stands
+                row = {**known[key], "others": {}, "others_failure": row["failure"]}
+            yield {"library": key[0], "name": key[1], **row, "seconds": round(spent, 1)}
+
+
+def _preload(method: str) -> None:
+    import warnings
+
+    import timm
+    import torch
+    import transformers
+
+    import normconvert.rewrites.planning
+    import normconvert.verification.equivalence  # noqa: F401
+    from tools.census.zoo.methods import warm_up
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity(50)
+    transformers.logging.disable_progress_bar()
+    timm.list_modules()
+    warm_up(method)
+
+
+def _child(sender: Connection, key: Key, arguments: argparse.Namespace, known: Row | None) -> None:
+    import logging
+
+    _limit(arguments.gigabytes, arguments.seconds)
+    logging.disable(logging.CRITICAL)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    from tools.census.zoo.methods import with_others
+
+    try:
+        row = (
+            sweep_one(key[0], key[1], arguments)
+            if known is None
+            else with_others(key[0], key[1], known, arguments.method)
+        )
+    except BaseException as error:  # the row must say what happened, whatever it was
+        row = {"failure": first_line(error), "cause": "memory" if _is_memory(error) else "sweep"}
+    sender.send(row)
+    sender.close()
+    # No clean-up of a forked interpreter: it can hang on what its parent held.
+    os._exit(0)
+
+
+def _limit(gigabytes: float, seconds: int) -> None:
+    """Memory beyond what the parent mapped, and processor time: wall time would judge the other programs too."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = mapped + int(gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The exception's class and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
+    """Build, trace, plan and verify one model; the row holds what each stage found."""
+    from normconvert.errors import TraceError
+    from normconvert.options import Options
+    from normconvert.rewrites.planning import plan_model
+    from normconvert.tracing.model_graph import trace_model
+    from tools.census.zoo.case import Skipped
+    from tools.census.zoo.fidelity import fidelity
+    from tools.census.zoo.methods import METHODS, beside
+    from tools.census.zoo.timm_zoo import timm_case
+    from tools.census.zoo.transformers_zoo import transformers_case
+
+    make = transformers_case if library == "transformers" else timm_case
+    method = METHODS[arguments.method]
+    options = Options(allow_shifted_outputs=arguments.allow_shifted_outputs)
+    if arguments.min_gain is not None:
+        options = Options(min_gain=arguments.min_gain, allow_shifted_outputs=arguments.allow_shifted_outputs)
+    row: Row = {}
+    level = 0
+    for attempt in range(ATTEMPTS):
+        try:
+            case, level = make(name, level)
+        except Skipped as error:
+            return row if row else {"skipped": str(error)}
+        if attempt == 0 or "failure" in row:
+            found = _facts(case)
+        if not found[method.count] or arguments.stage == "build":
+            return found
+        skeleton = case.skeleton()
+        try:
+            graph = trace_model(skeleton)
+            if arguments.stage == "trace":
+                return found
+
+            def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
+                return graph if model is known else trace_model(model)
+
+            plan = plan_model(skeleton, options, arguments.method, tracer)
+        except TraceError as error:
+            row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
+            level += 1
+            continue
+        except Exception as error:
+            return {**found, "failure": first_line(error), "cause": "plan"}
+        row = found
+        break
+    else:
+        return row
+    row |= _verdicts(plan, skeleton, method.is_norm)
+    if arguments.stage == "plan":
+        return row
+    if plan.converted:
+        row |= fidelity(case, plan, arguments.allow_shifted_outputs)
+    if method.again and row["left"]:
+        row["again"] = _again(
+            case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
+        )
+    return row | (beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
+
+
+def _facts(case: Any) -> Row:
+    return {
+        "model_class": case.model_class,
+        "shrink": case.shrink,
+        "parameters": case.parameters,
+        "layernorms": case.layernorms,
+        "batchnorms": case.batchnorms,
+    }
+
+
+def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer: Any) -> Row:
+    """The same model with other options: what they take that was left."""
+    from normconvert.rewrites.planning import plan_model
+    from tools.census.zoo.fidelity import fidelity
+    from tools.census.zoo.methods import METHODS
+
+    try:
+        plan = plan_model(skeleton, options, name, tracer)
+    except Exception as error:
+        return {"failure": first_line(error), "cause": "plan"}
+    row = _verdicts(plan, skeleton, METHODS[name].is_norm)
+    return row | (fidelity(case, plan, False) if len(row["left"]) < left else {})
+
+
+def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
+    """Norms by verdict; one that the trace never met counts as a norm that stays.
+
+    A verdict may be about a module that holds the norm, so norms are also listed by their own paths.
+    """
+    paths = [path for path, module in model.named_modules() if is_norm(module)]
+    met = {verdict.path for verdict in plan.verdicts}
+    unreached = [path for path in paths if not _is_within(path, met)]
+    reasons: dict[str, int] = {"unreached": len(unreached)} if unreached else {}
+    for verdict in plan.kept:
+        reasons[verdict.code] = reasons.get(verdict.code, 0) + 1
+    example = {"unreached": f"`{unreached[0]}`"} if unreached else {}
+    example |= {v.code: f"`{v.path}`: {v.reason}" for v in reversed(plan.kept)}
+    taken = {verdict.path for verdict in plan.converted}
+    return {
+        "norms": len(plan.verdicts) + len(unreached),
+        "converted": len(plan.converted),
+        "without_verdict": len(unreached),
+        "taken": [path for path in paths if _is_within(path, taken)],
+        "left": [path for path in paths if not _is_within(path, taken)],
+        "reasons": reasons,
+        "examples": example,
+        "centrings": sum(edit["op"] == "center" for edit in plan.modules),
+        "float32_norms": plan.float32_norms,
+    }
+
+
+def _is_within(path: str, owners: set[str]) -> bool:
+    """Whether a module is one of ``owners`` or inside one."""
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in owners for n in range(1, len(parts) + 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
