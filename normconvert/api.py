@@ -1,18 +1,30 @@
-"""The Python API: `convert`, `inspect`. The command line calls these, `verify` and `load`, and nothing else."""
+"""The Python API: `convert`, `inspect`, `identify`. The lines of `convert` are the stages of the pipeline.
+
+The other public functions stand in the rooms of their stages; :mod:`normconvert` names them all.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
-from normconvert.options import DTYPES, METHODS, Options, check_device, check_method
+from normconvert.options import (
+    METHODS,
+    Conversion,
+    Identifying,
+    Inspection,
+    check_device,
+    check_options,
+    recorded,
+    taking,
+)
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 
@@ -20,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from normconvert.apply.shard_stream import Stream
+    from normconvert.apply.source_reader import SourceReader
     from normconvert.files.tensor_info import TensorInfo
     from normconvert.identification import Identification
     from normconvert.plan.conversion_plan import Plan
@@ -31,46 +44,28 @@ SHIFTED = "shifted outputs: "
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 Failure = TypeVar("Failure", bound=NormConvertError)
-Stage = Callable[[str], None]
-"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``."""
 
 
-def inspect(
-    src: str | Path,
-    method: str = "rmsnorm",
-    *,
-    revision: str | None = None,
-    arch: str | None = None,
-    fold: bool = False,
-    tied: str | None = None,
-    min_gain: int | None = None,
-    allow_shifted_outputs: bool = False,
-    merge_branches: bool = False,
-    basis: str = "isometric",
-    trust_remote_code: bool = False,
-    stage: Stage | None = None,
-) -> Report:
+@taking(Inspection)
+def inspect(request: Inspection) -> Report:
     """What :func:`convert` would do with ``src``, norm by norm; writes nothing.
 
     Raises:
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
     """
-    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
+    check_options(request)
     with collecting(False):
-        return _plan(src, method, revision, arch, options, trust_remote_code, stage)[1]
+        return _plan(request)[1]
 
 
-def identify(path: str | Path, *, revision: str | None = None) -> Identification:
+@taking(Identifying)
+def identify(request: Identifying) -> Identification:
     """Find the architectures whose tensors have the names and shapes of a checkpoint.
 
     Names and shapes alone are read, no values, and a config.json is not believed but only quoted. What fits exactly is
     told from an index, without torch. If nothing does, models may be built on the meta device to see whether another
     image size or number of input channels explains the difference.
-
-    Args:
-        path: a weight file (safetensors or a pickle), a folder, or a hub id.
-        revision: branch, tag or commit on the hub.
 
     Raises:
         InputError: there is no such checkpoint, or it cannot be read.
@@ -78,66 +73,13 @@ def identify(path: str | Path, *, revision: str | None = None) -> Identification
     from normconvert.identification import identify_names, read_names
     from normconvert.sources.opening import locate
 
-    located, _ = locate(str(path), revision)
-    return identify_names(str(path), read_names(located))
+    located, _ = locate(str(request.path), request.revision)
+    return identify_names(str(request.path), read_names(located))
 
 
-def convert(
-    src: str | Path,
-    out: str | Path,
-    method: str = "rmsnorm",
-    *,
-    revision: str | None = None,
-    arch: str | None = None,
-    dtype: str = "auto",
-    fold: bool = False,
-    tied: str | None = None,
-    min_gain: int | None = None,
-    allow_shifted_outputs: bool = False,
-    basis: str = "isometric",
-    device: str = "cpu",
-    max_shard_size: int | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    verify: bool = True,
-    require_all: bool = False,
-    merge_branches: bool = False,
-    trust_remote_code: bool = False,
-    limits: Mapping[str, float] | None = None,
-    stream: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    stage: Stage | None = None,
-) -> Report:
+@taking(Conversion)
+def convert(request: Conversion) -> Report:
     """Convert the norms of a checkpoint and write the result to ``out``, complete or not at all.
-
-    Args:
-        src: hub id (``name``, ``org/name``, ``@revision``), folder, weight file, or ``demo:NAME``.
-        out: the folder to make.
-        method: a conversion, one of :data:`normconvert.options.METHODS`.
-        revision: branch, tag or commit on the hub.
-        arch: ``timm:NAME`` for bare weights; None: found by their names and shapes, if that is possible.
-        dtype: store the weights in this dtype; ``auto`` keeps each tensor's own.
-        fold: move the norms' weight and bias into the linear maps that read them, where each can take them.
-        tied: ``center`` keeps an embedding that is also the output head and centres its output; ``untie`` makes two of
-            it. None: ``center`` for rmsnorm, ``untie`` for crmsnorm.
-        min_gain: insert a centring operation only where it wins at least this many norms. None: 3, for crmsnorm 2.
-        allow_shifted_outputs: the per-token mean of returned hidden states may change.
-        basis: how crmsnorm stores a stream in one channel less: ``isometric`` or ``paper``.
-        device: where verification runs.
-        max_shard_size: bytes a weight file; None keeps the source's files.
-        overwrite: replace an ``out`` that exists, once the new one is complete.
-        dry_run: plan only.
-        verify: check the result numerically before ``out`` appears.
-        require_all: refuse unless every norm can be converted.
-        merge_branches: with ``fuse-bn``, make parallel convolutions and skips of a block one convolution.
-        trust_remote_code: allow code that comes with the checkpoint to run.
-        limits: figure of the verification -> limit, as in :mod:`normconvert.verification.limits`; those of ``algebra``
-            and ``rounding`` may be narrower than what every conversion is held to, never wider.
-        stream: fetch the shards of a model on the hub one by one and delete each when it is converted, so that the
-            disk holds the output and one shard. Interrupted, it goes on where it stopped. Verified only if the disk
-            has room for all shards.
-        progress: called with (tensor, bytes done, bytes in all) while writing.
-        stage: called with each stage's name as it begins.
 
     Returns:
         A report with the plan, the verdicts and the fidelity figures.
@@ -149,136 +91,203 @@ def convert(
             verdicts.
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
-    from normconvert.apply.output_folder import check_output, staged_output
-    from normconvert.apply.shard_stream import streamed
-    from normconvert.apply.source_reader import SourceReader
-    from normconvert.verification.limits import check_limits
-
-    check_method(method)
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    out = Path(out).expanduser()
-    say = stage or (lambda name: None)
-    local = Path(src).expanduser()
-    limits = check_limits(limits or {})
-    if limits and not verify:
-        raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
-    if not dry_run:
-        check_output(out, local if local.exists() else None, overwrite)
-        if verify:
-            check_device(device)
-    options = Options(tied, min_gain, allow_shifted_outputs, fold, merge_branches=merge_branches, basis=basis)
-    with ExitStack() as staged, ExitStack() as stack:  # what reads and copies ends before the output is in place
-        remote = None
-        if stream:
-            remote = stack.enter_context(streamed(None if dry_run else out, overwrite, verify, stage))
-        reader = stack.enter_context(SourceReader())  # it reads while this thread imports, builds and traces
-        staging: list[Path] = []
-        likely = (method, dtype, max_shard_size, fold) == ("rmsnorm", "auto", None, False)  # most bytes stay in place
-
-        def found(tensors: Iterable[TensorInfo], folder: Path | None) -> None:
-            tensors = list(tensors)
-            place = folder or next((tensor.file for tensor in tensors), None)
-            staging.append(staged.enter_context(staged_output(out, place, overwrite)))
-            reader.begin(tensors, folder, staging[0] if likely else None)
-
-        stack.enter_context(collecting(stream))  # a stream may take hours, all else seconds
-        seen = None if dry_run or stream else found
-        source, report = _plan(src, method, revision, arch, options, trust_remote_code, stage, seen, remote)
-        _refuse_if_pointless(report, require_all)
-        if dry_run:
+    limits = _check(request)
+    with _workplace(request) as place:
+        source, report = _plan(request, place.found, place.stream)
+        _refuse_if_pointless(report, request.require_all)
+        if request.dry_run:
             return report
-        from normconvert.apply.checkpoint import write_checkpoint
-        from normconvert.verification.running_statistics import check_statistics
-
-        report = replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
-        stored = _torch_dtype(dtype)
-        report = replace(
-            report,
-            stored=report.stored if dtype == "auto" else dtype,
-            options={**report.options, "dtype": dtype, "max_shard_size": max_shard_size},
-        )
-        seconds = dict(report.seconds)
-        place: AbstractContextManager[Path] = nullcontext(staging[0]) if remote is None else remote.output(
-            source, {**report.options, "plan": report.plan.to_json()}
-        )  # fmt: skip
-        with place as folder:
-            say("write")
-            start = time.perf_counter()
-            written = write_checkpoint(
-                source, report.plan, folder, dtype=stored, max_shard_size=max_shard_size, progress=progress,
-                extra_files=loading_files(source, report.plan, dtype), reader=reader, stream=remote,
-            )  # fmt: skip
-            seconds["write"] = time.perf_counter() - start
-            report = replace(
-                report,
-                out=str(out),
-                bytes_written=written.bytes_written,
-                tensors_edited=len(written.edited),
-                tensors_copied=written.copied,
-                seconds=seconds,
-                notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
-            )
-            write_record(folder, source, report, written.hashes)
-            if verify and remote is not None and not remote.verifiable:
-                verify = False
+        report = _with_statistics(source, report)
+        with place.folder(source, report) as folder:
+            report, hashes = _write(request, source, report, folder, place)
+            if place.can_verify(request):
+                report = _verify(request, source, report, folder, limits)
+            elif request.verify:
                 report = replace(report, notes=(*report.notes, NO_ROOM))
-            if verify:
-                say("verify")
-                start = time.perf_counter()
-                with collecting(True):
-                    fidelity = _fidelity(source, report.plan, folder, stored, device, limits)
-                report = replace(report, fidelity=fidelity)
-                seconds["verify"] = time.perf_counter() - start
-                if report.fidelity is None or not report.fidelity.passed:
-                    raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
-            write_record(folder, source, report, written.hashes)
+            write_record(folder, source, report, hashes)
             write_card(folder, source, report)
     return report
 
 
+def _check(request: Conversion) -> dict[str, float]:
+    """Refuse what cannot be done before any of it is; the limits as numbers.
+
+    Raises:
+        InputError: an option has no such value, or ``out`` is not to be had.
+    """
+    from normconvert.apply.output_folder import check_output
+    from normconvert.verification.limits import check_limits
+
+    check_options(request)
+    limits = check_limits(request.limits or {})
+    if limits and not request.verify:
+        raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
+    if not request.dry_run:
+        local = Path(request.src).expanduser()
+        check_output(Path(request.out).expanduser(), local if local.exists() else None, request.overwrite)
+        if request.verify:
+            check_device(request.device)
+    return limits
+
+
+@dataclass
+class _Workplace:
+    """Where a conversion is made until it is complete: a staged folder, or what stands beside ``out`` for a stream.
+
+    Attributes:
+        reader: reads the source's files in the background, from :attr:`found` on.
+        stream: shards come one by one; None: the source is here as a whole.
+        found: to be called when the source's tensors are known; None: nothing is to be read yet.
+        staging: the staged folder, once the source is known.
+    """
+
+    reader: SourceReader
+    stream: Stream | None
+    found: Found | None = None
+    staging: list[Path] = field(default_factory=list)
+
+    @contextmanager
+    def folder(self, source: Source, report: Report) -> Iterator[Path]:
+        """The folder to write to."""
+        if self.stream is None:
+            yield self.staging[0]
+        else:
+            with self.stream.output(source, {**report.options, "plan": report.plan.to_json()}) as folder:
+                yield folder
+
+    def can_verify(self, request: Conversion) -> bool:
+        """Whether the result is to be verified, and the source is still there for it."""
+        return request.verify and (self.stream is None or self.stream.verifiable)
+
+
+@contextmanager
+def _workplace(request: Conversion) -> Iterator[_Workplace]:
+    """What must be there while a conversion runs, and is put in place or cleared away at its end."""
+    from normconvert.apply.output_folder import staged_output
+    from normconvert.apply.shard_stream import streamed
+    from normconvert.apply.source_reader import SourceReader
+
+    out = Path(request.out).expanduser()
+    with ExitStack() as staged, ExitStack() as stack:
+        # Two stacks: what reads and copies must have ended before the output moves into place.
+        stream = None
+        if request.stream:
+            target = None if request.dry_run else out
+            stream = stack.enter_context(streamed(target, request.overwrite, request.verify, request.stage))
+        # The reader works while this thread imports, builds and traces.
+        place = _Workplace(stack.enter_context(SourceReader()), stream)
+
+        def found(tensors: Iterable[TensorInfo], folder: Path | None) -> None:
+            tensors = list(tensors)
+            beside = folder or next((tensor.file for tensor in tensors), None)
+            place.staging.append(staged.enter_context(staged_output(out, beside, request.overwrite)))
+            place.reader.begin(tensors, folder, place.staging[0] if _mostly_copied(request) else None)
+
+        if not (request.dry_run or request.stream):
+            place.found = found
+        # A stream may take hours, in which garbage adds up; all else takes seconds.
+        stack.enter_context(collecting(request.stream))
+        yield place
+
+
+def _mostly_copied(request: Conversion) -> bool:
+    """Whether most bytes of the source will be those of the output, so that copying them early pays."""
+    asked = (request.method, request.dtype, request.max_shard_size, request.fold)
+    return asked == ("rmsnorm", "auto", None, False)
+
+
 def _plan(
-    src: str | Path,
-    method: str,
-    revision: str | None,
-    arch: str | None,
-    options: Options,
-    trust_remote_code: bool,
-    stage: Stage | None,
-    found: Found | None = None,
-    remote: Stream | None = None,
+    request: Inspection | Conversion, found: Found | None = None, stream: Stream | None = None
 ) -> tuple[Source, Report]:
-    check_method(method)
-    options.check()
-    say = stage or (lambda name: None)
+    """Open the source, trace its model, and say what becomes of every norm."""
+    say = request.stage or _silent
     say("open")
     start = time.perf_counter()
-    from normconvert.sources import open_source
-
-    if remote is not None:
-        source = remote.open(str(src), revision, arch, trust_remote_code)
+    opening = {name: getattr(request, name) for name in ("revision", "arch", "trust_remote_code")}
+    if stream is not None:
+        source = stream.open(str(request.src), **opening)
     else:
-        source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code, found=found)
+        from normconvert.sources import open_source
+
+        source = open_source(str(request.src), found=found, **opening)
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
     from normconvert.rewrites.planning import plan_model
 
-    plan = plan_model(model, options, method)
+    plan = plan_model(model, request.allowed, request.method)
     traced = time.perf_counter()
+    dtype = str(source.dtype).removeprefix("torch.")
+    wanted = request.dtype if isinstance(request, Conversion) else "auto"
     return source, Report(
-        source=str(src),
+        source=str(request.src),
         library=source.library,
         architecture=source.architecture,
-        method=method,
+        method=request.method,
         out=None,
         plan=plan,
-        dtype=str(source.dtype).removeprefix("torch."),
-        stored=str(source.dtype).removeprefix("torch."),
+        dtype=dtype,
+        stored=dtype if wanted == "auto" else wanted,
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
-        options={**asdict(options), "revision": revision, "arch": arch},
+        options=recorded(request),
     )
+
+
+def _silent(stage: str) -> None:
+    """Told of a stage when nobody listens."""
+
+
+def _with_statistics(source: Source, report: Report) -> Report:
+    """The report with what there is to say of the running statistics that would be folded into weights."""
+    from normconvert.verification.running_statistics import check_statistics
+
+    return replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
+
+
+def _write(
+    request: Conversion, source: Source, report: Report, folder: Path, place: _Workplace
+) -> tuple[Report, dict[str, str]]:
+    """Apply the plan to the source's files; the report of it, and file name -> sha256 of the source's."""
+    from normconvert.apply.checkpoint import write_checkpoint
+
+    (request.stage or _silent)("write")
+    start = time.perf_counter()
+    written = write_checkpoint(
+        source, report.plan, folder, dtype=_torch_dtype(request.dtype), max_shard_size=request.max_shard_size,
+        progress=request.progress, extra_files=loading_files(source, report.plan, request.dtype), reader=place.reader,
+        stream=place.stream,
+    )  # fmt: skip
+    report = replace(
+        report,
+        out=str(Path(request.out).expanduser()),
+        bytes_written=written.bytes_written,
+        tensors_edited=len(written.edited),
+        tensors_copied=written.copied,
+        seconds={**report.seconds, "write": time.perf_counter() - start},
+        notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
+    )
+    # The verification loads the folder, and the loader reads the record.
+    write_record(folder, source, report, written.hashes)
+    return report, written.hashes
+
+
+def _verify(request: Conversion, source: Source, report: Report, folder: Path, limits: Mapping[str, float]) -> Report:
+    """Hold what was written against the original.
+
+    Raises:
+        FidelityError: it differs.
+    """
+    (request.stage or _silent)("verify")
+    start = time.perf_counter()
+    with collecting(True):
+        stored = _torch_dtype(request.dtype)
+        fidelity = _fidelity(source, report.plan, folder, stored, request.device, limits)
+    seconds = {**report.seconds, "verify": time.perf_counter() - start}
+    report = replace(report, fidelity=fidelity, seconds=seconds)
+    if not fidelity.passed:
+        raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
+    return report
 
 
 def _refuse_if_pointless(report: Report, require_all: bool) -> None:

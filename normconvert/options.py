@@ -1,18 +1,25 @@
-"""What a user may choose about a conversion, checked once."""
+"""What a user may choose, each option defined once.
+
+An option is a field of a *request*, a frozen dataclass: its name, type and default are the field's, its help and limits
+stand in the field's :class:`About`. Whatever else lists options is made from that: the keyword arguments of the Python
+API with their types (:func:`taking`), the command line (`normconvert.cli.commands`), the schema of recipes, the options
+in a record, the documentation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from normconvert.errors import InputError
 
 METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
-
-CHOICES: Mapping[str, tuple[str, ...]] = {"tied": ("center", "untie"), "basis": ("paper", "isometric")}
-"""Option -> what it may be."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
@@ -20,27 +27,172 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_gain": 2}}
 """Conversion -> what its options are if the user does not say, where that differs from the general default."""
 
+Stage = Callable[[str], None]
+"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``."""
+
+SRC = "Hub id (org/name, @revision), folder, weight file, or demo:NAME."
+OUT = "The folder to make; it appears complete or not at all."
+METHOD = ", ".join(METHODS)
+REVISION = "Branch, tag or commit on the hub."
+TRUST = "Let code that comes with a checkpoint run."
+
+P = ParamSpec("P")
+Request = TypeVar("Request")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
-class Options:
-    """What the user allows. An option that a method does not know has no effect there.
+class About:
+    """What there is to know of an option beside its name, type and default.
 
     Attributes:
-        tied: ``center`` centres the output of an embedding that is also the output head; ``untie`` centres a copy.
-            If left out, ``center``, and ``untie`` for crmsnorm.
-        min_gain: how many norms a centring operation must win; if left out 3, and 2 for crmsnorm.
-        allow_shifted_outputs: the per-token mean of returned hidden states may change.
-        fold: move the norms' weight and bias into the linear maps that read them.
-        merge_branches: with BatchNorms, make parallel convolutions and skips of a block one convolution.
-        basis: how crmsnorm stores d - 1 numbers: ``paper`` drops a channel, ``isometric`` is an orthogonal basis.
+        help: one or two sentences, the same wherever the option is described.
+        metavar: what stands for its value in help texts.
+        choices: what it may be; empty: anything of its type.
+        at_least: the smallest number that it may be.
+        methods: the conversions that it has an effect on; empty: all.
+        spelling: its name on the command line, where that is not its own.
+        off: what ``--no-NAME`` does, for an option that the command line only switches off.
+        short: its letter on the command line.
+        parse: (what is typed, the option as it is spelled) -> the value.
+        recorded: part of what the output depends on, and so of its record.
+        recipe: a recipe may set it.
+        console: the command line has it.
+        positional: an argument there, even though it has a default.
+        leads: the first argument there, which must be given.
+        required: must be given there.
+        details: further arguments of typer's option.
     """
 
-    tied: str | None = None
-    min_gain: int | None = None
-    allow_shifted_outputs: bool = False
-    fold: bool = False
-    merge_branches: bool = False
-    basis: str = "isometric"
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    at_least: int | None = None
+    methods: tuple[str, ...] = ()
+    spelling: str | None = None
+    off: str | None = None
+    short: str | None = None
+    parse: Callable[[str, str], Any] | None = None
+    recorded: bool = False
+    recipe: bool = False
+    console: bool = True
+    positional: bool = False
+    leads: bool = False
+    required: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field that is an option; ``default`` may be ``MISSING``. Further arguments are those of :class:`About`."""
+    return field(default=default, metadata={"about": About(help, **about)})
+
+
+def about(kind: type[Any]) -> Iterator[tuple[str, Any, About]]:
+    """The options of a request, in order: name, default (``MISSING`` if it must be given), what there is to know."""
+    for one in fields(kind):
+        if "about" in one.metadata:
+            yield one.name, one.default, one.metadata["about"]
+
+
+def recorded(request: Any) -> dict[str, Any]:
+    """The options of a request that its output depends on, for the record."""
+    return {name: getattr(request, name) for name, _, known in about(type(request)) if known.recorded}
+
+
+def check_options(request: Any) -> None:
+    """Raise InputError if an option of ``request`` has a value that it cannot have."""
+    for name, default, known in about(type(request)):
+        value = getattr(request, name)
+        if value is None and default is None:
+            continue
+        if known.choices and value not in known.choices:
+            expected = " or ".join(known.choices) if len(known.choices) < 3 else f"one of {', '.join(known.choices)}"
+            raise InputError(f"unknown {name} {value!r}; expected {expected}")
+        if known.at_least is not None and value < known.at_least:
+            raise InputError(f"{name} is {value}; expected {known.at_least} or more")
+
+
+def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]], Callable[P, Result]]:
+    """Let a function of a request be called with the request's fields as its arguments, typed and documented.
+
+    The docstring gains a line for each option, before its sections ``Returns:`` and ``Raises:``.
+    """
+
+    def decorate(function: Callable[[Request], Result]) -> Callable[P, Result]:
+        signature = inspect.signature(kind)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+            signature.bind(*args, **kwargs)  # a wrong name is told as of this function, not of the request
+            return function(kind(*args, **kwargs))
+
+        call.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
+        call.__doc__ = _documented(function.__doc__ or "", kind)
+        return call
+
+    return decorate
+
+
+def _documented(doc: str, kind: Any) -> str:
+    rows = [f"        {name}: {known.help}" for name, _, known in about(kind)]
+    head, section, rest = re.match(r"(.*?)(\n    (?:Returns|Raises):|\Z)(.*)", doc, re.DOTALL).groups()  # type: ignore[union-attr]
+    return "\n".join([f"{head.rstrip()}\n\n    Args:", *rows, ""]) + f"{section}{rest}"
+
+
+def parse_size(text: str, what: str = "--max-shard-size") -> int:
+    """Bytes from ``5GB``, ``500MB``, ``2GiB`` or a plain number, as huggingface reads them (GB is 10⁹, GiB 2³⁰).
+
+    Args:
+        text: what was written.
+        what: where, for the error.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", text.upper())
+    size = 0
+    if match:
+        number, letter, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter) + 1 if letter else 0))
+    if size < 1:
+        raise InputError(f"{what} {text}: expected a size such as 5GB, 500MB or 2GiB")
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a conversion is allowed to do. An option that a method does not know has no effect there."""
+
+    tied: str | None = option(
+        None,
+        "An embedding that is also the output head: centre its output, or untie it; center, for crmsnorm untie.",
+        choices=("center", "untie"), methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+    )  # fmt: skip
+    min_gain: int | None = option(
+        None,
+        "Insert an operation only where it wins at least N norms; 3, for crmsnorm 2.",
+        metavar="N", at_least=1, methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+    )  # fmt: skip
+    allow_shifted_outputs: bool = option(
+        False,
+        "The per-token mean of returned hidden states may change.",
+        methods=("rmsnorm",), recorded=True, recipe=True,
+    )  # fmt: skip
+    fold: bool = option(
+        False,
+        "Move the norms' weight and bias into the linear maps that read them, where each can take them.",
+        spelling="--fold/--no-fold", methods=("rmsnorm",), recorded=True, recipe=True,
+    )  # fmt: skip
+    merge_branches: bool = option(
+        False,
+        "Make parallel convolutions and skips of a block one convolution.",
+        methods=("fuse-bn",), recorded=True, recipe=True,
+    )  # fmt: skip
+    basis: str = option(
+        "isometric",
+        "Store d - 1 numbers in an orthogonal basis, or as the paper: drop the last channel.",
+        choices=("isometric", "paper"), methods=("crmsnorm",), recorded=True, recipe=True,
+    )  # fmt: skip
 
     def for_method(self, method: str) -> Options:
         """The same, with the method's own defaults for what the user left open."""
@@ -49,18 +201,90 @@ class Options:
 
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
-        for name, allowed in CHOICES.items():
-            value: Any = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise InputError(f"unknown value {value!r} for {name}; expected {' or '.join(allowed)}")
-        if self.min_gain is not None and self.min_gain < 1:
-            raise InputError(f"min_gain is {self.min_gain}; expected 1 or more")
+        check_options(self)
 
 
-def check_method(method: str) -> None:
-    """Raise InputError unless there is such a conversion."""
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How a source is opened: options of every command that reads one."""
+
+    revision: str | None = option(None, REVISION, metavar="REV", recorded=True)
+    arch: str | None = option(
+        None,
+        "Architecture of bare weights; else found by their names and shapes.",
+        metavar="timm:NAME", recorded=True,
+    )  # fmt: skip
+    trust_remote_code: bool = option(False, TRUST, recipe=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planning(Opening, Options):
+    """What it takes to plan a conversion."""
+
+    @property
+    def allowed(self) -> Options:
+        """What the conversion is allowed to do."""
+        return Options(**{one.name: getattr(self, one.name) for one in fields(Options)})
+
+
+@dataclass(frozen=True)
+class Identifying:
+    """What :func:`normconvert.identify` is asked."""
+
+    path: str | Path = option(
+        MISSING, "A weight file (safetensors or a pickle), a folder, or a hub id.", metavar="CKPT"
+    )
+    _: KW_ONLY
+    revision: str | None = option(None, REVISION, metavar="REV")
+
+
+@dataclass(frozen=True)
+class Inspection(_Planning):
+    """What :func:`normconvert.inspect` is asked; ``stage`` is told of each stage as it begins."""
+
+    src: str | Path = option(MISSING, SRC, metavar="SRC")
+    method: str = option(
+        "rmsnorm", f"The conversion to look at: {METHOD}.", spelling="--for", metavar="METHOD", choices=tuple(METHODS)
+    )
+    _: KW_ONLY
+    stage: Stage | None = None
+
+
+@dataclass(frozen=True)
+class Conversion(_Planning):
+    """What :func:`normconvert.convert` is asked.
+
+    Attributes:
+        progress: called with (tensor, bytes done, bytes in all) while writing.
+        stage: called with each stage's name as it begins.
+    """
+
+    src: str | Path = option(MISSING, SRC, metavar="SRC")
+    out: Path | str = option(MISSING, OUT, metavar="OUT")
+    method: str = option("rmsnorm", f"The conversion: {METHOD}.", metavar="METHOD", choices=tuple(METHODS))
+    _: KW_ONLY
+    dtype: str = option(
+        "auto",
+        "Store the weights in this dtype; auto keeps each tensor's own.",
+        choices=DTYPES,
+        recorded=True,
+        recipe=True,
+    )
+    max_shard_size: int | None = option(
+        None, "Size of a weight file, such as 5GB or 500MB; else as the source.",
+        metavar="SIZE", parse=parse_size, recorded=True, recipe=True,
+    )  # fmt: skip
+    require_all: bool = option(False, "Refuse unless every norm can be converted.", recipe=True)
+    stream: bool = option(False, "Fetch, convert and delete the shards on the hub one by one; goes on if stopped.")
+    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
+    dry_run: bool = option(False, "Plan only; write nothing.")
+    verify: bool = option(True, "Check the result before it appears.", off="Do not check the result.", recipe=True)
+    device: str = option("cpu", "Where the verification runs: cpu, cuda, cuda:1, mps.", metavar="DEVICE", recipe=True)
+    limits: Mapping[str, float] | None = option(
+        None, "Figure of the verification and its limit, narrower than what every conversion is held to.", console=False
+    )
+    progress: Callable[[str, int, int], None] | None = None
+    stage: Stage | None = None
 
 
 def check_device(device: str) -> None:

@@ -99,7 +99,7 @@ class Stream:
         self._writing = False
         self.verifiable = False
 
-    def open(self, reference: str, revision: str | None, arch: str | None, trust_remote_code: bool) -> Source:
+    def open(self, reference: str, *, revision: str | None, arch: str | None, trust_remote_code: bool) -> Source:
         """See :func:`normconvert.sources.remote.open_remote`."""
         from normconvert.sources.remote import open_remote
 

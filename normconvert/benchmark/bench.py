@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normconvert.errors import InputError, NothingToConvert
-from normconvert.options import METHODS, Options, check_method
+from normconvert.options import METHODS, Options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,8 +74,8 @@ def bench(
         raise InputError(f"seconds is {seconds:g}; expected more than 0")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more")
-    if method is not None:
-        check_method(method)
+    if method is not None and method not in METHODS:
+        raise InputError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
     import torch
 
     from normconvert.benchmark.compare import compare

@@ -20,7 +20,6 @@ from normconvert.cli import (  # noqa: F401
     convert,
     demo,
     export,
-    fuse_bn,
     identify,
     inspect,
     run_recipes,
@@ -29,11 +28,10 @@ from normconvert.cli import (  # noqa: F401
     verify,
 )
 from normconvert.cli.app import ARGUMENTS, app
-from normconvert.cli.options import parse_size
 from normconvert.errors import Terminated
 from normconvert.tracing.garbage import collecting
 
-__all__ = ["app", "main", "parse_size", "run"]
+__all__ = ["app", "main", "run"]
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from normconvert.cli.app import app
-from normconvert.cli.options import (
-    Github,
-    Json,
-    Junit,
-    Markdown,
-    Quiet,
-    ReportFile,
-    Revision,
-    Trust,
-    Verbose,
-    add_ci,
-    add_report,
-    make_screen,
-)
+from normconvert.cli.commands import Ask, command
+from normconvert.cli.view import CiView
+from normconvert.verification.requests import Checking
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Done, Screen
 
 
 @app.command(short_help="Check a converted checkpoint against its source and plan, byte for byte.")
-def check(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of a conversion.")],
-    source: Annotated[
-        str | None,
-        typer.Option(metavar="SRC", help="What was converted; needed where that was a local folder or file."),
-    ] = None,
-    revision: Revision = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Files not to compare, such as '*.txt'; not for weights. Repeatable."),
-    ] = None,
-    trust_remote_code: Trust = False,
-    junit: Junit = None,
-    markdown: Markdown = None,
-    github: Github = False,
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Checking, CiView)
+def check(ask: Ask[Checking], view: CiView) -> int:
     """Convert again as OUT's record says and compare every byte; exit status 1 if anything differs."""
-    from normconvert.report.screen import Done, execute
 
-    screen = make_screen(json, verbose, quiet)
-    add_report(screen, report_file)
-    add_ci(screen, junit, markdown, github)
-
-    def action() -> Done:
+    def action(screen: Screen) -> Done:
+        out = ask().out
         stages = {
             "open": "opening the source",
             "trace": "planning again",
@@ -66,18 +33,16 @@ def check(
                 screen.hush_bars()
 
         screen.say(f"checking {out}")
-        from normconvert import check as check_output
         from normconvert.report.console import show_check
         from normconvert.report.document import check_document
+        from normconvert.report.screen import Done
+        from normconvert.verification.record_check import check as check_output
 
-        report = check_output(
-            out, source, revision=revision, ignore=ignore or (), trust_remote_code=trust_remote_code, stage=stage,
-            progress=screen.progress,
-        )  # fmt: skip
+        report = check_output(**vars(ask(stage=stage, progress=screen.progress)))
         return Done(
             check_document(report),
-            lambda console: show_check(console, report, verbose=verbose > 0),
+            lambda console: show_check(console, report, verbose=view.verbose > 0),
             0 if report.passed else 1,
         )
 
-    return execute(screen, action)
+    return view.run(action)

@@ -1,151 +1,85 @@
-"""The conversions of LayerNorm: read a checkpoint, write another one."""
+"""The conversions that are lossless: read a checkpoint, write another one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normconvert.cli.app import app
-from normconvert.cli.options import (
-    Arch,
-    Basis,
-    Device,
-    DryRun,
-    Dtype,
-    Fold,
-    InBasis,
-    Json,
-    MinGain,
-    NoVerify,
-    Out,
-    Overwrite,
-    Quiet,
-    ReportFile,
-    RequireAll,
-    Revision,
-    ShardSize,
-    Shifted,
-    Src,
-    StoredAs,
-    Streamed,
-    TiedTo,
-    Trust,
-    Verbose,
-    add_report,
-    make_screen,
-    measured,
-    parse_size,
-)
-from normconvert.tracing.garbage import collecting
+from normconvert.cli.commands import Ask, command
+from normconvert.cli.view import View
+from normconvert.options import Conversion
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Done, Screen
 
 
 @app.command(short_help="Turn LayerNorm into RMSNorm.")
-def rmsnorm(
-    src: Src,
-    out: Out,
-    revision: Revision = None,
-    arch: Arch = None,
-    dtype: StoredAs = Dtype.AUTO,
-    fold: Fold = False,
-    tied: TiedTo = None,
-    min_gain: MinGain = None,
-    allow_shifted_outputs: Shifted = False,
-    require_all: RequireAll = False,
-    trust_remote_code: Trust = False,
-    max_shard_size: ShardSize = None,
-    stream: Streamed = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    no_verify: NoVerify = False,
-    device: Device = "cpu",
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Conversion, View, method="rmsnorm")
+def rmsnorm(ask: Ask[Conversion], view: View) -> int:
     """Turn every LayerNorm for which it is provably exact into RMSNorm, and write the checkpoint to OUT."""
-    return _convert(
-        "rmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, revision=revision, arch=arch,
-        dtype=dtype.value,
-        fold=fold, tied=tied and tied.value, min_gain=min_gain, allow_shifted_outputs=allow_shifted_outputs,
-        device=device, overwrite=overwrite, dry_run=dry_run, verify=not no_verify, require_all=require_all,
-        trust_remote_code=trust_remote_code, stream=stream,
-    )  # fmt: skip
+    return _convert(ask, view)
 
 
 @app.command(short_help="Turn LayerNorm into RMSNorm on a stream of one channel less.")
-def crmsnorm(
-    src: Src,
-    out: Out,
-    basis: InBasis = Basis.ISOMETRIC,
-    revision: Revision = None,
-    arch: Arch = None,
-    dtype: StoredAs = Dtype.AUTO,
-    tied: TiedTo = None,
-    min_gain: MinGain = None,
-    require_all: RequireAll = False,
-    trust_remote_code: Trust = False,
-    max_shard_size: ShardSize = None,
-    stream: Streamed = False,
-    overwrite: Overwrite = False,
-    dry_run: DryRun = False,
-    no_verify: NoVerify = False,
-    device: Device = "cpu",
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Conversion, View, method="crmsnorm")
+def crmsnorm(ask: Ask[Conversion], view: View) -> int:
     """Store every stream that provably allows it in one channel less, its LayerNorms as CRMSNorm, and write it to OUT.
 
     The result loads by normconvert.load or trust_remote_code only: tensors have other shapes.
     """
-    return _convert(
-        "crmsnorm", src, out, max_shard_size, json, verbose, quiet, report_file, basis=basis.value, revision=revision,
-        arch=arch, dtype=dtype.value, tied=tied and tied.value, min_gain=min_gain, device=device, overwrite=overwrite,
-        dry_run=dry_run, verify=not no_verify, require_all=require_all, trust_remote_code=trust_remote_code,
-        stream=stream,
-    )  # fmt: skip
+    return _convert(ask, view)
 
 
-def _convert(
-    method: str,
-    src: str,
-    out: Path,
-    max_shard_size: str | None,
-    json: str | None,
-    verbose: int,
-    quiet: bool,
-    report_file: str | None,
-    **options: Any,
-) -> int:
-    """Run a conversion with ``options`` of :func:`normconvert.convert`, and show what came of it."""
-    from normconvert.report.screen import Done, execute
+BESIDE = "The folder to make; for a weight file, NAME-fused beside it if left out."
 
-    screen = make_screen(json, verbose, quiet)
-    add_report(screen, report_file)
 
-    def action() -> Done:
-        shard_bytes = parse_size(max_shard_size) if max_shard_size is not None else None
+@app.command("fuse-bn", short_help="Fuse BatchNorm into the layers beside it.")
+@command(Conversion, View, optional={"out": BESIDE}, method="fuse-bn")
+def fuse_bn(ask: Ask[Conversion], view: View) -> int:
+    """Move every BatchNorm (and frozen or similar norm) into the convolutions and linears beside it, exactly."""
+    return _convert(ask, view)
+
+
+def _convert(ask: Ask[Conversion], view: View) -> int:
+    """Run a conversion, and show what came of it."""
+
+    def action(screen: Screen) -> Done:
+        asked = ask()
+        src, out = str(asked.src), asked.out or beside(str(asked.src))
         stage = screen.stages(src, str(out))
         stage("open")  # before anything heavy is imported
-        from normconvert import convert
+        from normconvert.api import convert
         from normconvert.report.console import show_summary
         from normconvert.report.document import report_document
+        from normconvert.report.screen import Done
+        from normconvert.tracing.garbage import collecting
 
-        report = convert(
-            src, out, method, max_shard_size=shard_bytes, progress=screen.progress, stage=stage, **options
-        )  # fmt: skip
+        report = convert(**vars(ask(out=out, progress=screen.progress, stage=stage)))
         if report.out is not None:
             screen.written.append(report.out)
-        with collecting(report_file is not None):  # it runs models
-            found = measured(
-                screen, report_file, src, report.out, revision=options.get("revision"), arch=options.get("arch"),
-                device=str(options.get("device", "cpu")), trust_remote_code=bool(options.get("trust_remote_code")),
+        with collecting(view.report_file is not None):  # it runs models
+            found = view.measured(
+                screen, src, report.out, revision=asked.revision, arch=asked.arch, device=asked.device,
+                trust_remote_code=asked.trust_remote_code,
             )  # fmt: skip
         return Done(
-            {**found, **report_document(method, report)},
-            lambda console: show_summary(console, report, verbose=verbose > 0, measures=found.get("measures")),
+            {**found, **report_document(asked.method, report)},
+            lambda console: show_summary(console, report, verbose=view.verbose > 0, measures=found.get("measures")),
         )
 
-    return execute(screen, action)
+    return view.run(action)
+
+
+def beside(src: str) -> Path:
+    """``ckpt-fused`` beside ``ckpt.safetensors``.
+
+    Raises:
+        InputError: SRC is not a weight file.
+    """
+    from normconvert.errors import InputError
+
+    path = Path(src).expanduser()
+    if not path.is_file():
+        raise InputError(f"OUT is missing: only for a weight file is it made up; try `normconvert fuse-bn {src} OUT`")
+    return path.with_name(f"{path.stem}-fused")

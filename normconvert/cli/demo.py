@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from normconvert.cli.app import app
-from normconvert.cli.options import (
-    Json,
-    Overwrite,
-    Quiet,
-    ReportFile,
-    Verbose,
-    add_report,
-    make_screen,
-    measured,
-)
+from normconvert.cli.commands import Ask, command
+from normconvert.cli.view import View
+from normconvert.options import option
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Done, Screen
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What is kept of a demonstration."""
+
+    out: Path | None = option(
+        None, "Keep the converted models here; else they are deleted.", metavar="OUT", positional=True
+    )
+    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
 
 
 @app.command(short_help="Convert the embedded models and compare them.")
-def demo(
-    out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Keep the converted models here; else they are deleted.")
-    ] = None,
-    overwrite: Overwrite = False,
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Demonstration, View)
+def demo(ask: Ask[Demonstration], view: View) -> int:
     """Convert the embedded models, verify them, and let the originals and the converted ones do the same work."""
-    from normconvert.report.screen import execute
 
-    screen = make_screen(json, verbose, quiet)
-    add_report(screen, report_file)
-    from normconvert.demos.run import run_demo
+    def action(screen: Screen) -> Done:
+        from normconvert.demos.run import run_demo
 
-    def measure(source: str, converted: str) -> dict[str, Any]:
-        return measured(screen, report_file, source, converted)
+        asked = ask()
+        return run_demo(
+            screen,
+            asked.out,
+            overwrite=asked.overwrite,
+            measure=lambda source, converted: view.measured(screen, source, converted),
+        )
 
-    return execute(screen, lambda: run_demo(screen, out, overwrite=overwrite, measure=measure))
+    return view.run(action)

@@ -2,66 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from normconvert.cli.app import app
-from normconvert.cli.options import (
-    Arch,
-    Basis,
-    Fold,
-    For,
-    InBasis,
-    Json,
-    Method,
-    MinGain,
-    Quiet,
-    ReportFile,
-    Revision,
-    Shifted,
-    Src,
-    TiedTo,
-    Trust,
-    Verbose,
-    add_report,
-    make_screen,
-)
+from normconvert.cli.commands import Ask, command
+from normconvert.cli.view import View
+from normconvert.options import Inspection
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Done, Screen
 
 
 @app.command(short_help="Show what would be converted, and why the rest would not.")
-def inspect(
-    src: Src,
-    method: For = Method.RMSNORM,
-    revision: Revision = None,
-    arch: Arch = None,
-    fold: Fold = False,
-    tied: TiedTo = None,
-    min_gain: MinGain = None,
-    allow_shifted_outputs: Shifted = False,
-    basis: InBasis = Basis.ISOMETRIC,
-    trust_remote_code: Trust = False,
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Inspection, View)
+def inspect(ask: Ask[Inspection], view: View) -> int:
     """Show the norms of a model, what would be converted, and why the rest would not. Writes nothing."""
-    from normconvert.report.screen import Done, execute
 
-    screen = make_screen(json, verbose, quiet)
-    add_report(screen, report_file)
-
-    def action() -> Done:
-        stage = screen.stages(src)
+    def action(screen: Screen) -> Done:
+        stage = screen.stages(str(ask().src))
         stage("open")
-        from normconvert import inspect as inspect_source
+        from normconvert.api import inspect as inspect_source
         from normconvert.report.console import show_inspection
         from normconvert.report.document import report_document
+        from normconvert.report.screen import Done
 
-        report = inspect_source(
-            src, method.value, revision=revision, arch=arch, fold=fold, tied=tied and tied.value, min_gain=min_gain,
-            allow_shifted_outputs=allow_shifted_outputs, basis=basis.value, trust_remote_code=trust_remote_code,
-            stage=stage,
-        )  # fmt: skip
+        report = inspect_source(**vars(ask(stage=stage)))
         return Done(
-            report_document("inspect", report), lambda console: show_inspection(console, report, verbose=verbose > 0)
+            report_document("inspect", report),
+            lambda console: show_inspection(console, report, verbose=view.verbose > 0),
         )
 
-    return execute(screen, action)
+    return view.run(action)

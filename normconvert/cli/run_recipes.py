@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from typer.core import TyperCommand
 
 from normconvert.cli.app import app
-from normconvert.cli.options import Json, Quiet, ReportFile, Verbose, add_report, make_screen, parse_size
+from normconvert.cli.commands import Ask, command
+from normconvert.cli.view import View
+from normconvert.options import option, parse_size
+
+if TYPE_CHECKING:
+    from normconvert.report.screen import Done, Screen
 
 AUTO = "auto"
 
@@ -27,56 +32,52 @@ class _RayMayStandAlone(TyperCommand):
         return super().parse_args(ctx, given)
 
 
+@dataclass(frozen=True)
+class Batching:
+    """Which recipes are run, and where."""
+
+    recipes: list[Path] = option(MISSING, "YAML files; see normconvert schema.", metavar="RECIPE...")
+    jobs: int = option(1, "Processes at once, at most.", metavar="N", short="j", details={"min": 1})
+    ray: str | None = option(
+        None,
+        "Run on a Ray cluster: host:port, ray://host:port, or none for RAY_ADDRESS or this machine's.",
+        metavar="[ADDRESS]",
+    )
+    memory: int | None = option(
+        None,
+        "What the jobs may take together, such as 12GB; else what is free now.",
+        metavar="SIZE", parse=parse_size,
+    )  # fmt: skip
+    force: bool = option(False, "Redo what is there and up to date.")
+    dry_run: bool = option(False, "Show the jobs and what each would do.")
+
+
 @app.command(cls=_RayMayStandAlone, short_help="Run the conversions of recipes (YAML files).")
-def run(
-    recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="YAML files; see normconvert schema.", show_default=False)
-    ],
-    jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", min=1, help="Processes at once, at most.")] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[ADDRESS]",
-            help="Run on a Ray cluster: host:port, ray://host:port, or none for RAY_ADDRESS or this machine's.",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="What the jobs may take together, such as 12GB; else what is free now."),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Redo what is there and up to date.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the jobs and what each would do.")] = False,
-    report_file: ReportFile = None,
-    json: Json = None,
-    verbose: Verbose = 0,
-    quiet: Quiet = False,
-) -> int:
+@command(Batching, View)
+def run(ask: Ask[Batching], view: View) -> int:
     """Run all conversions of recipes. Outputs that are there and up to date are skipped; a failure stops no other job.
 
     The exit status is the worst of the jobs': 1 before 2 before 3.
     """
-    from normconvert.report.screen import Done, execute
 
-    screen = make_screen(json, verbose, quiet)
-    add_report(screen, report_file)
-
-    def action() -> Done:
-        budget = parse_size(memory, "--memory") if memory is not None else None
+    def action(screen: Screen) -> Done:
+        asked = ask()
         from normconvert.recipes.batch import plan_recipes, run_batch
         from normconvert.recipes.table import show_batch, show_plan, watching
+        from normconvert.report.screen import Done
 
-        batch = plan_recipes(recipes, force=force)
-        if not dry_run:
+        batch = plan_recipes(asked.recipes, force=asked.force)
+        if not asked.dry_run:
             with watching(screen) as listen:
-                run_batch(batch, jobs=jobs, ray=ray, memory=budget, listen=listen)
-            for entry in batch.entries if quiet else ():
+                run_batch(batch, jobs=asked.jobs, ray=asked.ray, memory=asked.memory, listen=listen)
+            for entry in batch.entries if view.quiet else ():
                 if entry.result is not None and entry.result.status == "failed":
                     screen.error(f"{entry.job.label}: {entry.result.message}")
-        show = show_plan if dry_run else show_batch
+        show = show_plan if asked.dry_run else show_batch
         return Done(
-            {"command": "run", "dry_run": dry_run, **batch.to_json()},
+            {"command": "run", "dry_run": asked.dry_run, **batch.to_json()},
             lambda console: show(console, batch),
             batch.exit_status,
         )
 
-    return execute(screen, action)
+    return view.run(action)

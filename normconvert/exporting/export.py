@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError
+from normconvert.exporting.request import Export
+from normconvert.options import taking
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,30 +60,18 @@ class ExportReport:
         return asdict(self)
 
 
-def export(
-    src: str | Path,
-    file: str | Path,
-    *,
-    against: str | Path | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> ExportReport:
+@taking(Export)
+def export(request: Export) -> ExportReport:
     """Export a checkpoint, converted or not, to ``file``; verified before it appears there.
-
-    Args:
-        src: as for :func:`normconvert.convert`; usually the output of a conversion.
-        file: ends in ``.onnx`` or ``.pt2``.
-        against: the original checkpoint, to compare with as well.
-        overwrite: replace a file that exists.
-        trust_remote_code: allow code that comes with a checkpoint to run.
 
     Raises:
         InputError: bad input or usage, or the ONNX packages are missing.
         TraceError: the exporter cannot follow the model.
         FidelityError: the exported file computes something else; nothing was written.
     """
-    file = Path(file).expanduser()
-    check_file(file, overwrite)
+    src, against, trust_remote_code = request.src, request.against, request.trust_remote_code
+    file = Path(request.file).expanduser()
+    check_file(file, request.overwrite)
     from normconvert.sources.converted import load_any
     from normconvert.tracing.probes import verification_inputs
 

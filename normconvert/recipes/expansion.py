@@ -14,9 +14,9 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.files.yaml_file import Key, nearest
-from normconvert.options import Options
+from normconvert.options import Conversion, Options, about
 from normconvert.recipes.job import Job, Resources, Upload
-from normconvert.recipes.model import Settings, Source, Variant
+from normconvert.recipes.model import SETTINGS, Settings, Source, Variant
 from normconvert.recipes.origins import Origin, Reference, hub_models, local_checkpoints, look_up
 from normconvert.recipes.reading import RecipeFile, together
 from normconvert.recipes.storage import is_url
@@ -24,8 +24,8 @@ from normconvert.sources import hub
 
 PLACEHOLDERS = ("name", "variant", "method", "author", "dtype", "recipe")
 DEFAULTS: Mapping[str, Any] = {
-    "method": "rmsnorm", "options": {}, "dtype": "auto", "max_shard_size": None, "require_all": False,
-    "trust_remote_code": False, "verify": True, "device": "cpu", "limits": {}, "resources": {}, "upload": {},
+    **{name: default for name, default, _ in about(Conversion) if name in ("method", *SETTINGS)},
+    "options": {}, "limits": {}, "resources": {}, "upload": {},
 }  # fmt: skip
 """What a recipe need not say."""
 

@@ -23,7 +23,6 @@ from pydantic import (
 
 from normconvert import options as conversion
 from normconvert.errors import InputError
-from normconvert.files.sizes import parse_size
 from normconvert.verification.limits import FIGURES
 
 OUTPUT = "out/{name}-{variant}"
@@ -51,7 +50,7 @@ def _known_method(name: str) -> str:
 
 def _known_size(text: str | int) -> int:
     try:
-        return parse_size(str(text), "size")
+        return conversion.parse_size(str(text), "size")
     except InputError:
         raise ValueError(f"expected a size such as 5GB, 500MB or 2GiB, found {text!r}") from None
 
@@ -65,35 +64,33 @@ Bytes = Annotated[int, BeforeValidator(_known_size, json_schema_input_type=str |
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 
 
-def _attribute_docs(kind: type) -> dict[str, str]:
-    """The sentences of a docstring's section ``Attributes:``."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in (kind.__doc__ or "").partition("Attributes:")[2].splitlines():
-        head, colon, rest = line.strip().partition(": ")
-        if line.startswith(" " * 8) and not line.startswith(" " * 9) and colon and head.isidentifier():
-            name, found[head] = head, rest[:1].upper() + rest[1:]
-        elif name and line.strip():
-            found[name] += f" {line.strip()}"
-    return found
-
-
-def _options_model() -> type[Part]:
-    """The fields of :class:`normconvert.options.Options`, each of which may be left out."""
-    hints, docs = get_type_hints(conversion.Options), _attribute_docs(conversion.Options)
+def _fields_of(request: type[Any], names: Iterable[str]) -> dict[str, Any]:
+    """Fields of a model for options of a request that a recipe may set, each of which may be left out."""
+    hints = get_type_hints(request)
     made: dict[str, Any] = {}
-    for option in fields(conversion.Options):
-        choices = conversion.CHOICES.get(option.name)
-        kind: Any = Literal[tuple(choices)] if choices else _without_none(hints[option.name])
-        extra = {} if option.default in (MISSING, None) else {"default": option.default}
-        made[option.name] = (kind, Field(None, description=docs.get(option.name), json_schema_extra=extra))
-    return create_model("Options", __base__=_CheckedOptions, **made)
+    for name, default, known in conversion.about(request):
+        if name not in names:
+            continue
+        kind: Any = _without_none(hints[name])
+        if known.choices:
+            kind = Literal[known.choices]
+        elif known.parse is not None:
+            kind = Bytes
+        extra = {} if default in (MISSING, None) else {"default": default}
+        made[name] = (kind, Field(None, description=known.help, json_schema_extra=extra))
+    return made
 
 
 def _without_none(hint: Any) -> Any:
     """A type that may be None, in Options for what depends on the method, without it: here such a field is left out."""
     rest = [kind for kind in get_args(hint) if kind is not type(None)]
     return rest[0] if len(rest) == 1 < len(get_args(hint)) else hint
+
+
+ALLOWED = [one.name for one in fields(conversion.Options)]
+"""What a recipe says under ``options``."""
+SETTINGS = [name for name, _, known in conversion.about(conversion.Conversion) if known.recipe and name not in ALLOWED]
+"""Further options of a conversion, which stand beside ``options``."""
 
 
 class _CheckedOptions(Part):
@@ -124,7 +121,7 @@ _LIMITS = """Limits on the figures of the verification, narrower than those that
 A job whose result is out of them fails, and its output does not appear.
 """
 
-Options = _options_model()
+Options = create_model("Options", __base__=_CheckedOptions, **_fields_of(conversion.Options, ALLOWED))
 Limits = _limits_model()
 
 
@@ -150,25 +147,16 @@ class UploadPart(Part):
     """Make the repository a private one if it has to be made; true by default."""
 
 
-class Settings(Part):
+_Converted: Any = create_model("_Converted", __base__=Part, **_fields_of(conversion.Conversion, SETTINGS))
+
+
+class Settings(_Converted):
     """What a job is made of. The more specific place wins: defaults, then the matrix, then the source."""
 
     method: Method = UNSET
     """The conversion; rmsnorm by default."""
     options: Options = UNSET  # type: ignore[valid-type]
     """What the conversion is allowed to do."""
-    dtype: Literal[conversion.DTYPES] = UNSET  # type: ignore[valid-type]
-    """Store the weights in this dtype; auto keeps each tensor's own."""
-    max_shard_size: Bytes = UNSET
-    """Size of a weight file, such as 5GB; the source's files by default."""
-    require_all: bool = UNSET
-    """Fail unless every norm can be converted; false by default."""
-    trust_remote_code: bool = UNSET
-    """Let code that comes with the checkpoint run; false by default."""
-    verify: bool = UNSET
-    """Check the result before it appears; true by default."""
-    device: str = UNSET
-    """Where the verification runs: cpu (the default), cuda, cuda:1, mps."""
     limits: Limits = UNSET  # type: ignore[valid-type]
     """Limits on the figures of the verification."""
     resources: ResourcesPart = UNSET

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
+from normconvert.options import OUT, SRC, Opening, Stage, check_options, option
 
 SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",
@@ -17,12 +19,10 @@ SWAPS: Mapping[str, str] = {
 }
 """Method -> what it is, in words."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "method": tuple(SWAPS),
-    "objective": ("distill", "task"),
-    "schedule": ("linear", "cosine", "none"),
-    "mixed_precision": ("no", "bf16"),
-}
+DATA = (
+    "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
+    "for the embedded models' own."
+)
 MAY_CHANGE = frozenset({"max_minutes", "eval_data", "batches_between_checkpoints"})
 """Settings that a resumed run may change: they do not touch what is learnt."""
 
@@ -32,60 +32,49 @@ class Settings:
     """How norms are swapped.
 
     Attributes:
-        method: one of :data:`SWAPS`.
-        data: what to learn from, ``KIND:WHERE``.
-        eval_data: what to measure accuracy or perplexity on; None: data's own held-out part, if it has one.
-        objective: ``distill`` from the original, or ``task``: the model's own loss on labelled data.
-        norms: globs of module paths; empty: all.
-        schedule: how λ falls and norms are removed over the first half of the steps; ``none``: all at once.
-        steps: optimiser steps; 0: calibrate only.
-        batch_size: examples a step and process.
-        accumulate: batches a step.
-        lr: peak learning rate of AdamW.
-        seed: of the order of the examples and their augmentation.
-        length: tokens an example of text; None: what the model takes, at most 256.
-        calibration: examples for the first statistics.
         feature_weight: of the match of features, block by block, beside the match of logits.
         spread_weight: of the loss that makes tokens equally long before the last norm goes (ln-free).
-        window: batches whose statistics are smoothed (un); 1: no smoothing.
-        filtration: leave outlier batches out of the statistics (un).
-        mixed_precision: ``bf16`` runs the networks in bfloat16 where that is safe. There is no fp16: it scales the
-            loss by a changing factor, and with it the gradient statistics that un and powernorm keep.
-        max_minutes: end earlier; the schedule is then that of the time. Such a run cannot be repeated exactly.
-        batches_between_checkpoints: 0: none.
     """
 
-    method: str
-    data: str
-    eval_data: str | None = None
-    objective: str = "distill"
-    norms: tuple[str, ...] = ()
-    schedule: str = "linear"
-    steps: int = 1000
-    batch_size: int = 32
-    accumulate: int = 1
-    lr: float = 1e-3
-    seed: int = 0
-    length: int | None = None
-    calibration: int = 256
+    method: str = option(
+        MISSING, "un (Unified Normalization), repbn, powernorm or ln-free.",
+        choices=tuple(SWAPS), metavar="METHOD", leads=True, details={"show_default": False},
+    )  # fmt: skip
+    _: KW_ONLY
+    data: str = option("demo:", DATA, metavar="KIND:WHERE", required=True)
+    eval_data: str | None = option(None, "Measure on this; else on a part of --data held back.", metavar="KIND:WHERE")
+    objective: str = option(
+        "distill", "Learn from the original's outputs, or from the labels of the data.", choices=("distill", "task")
+    )
+    norms: Sequence[str] = option((), "Swap the norms at these paths only; may be repeated.", metavar="GLOB")
+    schedule: str = option(
+        "linear",
+        "How the old norms fade or go in the first half of the steps; none: at once.",
+        choices=("linear", "cosine", "none"),
+    )
+    steps: int = option(1000, "Optimiser steps; 0 calibrates only.", metavar="N", at_least=0)
+    batch_size: int = option(32, "Examples a step and process.", metavar="N", at_least=1)
+    accumulate: int = option(1, "Batches a step.", metavar="N", at_least=1)
+    lr: float = option(1e-3, "Peak learning rate of AdamW.", metavar="X")
+    seed: int = option(0, "Of the order of the examples and their augmentation.", metavar="N")
+    length: int | None = option(None, "Tokens an example of text; else what the model takes, at most 256.", metavar="N")
+    calibration: int = option(256, "Examples for the first statistics.", metavar="N", at_least=1)
     feature_weight: float = 1.0
     spread_weight: float = 0.1
-    window: int = 4
-    filtration: bool = True
-    mixed_precision: str = "no"
-    max_minutes: float | None = None
-    batches_between_checkpoints: int = 500
+    window: int = option(4, "un: batches whose statistics are smoothed; 1: no smoothing.", metavar="M", at_least=1)
+    filtration: bool = option(True, "un: leave outlier batches out.", spelling="--filtration/--no-filtration")
+    # There is no fp16: its changing loss scale would get into the gradient statistics of un and powernorm.
+    mixed_precision: str = option("no", "Train in bfloat16 where that is safe.", choices=("no", "bf16"))
+    max_minutes: float | None = option(
+        None, "End earlier, the schedule fitted to the time; such a run cannot be repeated exactly.", metavar="X"
+    )
+    batches_between_checkpoints: int = option(
+        500, "Steps between two saved states in OUT.training; 0: none.", metavar="N", spelling="--checkpoint-every"
+    )
 
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise InputError(f"unknown value {value!r} for {name}; expected {', '.join(allowed)}")
-        least = {"steps": 0, "batch_size": 1, "accumulate": 1, "calibration": 1, "window": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} is {getattr(self, name)}; expected {low} or more")
+        check_options(self)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise InputError(f"lr is {self.lr}; expected a positive number")
         if self.length is not None and self.length < 2:
@@ -111,6 +100,46 @@ class Settings:
         mine = self.to_json()
         names = [f.name for f in fields(self) if f.name not in MAY_CHANGE]
         return [f"{n} was {other.get(n)!r}, is {mine[n]!r}" for n in names if other.get(n) != mine[n]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """From where to where; before the settings, as the arguments of a swap stand."""
+
+    src: str | Path = option(MISSING, SRC, metavar="SRC")
+    out: Path | str = option(MISSING, OUT, metavar="OUT")
+
+
+@dataclass(frozen=True)
+class Swapping(Settings, Opening, _Place):
+    """What :func:`normconvert.swap` is asked. The state of an unfinished run lies in ``OUT.training`` beside OUT.
+
+    Attributes:
+        watch: sees each step's figures.
+        stage: called with each stage's name as it begins.
+        warn: called, before anything is trained, with each sentence that the user may want to stop for.
+    """
+
+    method: str = option(
+        "un", "un (Unified Normalization), repbn, powernorm or ln-free.",
+        choices=tuple(SWAPS), metavar="METHOD", leads=True, details={"show_default": False},
+    )  # fmt: skip
+    _: KW_ONLY
+    calibrate_only: bool = option(False, "Set the statistics from one pass; train nothing.")
+    fuse: bool = option(True, "Move the swapped norms into what reads them.", spelling="--fuse/--no-fuse")
+    resume: bool = option(False, "Go on with an interrupted training.")
+    tensorboard: str | Path | None = option(None, "Write a TensorBoard log.", metavar="DIR")
+    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
+    device: str = option("cpu", "Where the networks run; several processes take a GPU each.", metavar="DEVICE")
+    watch: Callable[[int, int, Any], None] | None = None
+    stage: Stage | None = None
+    warn: Stage | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """How norms are swapped, without from where to where."""
+        chosen = {one.name: getattr(self, one.name) for one in fields(Settings)}
+        return Settings(**(chosen | {"steps": 0} if self.calibrate_only else chosen))
 
 
 def share_left(schedule: str, progress: float, until: float = 0.5) -> float:

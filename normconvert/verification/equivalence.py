@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from normconvert.errors import InputError
+from normconvert.options import taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import first_divergence, watch_means
@@ -32,6 +32,7 @@ from normconvert.verification.fidelity import (
     scores,
 )
 from normconvert.verification.probe_runs import Run, algebra_model, cast, run_model
+from normconvert.verification.requests import Verification
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -253,44 +254,26 @@ def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
     return replace(fidelity, passed=not reasons, reasons=reasons)
 
 
-def verify(
-    a: str | Path,
-    b: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    seed: int = 0,
-    limits: Mapping[str, float] | None = None,
-    max_memory: int | None = None,
-) -> Fidelity:
+@taking(Verification)
+def verify(request: Verification) -> Fidelity:
     """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
 
     If `b` was written by normconvert, its plan is replayed on `a`'s weights in float64: that is held to 1e-10. For
     any other pair the algebra compares `b` with `a` in float64 as they are stored; since storing alone rounds, the
-    tolerance there is 32 units (eps) of the coarser storage dtype.
-
-    Args:
-        a: the original: a path or a name as :func:`normconvert.sources.open_source` takes it.
-        b: the one to check, likewise.
-        device: where to run.
-        dtype: to run both in; None takes that of `b`'s files.
-        trust_remote_code: whether code that comes with a checkpoint may run.
-        seed: of the probes.
-        limits: figure -> limit, instead of the defaults; see :mod:`normconvert.verification.limits`.
-        max_memory: bytes of memory that the process may take. The weights stay in their files then: each is read when
-            its turn comes, for all probes at once, and freed. None loads whole models, two at a time.
+    tolerance there is 32 units (eps) of the coarser storage dtype. With ``max_memory``, in bytes, each weight is read
+    when its turn comes, for all probes at once, and freed; otherwise whole models are loaded, two at a time.
 
     Raises:
         InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
     """
+    a, b, device, max_memory, seed = request.a, request.b, request.device, request.max_memory, request.seed
     from normconvert.sources import open_pair
     from normconvert.verification.limits import check_limits, judge_limits
 
-    limits = check_limits(limits or {})
-    first, second = open_pair(str(a), str(b), trust_remote_code=trust_remote_code)
+    limits = check_limits(request.limits or {})
+    first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
     plan = recorded_plan(second.record) if first.record is None else None
-    used = dtype or second.dtype
+    used = request.dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))
     loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
     original = loader(first, used, device)()

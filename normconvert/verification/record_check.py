@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from normconvert import __version__
 from normconvert.apply.record import RECORD_FORMAT, loading_files, versions, write_card
 from normconvert.errors import InputError, NormConvertError
-from normconvert.options import Options
+from normconvert.options import Options, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, NotConverted
 from normconvert.result import Report
 from normconvert.verification.folder_comparison import Finding, compare_data, compare_folders, list_files, same_bytes
+from normconvert.verification.requests import Checking
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -68,27 +69,11 @@ class CheckReport:
         return {**asdict(self), "findings": [asdict(f) for f in self.findings], "passed": self.passed}
 
 
-def check(
-    out: str | Path,
-    source: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    ignore: Sequence[str] = (),
-    stage: Callable[[str], None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> CheckReport:
+@taking(Checking)
+def check(request: Checking) -> CheckReport:
     """Check a converted checkpoint against its recorded source and plan.
 
-    Args:
-        out: the output folder of a conversion, or its normconvert.json.
-        source: the checkpoint that was converted, as ``convert`` takes it; None: the one that the record names, which
-            says where to find it only for the hub and for embedded models.
-        revision: branch, tag or commit on the hub, if not the recorded commit.
-        trust_remote_code: allow code that comes with the source to run.
-        ignore: patterns of file names that are not compared; not for weights, config.json or the record.
-        stage: called with each stage's name as it begins: ``open``, ``trace``, ``replay``, ``compare``.
-        progress: called with (tensor, bytes done, bytes in all) while the plan is replayed.
+    ``source`` may be left out where the record says where to find it: for the hub and for embedded models.
 
     Returns:
         The findings; :attr:`CheckReport.passed` if there are none. The model card is compared, too, but only noted:
@@ -101,30 +86,29 @@ def check(
     """
     from normconvert.sources import open_source
 
-    folder = Path(out).expanduser()
+    folder = Path(request.out).expanduser()
     folder = folder.parent if folder.name == RECORD_FILE else folder
-    say = _Clock(stage)
+    say = _Clock(request.stage)
     record = _read(folder)
     plan = Plan.from_json(record["plan"])
-    reference, commit = _reference(folder, record, source, revision)
+    reference, commit = _reference(folder, record, request.source, request.revision)
     say("open")
-    opened = open_source(
-        reference, revision=commit, arch=record["options"].get("arch"), trust_remote_code=trust_remote_code
-    )
+    arch = record["options"].get("arch")
+    opened = open_source(reference, revision=commit, arch=arch, trust_remote_code=request.trust_remote_code)
     say("trace")
     findings, notes = _check_plan(opened, record)
     say("replay")
-    with _replayed(folder, opened, plan, record, progress) as (again, hashes, problem):
+    with _replayed(folder, opened, plan, record, request.progress) as (again, hashes, problem):
         findings += [*_check_hashes(record, hashes), *problem]
         say("compare")
         if not problem:
-            skip = [*GIT_FILES, CARD, RECORD_FILE, *ignore]
+            skip = [*GIT_FILES, CARD, RECORD_FILE, *request.ignore]
             findings += list(compare_folders(again, folder, skip))
             if not (folder / CARD).is_file() or not same_bytes(again / CARD, folder / CARD):
                 notes.append(f"{CARD} was edited since the conversion")
     files = list_files(folder)
     return CheckReport(
-        str(out), str(reference), tuple(findings), tuple(notes), len(files),
+        str(request.out), str(reference), tuple(findings), tuple(notes), len(files),
         sum(path.stat().st_size for path in files.values()), say.seconds(),
     )  # fmt: skip
 

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from normconvert import __version__
-from normconvert.cli import parse_size, run
+from normconvert.cli import run
 from normconvert.errors import InputError
+from normconvert.options import parse_size
 from normconvert.report.screen import Screen, execute
 from tests.support.tiny_checkpoints import contents, gpt2, save
 from tools.docs.command_output import alike, lines_of, page_says

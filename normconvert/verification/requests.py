@@ -1,0 +1,64 @@
+"""What a verification and a check are asked: their options, each defined once. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from normconvert.options import DTYPES, REVISION, TRUST, Stage, option, parse_size
+
+
+def _dtype(text: str, spelled: str) -> Any:
+    import torch
+
+    return None if text == "auto" else getattr(torch, text)
+
+
+def _limits(path: str, spelled: str) -> dict[str, float]:
+    from normconvert.verification.limits import read_limits
+
+    return read_limits(Path(path))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`normconvert.verify` is asked."""
+
+    a: str | Path = option(MISSING, "The original, as SRC of the other commands.", metavar="A")
+    b: str | Path = option(MISSING, "The converted one, or any other of the same model.", metavar="B")
+    _: KW_ONLY
+    device: Any = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE", parse=lambda text, _: text)
+    dtype: Any = option(None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, parse=_dtype)
+    seed: int = option(0, "Of the probes.", metavar="N")
+    trust_remote_code: bool = option(False, TRUST)
+    max_memory: int | None = option(
+        None, "Such as 4GB: leave the weights in their files and read them in turn.", metavar="SIZE", parse=parse_size
+    )
+    limits: Mapping[str, float] | None = option(
+        None, "YAML: figure and limit, instead of the default limits.", metavar="FILE", parse=_limits
+    )
+
+
+@dataclass(frozen=True)
+class Checking:
+    """What :func:`normconvert.check` is asked.
+
+    Attributes:
+        stage: called with each stage's name as it begins: ``open``, ``trace``, ``replay``, ``compare``.
+        progress: called with (tensor, bytes done, bytes in all) while the plan is replayed.
+    """
+
+    out: Path | str = option(MISSING, "The output folder of a conversion.", metavar="OUT")
+    source: str | Path | None = option(
+        None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
+    )
+    _: KW_ONLY
+    revision: str | None = option(None, REVISION, metavar="REV")
+    ignore: Sequence[str] = option(
+        (), "Files not to compare, such as '*.txt'; not for weights. Repeatable.", metavar="PATTERN"
+    )
+    trust_remote_code: bool = option(False, TRUST)
+    stage: Stage | None = None
+    progress: Callable[[str, int, int], None] | None = None
