@@ -101,6 +101,7 @@ class Plan:
         """
         data = dict(data)
         found = data.pop("format", None)
+        # Refused, not guessed: an edit that means something else now would be wrong without a sign.
         if found != FORMAT:
             raise ValueError(
                 f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert"
