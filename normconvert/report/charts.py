@@ -84,6 +84,7 @@ def bench_chart(rows: Sequence[Row]) -> Chart | None:
 
 def training_chart(trace: Sequence[dict[str, float]]) -> Chart | None:
     """The loss over the steps of a training."""
+    # One point is no line.
     if len(trace) < 2:
         return None
     steps = [f"step {point['step']:.0f}" for point in trace]
@@ -105,6 +106,7 @@ def _series(name: str, rows: Sequence[dict[str, Any]], key: str, role: str) -> d
 def _finite(value: Any) -> float | None:
     """A number to draw; what is not finite leaves a gap."""
     number = float(value)
+    # So put, NaN is no number to draw either: no comparison with it is true.
     return max(number, FLOOR) if abs(number) < float("inf") else None
 
 
@@ -112,6 +114,7 @@ def short(names: Sequence[str]) -> list[str]:
     """The names without the components that all dotted ones share at their beginning."""
     dotted = [name.split(".") for name in names if "." in name]
     shared = 0
+    # One component is left to each: a name must not vanish.
     while dotted and all(len(p) > shared + 1 and p[shared] == dotted[0][shared] for p in dotted):
         shared += 1
     prefix = ".".join(dotted[0][:shared]) + "." if shared else ""
