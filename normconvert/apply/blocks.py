@@ -66,8 +66,8 @@ def centres_rows(edits: Sequence[Edit], before: tuple[int, ...], after: tuple[in
     """
     if not edits or edits[0]["op"] != "center" or len(before) < 2 or before[0] == 0:
         return False
-    # An axis that is a factor of dimension 0 has one mean for each of the other factors: not what two passes compute.
     first = edits[0]
+    # An axis that is a factor of dimension 0 has one mean for each of the other factors: two passes compute one.
     plain = int(first["axis"]) % len(before) == 0 and int(first.get("outer", 1)) == int(first.get("inner", 1)) == 1
     return plain and block_dimension(edits[1:], before, after) == 0
 
@@ -76,7 +76,7 @@ def mean_of_rows(pieces: Iterable[Tensor], count: int, workspace: Workspace) -> 
     """The mean over dimension 0 of ``count`` rows that come in pieces, in float64."""
     total, shape = torch.empty(0), (0,)
     for piece in pieces:
-        # The next piece may come in the same memory: it is added up before it is asked for.
+        # Added up before the next piece is asked for, which may come in the same memory.
         rows = workspace.widened(piece).flatten(1)
         if total.numel() == 0:
             total, shape = rows.new_zeros(rows.shape[1]), (1, *piece.shape[1:])
@@ -97,9 +97,9 @@ class Workspace:
     """Memory that one thread works in again and again: fresh memory costs a page fault for every page of it."""
 
     def __init__(self) -> None:
+        # By use: the raw bytes, both wider forms and the result of a block are alive at the same time.
         self._held: dict[str, Tensor] = {}
 
-    # One memory for each use: the raw bytes, both wider forms and the result of a block are alive at the same time.
     def take(self, use: str, size: int) -> Tensor:
         """``size`` bytes; what was taken for the same ``use`` before is overwritten."""
         if use not in self._held or len(self._held[use]) < size:
@@ -142,7 +142,6 @@ def edit_rows(
 
     The result holds until the next call.
     """
-    # What the edits overwrite is this copy, never what was read.
     wide = workspace.widened(rows)
     block = apply_edits(wide if mean is None else wide.sub_(mean), edits, lookup, own=True)
     return workspace.empty("whole", tuple(block.shape), target).copy_(block)

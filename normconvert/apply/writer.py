@@ -117,7 +117,6 @@ class Writer:
         """
         tasks = list(tasks)
         supply, before = _Supply(tasks), self._done
-        # Workers tell, this thread acts: a progress bar or Ctrl-C in a worker's thread would be nobody's.
         self._events: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         count = min(WORKERS, os.cpu_count() or 1)

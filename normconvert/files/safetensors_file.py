@@ -194,7 +194,6 @@ def read_tensor(
     """
     import torch
 
-    # A tensor without dimensions is one row.
     first, last = rows or (0, info.shape[0] if info.shape else 1)
     row = (info.end - info.start) // max(1, info.shape[0] if info.shape else 1)
     size = (last - first) * row

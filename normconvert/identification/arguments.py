@@ -39,7 +39,6 @@ def solve(known: Print, fit: Fit, found: Mapping[str, Shape], integers: frozense
 
     side = default_image(known.name)
     sizes = image_sizes(fit.reshaped, side) if side else []
-    # None stands for the default: a checkpoint may have one of both, or both.
     for size, channels in product([None, *sizes], [None, *input_channels(fit.reshaped)]):
         arguments = {k: v for k, v in (("img_size", size), ("in_chans", channels)) if v is not None}
         if not arguments:
@@ -82,7 +81,6 @@ def _sizes(found: int, expected: int, side: int) -> Iterator[int]:
             if a % 2 and b % 2:
                 ratios.append(((a + 1) // 2, (b + 1) // 2))  # relative positions, (2 a - 1) x (2 a - 1)
     for a, b in ratios:
-        # In integers: a size that is not a whole number of pixels is none.
         if side * a % b == 0 and 0 < side * a // b != side:
             yield side * a // b
 

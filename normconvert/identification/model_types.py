@@ -95,7 +95,6 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
     for row in rows:
         for name, entry in row["classes"].items():
             known = here.intersection(entry["need"])
-            # Of a tied pair the other name is as good.
             known.update(first for first, other in entry.get("tied", ()) if first in entry["need"] and other in here)
             allowed = here.intersection(entry["may"])
             # Sets of patterns are cheap to compare: shapes are looked at for the few classes that are left.

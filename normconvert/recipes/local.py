@@ -120,7 +120,6 @@ class _Pool:
     def __init__(self, size: int, cores: int) -> None:
         self.running: dict[_Worker, int] = {}
         self._idle: list[_Worker] = []
-        # All processes speak into one queue: next() need not know who will be the next.
         self._said: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
         self._environment = {**os.environ, **thread_share(cores, size), "PYTHONUNBUFFERED": "1"}
 

@@ -84,7 +84,6 @@ def bench_chart(rows: Sequence[Row]) -> Chart | None:
 
 def training_chart(trace: Sequence[dict[str, float]]) -> Chart | None:
     """The loss over the steps of a training."""
-    # One point is no line.
     if len(trace) < 2:
         return None
     steps = [f"step {point['step']:.0f}" for point in trace]

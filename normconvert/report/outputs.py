@@ -36,7 +36,6 @@ class FileOutput:
             InputError: its folder does not exist or is not writable, or it is a folder itself.
         """
         path = Path(self.path).expanduser()
-        # Asked before hours of work, and again by write(), since it may have changed.
         problem = None
         if path.is_dir():
             problem = "is a folder"

@@ -178,7 +178,6 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
 
 def _commit(folder: Path) -> str | None:
     """The commit that a snapshot's folder is named after."""
-    # A folder downloaded without a network may be named after nothing that could be recorded.
     return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 

@@ -127,7 +127,6 @@ def _check_missing(
 ) -> None:
     present = set(found)
     for group in tied:
-        # One name of a tied tensor is enough.
         if present.intersection(group):
             present.update(group)
     # transformers' own list of what may be missing: anything else it would fill at random and only warn.

@@ -143,7 +143,6 @@ def _finish(
     bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, arch)
     checkpoint = read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent))
-    # Before describe(), which imports the library: the pass over the files is to run beside that.
     if found is not None:
         found(checkpoint.tensors.values(), folder)
     try:

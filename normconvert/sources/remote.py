@@ -151,7 +151,6 @@ class RemoteShards:
         fresh = place.with_name(f".{name}.shell")
         with fresh.open("wb") as handle:
             handle.write(file.header)
-            # A hole, which takes no space.
             handle.truncate(file.size)
         with self._lock:
             os.replace(fresh, place)
