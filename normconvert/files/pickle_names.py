@@ -98,7 +98,7 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type[Any]:
         full = f"{module}.{name}"
-        # Nothing runs here either way: this keeps what torch refuses from passing for a checkpoint, but for torch's own.
+        # Nothing runs here either way: this keeps what torch refuses (but for names of its own) from being identified.
         if not full.startswith(ALLOWED):
             raise Unreadable(full)
         return self.known.setdefault(full, _stand_in(full))
