@@ -43,6 +43,7 @@ def block_dimension(edits: Sequence[Edit], before: tuple[int, ...], after: tuple
         before: the tensor's shape.
         after: its shape when they are applied.
     """
+    # An empty tensor has no blocks (their size is a share of its elements), one of other dimensions no common one.
     if not before or len(after) != len(before) or 0 in before:
         return None
     whole: set[int] = set()
@@ -50,7 +51,9 @@ def block_dimension(edits: Sequence[Edit], before: tuple[int, ...], after: tuple
         if edit["op"] not in NEEDS_WHOLE:
             return None
         whole |= NEEDS_WHOLE[edit["op"]](edit, len(before))
+    # Each block of the result has its place at the same rows only where the dimension keeps its length.
     free = [dim for dim in range(len(before)) if dim not in whole and after[dim] == before[dim]]
+    # Blocks along dimension 0 lie in one piece in the file: they need not be gathered in memory.
     if 0 in free:
         return 0
     return max(free, key=lambda dim: before[dim], default=None)
@@ -64,6 +67,7 @@ def centres_rows(edits: Sequence[Edit], before: tuple[int, ...], after: tuple[in
     if not edits or edits[0]["op"] != "center" or len(before) < 2 or before[0] == 0:
         return False
     first = edits[0]
+    # An axis that is a factor of dimension 0 has one mean for each of the other factors: two passes compute one.
     plain = int(first["axis"]) % len(before) == 0 and int(first.get("outer", 1)) == int(first.get("inner", 1)) == 1
     return plain and block_dimension(edits[1:], before, after) == 0
 
@@ -72,6 +76,7 @@ def mean_of_rows(pieces: Iterable[Tensor], count: int, workspace: Workspace) -> 
     """The mean over dimension 0 of ``count`` rows that come in pieces, in float64."""
     total, shape = torch.empty(0), (0,)
     for piece in pieces:
+        # Added up before the next piece is asked for, which may come in the same memory.
         rows = workspace.widened(piece).flatten(1)
         if total.numel() == 0:
             total, shape = rows.new_zeros(rows.shape[1]), (1, *piece.shape[1:])
@@ -92,6 +97,7 @@ class Workspace:
     """Memory that one thread works in again and again: fresh memory costs a page fault for every page of it."""
 
     def __init__(self) -> None:
+        # By use: the raw bytes, both wider forms and the result of a block are alive at the same time.
         self._held: dict[str, Tensor] = {}
 
     def take(self, use: str, size: int) -> Tensor:
@@ -122,8 +128,10 @@ def _memory(size: int) -> Tensor:
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Only advice: a kernel that cannot take it gives ordinary pages.
     with suppress(OSError):
         held.madvise(mmap.MADV_HUGEPAGE)
+    # The tensor keeps the mapping alive; it goes with the tensor.
     return torch.frombuffer(held, dtype=torch.uint8)
 
 
@@ -162,10 +170,12 @@ def edit_whole(
     if dim is None:
         return apply_edits(value, edits, lookup).to(target)
     whole, blockwise = value, workspace or Workspace()
+    # Its shape may stand for the result's: no edit of NEEDS_WHOLE changes a dimension that it does not need whole.
     for start, stop in blocks(tuple(value.shape), dim, value.element_size()):
         wide = blockwise.widened(value.narrow(dim, start, stop - start))
         block = apply_edits(wide, edits, lookup, own=True)
         shape = (*block.shape[:dim], value.shape[dim], *block.shape[dim + 1 :])  # other dimensions may have shrunk
+        # In place, a block is written over what it alone was made of: the blocks to come read other elements.
         if start == 0 and not (in_place and value.dtype == target and value.shape == shape):
             whole = torch.empty(shape, dtype=target) if workspace is None else workspace.empty("whole", shape, target)
         whole.narrow(dim, start, stop - start).copy_(block)

@@ -76,6 +76,7 @@ def apply_plan(
     Raises:
         InputError: ``out`` cannot be written, the plan does not fit, or a weight is NaN or infinite.
     """
+    # A bare weight file is its own source; its folder may hold other things and may hold the output.
     with staged_output(out, source.folder or source.files[0], overwrite) as folder:
         return write_checkpoint(
             source, plan, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress,
@@ -104,8 +105,10 @@ def write_checkpoint(
     notes: list[str] = []
     try:
         if source.folder is not None:
+            # First: config.json comes along as the source's bytes and is written over below if the plan changes it.
             _, refused = copy_other_files(source.folder, folder)
             notes += [f"{name} is a link that leads out of the source and was not copied" for name in refused]
+        # A reader that was given belongs to the caller, who leaves its context.
         with SourceReader(hash_source) if reader is None else nullcontext(reader) as pass_over_files:
             if reader is None:
                 pass_over_files.begin(source.tensors.values(), source.folder)
@@ -113,11 +116,13 @@ def write_checkpoint(
                 source, plan, folder, dtype, max_shard_size, progress, pass_over_files, notes, stream
             )
         _write_config(source, plan, folder, dtype)
+        # Last, since they may stand for a file of the source: config.json with module edits, a model card.
         for name, content in (extra_files or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
+        # A streamed conversion keeps the shards that are done and says so itself.
         kept = "" if stream is not None else "; nothing was kept"
         raise Unfinished(f"cannot write the output: {error.strerror or error}{name}{kept}") from error
     files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
@@ -136,6 +141,7 @@ def _write_weights(
     notes: list[str],
     stream: Stream | None,
 ) -> tuple[tuple[str, ...], int, dict[str, str]]:
+    # Buffers are let be: masks hold infinities.
     parameters = [name for name, target in source.name_map.items() if target not in source.buffers]
     reader.require(parameters)
     if can_stream(source, plan):
@@ -157,6 +163,7 @@ def _write_weights(
             "and for that all of them have to be there: convert it without --stream"
         )
     else:
+        # The library writes files of its own names and shards: copies of the source's would stand beside them.
         reader.keep_copies(frozenset())
         edited, copied = save_loaded(source, plan, folder, dtype, max_shard_size)
         notes.append(
@@ -164,6 +171,7 @@ def _write_weights(
             "the plan was applied to the loaded model, which was saved again"
         )
     if stream is None:
+        # The pass may be behind the writing: what is copied as bytes counts as finite only when it has been read.
         reader.finish()
         hashes = dict(reader.hashes)
     return edited, copied, hashes
@@ -171,6 +179,7 @@ def _write_weights(
 
 def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype | None) -> None:
     """config.json: the source's bytes unless something changes."""
+    # A model that the library saved came with a config.json of the library's: the source's takes its place.
     if not source.config or not (plan.config or dtype or source.described or not can_stream(source, plan)):
         return
     config: Mapping[str, Any] = source.config

@@ -92,18 +92,21 @@ def can_stream(source: Source, plan: Plan) -> bool:
         return True
     names = {*plan.tensors, *(name for group in plan.aliases.values() for name in group)}
     names |= {name for rows in plan.tensors.values() for row in rows for name in referred(row)}
+    # What the library merges may stay in the files as it is, as long as the plan neither edits nor reads it.
     return not source.is_pickle and not names & source.merged and names <= set(origins_of(source, plan))
 
 
 def origins_of(source: Source, plan: Plan) -> dict[str, str]:
     """Model name -> checkpoint name, through tied names where the files hold another one of a group."""
     plain = {name: target for name, target in source.name_map.items() if target not in source.merged}
+    # Backwards, so that of several names for one target the first in the files stays.
     origins = {target: name for name, target in reversed(plain.items())}
     groups = [*source.tied, *([key, *names] for key, names in plan.aliases.items())]
     for group in groups:
         held = next((origins[name] for name in group if name in origins), None)
         if held is not None:
             for name in group:
+                # A name that the files hold for itself keeps its own value.
                 origins.setdefault(name, held)
     return origins
 
@@ -116,6 +119,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     """
     origins = origins_of(source, plan)
 
+    # In the dtype that the tensor will be stored in, not the one it has: --dtype float16 ends at 65504.
     def limit(name: str) -> float:
         stored = source.tensors[origins[name]].dtype
         return torch.finfo(dtype if dtype is not None and stored in FLOATING else torch_dtype(stored)).max
@@ -131,10 +135,12 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
         if source.name_map.get(name) not in removed
     ]
     tensors += [
+        # The guard: a name with no elements, which the plain class refuses.
         OutTensor(name, name, source.tensors[name].dtype, (0,), ())
         for name, target in source.name_map.items()
         if guard is not None and target == guard
     ]
+    # Safetensors stay as they are, tied names and all; of a pickle each name would become a copy.
     if source.is_pickle:
         tensors = _without_tied_copies(source, tensors, notes)
     shards = _shards(source, tensors, max_shard_size, notes)
@@ -148,6 +154,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
         like = next((str(e["like"]) for e in rows if e["op"] == "new"), None)
         stored = name if like is None else _beside(origin, like, name)
         tensor = _out_tensor(source, plan, origins, stored, origin, rows, dtype)
+        # A bias stands beside its weight, so that a shard is complete in itself.
         home = next((members for _, members in shards if origin in {t.origin for t in members}), shards[-1][1])
         (home if like is not None else shards[-1][1]).append(tensor)
     files = tuple(_out_file(source, name, members) for name, members in shards)
@@ -156,6 +163,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
 
 def _beside(origin: str, like: str, name: str) -> str:
     """The checkpoint name of a new tensor: as its model name differs from that of the tensor beside it."""
+    # Names are compared from their ends: there a checkpoint and the model say the same.
     while origin and like and origin.rpartition(".")[2] == like.rpartition(".")[2]:
         origin, like = origin.rpartition(".")[0], like.rpartition(".")[0]
     # What is left are the two names' different beginnings, such as a base model's prefix.
@@ -175,6 +183,7 @@ def _edits_by_checkpoint_name(
     edits: dict[str, tuple[Edit, ...]] = {}
     new: list[str] = []
     for target, rows in tensors.items():
+        # Files may hold a tied tensor under several names, and a library takes any of them: all get the edits.
         names = dict.fromkeys(n for alias in (target, *aliases.get(target, ())) for n in held.get(alias, ()))
         for name in names:
             edits[name] = rows
@@ -204,6 +213,7 @@ def _out_tensor(
     if edits:
         if info.dtype not in FLOATING:
             raise InputError(f"the plan edits tensor {name}, which is {info.dtype}, not floating")
+        # Headers come before the data in the files: the shape has to be known before a value is computed.
         shape = _edited_shape(source, origins, shape, edits)
     return OutTensor(name, origin, stored, shape, tuple(edits))
 
@@ -231,6 +241,7 @@ def _without_tied_copies(source: Source, tensors: list[OutTensor], notes: list[s
     seen: dict[tuple[int, int], OutTensor] = {}
     for tensor in tensors:
         group = group_of.get(source.name_map.get(tensor.name, ""))
+        # Tied in the model and one memory in the file: either alone is no proof that the values are the same.
         value = source.pickled[tensor.name]
         key = (group if group is not None else -1, value.data_ptr())
         twin = seen.get(key)
@@ -249,6 +260,7 @@ def _shards(
         shards: dict[str, list[OutTensor]] = {}
         for tensor in tensors:
             shards.setdefault(source.tensors[tensor.name].file.name, []).append(tensor)
+        # Without an index a library finds the weights by their name alone.
         if len(shards) == 1 and not _indexed(source):  # a bare file, or a name only this library knows
             keep = source.folder is not None and "transformers_weights" in source.config
             return [(next(iter(shards)) if keep else SINGLE, tensors)]
@@ -260,6 +272,7 @@ def _shards(
     groups: list[list[OutTensor]] = [[]]
     filled = 0
     for tensor in tensors:
+        # A tensor above the limit gets a shard for itself: none is ever cut.
         if groups[-1] and filled + tensor.nbytes > (limit or PICKLE_SHARD):
             groups.append([])
             filled = 0
@@ -274,6 +287,7 @@ def _indexed(source: Source) -> bool:
     return (
         source.folder is not None
         and (source.folder / f"{SINGLE}.index.json").is_file()
+        # A single file goes before an index in the libraries' order: the index beside it says nothing.
         and not (source.folder / SINGLE).is_file()
     )
 
@@ -285,6 +299,7 @@ def _out_file(source: Source, name: str, tensors: list[OutTensor]) -> OutFile:
         info = source.tensors[tensors[0].origin]
         header = read_header(info.file)
         metadata = header.metadata or metadata
+        # As lists: the places in the file follow from the order.
         same = [(t.name, t.dtype, t.shape) for t in tensors] == [
             (i.name, i.dtype, i.shape) for i in header.tensors.values()
         ]
@@ -310,6 +325,7 @@ def index_bytes(source: Source, index: tuple[str, dict[str, Any]]) -> bytes:
     path: Path | None = source.folder / name if source.folder is not None and _indexed(source) else None
     if path is not None:
         raw = path.read_bytes()
+        # Compared as data, kept as bytes: an index that is still true comes out with its own spelling.
         if json.loads(raw).get("weight_map") == data["weight_map"]:
             old_total = (json.loads(raw).get("metadata") or {}).get("total_size")
             if old_total == data["metadata"]["total_size"]:

@@ -46,12 +46,14 @@ def save_loaded(
         return torch.finfo(dtype or state[name].dtype).max
 
     try:
+        # All are computed before one is assigned: edits read the source's values, and `state` is the model's memory.
         edited = {
             name: apply_edits(start(name, rows), limited(rows, limit), lookup).to(start(name, rows).dtype)
             for name, rows in plan.tensors.items()
         }
     except KeyError as error:
         raise InputError(f"the plan edits tensor {error}, which {source.architecture} does not have") from error
+    # Only now: the values above were computed from the shapes that the source has.
     _shape(model, plan)
     for name, value in edited.items():
         _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
@@ -73,6 +75,7 @@ def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     old: Tensor = getattr(module, leaf)
+    # In place it would write through to the table that it is a copy of.
     if untied:
         setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
     elif value.shape == old.shape:
@@ -86,11 +89,13 @@ def save_model(source: Source, plan: Plan, model: Any, folder: Path, max_shard_s
     if source.library == "timm":
         from safetensors.torch import save_file
 
+        # save_file refuses tensors that share memory, as tied ones do.
         state = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         return
     from normconvert.sources.transformers_models import quiet
 
+    # Into the config that save_pretrained writes; config.json itself is put right afterwards, with the source's keys.
     for key, value in plan.config.items():
         *parents, last = key.split(".")
         node = model.config
@@ -98,6 +103,7 @@ def save_model(source: Source, plan: Plan, model: Any, folder: Path, max_shard_s
             node = getattr(node, parent)
         setattr(node, last, value)
     generation = folder / "generation_config.json"
+    # save_pretrained writes this file anew, with defaults; the source's own has been copied here before.
     kept = generation.read_bytes() if generation.is_file() else None
     with quiet():
         state = dict(model.state_dict())

@@ -42,8 +42,11 @@ METHODS |= {
     "to say what the original says; at inference such a norm is one scale and shift per channel."
     for swap, (norm, paper) in TRAINED.items()
 }
+# No name begins with a dot: ./folder is a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+# Only at the very beginning: further down three dashes are a rule.
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+# With the lines that belong to the key: a list below it, or a folded text.
 BASE_MODEL = re.compile(r"^base_model(?:_relation)?:.*\n?(?:^(?:[ \t]+|-[ \t]).*\n?)*", re.MULTILINE)
 
 
@@ -71,6 +74,7 @@ def model_card(
     """
     base = hub_id(source_reference, library)
     title = base or architecture or "A checkpoint"
+    # Two blocks of front matter would make the second one text: there is one, with the source's licence in it.
     front, text = split_front_matter(source_readme or "")
     parts = [
         f"---\n{_metadata(front, base, library)}---",
@@ -92,8 +96,10 @@ def hub_id(reference: str, library: str = "transformers") -> str | None:
     from pathlib import Path
 
     name = reference.partition("@")[0]
+    # What exists here is a path, whatever it looks like; paths of this machine are no part of a card.
     if not HUB_ID.fullmatch(name) or Path(reference).exists() or name.endswith((".safetensors", ".bin", ".pth", ".pt")):
         return None
+    # A bare name of timm is an architecture, not a model on the hub.
     return name if "/" in name or library == "transformers" else None
 
 
@@ -188,4 +194,5 @@ def auto_class(folder: Path, architecture: str) -> str | None:
     except (OSError, ValueError):
         return None
     names = [auto for auto, target in auto_map.items() if str(target).endswith(f".{architecture}")]
+    # AutoModel would leave the head away.
     return min(names, key=lambda name: name == "AutoModel", default=None)

@@ -15,6 +15,7 @@ from typing import Any
 
 from normconvert.errors import InputError
 
+# Not a plain import: the module does not exist on every system, and type checkers know it on some only.
 _FCNTL: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 """Locks; elsewhere there are none, and leftovers stay."""
 
@@ -40,10 +41,12 @@ def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> It
     """
     out = Path(out)
     check_output(out, source, overwrite)
+    # Where OUT is a link, what it leads to is replaced: a rename would put a folder in place of the link.
     target = out.resolve()
     made = make_parents(target.parent)
     sweep(target)
     try:
+        # Beside OUT, thus on its file system: only there a rename is one step.
         with claimed_folder(target.parent, f".{target.name}.partial-{os.getpid()}") as staging:
             yield staging
             check_output(out, source, overwrite)  # again: somebody may have made it meanwhile
@@ -66,8 +69,10 @@ def check_output(out: Path, source: Path | None, overwrite: bool = False) -> Non
         origin = source.resolve()
         if target == origin:
             raise InputError(f"{out}: the output is the source itself; name another folder")
+        # Replacing the output would delete the source with it.
         if origin.is_relative_to(target) and (source.is_dir() or target.exists()):
             raise InputError(f"{out}: the source {source} lies inside the output; name another folder")
+        # The source is only read; and its files are copied into the output, which would then hold itself.
         if source.is_dir() and target.is_relative_to(origin):
             raise InputError(f"{out}: the output lies inside the source {source}; name another folder")
     if target.exists() and not target.is_dir():
@@ -92,6 +97,7 @@ def replace(staging: Path, target: Path) -> None:
         os.rename(staging, target)
         return
     aside = target.parent / f".{target.name}.old-{os.getpid()}"
+    # The lock goes along when the folder is renamed: another conversion's sweep then takes it for one in use.
     with locked(target):
         os.rename(target, aside)
         try:
@@ -99,6 +105,7 @@ def replace(staging: Path, target: Path) -> None:
         except BaseException:
             os.rename(aside, target)
             raise
+        # The new output is in place: what cannot be deleted now is a leftover, no failure.
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -112,6 +119,7 @@ def claimed_folder(parent: Path, name: str) -> Iterator[Path]:
     for attempt in range(100):
         folder = parent / (f"{name}-{attempt}" if attempt else name)
         try:
+            # Never exist_ok: making the folder is what decides which of two threads has it.
             folder.mkdir()
         except FileExistsError:  # another thread's
             continue
@@ -140,6 +148,7 @@ def locked(folder: Path) -> Iterator[bool | None]:
             if _FCNTL is not None:
                 handle = os.open(folder, os.O_RDONLY)
                 try:
+                    # On the folder itself: a lock file would be one more thing to be left behind.
                     _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
                     held = True
                 except BlockingIOError:
@@ -155,6 +164,7 @@ def sweep(target: Path) -> None:
     for kind in ("partial", "old"):
         for folder in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
             with suppress(OSError), locked(folder) as ours:
+                # Without locks (None) nobody can tell a leftover from a conversion that runs: it stays.
                 if not ours:
                     continue
                 if kind == "old" and not target.exists():  # killed between two renames: this is the old output
@@ -172,12 +182,14 @@ def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:
     in_cache = folder.parent.name == "snapshots"  # the hub's cache, where every file is a link
     copied, refused = [], []
     for root, folders, names in os.walk(folder):
+        # In place: os.walk goes down into what is left of the list.
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
         for name in sorted(names):
             path = Path(root) / name
             relative = path.relative_to(folder)
             if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
                 continue
+            # Somebody else's checkpoint could have any file of this machine copied into what is published then.
             if not in_cache and not path.resolve().is_relative_to(folder.resolve()):
                 refused.append(str(relative))
                 continue
@@ -189,6 +201,7 @@ def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of config.json's data with ``changes``: dotted key -> value."""
+    # A deep copy: the source's config is used again.
     edited: dict[str, Any] = json.loads(json.dumps(config))
     for key, value in changes.items():
         *parents, last = key.split(".")
@@ -206,6 +219,7 @@ def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if key in ("dtype", "torch_dtype") and isinstance(value, str):
             edited[key] = dtype
         else:
+            # A model of several parts says its dtype in each part's config.
             edited[key] = set_dtype(value, dtype) if isinstance(value, dict) else value
     return edited
 

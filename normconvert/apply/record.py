@@ -27,6 +27,7 @@ def loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | byt
     config = dict(source.config)
     if dtype != "auto":
         config["dtype"] = dtype
+        # The same under its older name would now say something else.
         config.pop("torch_dtype", None)
     return huggingface_files(config, replace(plan, modules=all_modules(source, plan)), source.architecture)
 
@@ -48,6 +49,7 @@ def write_record(folder: Path, source: Source, report: Report, hashes: dict[str,
         "options": report.options,
         "versions": versions(source.library),
         "plan": report.plan.to_json(),
+        # The plan holds this conversion's edits only; what is converted a second time needs the first ones, too.
         **({"modules": all_modules(source, report.plan)} if source.modules else {}),
         "verification": report.fidelity.to_json() if report.fidelity else None,
     }

@@ -55,6 +55,7 @@ class Scan:
         self._files = {path: sorted(spans) for path, spans in files.items()}
         self._tell, self._hashing, self._copies = tell, hashing, copies
         self._copied: dict[str, int] = {}
+        # The lock is what makes keep() final: when it has returned, nothing more is written to the copies.
         self._copying, self._halt = threading.Lock(), threading.Event()
 
     def run(self) -> None:
@@ -66,6 +67,7 @@ class Scan:
         largest = max((os.stat(path).st_size for path in self._files), default=0)
         buffer = memoryview(bytearray(min(CHUNK, max(largest, 1))))
         for path, spans in self._files.items():
+            # Nothing is asked of a file whose values nobody looks at, such as config.json or a pickle, but its hash.
             if spans or self._hashing:
                 self._read(path, list(spans), buffer)
 
@@ -82,6 +84,7 @@ class Scan:
     def _read(self, path: str, spans: list[Span], buffer: memoryview) -> None:
         digest = hashlib.sha256()
         at, name, copied, bad = 0, os.path.basename(path), bool(spans), set[str]()
+        # Unbuffered: chunks go straight into the one buffer, which stays in the cache.
         with open(path, "rb", buffering=0) as handle:
             while not self._halt.is_set():
                 # Stop at tensor boundaries, so that a chunk has one dtype and its values are whole.
@@ -105,12 +108,14 @@ class Scan:
                 if copied:
                     self._copy(handle.fileno(), name, at, got)
                 at += got
+        # The hash of a pass that was stopped is of a part of the file only.
         if self._hashing and not self._halt.is_set():
             self._tell("hash", path, digest.hexdigest())
 
     def _copy(self, origin: int, name: str, at: int, count: int) -> None:
         """Copy what was just read, if all before it is there as well."""
         with self._copying:
+            # What is counted is the length from the beginning: a chunk behind a gap would make the count a lie.
             if self._copies is None or self._copied.get(name, 0) != at:
                 return
             try:
@@ -128,6 +133,7 @@ def all_finite(chunk: memoryview, dtype: str) -> bool:
     if dtype not in _LIMITS or not chunk:
         return True
     size, positive, negative = _LIMITS[dtype]
+    # Bits of floats are ordered as integers are, those with a sign by size behind all others; one maximum is one pass.
     largest = int(np.frombuffer(chunk, f"<i{size}").max())  # of the values without a sign
     smallest = int(np.frombuffer(chunk, f"<u{size}").max())  # of those with one, where there are any
     return largest < positive and smallest < negative
@@ -136,6 +142,7 @@ def all_finite(chunk: memoryview, dtype: str) -> bool:
 def _fill(handle: Any, chunk: memoryview) -> int:
     got = 0
     while got < len(chunk):
+        # An unbuffered read may give less than was asked for, and a chunk of half a value cannot be looked at.
         n = handle.readinto(chunk[got:])
         if not n:
             break

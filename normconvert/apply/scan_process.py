@@ -48,6 +48,7 @@ class ScanProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"{_CODE}; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        # An empty entry means the current folder: said in full, so that it means the same over there.
         self._say([path or os.getcwd() for path in sys.path])
         self._say([{path: list(spans) for path, spans in files.items()}, hashing, copies])
 
@@ -79,16 +80,19 @@ class ScanProcess:
         finally:
             self._kept.put(copied)  # for whoever asks now, or has asked
             self._end()
+        # Without this a killed process would pass for one that found nothing bad.
         if not (ended or self._stopped):
             raise ProcessGone(f"status {self._process.returncode}")
 
     def stop(self) -> None:
         """End the pass."""
+        # Before the end of the process, which run() would take for an accident.
         self._stopped = True
         self._process.kill()
 
     def keep(self) -> dict[str, int]:
         """Stop copying. Returns how many bytes of each file, by its name, are there."""
+        # The answer comes to the thread in run(), which alone reads the pipe.
         self._say("keep")
         return self._kept.get()
 
@@ -99,6 +103,7 @@ class ScanProcess:
             self._process.stdin.flush()
 
     def _end(self) -> None:
+        # The pipes first: the end of its input is what the process waits for.
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with suppress(OSError):
@@ -113,6 +118,7 @@ def serve() -> None:
 
     def say(*what: Any) -> None:
         try:
+            # Two threads speak, and lines must not get into each other.
             with lock:
                 sys.stdout.write(json.dumps(what) + "\n")
                 sys.stdout.flush()
@@ -127,11 +133,13 @@ def serve() -> None:
             say("copied", scan.keep())
         os._exit(0)
 
+    # Before the pass begins, so that "keep" and the end of the pipe are noticed in the middle of a file.
     threading.Thread(target=listen, daemon=True).start()
     try:
         scan.run()
         say("end", scan.keep())
     except OSError as error:
+        # In parts, so that the other side raises the same error.
         say("error", error.errno, error.strerror, error.filename)
 
 

@@ -52,6 +52,7 @@ def streamed(
         with tempfile.TemporaryDirectory() as temporary:
             yield Stream(Path(temporary), None, False, False, say)
         return
+    # Without a source: it is on the hub, and nothing here can overlap with it.
     check_output(out, None, overwrite)
     target = out.resolve()
     made = make_parents(target.parent)
@@ -60,6 +61,7 @@ def streamed(
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
+    # None (no locks on this file system) goes on: two conversions at a time are the user's to avoid there.
     with locked(folder) as held:
         if held is False:
             raise InputError(f"{out}: another conversion to it is running")
@@ -68,8 +70,10 @@ def streamed(
         try:
             yield stream
         except BaseException as error:
+            # Ctrl-C and SIGTERM as well: to be stopped and go on is what the folder is for.
             keep = stream.is_worth_keeping(error)
             if keep:
+                # The same error with more to say: its class decides the exit status.
                 error.args = (f"{str(error) + '; ' if str(error) else ''}{stream.leftover()}",)
             raise
         finally:
@@ -120,11 +124,13 @@ class Stream:
 
         assert self._target is not None
         self._writing = True
+        # Everything the bytes depend on: shards of two conversions in one output would be a model that nobody checked.
         facts = {"source": source.revision, "versions": [__version__, torch.__version__], **choices}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         out = self._folder / "out"
         if key != self._key:
             self._key, self.done = key, {}
+            # Before the files: a run that is killed in between must not find shards called done that are gone.
             self._state.unlink(missing_ok=True)
             shutil.rmtree(out, ignore_errors=True)
         out.mkdir(exist_ok=True)
@@ -152,6 +158,7 @@ class Stream:
         tasks = writer.start()
         files = [file.name for file in source.files]
         of_shard: dict[str, list[Task]] = {name: [] for name in files}
+        # By the shard that a tensor starts from; what its edits look up in others comes by range requests.
         for task in tasks:
             of_shard[source.tensors[task.tensor.origin].file.name].append(task)
         self.verifiable = self._room(writer.total, files) and self._verify
@@ -161,6 +168,7 @@ class Stream:
             else:
                 self._say(f"shard {number} of {len(files)}: {name}")
                 self._convert(source, name, of_shard[name], writer, required)
+            # What an earlier run has done as well: the verification reads all of the source.
             if self.verifiable:
                 self._shards.fetch(name)
             else:
@@ -178,7 +186,9 @@ class Stream:
             reader.begin(info for info in source.tensors.values() if info.file.name == name)
             reader.require(required)
             writer.run(tasks, reader)
+            # Before the shard counts as done: a value that is not finite may be in its last bytes.
             reader.finish()
+        # Of what was read while it was converted, not of another look at the file. What was written is written again.
         expected = self._shards.files[name].sha256
         if expected not in (None, reader.hashes[name]):
             self._shards.drop(name)
@@ -197,6 +207,7 @@ class Stream:
         """
         assert self._shards is not None
         out = self._folder / "out"
+        # Blocks, not lengths: the files have their full length from the start, with holes where shards are to come.
         there = sum(path.stat().st_blocks * 512 for path in out.glob("*.safetensors")) if os.name == "posix" else 0
         free = shutil.disk_usage(self._folder).free - SPARE - max(0, total - there)
         absent = {name: self._shards.files[name].size for name in files if not self._shards.on_disk(name)}
@@ -210,6 +221,7 @@ class Stream:
 
     def is_worth_keeping(self, error: BaseException) -> bool:
         """Whether to go on later makes sense after ``error``, and something is done."""
+        # What would end the same way again is not worth its disk. Before the writing begins, other options may help.
         final = isinstance(error, FidelityError) or (
             self._writing and isinstance(error, NormConvertError) and not isinstance(error, Unfinished)
         )
@@ -222,12 +234,14 @@ class Stream:
 
     def _read_state(self) -> tuple[str, dict[str, str]]:
         try:
+            # Whatever cannot be read counts as nothing done: that costs time and no more.
             state = json.loads(self._state.read_text(encoding="utf-8"))
             return str(state["key"]), {str(name): str(digest) for name, digest in state["done"].items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return "", {}
 
     def _write_state(self) -> None:
+        # Aside and renamed: a half-written state would lose what took hours.
         fresh = self._state.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as handle:
             json.dump({"key": self._key, "done": self.done}, handle)

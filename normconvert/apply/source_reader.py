@@ -85,9 +85,11 @@ class SourceReader:
             if info.start >= 0:  # pickles have no fixed places: their tensors are checked as they pass
                 self._tensors[info.name] = info
                 spans.append(Span(info.start, info.end, info.dtype, info.name))
+        # Copies go by the files' names alone: two of one name would be written over each other.
         if hasattr(os, "copy_file_range") and len({Path(file).name for file in files}) == len(files):
             self._copies = copies
         if folder is not None and (folder / "config.json").is_file():
+            # After the copies were settled: it is hashed for the record, and copied with the other small files.
             files[str(folder / "config.json")] = []
         where = None if self._copies is None else str(self._copies)
         if sum(span.end - span.start for spans in files.values() for span in spans) >= APART:
@@ -103,9 +105,12 @@ class SourceReader:
             try:
                 self._scan.run()
             except ProcessGone:  # somebody killed it, or it cannot run here
+                # From the beginning, but without copies: what was told before is told again, which changes nothing.
                 self._scan = Scan(self._files, self._found, self._hashing)
+                # A pass that is to end may have lost its process by that.
                 if not self._stopped:
                     self._scan.run()
+        # Kept for check(): an exception in this thread would be printed and lost.
         except BaseException as error:
             self._error = error
 
@@ -124,9 +129,11 @@ class SourceReader:
         folder, self._copies = self._copies, None
         if self._scan is None or folder is None:
             return {}
+        # Before anything is removed: from here on nobody writes to them.
         copied = self._scan.keep()
         for file, spans in self._files.items():
             name = Path(file).name
+            # A file of the source that the output does not have in this form must not stay beside it.
             if spans and name not in names:
                 (folder / name).unlink(missing_ok=True)
         return {name: size for name, size in copied.items() if name in names}
@@ -139,10 +146,12 @@ class SourceReader:
         """
         if self._error is not None:
             raise self._error
+        # A copy: the other thread goes on adding.
         for info in list(self._bad):
             if info.name in self._required:
                 from normconvert.files.safetensors_file import map_tensor
 
+                # The pass saw bits; what the values are and how many is told from the tensor itself.
                 check_finite(info.name, map_tensor(info), info.file)
 
     def finish(self) -> None:
@@ -155,6 +164,7 @@ class SourceReader:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        # After an error nobody wants the hashes, and reading on would take as long as the conversion.
         if kind is not None and self._scan is not None:
             self._stopped = True
             self._scan.stop()

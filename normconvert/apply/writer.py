@@ -1,6 +1,6 @@
 """Writes the files of a layout: two tensors at a time, each by a thread of its own.
 
-Untouched tensors are copied as bytes inside the kernel; edited ones are computed by :mod:`normconvert.apply.blocks`.
+Untouched tensors are copied as bytes inside the kernel; edited ones are computed by :mod:`normconvert.apply.checkpoint.blocks`.
 Every tensor has its place in its file before anything is written, so the order in which they are done does not show.
 """
 
@@ -71,17 +71,21 @@ class Writer:
         What ``reader`` has copied already is not.
         """
         tasks: list[Task] = []
+        # The reader lets go of the copies before their files are opened here.
         copied = {} if reader is None else reader.keep_copies({f.name for f in self._layout.files if self._as_is(f)})
         for file in self._layout.files:
             path, at = self._folder / file.name, len(file.header)
+            # Not "w": what the reader or an earlier run has put there is kept.
             path.touch()
             with path.open("r+b", buffering=0) as handle:
                 _write_all(handle.fileno(), memoryview(file.header), 0)
+                # At once: tensors are put at their places in any order, and a copy of a longer file loses its end.
                 handle.truncate(file.nbytes)
             self._advance("", len(file.header))
             for tensor in file.tensors:
                 task = Task(path, tensor, at)
                 at += tensor.nbytes
+                # `at` is the tensor's end by now: it has been copied whole.
                 if not tensor.edits and at <= copied.get(file.name, 0):
                     self.skip([task])
                 else:
@@ -127,6 +131,7 @@ class Writer:
                     if event is None:
                         count -= 1
                     elif isinstance(event, BaseException):
+                        # The first is the cause. It is raised when every worker is out of the files.
                         error = error or event
                     else:
                         self._advance(*event)
@@ -149,10 +154,12 @@ class Writer:
                 self._write_task(task, workspace)
         except _Stopped:
             pass
+        # Whatever it is: a thread that ends in silence would leave its tensor full of zeros.
         except BaseException as error:
             self._stop.set()
             self._events.put(error)
         finally:
+            # In any case: run() counts these to know when to stop waiting.
             self._events.put(None)
 
     def _write_task(self, task: Task, workspace: Workspace) -> None:
@@ -164,11 +171,13 @@ class Writer:
                 return
             try:
                 self._compute(fd, task, workspace)
+            # Such as a scale that is not finite, found when the stored vectors are there.
             except ValueError as error:
                 raise InputError(f"tensor {tensor.name} cannot be computed: {error}") from error
 
     def _info(self, tensor: OutTensor) -> TensorInfo:
         if self._source.fetch is not None:
+            # Before the place is used: of a file on the hub there is only a hole until then.
             self._source.fetch(tensor.origin)
         return self._source.tensors[tensor.origin]
 
@@ -179,6 +188,7 @@ class Writer:
             while done < tensor.nbytes:
                 count = min(COPY, tensor.nbytes - done)
                 n = _copy_range(handle.fileno(), fd, count, info.start + done, task.at + done)
+                # The files were measured when they were opened: an end that comes earlier would leave zeros.
                 if n == 0:
                     raise InputError(f"{info.file}: ended while tensor {info.name} was copied: is it being changed?")
                 done += n
@@ -211,6 +221,7 @@ class Writer:
         tensor, at = task.tensor, task.at
         pieces, edits, mean = list(_row_pieces(info.shape)), tensor.edits, None
         if centred:
+            # Read twice, since a tensor that is centred by rows need not fit in memory.
             read = (read_tensor(info, rows, workspace.raw, handle) for rows in pieces)
             mean, edits = mean_of_rows(read, info.shape[0], workspace), edits[1:]
         for rows in pieces:
@@ -224,6 +235,8 @@ class Writer:
 
     def _check(self, tensor: OutTensor, value: Tensor) -> None:
         """Refuse NaN and infinities that the pass over the files does not look for."""
+        # Values in a pickle have no place that the pass could look at. Buffers may hold infinities, but no edit may
+        # read one: it would spread as NaN.
         parameter = self._is_parameter(tensor)
         if (parameter and self._source.is_pickle) or (tensor.edits and not parameter):
             check_finite(tensor.origin, value)
@@ -236,6 +249,7 @@ class Writer:
             return
         size = ""
         if not any(edit["op"] == "new" for edit in tensor.edits):
+            # The source may be at fault: the pass over the files has perhaps not come to it yet.
             original = self._source.read(tensor.origin)
             check_finite(tensor.origin, original)
             size = f" (up to {float(original.abs().max()):.3g})"
@@ -248,14 +262,17 @@ class Writer:
         """A source tensor by its model name; small ones are kept, in float64, since many edits share them."""
         if name not in self._small:
             origin = self._layout.origins[name]
+            # The source's value, never the edited one: so it does not matter which tensor is done first.
             value = self._source.read(origin)
             check_finite(origin, value)
             if value.numel() > SMALL:
                 return value
+            # Two threads may both come here: they put the same values there.
             self._small[name] = value.to(torch.float64)
         return self._small[name]
 
     def _write_tensor(self, fd: int, tensor: OutTensor, value: Tensor, at: int) -> int:
+        # As bytes: numpy has no bfloat16.
         data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._check_fits(tensor, data)
         _write_all(fd, data, at)
@@ -265,6 +282,7 @@ class Writer:
     def _wrote(self, name: str, n: int) -> None:
         """Tell the thread that runs the workers; raise if they are to stop."""
         self._events.put((name, n))
+        # Here, between two pieces: a large tensor would otherwise be finished after an error.
         if self._stop.is_set():
             raise _Stopped
 
@@ -319,6 +337,7 @@ def _one_thread() -> Iterator[None]:
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:
     while data:
+        # With its place in each call: there is no position in the file that another thread could move.
         n = os.pwrite(fd, data[:COPY], at)
         data, at = data[n:], at + n
 
@@ -332,6 +351,7 @@ def _copy_range(origin: int, target: int, count: int, from_offset: int, to_offse
             # Other file systems and old kernels: by hand. A full disk is a full disk.
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
+    # A smaller piece: this one is in memory.
     data = os.pread(origin, min(count, 1 << 22), from_offset)
     _write_all(target, memoryview(data), to_offset)
     return len(data)

@@ -71,16 +71,19 @@ def export(request: Export) -> ExportReport:
     """
     src, against, trust_remote_code = request.src, request.against, request.trust_remote_code
     file = Path(request.file).expanduser()
+    # Before torch is imported: a wrong name is told at once.
     check_file(file, request.overwrite)
     from normconvert.sources.converted import load_any
     from normconvert.tracing.probes import verification_inputs
 
+    # In float32 whatever is stored: the tolerance is for that, and not every runtime has kernels for halves.
     model = load_any(src, trust_remote_code=trust_remote_code).float()
     probes = [p.inputs for p in verification_inputs(model, seed=0)]
     call = Flat(model, probes)
     if not call.probes:
         raise TraceError(f"{src}: the model runs on none of the probes: {call.failure}")
     beside = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    # A folder, since ONNX may write the weights into a second file; beside the target, so that a rename puts it there.
     beside.mkdir()
     staged = beside / file.name
     try:
@@ -94,6 +97,7 @@ def export(request: Export) -> ExportReport:
             other = Flat(load_any(against, trust_remote_code=trust_remote_code).float(), probes)
             distance = _compare(run, other.run, call.varied(dynamic))
         worst = max(error, distance or 0.0)
+        # Not `>`: NaN is not close either.
         if not worst <= TOLERANCE:
             raise FidelityError(
                 f"{src}: the exported model is {worst:.2g} off (allowed {TOLERANCE:g}); nothing was written"
@@ -125,6 +129,7 @@ def check_file(file: Path, overwrite: bool) -> None:
     if file.suffix == ".onnx":
         from importlib.util import find_spec
 
+        # By name only: to import them takes seconds.
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
         if missing:
             raise InputError(f"ONNX needs {', '.join(missing)}: pip install 'normconvert[onnx]'")
@@ -142,6 +147,7 @@ class Flat:
         self.probes: list[dict[str, Any]] = []
         outer = self
 
+        # torch.export takes a module, and named tensors only.
         class Module(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -155,6 +161,7 @@ class Flat:
         for probe in probes:
             tensors = {k: v for k, v in probe.items() if isinstance(v, torch.Tensor)}
             fixed = {k: v for k, v in probe.items() if not isinstance(v, torch.Tensor)}
+            # What is no tensor becomes part of the program: all probes have to agree on it.
             if self.probes and (set(tensors) != set(self.probes[0]) or fixed != self.fixed):
                 continue
             self.fixed = fixed
@@ -173,6 +180,7 @@ class Flat:
         import torch
 
         if isinstance(output, torch.Tensor):
+            # Integers, such as chosen tokens, have no relative error.
             return [(name, output)] if output.is_floating_point() else []
         if isinstance(output, dict):
             items = [(str(key), value) for key, value in output.items() if "past_key_values" not in str(key)]
@@ -206,9 +214,12 @@ def _program(call: Flat) -> tuple[Any, dict[str, list[str]], list[str]]:
     import torch
 
     batches = [min(v.shape[0] for v in p.values() if v.ndim) for p in call.probes]
+    # The largest batch: torch.export takes a size of 1 for a constant.
     example: dict[str, Any] = dict(call.probes[batches.index(max(batches))])
     error: Exception | None = None
+    # The freest first. Only trying tells which sizes a model's code fixes.
     for free in (("batch", "length"), ("batch",), ()):
+        # A length is the second dimension of tokens and masks; that of pictures is their channels.
         names = {k: [d for d in free if d == "batch" or (v.ndim == 2 and not v.is_floating_point())]
                  for k, v in example.items()}  # fmt: skip
         if "length" in free and not any("length" in n for n in names.values()):
@@ -230,6 +241,7 @@ def _save_program(call: Flat, program: Any, file: Path) -> Run:
     import torch
 
     torch.export.save(program, file)
+    # The file is run, not the program in memory: what is verified is what somebody else will load.
     module = torch.export.load(file).module()
 
     def run(tensors: Mapping[str, Any]) -> list[Tensor]:
@@ -255,6 +267,7 @@ def _save_onnx(call: Flat, program: Any, file: Path) -> Run:
     names = [i.name for i in session.get_inputs()]
 
     def run(tensors: Mapping[str, Any]) -> list[Tensor]:
+        # The exporter drops inputs that nothing reads, and a session refuses what it does not know.
         found = session.run(None, {k: v.numpy() for k, v in tensors.items() if k in names})
         return [torch.from_numpy(value) for value in found]
 
@@ -277,8 +290,10 @@ def _compare(run: Run, wanted: Run, probes: Sequence[Mapping[str, Any]]) -> floa
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FidelityError(f"the exported model does not run on a probe: {line[:300]}") from error
         if len(found) != len(expected):
+            # One that is missing or too many: no number of the others makes up for it.
             return float("inf")
         for a, b in zip(found, expected, strict=True):
+            # An output of zeros is no reason to divide by zero.
             off = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
             worst = max(worst, off if off == off else float("inf"))
     return worst
@@ -291,6 +306,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         level = logging.root.manager.disable
+        # All loggers: the exporters have one for each module.
         logging.disable(logging.WARNING)
         try:
             yield

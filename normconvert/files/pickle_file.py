@@ -33,11 +33,14 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         # timm's training checkpoints hold their argparse.Namespace: plain data, allowed as timm allows it.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on pickle protocols
+            # Mapped if it is a zip file: values stay on the disk until they are used. Older files cannot be.
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # The first of these: it is what weights_only raises, and all others say no more than that the file is broken.
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
     except (OSError, RuntimeError) as error:  # of a file that ends early; torch's own text is a paragraph
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
+    # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}") from error
     tensors = _tensors(loaded)
@@ -82,11 +85,13 @@ def _tensors(loaded: Any) -> dict[str, torch.Tensor]:
     import torch
 
     if isinstance(loaded, Mapping):
+        # The first in timm's order: a file that holds averaged weights beside the trained ones means the averaged.
         loaded = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), Mapping)), loaded)
     if not isinstance(loaded, Mapping):
         return {}
     result: dict[str, torch.Tensor] = {}
     for name, value in loaded.items():
+        # Training checkpoints hold counters and optimizer states beside the weights.
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             result[unprefixed(name)] = value.detach()
     return result

@@ -21,10 +21,12 @@ from normconvert.files.tensor_info import TensorInfo
 
 # Training checkpoints wrap the weights; the order is timm's (timm.models._helpers.load_state_dict).
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# One of them twice: what was compiled before it was parallel has it inside, what was compiled after it outside.
 PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 ALLOWED = ("torch.", "collections.OrderedDict", "argparse.Namespace")
 """What a checkpoint may name; :func:`normconvert.files.pickle_file.read_pickle` refuses everything else."""
 
+# What torch writes for plain tensors. All other rebuilds (sparse, quantised, subclasses) are left to torch.
 REBUILDS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"}
 WRAPS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 STORAGES = {
@@ -67,6 +69,7 @@ class _Call:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
+    # Without these three the unpickler stops at a list or a set of a class that it has a stand-in for.
     def append(self, value: Any) -> None:
         """Elements of a list are of no interest."""
 
@@ -80,6 +83,8 @@ def _stand_in(name: str) -> type[_Call]:
         _Call.__init__(made, name, arguments)
         return made
 
+    # A class, since pickles call classes and take them as values (a storage's type). Its __init__ does nothing: Python
+    # calls it after __new__, and a dataclass's own would put the pickle's arguments in place of the record.
     return type("StandIn", (_Call,), {"name": name, "__new__": make, "__init__": lambda self, *arguments: None})
 
 
@@ -87,11 +92,13 @@ class _Reader(pickle.Unpickler):
     """Imports nothing: every name becomes a stand-in."""
 
     def __init__(self, file: IO[bytes]) -> None:
+        # As torch reads them: pickles of Python 2 hold bytes where names are meant.
         super().__init__(file, encoding="utf-8")
         self.known: dict[str, type[_Call]] = {}
 
     def find_class(self, module: str, name: str) -> type[Any]:
         full = f"{module}.{name}"
+        # Nothing runs here either way: this keeps what torch refuses (but for names of its own) from being identified.
         if not full.startswith(ALLOWED):
             raise Unreadable(full)
         return self.known.setdefault(full, _stand_in(full))
@@ -138,6 +145,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
                 loaded = _Reader(handle).load()
     else:
         with path.open("rb") as handle:
+            # Each with a reader of its own: a pickle's memo ends with it.
             for _ in range(LEGACY_PARTS):
                 _Reader(handle).load()
             loaded = _Reader(handle).load()
@@ -151,6 +159,7 @@ def _mapping(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, _Call):
         if value.name != "collections.OrderedDict":
             return None
+        # An OrderedDict comes with its pairs as an argument or set one by one, as the protocol has it.
         return dict(*value.arguments[:1]) | value.items
     return value if isinstance(value, dict) else None
 
@@ -162,12 +171,14 @@ def _tensor(value: Any) -> tuple[str, tuple[int, ...]] | None:
     if value.name in WRAPS:
         return _tensor(value.arguments[0])
     if value.name not in REBUILDS:
+        # A tensor that would be missing from the names is worse than torch's having to be imported.
         if value.name.startswith("torch._utils."):
             raise Unreadable(value.name)
         return None
     storage, _, size = value.arguments[:3]
     kind = storage[1].name if isinstance(storage[1], _Call) else _class_name(storage[1])
     dtype = STORAGES.get(kind.rpartition(".")[2].removesuffix("Storage"))
+    # torch.Size, or a plain tuple in older files.
     shape = tuple(size.arguments[0]) if isinstance(size, _Call) else tuple(size)
     if dtype is None or not all(isinstance(n, int) for n in shape):
         raise Unreadable(kind)
@@ -182,7 +193,9 @@ def _texts(loaded: Mapping[Any, Any]) -> dict[str, str]:
     found = {str(key): value for key, value in loaded.items() if isinstance(value, str)}
     for key in ("args", "hparams", "hyper_parameters", "config"):
         value = loaded.get(key)
+        # A Namespace keeps its attributes as its state.
         inner: Any = value.state if isinstance(value, _Call) else value
+        # Any object may stand under these names; what is no mapping states nothing.
         with suppress(AttributeError):
             found.update({f"{key}.{name}": text for name, text in inner.items() if isinstance(text, str)})
     return found

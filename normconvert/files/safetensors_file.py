@@ -88,6 +88,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as handle:
             first = handle.read(8)
             length = int.from_bytes(first, "little")
+            # Before it is read: the length is the file's own claim, and may be more memory than there is.
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 what = "is empty" if size == 0 else f"has {size} bytes, but its header claims {length} after 8"
                 raise InputError(f"{path}: not a safetensors file or truncated: it {what}; download it again")
@@ -102,8 +103,11 @@ def read_header(path: Path) -> Header:
         tensors = [_entry(path, name, entry, len(raw), size) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: corrupt safetensors header: {_short(error)}; download it again") from error
+    # By both ends: a tensor without elements begins where the next one does, and comes before it.
     tensors.sort(key=lambda info: (info.start, info.end))
     at = len(raw)
+    # The data has neither gaps nor overlaps: bytes that no tensor names could be anything, and a byte of two tensors
+    # would be edited twice. A name that is there twice leaves a gap as well, since json keeps the last.
     for info in tensors:
         if info.start != at:
             raise InputError(f"{path}: corrupt safetensors: tensor {info.name} starts at {info.start}, expected {at}")
@@ -120,6 +124,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any], data: int, size: int) -
     if dtype not in DTYPES:
         raise InputError(f"{path}: tensor {name} has dtype {dtype}: quantised checkpoints are not supported")
     expected = math.prod(shape) * DTYPES[dtype][0]
+    # Each dimension for itself: the product of two negative ones looks like a size.
     if min(shape, default=0) < 0 or start < 0 or end - start != expected:
         raise InputError(
             f"{path}: corrupt safetensors: tensor {name} ({dtype} {list(shape)}) needs {expected} bytes, "
@@ -155,10 +160,13 @@ def map_tensor(info: TensorInfo) -> torch.Tensor:
     import torch
 
     dtype = torch_dtype(info.dtype)
+    # Nothing can be mapped, and the place may be the end of the file.
     if info.end == info.start:
         return torch.empty(info.shape, dtype=dtype)
+    # A mapping begins at a page; the tensor somewhere in it.
     page = info.start - info.start % mmap.ALLOCATIONGRANULARITY
     with info.file.open("rb") as handle:
+        # Copy on write: torch takes writable memory only, and the source is never written to.
         mapped = mmap.mmap(handle.fileno(), info.end - page, access=mmap.ACCESS_COPY, offset=page)
     if info.start % dtype.itemsize:  # not aligned: a view would be undefined, so copy
         flat = torch.frombuffer(bytearray(mapped[info.start - page :]), dtype=dtype)
@@ -194,6 +202,7 @@ def read_tensor(
     with nullcontext(opened) if opened is not None else info.file.open("rb", buffering=0) as handle:
         handle.seek(info.start + first * row)
         while at < len(view):
+            # Until all is there: an unbuffered read may give less than was asked for.
             n = handle.readinto(view[at:])
             if not n:
                 raise InputError(f"{info.file}: ended while tensor {info.name} was read: is it being changed?")

@@ -17,6 +17,8 @@ class NoRandomInit(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # By name: the functions of a tensor and those of torch.nn.init are different objects. The tensor itself is what
+        # all of them return.
         if getattr(func, "__name__", "") in RANDOM_INIT and args and isinstance(args[0], torch.Tensor):
             return args[0]
         return func(*args, **(kwargs or {}))

@@ -58,6 +58,7 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and library == "transformers":
+        # The name is the checkpoint's own, and need not be one of a file beside it.
         return inside(folder, named, "config.json")
     names = WEIGHT_FILES + (TIMM_FILES if library == "timm" else ())
     for name in names:
@@ -66,11 +67,13 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
     if library == "timm":
         for suffix in (".safetensors", *PICKLES):
             found = sorted(folder.glob(f"*{suffix}"))
+            # As timm does it: a file of any name, as long as there is no choice.
             if len(found) == 1:
                 return found[0]
             if found and not any("-of-" in path.name for path in found):
                 listed = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
                 raise InputError(f"{folder}: {len(found)} weight files, {listed}: pass one of them")
+    # Only the index says how many there should be: without it one that is missing would go unnoticed.
     shards = sorted(folder.glob("model-*-of-*.safetensors")) + sorted(folder.glob("pytorch_model-*-of-*.bin"))
     if shards:
         raise InputError(f"{folder}: shards such as {shards[0].name} but no index (*.index.json); download it again")
@@ -117,15 +120,18 @@ def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
         raise InputError(f"{index}: not an index of shards: expected an object 'weight_map' of file names")
     tensors: dict[str, TensorInfo] = {}
     pickled: dict[str, torch.Tensor] = {}
+    # Sorted: the order of an index's entries is nobody's promise, and decides that of the tensors here.
     for name in sorted(set(weight_map.values())):
         shard = inside(index.parent, name, index.name, trusted_links)
         if not shard.is_file():
             raise InputError(f"{index.parent}: shard {name} is missing (named by {index.name}); download it again")
         found = _read_file(shard)
+        # Which of the two is loaded would depend on the order in which a library reads the files.
         if doubled := next((t for t in found.tensors if t in tensors), None):
             raise InputError(f"{shard}: tensor {doubled} is in {tensors[doubled].file.name} as well")
         tensors.update(found.tensors)
         pickled.update(found.pickled)
+    # An index that is wrong is a sign of a mixed-up folder, and not to be mended in silence by the output's.
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != Path(file).name:
             raise InputError(f"{index}: tensor {name} is not in {file}, which the index says holds it")
@@ -135,7 +141,9 @@ def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
 def inside(folder: Path, name: str, said_by: str, trusted_links: bool = False) -> Path:
     """``folder / name``, refused if it leaves the folder by name or by link."""
     path = folder / name
+    # Windows' separator is refused everywhere: a checkpoint is to mean the same on every system.
     escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name
+    # By where links lead: the hub's cache keeps all files elsewhere and is trusted, a folder from anywhere is not.
     if not escapes and not trusted_links:
         escapes = not path.resolve().is_relative_to(folder.resolve())
     if escapes:
@@ -176,6 +184,7 @@ def majority_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
     if not counts:
         found = ", ".join(sorted({info.dtype for info in tensors.values()}))
         raise InputError(f"no floating tensors (found {found}): quantised checkpoints are not supported")
+    # By elements, not by tensors: norms in float32 do not make a half-precision model one of float32.
     return torch_dtype(counts.most_common(1)[0][0])
 
 

@@ -34,6 +34,7 @@ class YamlFile:
 
     def error(self, key: Key, message: str) -> InputError:
         """An error at an entry: ``limits.yaml:3:5: message``."""
+        # What a check complains of may be an entry that is missing: then the one around it is shown.
         while key and key not in self.places:
             key = key[:-1]
         line, column = self.places.get(key, (1, 1))
@@ -73,6 +74,7 @@ def read_yaml(path: str | Path) -> YamlFile:
 
     path = Path(path)
 
+    # A class of its own: resolvers are added to a class, and the whole program shares yaml.SafeLoader.
     class Loader(yaml.SafeLoader):
         """PyYAML's safe loader with YAML 1.2's numbers."""
 
@@ -83,6 +85,7 @@ def read_yaml(path: str | Path) -> YamlFile:
         loader = Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         places: dict[Key, tuple[int, int]] = {}
+        # Before the values are made: of a key that is there twice PyYAML silently takes the last.
         _walk(path, loader, node, (), places)
         data = loader.construct_document(node) if node is not None else None
     except OSError as error:
@@ -93,6 +96,7 @@ def read_yaml(path: str | Path) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{at}: not valid YAML: {error.problem or error.context}") from error
+    # An anchor may hold itself, and a date that does not exist is a ValueError.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     return YamlFile(path, data, places)

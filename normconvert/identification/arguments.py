@@ -32,6 +32,7 @@ def solve(known: Print, fit: Fit, found: Mapping[str, Shape], integers: frozense
         found: the checkpoint's tensors, names and shapes.
         integers: those of them that hold no floating numbers.
     """
+    # These arguments change shapes and no names: what differs otherwise is another model.
     if not fit.reshaped or fit.missing or fit.extra or fit.num_classes is None:
         return None
     from normconvert.identification.building import build, default_image, shapes
@@ -43,9 +44,11 @@ def solve(known: Print, fit: Fit, found: Mapping[str, Shape], integers: frozense
         if not arguments:
             continue
         try:
+            # Built, not computed: how a model's shapes follow from the image is its constructor's own business.
             model = build(known.name, num_classes=fit.num_classes, **arguments)
         except Exception:  # the model knows no such argument, or takes no such value
             continue
+        # With its classifier in the core, since the number of classes is settled here.
         if is_exact(compare(found, integers, Print(known.name, shapes(model), {}, known.tied, known.optional))):
             return arguments
     return None
@@ -61,6 +64,7 @@ def image_sizes(reshaped: Reshaped, side: int) -> list[int]:
     votes: Counter[int] = Counter()
     for _, found, expected in reshaped:
         if len(found) == len(expected):
+            # Each tensor votes once for each size, so that long shapes do not count for more.
             differing = [(f, e) for f, e in zip(found, expected, strict=True) if f != e]
             votes.update({size for f, e in differing for size in _sizes(f, e, side)})
     return [size for size, _ in votes.most_common(MOST_SIZES)]
@@ -71,6 +75,7 @@ def _sizes(found: int, expected: int, side: int) -> Iterator[int]:
     ratios = [(found, expected)]
     for tokens in range(MOST_EXTRA_TOKENS + 1):
         a, b = isqrt(max(found - tokens, 0)), isqrt(max(expected - tokens, 0))
+        # From a grid of one patch every size would follow.
         if a * a == found - tokens and b * b == expected - tokens and b > 1:
             ratios.append((a, b))  # a grid of a x a patches
             if a % 2 and b % 2:
@@ -87,4 +92,5 @@ def input_channels(reshaped: Reshaped) -> list[int]:
         for f, e in zip(found, expected, strict=False):
             if f != e and f * CHANNELS % e == 0 and 0 < f * CHANNELS // e <= MOST_CHANNELS:
                 votes[f * CHANNELS // e] += 1
+    # Two, since each is built with each image size.
     return [channels for channels, _ in votes.most_common(2)]

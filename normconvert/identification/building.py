@@ -25,6 +25,7 @@ def timm_print(name: str, **arguments: Any) -> Print:
     Raises:
         Exception: whatever timm raises when it cannot build the model.
     """
+    # No name says for certain what is the classifier: what is gone without classes is.
     bare, whole = (build(name, num_classes=n, **arguments) for n in (0, MANY_CLASSES))
     core = shapes(bare)
     head = {
@@ -35,6 +36,7 @@ def timm_print(name: str, **arguments: Any) -> Print:
     first: dict[int, str] = {}
     tied = []
     for tensor_name, tensor in bare.state_dict(keep_vars=True).items():
+        # By identity, which keep_vars leaves as it is.
         known = first.setdefault(id(tensor), tensor_name)
         if known != tensor_name and tensor_name in core:
             tied.append((known, tensor_name))
@@ -51,6 +53,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    # Some models compute on their tensors while they are built, which fails in as many ways on the meta device.
     except Exception:
         with NoRandomInit():
             model = timm.create_model(name, pretrained=False, **arguments)

@@ -97,10 +97,12 @@ def search_types(found: Mapping[str, Shape], integers: frozenset[str], rows: lis
             known = here.intersection(entry["need"])
             known.update(first for first, other in entry.get("tied", ()) if first in entry["need"] and other in here)
             allowed = here.intersection(entry["may"])
+            # Sets of patterns are cheap to compare: shapes are looked at for the few classes that are left.
             if 2 * len(known | allowed) > len(here):
                 cost = len(entry["need"]) - len(known) + len(here) - len(known | allowed)
                 scores.append((cost, row["type"], name))
     scores.sort()
+    # The limit never cuts among equals: all that fit are to be named, and the answer must not hang on the alphabet.
     best = [score for score in scores if score[0] == (scores[0][0] if scores else 0) or score[0] == 0]
     kept = set(scores[:40]) | set(best)
     by_type = {row["type"]: row for row in rows}
@@ -128,10 +130,12 @@ def _compare(found: Mapping[str, Shape], members: Mapping[str, list[str]], row: 
     for kind, key, present, _ in entry["says"]:
         if kind in members:  # where it is absent another switch may have taken it away: that says nothing
             config.setdefault(key, present)
+    # After a contradiction nothing counts as known, whatever was read before it.
     solved = {part for key in config for part in [key, *key.split("*")]} if not clash else set()
     unfixed = tuple(
         dict.fromkeys([*row["unfixed"], *sorted(_mentioned(entry["dims"]) - solved), *(s[1] for s in entry["says"])])
     )
+    # That a product is fixed says nothing of its factors.
     products = tuple(part for key in config if "*" in key for part in key.split("*") if part not in config)
     return TypeFit(
         row["type"], model_class, tuple(sorted(need.difference(members, ties))), tuple(extra), config,
@@ -162,6 +166,7 @@ def _solve(
     counts = _counts(found)
     for name, row in dims.items():
         shapes: list[Shape]
+        # Not a tensor but a list: its length is what the configuration says.
         if name.endswith(".#") or name == "#":
             shapes = [(n,) for prefix, n in counts.items() if prefix == name or pattern(prefix) == name]
         elif name in found:
@@ -202,6 +207,7 @@ def _counts(found: Mapping[str, Shape]) -> dict[str, int]:
 
 def candidates(fits: list[TypeFit]) -> tuple[Candidate, ...]:
     """The model types whose names and shapes the checkpoint has, each with the classes that do."""
+    # By type, since classes of one type share a configuration.
     exact: dict[str, list[TypeFit]] = defaultdict(list)
     for fit in fits:
         if not fit.differences and not fit.clash:
@@ -221,6 +227,7 @@ def nearest_types(fits: list[TypeFit], patterns: int, most: int) -> list[Near]:
     best: dict[str, object] = {}
     for fit in fits:
         key = (fit.missing, fit.extra, fit.clash)
+        # The fits come sorted, so the first of a type is its best.
         near = 2 * fit.differences < patterns and best.setdefault(fit.model_type, key) == key
         if near and (key in groups or len(groups) < most):
             groups.setdefault(key, []).append(fit)

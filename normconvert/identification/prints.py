@@ -85,6 +85,7 @@ def load_index(path: Path = INDEX) -> Index:
 def save_index(index: Index, path: Path) -> None:
     """Write an index; the same index gives the same bytes."""
     text = "".join([f"timm {index.timm}", *(f"\n={name}\n{lines}" for name, lines in sorted(index.models.items()))])
+    # With the highest preset on purpose: it is written once and travels with every installation.
     path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
@@ -112,6 +113,7 @@ def read_print(name: str, text: str) -> Print:
     """The inverse of :func:`write_print`."""
     parts: dict[str, list[tuple[str, str]]] = {"!": [], "~": [], "?": [], "": []}
     for row in text.split("\n"):
+        # No tensor's name begins with a mark: modules and parameters are attributes.
         mark = row[:1] if row[:1] in parts else ""
         first, _, second = row[len(mark) :].partition(" ")
         parts[mark].append((first, second))
@@ -139,10 +141,12 @@ def compare(found: Mapping[str, Shape], integers: frozenset[str], known: Print) 
     ]
     head = {name: shape for name, shape in known.head.items() if name in found}
     counts = {n for name, shape in head.items() for n in _classes(found[name], shape)}
+    # Two heads of a distilled model must agree; without any head there are no classes, which is a number, too.
     num_classes = (next(iter(counts)) if len(counts) == 1 else None) if head else 0
     if head:
         missing += [name for name in known.head if name not in found]
         for name, shape in head.items():
+            # Where the tensors contradict each other one has to be shown as wrong: that with fewer.
             expected = tuple(n or max(counts, default=0) for n in shape)
             if found[name] != expected:
                 reshaped.append((name, found[name], expected))
@@ -168,6 +172,7 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
         integers: those of them that hold no floating numbers.
         models: name -> the lines of its fingerprint.
     """
+    # As text, so that thousands of models are compared by sets of lines and none is parsed.
     lines = {line(name, shape) for name, shape in found.items()}
     scores: list[tuple[int, str]] = []
     certain: set[str] = set()
@@ -176,11 +181,14 @@ def search(found: Mapping[str, Shape], integers: frozenset[str], models: Mapping
         shared = len(lines.intersection(rows))
         if not shared:
             continue
+        # Up to a constant this is how many lines either side lacks.
         scores.append((len(rows) - marked - ties - 2 * shared, name))
+        # A tied pair has a line of its own, and may lack one of its two names.
         if shared >= len(rows) - marked - 2 * ties:
             certain.add(name)  # its whole core is there
     scores.sort()
     chosen = [name for _, name in scores[:PARSED]]
+    # What may fit exactly is compared whatever its score: a set of answers that lacks one would look certain.
     chosen += sorted(certain.difference(chosen))
     fits = (compare(found, integers, read_print(name, models[name])) for name in chosen)
     return sorted(fits, key=lambda fit: (fit.differences, fit.name))

@@ -75,6 +75,7 @@ def _tensors(weights: Path) -> dict[str, TensorInfo]:
         if not isinstance(weight_map, dict):
             raise InputError(f"{weights}: not an index of shards: expected an object 'weight_map' of file names")
         trusted = in_hub_cache(weights.parent)
+        # The same refusal as when it is converted: identification is what one does with files from anywhere.
         files = [inside(weights.parent, str(n), weights.name, trusted) for n in sorted(set(weight_map.values()))]
     if not any(file.name.endswith(PICKLES) for file in files):
         return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
@@ -82,6 +83,7 @@ def _tensors(weights: Path) -> dict[str, TensorInfo]:
     try:
         for file in files:
             tensors.update(read_pickle_names(file).tensors)
+    # Whatever the quick reader does not take, torch reads or refuses, with its reason.
     except (Unreadable, OSError):
         return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
     return tensors
@@ -98,6 +100,7 @@ def stated(weights: Path, folder: Path | None) -> tuple[Stated, ...]:
     elif weights.name.endswith(PICKLES):
         try:
             entries = read_pickle_names(weights).entries
+        # It only breaks ties: a file that states nothing is still identified.
         except (Unreadable, InputError, OSError):
             entries = {}
         said += [Stated(f"entry {key}", value) for key, value in _keys(entries)]
@@ -105,6 +108,7 @@ def stated(weights: Path, folder: Path | None) -> tuple[Stated, ...]:
     if first not in GENERAL:
         said.append(Stated("file name", weights.stem))
     elif folder is not None:
+        # Resolved: a link may have any name, and `.` has none.
         said.append(Stated("folder name", folder.resolve().name))
     return tuple(dict.fromkeys(Stated(s.where, architecture(s.name)) for s in said if s.name))
 

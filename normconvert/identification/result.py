@@ -103,6 +103,7 @@ class Identification:
         """The one that fits, or of several the one that is stated (if all statements agree); else None."""
         if len(self.exact) == 1:
             return self.exact[0]
+        # Statements that name two of them cancel each other: a wrong architecture loads without a word.
         said = [c for c in self.exact if any(s.name == c.name for s in self.stated)]
         return said[0] if len(said) == 1 else None
 

@@ -46,12 +46,14 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     if exact:
         return replace(found, exact=tuple(Candidate("timm", fit.name, fit.num_classes) for fit in exact))
     nearest = _grouped(fit for fit in fits if _resembles(fit, names))
+    # Only the first group, since each proof builds models.
     if prove and nearest:
         nearest[0] = _explained(nearest[0], fits, models, names)
     if hint := _prefixed(names, models):
         found = replace(found, notes=(*found.notes, hint))
     index = load_types()
     kinds = search_types(names.shapes, names.integers, index.rows)
+    # These fit exactly: what comes near in timm is of no interest then.
     if types := candidates(kinds):
         return replace(found, exact=types)
     return replace(found, nearest=(*nearest, *nearest_types(kinds, len({pattern(n) for n in names.shapes}), NEAREST)))
@@ -67,6 +69,7 @@ def known_models(index: Index) -> tuple[Mapping[str, str], list[str]]:
         installed = version("timm")
     except PackageNotFoundError:
         installed = index.timm
+    # The usual case needs no timm and no torch.
     if installed == index.timm:
         return index.models, []
     import timm
@@ -103,6 +106,7 @@ def _grouped(fits: Iterable[Fit]) -> list[Near]:
     """The nearest architectures; those that differ in the same way together."""
     groups: dict[object, list[Fit]] = {}
     for fit in fits:
+        # Variants of one architecture differ from a checkpoint alike, and would fill the list with one answer.
         key = (fit.missing, fit.extra, fit.reshaped)
         if key in groups or len(groups) < NEAREST:
             groups.setdefault(key, []).append(fit)
@@ -133,6 +137,7 @@ def _prefixed(names: Names, models: Mapping[str, str]) -> str:
         return ""
     shapes = {name.removeprefix(prefix): shape for name, shape in names.shapes.items()}
     integers = frozenset(name.removeprefix(prefix) for name in names.integers)
+    # Proved like any other: that all names share a word is common.
     exact = [fit.name for fit in search(shapes, integers, models) if is_exact(fit)]
     if not exact:
         return ""

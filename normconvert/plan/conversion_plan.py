@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         method: the conversion, e.g. ``rmsnorm``.
-        tensors: model tensor name -> edits in order (see :mod:`normconvert.plan.edits`). Names are those of the model's
+        tensors: model tensor name -> edits in order (see :mod:`normconvert.plan.conversion_plan.edits`). Names are those of the model's
             ``state_dict``; the source maps them to names in the files.
         aliases: for every *edited* tensor that several names of the model share (tied weights), the name used in
             ``tensors`` -> all its names, so that whichever name the files hold is found.
@@ -101,6 +101,7 @@ class Plan:
         """
         data = dict(data)
         found = data.pop("format", None)
+        # Refused, not guessed: an edit that means something else now would be wrong without a sign.
         if found != FORMAT:
             raise ValueError(
                 f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert"

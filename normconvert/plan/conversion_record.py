@@ -37,6 +37,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no record, or one that this version cannot read.
     """
+    # save_pretrained of a converted model keeps its config and not the record.
     for name in (RECORD_FILE, "config.json"):
         if not (folder / name).is_file():
             continue
@@ -48,9 +49,11 @@ def read_record(folder: Path) -> dict[str, Any]:
                 raise InputError(
                     f"{folder / name}: format {data['format']!r}, expected {FORMAT}: use the normconvert that wrote it"
                 )
+            # Those of all conversions, where there was more than one; else those of the plan.
             modules = data["modules"] if "modules" in data else data["plan"]["modules"]
             return {"library": data["library"], "architecture": data["architecture"], "modules": modules}
         except (ValueError, TypeError, KeyError) as error:
+            # Without our key a config.json is an ordinary one, and no error.
             if name == RECORD_FILE:
                 raise InputError(f"{folder / name}: not a conversion record ({error!r}): convert again") from error
     raise NotConverted(

@@ -3,7 +3,7 @@
 A plan never holds code. It names tensors and lists, for each, operations from :data:`EDITS`; this module is the only
 place that gives them a meaning, and it is used alike by the streaming writer and by the float64 verification.
 
-What a tensor is multiplied by or what is added to it is a vector expression (see :mod:`normconvert.plan.vectors`).
+What a tensor is multiplied by or what is added to it is a vector expression (see :mod:`normconvert.plan.conversion_plan.vectors`).
 
 A channel axis may be one factor of a tensor dimension (``outer * size * inner``), as when a fused projection holds
 several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (1 if plain).
@@ -36,12 +36,14 @@ def _split(x: Tensor, edit: Edit) -> tuple[Tensor, int, tuple[int, ...]]:
     size = shape[axis] // (outer * inner)
     if size * outer * inner != shape[axis]:
         raise ValueError(f"dimension {axis} of shape {shape} is not {outer} x size x {inner}")
+    # A view where the memory permits, else a copy: so callers return what they changed, and never rely on x.
     return x.reshape(*shape[:axis], outer, size, inner, *shape[axis + 1 :]), axis + 1, shape
 
 
 def _center(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- P x along the channels, P = I - 11'/d (arXiv 2305.14858, eq. 7)."""
     view, dim, shape = _split(x, edit)
+    # In place, since fresh memory costs more than the arithmetic; the mean is complete before anything is written.
     return view.sub_(view.mean(dim, keepdim=True)).reshape(shape)
 
 
@@ -99,7 +101,9 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
         gone = tuple(d for d in range(1, weight.ndim) if d != (1 if axis == 1 else 2))
         return x + weight.sum(dim=gone).reshape(x.shape)
     out, start = int(edit.get("out", 0 if axis else 1)), int(edit.get("start", 0))
+    # Then each result is a row, and any number of rows can be done at a time: the bits do not depend on how many.
     weight = weight.movedim(out, 0)
+    # What came before `out` has moved back by one.
     at = {**edit, "axis": axis + (out > axis)}
     sums = []
     for rows in weight.split(max(1, BLOCK * weight.shape[0] // max(1, weight.numel()))):
@@ -116,6 +120,7 @@ def _fill(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 def _copy(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- another source tensor: an untied copy. ``x`` may be empty, since the tensor is new."""
+    # Copied even if it is in float64: what is looked up is shared, and the edits to come may write over this.
     return lookup(edit["from"]).to(torch.float64, copy=True)
 
 
@@ -126,6 +131,7 @@ def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 def _bound(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- by, in the shape of x: the bounds of a clamp, infinite where there is none."""
+    # Cloned, since expanded values are one in memory and cannot be edited on.
     return evaluate(edit["by"], lookup, bound=True).to(x.device).expand(x.numel()).reshape(x.shape).clone()
 
 
@@ -148,6 +154,7 @@ def _add_kernel(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     tap = x
     for start in at:
         tap = tap.select(2, start)
+    # The channels of a group are counted from its first.
     tap[channels, channels % x.shape[1]] += scale
     return x
 
@@ -223,5 +230,5 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
 
 
 def limited(rows: Sequence[Edit], limit: Callable[[str], float]) -> tuple[Edit, ...]:
-    """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.plan.vectors`."""
+    """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.plan.conversion_plan.vectors`."""
     return tuple({**row, "by": with_limits(row["by"], limit)} if "by" in row else row for row in rows)

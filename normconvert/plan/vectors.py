@@ -38,12 +38,15 @@ def _clip(a: Tensor, b: Tensor, limit: Tensor) -> Clip:
     a = 0, or zero because no such x reaches -b / a, is that constant.
     """
     flat = a == 0
+    # Divided by one where a = 0: the quotient is thrown away there, but 0 / 0 would be NaN first.
     start = -b / torch.where(flat, torch.ones_like(a), a)
+    # Only where b <= 0: with b > 0 and a start beyond the limit the channel is never zero, and no constant.
     constant = flat | ((start.abs() > limit) & (b <= 0))
     value = b.clamp_min(0.0)
     inf = torch.full_like(a, torch.inf)
     lower = torch.where(constant, value, torch.where(a > 0, 0.0, -inf))
     upper = torch.where(constant, value, torch.where(a > 0, inf, 0.0))
+    # The bounds hold the constant itself already: a scale would be applied to it once more.
     return Clip(a.masked_fill(constant, 1.0), start.masked_fill(constant, 0.0), lower, upper)
 
 
@@ -77,6 +80,7 @@ def evaluate(expression: Expression, lookup: Lookup, *, bound: bool = False) -> 
         KeyError: an operation that is not in the table.
     """
     value = _value(expression, lookup)
+    # Without values there is nothing to be finite: shapes are worked out on the meta device.
     if value.device.type != "meta" and not bool((~value.isnan() if bound else value.isfinite()).all()):
         names = ", ".join(dict.fromkeys(names_in(expression)))
         raise ValueError(f"a scale or shift made of {names} is not finite: is a running variance negative?")
@@ -100,6 +104,7 @@ def names_in(expression: Expression) -> Iterator[str]:
     """The names of the tensors that an expression reads."""
     if isinstance(expression, str):
         yield expression
+    # Of a limit only the dtype is read, which the header holds.
     elif not isinstance(expression, (int, float)) and expression[0] != "limit":
         for operand in expression[1:]:
             yield from names_in(operand)

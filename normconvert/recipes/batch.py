@@ -150,6 +150,7 @@ def plan_recipes(recipes: str | Path | Sequence[str | Path], *, force: bool = Fa
 
     paths = [recipes] if isinstance(recipes, (str, Path)) else list(recipes)
     files, problems = [], []
+    # All files are read before one is complained of: whoever mends a recipe wants every error at once.
     for path in paths:
         try:
             files.append(read_recipe(path))
@@ -157,6 +158,7 @@ def plan_recipes(recipes: str | Path | Sequence[str | Path], *, force: bool = Fa
             problems.append(error)
     if problems:
         raise together(problems)
+    # Before anything runs: outputs that clash and sources that are missing show only when all jobs are known.
     planned = with_run(expand(files), uuid.uuid4().hex, force)
     return Batch([Entry(job, decide(job)) for job in planned])
 
@@ -194,10 +196,12 @@ def run_batch(
     made: list[Path] = []
     try:
         if todo:
+            # A disk that cannot be written to is to be found now, not at the end of the first conversion.
             made = prepare_outputs(todo.values())
             for event in _events(todo, jobs, ray, memory):
                 _note(batch, event)
                 tell(batch, event)
+    # SIGTERM comes this way as well, with its own status.
     except KeyboardInterrupt as error:
         batch.interrupted = status = getattr(error, "exit_status", 130)
         for entry in batch.entries:
@@ -255,8 +259,10 @@ def prepare_outputs(jobs: Any) -> list[Path]:
             if is_url(job.output):
                 Store(job.output)
             else:
+                # The newest first, so that what is inside is removed before what is around it.
                 made = _prepare(Path(job.output).parent) + made
         except InputError as error:
+            # By their text: a hundred jobs of one bad folder are one line.
             problems[str(error)] = InputError(f"{job.where}: the output cannot be written: {error}")
         except OSError as error:
             reason = error.strerror or str(error)

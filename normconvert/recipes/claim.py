@@ -36,12 +36,15 @@ def claim(out: Path, patience: float = PATIENCE) -> Iterator[Path]:
         InputError: another process is making ``out``, or its parent folder cannot be written to.
     """
     folder = staging(out)
+    # Outside the try: who has no lock has nothing to remove.
     handle = _lock(folder, out, patience)
     try:
+        # Before the folder is cleared: what stepped aside in it is the only copy of the old output.
         _restore(folder, out)
         _clear(folder)
         yield folder
     finally:
+        # Again: publish() may have been stopped between its two renames.
         _restore(folder, out)
         shutil.rmtree(folder, ignore_errors=True)  # before the lock goes, so that nobody else finds it half removed
         os.close(handle)
@@ -58,7 +61,9 @@ def publish(folder: Path, out: Path) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
+    # An empty folder is replaced by the rename itself.
     if out.is_dir() and any(out.iterdir()):
+        # Into the claimed folder: there the next claim finds it if this process is killed before the second rename.
         os.rename(out, folder / OLD)
     os.rename(folder / NEW, out)
 
@@ -81,6 +86,8 @@ def _lock(folder: Path, out: Path, patience: float) -> int:
             raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
         try:
             _flock(handle)
+            # The last owner may have removed the folder between open and lock, and another have made it anew: a lock
+            # on what is gone keeps nobody out.
             if os.stat(folder).st_ino == os.fstat(handle).st_ino:
                 return handle
         except BlockingIOError:
@@ -104,6 +111,7 @@ def _flock(handle: int) -> None:
     try:
         _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
     except OSError as error:
+        # Any other error means that this file system has no locks: then as where there are none.
         if isinstance(error, BlockingIOError):
             raise
 
@@ -116,6 +124,7 @@ def _restore(folder: Path, out: Path) -> None:
 
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
+        # A link is removed, never what it leads to.
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -84,8 +84,10 @@ def take(root: Path, known: Mapping[str, str] | None = None) -> Mark:
         root: a folder or a file.
         known: relative name -> sha256 of files that need not be read again.
     """
+    # Before the files are looked at: what changes from now on has a later time.
     seen = time.time_ns()
     files = list_files(root)
+    # Before the content: a file that changes while it is hashed has other times afterwards, and is read again.
     before = {name: _stat(path) for name, path in files.items()}
     hashes = {name: (known or {}).get(name) or sha256(path) for name, path in files.items()}
     return Mark(seen, {name: FileMark(before[name], hashes[name]) for name in files})
@@ -133,11 +135,13 @@ def compare(mark: Mark, root: Path) -> Comparison:
         old = mark.files.get(name)
         if old is None:
             continue
+        # As in take(): before the file is read.
         now = _stat(path)
         if now == old.stat and max(now[1], now[2]) < mark.seen - TICK:
             files[name] = old
             continue
         read += 1
+        # Another size needs no reading.
         if now[0] != old.stat[0] or sha256(path) != old.sha256:
             changed.append(name)
         files[name] = FileMark(now, old.sha256)

@@ -41,6 +41,7 @@ def execute(jobs: Mapping[int, Job], workers: int = 1, budget: int | None = None
     limit = machine.memory() if budget is None else budget
     waiting = dict(jobs)
     for index, job in jobs.items():
+        # It would never fit, and the batch would wait for it for ever.
         if job.resources.memory > limit:
             yield _end(index, Result("failed", 2, too_large(job, limit), "InputError", attempts=0))
             del waiting[index]
@@ -48,6 +49,7 @@ def execute(jobs: Mapping[int, Job], workers: int = 1, budget: int | None = None
     try:
         yield from _schedule(pool, waiting, workers, limit)
     finally:
+        # First the processes, then what they left: their claims end with them.
         pool.close()
         for index in pool.running.values():
             if not is_url(jobs[index].output):
@@ -65,6 +67,7 @@ def too_large(job: Job, limit: int) -> str:
 def _schedule(pool: _Pool, waiting: dict[int, Job], workers: int, limit: int) -> Iterator[Event]:
     running: dict[int, Job] = {}
     while waiting or running:
+        # Again after each end: what did not fit beside the one that has gone may fit now.
         while len(running) < workers:
             index = choose(waiting, running.values(), limit, in_order=workers == 1)
             if index is None:
@@ -93,6 +96,7 @@ def choose(waiting: Mapping[int, Job], running: Any, limit: int, *, in_order: bo
     fitting = [index for index, job in waiting.items() if job.resources.memory <= left]
     if not fitting:
         return None
+    # Of equal ones the first, so that a run can be followed.
     return fitting[0] if in_order else max(fitting, key=lambda index: (waiting[index].resources.memory, -index))
 
 
@@ -121,6 +125,7 @@ class _Pool:
 
     def start(self, index: int, job: Job) -> str:
         """Give a job to a process; returns what to call that."""
+        # One that is there has the libraries imported.
         worker = self._idle.pop() if self._idle else self._spawn()
         worker.job, worker.retire = index, job.resources.memory >= LARGE
         self.running[worker] = index
@@ -137,6 +142,7 @@ class _Pool:
         while True:
             worker, said = self._said.get()
             index = worker.job
+            # The end of its output: it is dead or has been dismissed.
             if said is None:
                 if worker in self._idle:
                     self._idle.remove(worker)
@@ -175,6 +181,7 @@ class _Pool:
         assert worker.process.stdout is not None
         for line in worker.process.stdout:
             self._said.put((worker, json.loads(line)))
+        # In any case the last: it is what next() knows a death by.
         self._said.put((worker, None))
 
     def _overhear(self, worker: _Worker) -> None:
@@ -187,6 +194,7 @@ class _Pool:
                     self._said.put((worker, {"kind": "log", "data": {"text": text}}))
 
     def _lost(self, worker: _Worker, index: int) -> Event:
+        # It has closed its output, so this does not take long.
         status = worker.process.wait()
         worker.job = None
         del self.running[worker]
@@ -205,6 +213,7 @@ class _Pool:
 
 def thread_share(cores: int, workers: int) -> dict[str, str]:
     """The environment that gives each of ``workers`` processes its share of the threads; a smaller wish is kept."""
+    # Each would take all cores for itself, and they would wait for each other.
     share = max(1, cores // max(workers, 1))
     return {
         name: str(min(share, int(wish)) if (wish := os.environ.get(name, "")).isdecimal() and int(wish) > 0 else share)

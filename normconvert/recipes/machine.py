@@ -13,6 +13,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def cores() -> int:
     """Cores that this process may use."""
+    # What this process may use: a container or a scheduler often gives fewer than the machine has.
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # "max 100000" without a limit
         quota, period = (_CGROUP / "cpu.max").read_text().split()
@@ -26,6 +27,7 @@ def memory() -> int:
 
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):
+        # The kernel ends what goes beyond this, however much memory the machine has left.
         limit = int((_CGROUP / "memory.max").read_text())
         free = min(free, limit - int((_CGROUP / "memory.current").read_text()))
     return int(max(free, 0) * (1 - KEPT_FREE))

@@ -79,6 +79,7 @@ class Origin:
 
 def look_up(references: Iterable[Reference]) -> dict[Reference, Origin | InputError]:
     """What each reference means, or why it means nothing. Models on the hub are asked for side by side."""
+    # Once each: several variants of one source are one look-up.
     wanted = list(dict.fromkeys(references))
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         return dict(zip(wanted, pool.map(_origin, wanted), strict=True))
@@ -86,6 +87,7 @@ def look_up(references: Iterable[Reference]) -> dict[Reference, Origin | InputEr
 
 def _origin(reference: Reference) -> Origin | InputError:
     try:
+        # What is here first, as a conversion takes it.
         return _local(reference) or _remote(reference)
     except InputError as error:
         return error
@@ -103,7 +105,9 @@ def _local(reference: Reference) -> Origin | None:
         return None
     if reference.revision is not None:
         raise InputError(f"{text}: revision is for models on the hub, but this is a local path")
+    # A node of a cluster has another current folder.
     path = path.absolute()
+    # Resolved: `.` has no name that an output could be called by.
     name = path.resolve().name if path.is_dir() else path.stem
     return Origin(str(path), name, "", path, None, None, *_weigh(path, arch))
 
@@ -138,6 +142,7 @@ def _identified(path: Path) -> str:
     """
     from normconvert.identification import identify_names, read_names, words
 
+    # Without building models: a plan is to be there in seconds.
     found = identify_names(str(path), read_names(path), prove=False)
     if found.arch is None:
         raise InputError(words.refused(found, ask="give arch: timm:NAME"))
@@ -154,6 +159,7 @@ def _files(weights: Path) -> Iterator[Path]:
 
 def _sum_up(files: list[Path]) -> tuple[int, int | None]:
     size = sum(file.stat().st_size for file in files)
+    # Elements of a pickle are known only when it is read.
     if any(file.suffix != ".safetensors" for file in files):
         return size, None
     tensors = [tensor for file in files for tensor in read_header(file).tensors.values()]
@@ -173,6 +179,7 @@ def _remote(reference: Reference) -> Origin:
     if not weights:
         raise InputError(f"{reference.text}: the model has no weights that can be converted (safetensors or pickles)")
     known = [size for size in weights.values() if size is not None]
+    # A sum of some of the files would let a job start that memory cannot hold.
     size = sum(known) if len(known) == len(weights) else None
     elements = sum(count for dtype, count in found.dtypes.items() if dtype in FLOATING) or None
     return Origin(repo, name, author, None, branch, found.commit, size, elements)
@@ -190,6 +197,7 @@ def local_checkpoints(pattern: str, arch: str | None, exclude: Iterable[str]) ->
         is_checkpoint = (path / "config.json").is_file() or (
             arch is not None and (path.name.endswith(WEIGHT_SUFFIXES) or any(path.glob("*.safetensors")))
         )
+        # Outputs often lie beside their sources: a second run must not convert what the first one made.
         if is_checkpoint and not (path / RECORD_FILE).is_file() and not _matches(path.name, exclude):
             found.append(str(path))
     if not found:

@@ -76,11 +76,13 @@ def connect(address: str) -> Any:
         raise InputError(
             f"--ray needs Ray, which is not installed: pip install 'normconvert[ray]' ({error})"
         ) from error
+    # Before init(): a cluster that it starts would report its use to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     named = os.environ.get("RAY_ADDRESS") or AUTO if address == AUTO else address
     options = {"logging_level": logging.ERROR, "log_to_driver": False}
     if named == AUTO:
         try:
+            # Tried first: a cluster that runs here already is meant, and a second one would fight it for the cores.
             ray.init(address=AUTO, **options)
         except ConnectionError:
             ray.init(include_dashboard=False, **options)
@@ -106,6 +108,7 @@ def reach(address: str) -> None:
         raise InputError(f"--ray {address}: expected host:port, ray://host:port or {AUTO}")
     until = time.monotonic() + REACH
     try:
+        # A closed port is told at once, without a process that imports Ray.
         with socket.create_connection((match["host"].strip("[]"), int(match["port"])), timeout=REACH):
             pass
     except (OSError, OverflowError) as error:
@@ -159,6 +162,7 @@ class _Cluster:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
         here = strategies.NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         # On the node that the batch is run from: if that goes, so does the batch.
+        # Without a core of its own, or it might wait behind the very tasks that are to tell it something.
         self._board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._looked = 0.0
 
@@ -169,12 +173,14 @@ class _Cluster:
                 yield from self._submit(index, job, 1)
             while self._running:
                 ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=POLL)
+                # Before the results: what an attempt said is passed on only while it is known.
                 yield from self._heard()
                 for reference in ready:
                     yield from self._ended(reference)
                 yield from self._stranded()
         finally:
             left = list(self._running.items())
+            # First all are stopped, then what they left is cleared: a claim is held until its process is gone.
             for reference, _ in left:
                 with contextlib.suppress(Exception):  # it may have ended by itself
                     self._ray.cancel(reference, force=True)
@@ -184,6 +190,7 @@ class _Cluster:
 
     def _submit(self, index: int, job: Job, number: int) -> Iterator[Event]:
         needs = job.resources
+        # Ray would let it wait for ever.
         if not self._fits(job):
             yield _failed(index, f"no node of the cluster has {_wants(job)}", number - 1)
             return
@@ -202,6 +209,7 @@ class _Cluster:
         current = {attempt.index: attempt for attempt in self._running.values()}
         for index, number, kind, data in said:
             attempt = current.get(index)
+            # A worker that was given up may still speak.
             if attempt is not None and attempt.number == number:
                 attempt.started = True
                 yield Event(index, kind, data)
@@ -211,6 +219,7 @@ class _Cluster:
         errors = self._ray.exceptions
         try:
             result = Result.from_json(self._ray.get(reference))
+        # Before RayError, of which it is a kind: an exception of the task comes again with the next attempt.
         except errors.RayTaskError as error:  # outside of the job itself, such as a node without normconvert
             yield _failed(attempt.index, _first_line(error.cause or error), attempt.number)
         except errors.RayError as error:
@@ -229,6 +238,7 @@ class _Cluster:
         if result.status != "converted" or is_url(job.output):
             return result
         until = time.monotonic() + APPEAR
+        # A shared disk may show a file later than it was written elsewhere.
         while read_state(Path(job.output)) is None:
             if time.monotonic() > until:
                 message = (
@@ -244,6 +254,7 @@ class _Cluster:
             return
         self._looked = time.monotonic()
         for reference, attempt in list(self._running.items()):
+            # One that has started keeps its node, or ends by an error when that goes.
             if not attempt.started and not self._fits(attempt.job):
                 self._ray.cancel(reference)
                 del self._running[reference]
@@ -289,6 +300,7 @@ def _perform(board: Any, index: int, job: dict[str, Any], number: int, version: 
 
     node = f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:8]})"
     place = f"node {node}"
+    # Before anything of it is imported: what another version does is not what was planned.
     if version != __version__:
         message = f"{node} has normconvert {__version__}, the batch is run by {version}: install the same version"
         return Result("failed", 2, message, "InputError", place=place, attempts=number).to_json()
@@ -303,6 +315,7 @@ def _perform(board: Any, index: int, job: dict[str, Any], number: int, version: 
     done = Job.from_json(job)
     import torch
 
+    # Ray counts cores and does not hold anyone to them.
     torch.set_num_threads(max(1, int(done.resources.cpus)))
     words = _Lines(lambda text: say("log", {"text": text}))
     with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
@@ -318,6 +331,7 @@ class _Lines(io.TextIOBase):
     def write(self, text: str) -> int:
         """Pass on the lines that are complete now."""
         with self._lock:
+            # Libraries print in pieces and from several threads: half a line is kept until the rest comes.
             *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if line.strip():

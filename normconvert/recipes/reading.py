@@ -56,7 +56,9 @@ def read_recipe(path: str | Path, environment: Mapping[str, str] | None = None) 
         found = "nothing" if file.data is None else f"a {type(file.data).__name__}"
         raise file.error((), f"expected a recipe (a mapping with sources), found {found}")
     problems: list[InputError] = []
+    # After the parse, so that a variable's value is text whatever is in it, and cannot add keys.
     data = _substitute(file, (), file.data, os.environ if environment is None else environment, problems)
+    # Values that could not be filled in would only cause a second error each.
     if not problems:
         try:
             return RecipeFile(file, Recipe.model_validate(data))

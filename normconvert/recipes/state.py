@@ -122,6 +122,7 @@ def decide(job: Job) -> Decision:
         InputError: an object store cannot be reached.
     """
     decision = _decide_stored(job) if is_url(job.output) else _decide_local(job, Path(job.output))
+    # Only what is right is uploaded: everything else is made again first.
     if decision.action == "skip" and job.upload and decision.state and decision.state.uploaded != job.upload.repo:
         return replace(decision, action="upload", why=f"not uploaded to {job.upload.repo} yet")
     return decision
@@ -134,6 +135,7 @@ def _decide_local(job: Job, out: Path) -> Decision:
         return Decision("refuse", "the output exists and is a file")
     if not any(out.iterdir()):
         return Decision("convert")
+    # Before --force is asked: even that replaces nothing but conversions.
     if not (out / RECORD_FILE).is_file():
         return Decision("refuse", "the output exists and was not made by normconvert: remove it or name another one")
     if job.redo:
@@ -142,8 +144,10 @@ def _decide_local(job: Job, out: Path) -> Decision:
     if state is None:
         return Decision("refuse", "the output exists and was not made by a recipe: --force replaces it")
     found = compare(state.output_files, out)
+    # What is missing can be made again; what was changed or added would be lost.
     touched = replace(found, missing=()).words(EDITABLE)
     stale, source_files = out_of_date(job, state)
+    # An edited model card alone is no reason to do anything, but is not to be written over either.
     if touched or (stale and found.words()):
         return Decision("refuse", f"the output was edited ({touched or found.words()}): --force replaces it")
     if found.missing:
@@ -162,6 +166,7 @@ def _decide_stored(job: Job) -> Decision:
     found = store.files()
     if not found:
         return Decision("convert")
+    # As with a folder. The record is uploaded first, so that an upload that was cut off is known as ours.
     if RECORD_FILE not in found:
         return Decision("refuse", "the output exists and was not made by normconvert: remove it or name another one")
     if job.redo:
@@ -175,6 +180,7 @@ def _decide_stored(job: Job) -> Decision:
     for name, (size, version) in state.stored.items():
         if name not in found:
             return Decision("redo", f"{name} is missing")
+        # By what the store says: to hash the files they would have to be downloaded.
         if found[name][0] != size or (version and found[name][1] != version):
             return Decision("refuse", f"the output was edited ({name} changed): --force replaces it")
     stale, _ = out_of_date(job, state)
@@ -186,6 +192,7 @@ def out_of_date(job: Job, state: State) -> tuple[str, Mark | None]:
     stale = _other_settings(job, state)
     path = source_path(job)
     if stale or path is None:
+        # Offline, say: a branch may have moved, and then what is there would be wrong without anyone's noticing.
         if not stale and job.revision is None:
             stale = "the source's commit is not known"
         elif not stale and state.revision != job.revision:
@@ -199,6 +206,7 @@ def out_of_date(job: Job, state: State) -> tuple[str, Mark | None]:
 
 def _other_settings(job: Job, state: State) -> str:
     """What was asked for otherwise when the output was made."""
+    # Another version may write other bytes.
     if state.normconvert != __version__:
         return f"made by normconvert {state.normconvert}, this is {__version__}"
     for name in dict.fromkeys([*job.settings, *state.settings]):
@@ -240,6 +248,7 @@ def write_state(out: Path, state: State) -> None:
     """Put the state into a folder, complete or not at all."""
     path = out / STATE
     path.parent.mkdir(parents=True, exist_ok=True)
+    # By process: two runs that look at one output must not write into one file.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_bytes(state.dump())
     os.replace(partial, path)

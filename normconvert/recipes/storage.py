@@ -62,6 +62,7 @@ class Store:
             InputError: the store cannot be reached.
         """
         try:
+            # fsspec remembers listings, and other processes write to the store.
             self._fs.invalidate_cache()
             found = self._fs.find(self._root, detail=True)
         except FileNotFoundError:
@@ -87,12 +88,15 @@ class Store:
         found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         names = [first, *sorted(found - {first, last})]
         try:
+            # Noted before anything is written, while the list is that of the old output alone.
             stale = [name for name in self.files() if name not in (*names, last)]
+            # From here until it is written again the output counts as incomplete.
             if self._fs.exists(self._at(last)):
                 self._fs.rm_file(self._at(last))
             for name in names:
                 self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
                 self._fs.put_file(str(folder / name), self._at(name))
+            # When the new ones are there: what is cut off before leaves too much, never too little.
             for name in stale:
                 self._fs.rm_file(self._at(name))
         except InputError:

@@ -77,6 +77,7 @@ def _print(console: Console, table: Table) -> None:
     """A table as wide as a terminal is, and as wide as it has to be where nobody folds lines."""
     width = console.width
     if not console.is_terminal:
+        # A pipe has no width: what reads it wants one line a job.
         console.width = max(width, console.measure(table, options=console.options.update(width=WIDE)).maximum)
     console.print(table)
     console.width = width

@@ -61,12 +61,15 @@ def _perform(job: Job, say: Say) -> Result:
         return _into_store(job, say)
     out = Path(job.output)
     with claim(out) as folder:
+        # Under the claim: another process may have made it while this one waited.
         done = _done_before(job)
         if done is None:
             report, state = _convert(job, folder / NEW, say)
+            # Before it is published: an output without its state would count as somebody else's.
             write_state(folder / NEW, state)
             publish(folder, out)
             done = _result(job, report)
+    # Without the claim: an upload takes long, and the output is complete.
     return _upload(job, out, done, say)
 
 
@@ -84,18 +87,21 @@ def _into_store(job: Job, say: Say) -> Result:
         store = Store(job.output)
         store.put(made, first=RECORD_FILE, last=STATE)
         done = _upload(job, made, _result(job, report), say)
+        # Last: it is what says that all the rest is there.
         store.write(STATE, replace(state, stored=store.files(), uploaded=done.uploaded).dump())
         return done
 
 
 def _done_before(job: Job) -> Result | None:
     """The result, if an earlier attempt of this very batch, or another batch, has made the output in the meantime."""
+    # As if nothing were forced: a second attempt must find what the first one made.
     decision = decide(replace(job, redo=False, upload=None))
     state = decision.state
     ours = state is not None and state.run == job.run != ""
     if state is not None and (ours or not job.redo):
         done = Result("converted") if ours else Result("skipped", message=decision.why)
         return replace(done, norms=state.norms, figures=state.figures)
+    # Once more with --force: what may not be replaced is refused under it as well.
     decision = decide(job) if job.redo else decision
     if decision.action == "refuse":
         raise InputError(f"{job.output}: {decision.why}")
@@ -110,7 +116,9 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
     """
     path = source_path(job)
     if path is not None and not is_url(job.output):
+        # convert() sees the claimed folder only, not where it will be renamed to.
         check_output(Path(job.output), path, overwrite=True)
+    # Before the first byte is read: a source that changes meanwhile must not be taken for the one that was converted.
     seen, before = time.time_ns(), stats(path) if path is not None else {}
     from normconvert.api import convert
 
@@ -125,6 +133,7 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
         hub.remember(job.source, job.branch, job.revision)
     else:
         known = json.loads((made / RECORD_FILE).read_text(encoding="utf-8"))["source"]["sha256"]
+        # The hashes are those that the conversion computed from what it read.
         source_files = replace(take(path, known), seen=seen)
         if {name: file.stat for name, file in source_files.files.items()} != before:
             raise InputError(f"{job.source}: changed while it was converted: run again when it is complete")
@@ -160,6 +169,7 @@ def _upload(job: Job, folder: Path, done: Result, say: Say) -> Result:
         api = huggingface_hub.HfApi()
         api.create_repo(repo, private=job.upload.private, exist_ok=True)
         api.upload_folder(
+            # The state holds times and inodes of this machine.
             repo_id=repo, folder_path=folder, ignore_patterns=[".cache/**"],
             commit_message=f"Converted by normconvert ({job.method})",
         )  # fmt: skip
@@ -183,6 +193,7 @@ def _told(say: Say) -> Iterator[tuple[Callable[[str], None], Callable[[str, int,
     def progress(name: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
+        # The last word always: a bar that ends at 97 % looks like a failure.
         if now - last >= EVERY or done == total:
             last = now
             say("progress", {"done": done, "total": total})

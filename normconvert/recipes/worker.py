@@ -21,6 +21,7 @@ PARENT_GONE = 17
 
 def main() -> None:
     """Serve until standard input ends."""
+    # Unbuffered: what is said just before the process dies is what one wants to know.
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # nothing that a library prints may come between the events
     hush()
@@ -41,8 +42,10 @@ def main() -> None:
 
 def _read(stream: BinaryIO, jobs: queue.Queue[bytes | None], idle: threading.Event) -> None:
     for line in stream:
+        # Here, not when the job is taken: the end of the input may be the very next thing that is read.
         idle.clear()
         jobs.put(line)
+    # To an idle process the end of its input is the end; one that works does so for nobody.
     jobs.put(None)
     if not idle.is_set():
         os._exit(PARENT_GONE)  # no clean-up: the claim ends with the process

@@ -44,6 +44,7 @@ def read_benchmark(file: Path) -> dict[str, Any]:
 
     data = load_json(file)
     try:
+        # Only to see that nothing is missing before the page is made of it.
         Benchmark(**{f.name: data[f.name] for f in fields(Benchmark)})
         rows = [Row.from_json(row).name for row in data["rows"]]
         if not rows or data["command"] != "bench":
@@ -142,6 +143,7 @@ def _ratio(row: Row, version: str) -> Text:
         return Text("not measured", "yellow")
     style = ""
     if version == CONVERTED:
+        # A colour needs more than a median: the quartiles have to agree, since times scatter.
         style = BAD if ratio.median < SLOWER and ratio.high < 1 else GOOD if ratio.low > 1 else ""
     return Text(times(ratio), style)
 

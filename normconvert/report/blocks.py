@@ -102,6 +102,7 @@ def _parts(name: str) -> list[str]:
     """The components of a name; a number stays with the list that it counts: ``h.{0-3}``, not ``h`` and ``{0-3}``."""
     parts: list[str] = []
     for part in name.split(".") if name else []:
+        # A group of layers begins with a brace: `{0-11}`.
         if parts and part[0] in "{0123456789":
             parts[-1] += f".{part}"
         else:
@@ -113,6 +114,7 @@ def _joined(block: Block) -> Block:
     """Without blocks that hold nothing but one other block."""
     children = []
     for child in block.children.values():
+        # A module with a chip stays: what is said of it is not said of the one inside.
         while len(child.children) == 1 and not child.chips:
             (below,) = child.children.values()
             child = Block(f"{child.name}.{below.name}", below.chips, below.children)

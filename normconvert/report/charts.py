@@ -105,6 +105,7 @@ def _series(name: str, rows: Sequence[dict[str, Any]], key: str, role: str) -> d
 def _finite(value: Any) -> float | None:
     """A number to draw; what is not finite leaves a gap."""
     number = float(value)
+    # So put, NaN is no number to draw either: no comparison with it is true.
     return max(number, FLOOR) if abs(number) < float("inf") else None
 
 
@@ -112,6 +113,7 @@ def short(names: Sequence[str]) -> list[str]:
     """The names without the components that all dotted ones share at their beginning."""
     dotted = [name.split(".") for name in names if "." in name]
     shared = 0
+    # One component is left to each: a name must not vanish.
     while dotted and all(len(p) > shared + 1 and p[shared] == dotted[0][shared] for p in dotted):
         shared += 1
     prefix = ".".join(dotted[0][:shared]) + "." if shared else ""

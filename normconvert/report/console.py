@@ -55,7 +55,7 @@ def show_summary(
         verbose: every norm for itself.
         kept: the output stays; say where it is and how to load it.
         measures: what was measured for an HTML report, as
-            :meth:`~normconvert.verification.layer_measures.Measures.to_json` gives it.
+            :meth:`~normconvert.verification.equivalence.layer_measures.Measures.to_json` gives it.
     """
     dry = report.out is None
     title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)
@@ -111,11 +111,14 @@ def sparkline(values: Sequence[float], width: int = 20) -> str:
     >>> sparkline([1e-16, 1e-15, 1e-14, 0.0])
     '▁▅█▁'
     """
+    # Rounded up: the row must not be longer than its width.
     size = max(1, -(-len(values) // width))
+    # The largest of those that share a bar: a mean would hide the one layer that is wrong.
     shown = [max(values[i : i + size]) for i in range(0, len(values), size)]
     logs = [math.log10(v) if 0 < v < math.inf else None for v in shown]
     known = [v for v in logs if v is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
+    # Values that are all alike have no range to be divided by.
     levels = (0.0 if v is None else (v - low) / (high - low or 1.0) for v in logs)
     return "".join("▁▂▃▄▅▆▇█"[round(level * 7)] for level in levels)
 
@@ -323,6 +326,7 @@ def _edit_lines(plan: Plan, *, verbose: bool) -> Iterable[tuple[str, str]]:
     for group in collapse(Row(module, "|".join(names), ops) for (module, ops), names in leaves.items()):
         lines.setdefault(str(group.key), []).append(f"{group.name}.{group.text}".lstrip("."))
     for ops, named in lines.items():
+        # "1 more" would take the line that the one itself could have.
         more = len(named) - MANY + 1
         yield ops, "\n".join(named if verbose or more <= 1 else [*named[: MANY - 1], f"and {more} more (-v)"])
 

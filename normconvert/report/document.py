@@ -31,6 +31,7 @@ def error_document(message: str, status: int, error: BaseException | None = None
 
     ``error`` is the first line of the message, which says it all; the others list details that ``report`` holds.
     """
+    # A refusal is where the verdicts are wanted most.
     report: Report | None = getattr(error, "report", None)
     return {
         "error": message.splitlines()[0] if message else "",
@@ -43,6 +44,7 @@ def error_document(message: str, status: int, error: BaseException | None = None
 def plain(value: Any) -> Any:
     """``value`` in JSON's own types; numbers that JSON lacks (inf, nan) and everything unknown become strings."""
     if isinstance(value, float):
+        # As a string: readers other than Python's stop at NaN.
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}

@@ -27,6 +27,7 @@ def github(document: dict[str, Any], write: Callable[[str], object]) -> None:
     write("".join(f"{line}\n" for line in annotation_lines(document)))
     summary = os.environ.get(SUMMARY)
     if summary:
+        # Appended: other steps of the job write to the same page.
         with Path(summary).open("a", encoding="utf-8", errors="replace") as file:
             file.write(markdown(document) + "\n")
 
@@ -46,6 +47,7 @@ def annotation_lines(document: dict[str, Any]) -> Iterator[str]:
             yield _line("error", title, reason)
         return
     findings = [Finding(**data) for data in document["findings"]]
+    # One annotation is kept for saying how many more there are; GitHub drops the rest without a word.
     shown = findings if len(findings) <= MOST else findings[: MOST - 1]
     for finding in shown:
         file = os.path.join(document["output"], finding.file) if finding.file else None
@@ -73,4 +75,5 @@ def _data(text: str) -> str:
 
 
 def _property(text: str) -> str:
+    # Within a property these two end it.
     return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -64,6 +64,7 @@ def html_report(document: Document) -> str:
         charts=_embedded(charts),
         style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
         scripts=scripts if charts else [],
+        # By hash, not by "unsafe-inline": that would let a script run that got in by a name.
         policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts) if charts else "'none'",
         version=__version__,
     )
@@ -75,7 +76,9 @@ def _template() -> Template:
 
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
+        # Not jinja's default. Names and reasons come from checkpoints, that is from anyone.
         autoescape=True,
+        # A misspelt field is an error, not a gap in the page.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -91,6 +94,7 @@ def _prose(text: Any) -> Markup:
     parts = str(text).split("`")
     if len(parts) % 2 == 0:  # a backtick that is no mark-up
         return Markup("{}").format(text)
+    # Filled in by Markup's own format, which escapes what it is given.
     marked = (Markup("<code>{}</code>" if i % 2 else "{}").format(part) for i, part in enumerate(parts))
     return Markup("").join(marked)
 
@@ -104,6 +108,7 @@ def _embedded(data: Any) -> Markup:
     from markupsafe import Markup
 
     text = json.dumps(data, allow_nan=False)  # ASCII only
+    # A script element ends at its end tag wherever that stands, in a string as well.
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
@@ -148,6 +153,7 @@ def _conversion(data: Document) -> dict[str, Any]:
     plan = Plan.from_json(data["plan"])
     fidelity = data.get("fidelity")
     stored = f", stored as {data['stored']}" if data["stored"] != data["dtype"] else ""
+    # Only what how_to_load() asks for: the page is made of the document alone.
     report = Report(data["source"], data["library"], data["architecture"], data["method"], data["out"], plan)
     return {
         "heading": f"{data['source']} → {data['out']}" if data["out"] else data["source"],

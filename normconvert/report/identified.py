@@ -41,6 +41,7 @@ def show_identification(console: Console, found: Identification, *, verbose: boo
     if not found.exact:
         table.add_row("fits", Text("no architecture that is known", "yellow"))
     for stated in found.stated:
+        # A file's name that fits nothing is no statement, and would only distract.
         if any(stated.name == c.name for c in found.exact) or stated.where in ("config.json", "normconvert.json"):
             table.add_row("stated", f"{stated.name} ({stated.where})")
     shown = chosen or (found.exact[0] if found.exact else None)

@@ -85,11 +85,13 @@ def _figure_cases(document: dict[str, Any]) -> Iterator[Case]:
         name = f"{outcome.figure.name}: {outcome.figure.words}"
         if outcome.passed is False:
             yield Case(name, failure=outcome.sentence)
+        # Neither passed nor failed: a figure that a model does not have must not look like one that was checked.
         elif outcome.found is None:
             yield Case(name, skipped="not measured for this model")
         else:
             limit = outcome.bound or "no limit"
             yield Case(name, output=f"{outcome.value} ({limit})")
+    # No figure covers what did not run.
     broken = [reason for reason in document["reasons"] if "cannot run probe" in reason]
     yield Case("probes: the converted model runs what the original runs", failure="\n".join(broken) or None)
 
@@ -103,4 +105,5 @@ def _check_cases(document: dict[str, Any]) -> Iterator[Case]:
 
 
 def _clean(value: Any) -> str:
+    # Otherwise one odd character in a name makes the whole file unreadable.
     return NOT_XML.sub("�", str(value))

@@ -64,6 +64,7 @@ def _check(document: dict[str, Any]) -> Iterator[str]:
         yield ""
         groups = [(f.subject, f.what, 1) for f in findings]
         if len(groups) > MOST:
+            # Only where they are too many: single names are easier to act on.
             alike = collapse(Row(f.name, f.what, f.file) for f in findings)
             groups = [(group.name, group.text, group.count) for group in alike]
         for name, what, count in groups[:MOST]:
@@ -79,12 +80,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield "| " + " | ".join("---" for _ in head) + " |"
     for row in rows:
+        # A bar ends the cell even inside of code.
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
 def code(value: Any) -> str:
     """Any text as code: no mark-up, mention or link of it comes to life."""
+    # On one line: a line break in a name could begin a heading or a list.
     line = " ".join(str(value).split()) or " "
+    # Longer than any run inside, which would close it.
     fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}"

@@ -64,10 +64,12 @@ def write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():  # /dev/stderr, a pipe
         path.write_text(text, encoding="utf-8", errors="replace")
         return
+    # In the same folder: only within one file system is a rename one step.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
+        # There is no way to read it without setting it.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)  # as an ordinary new file; mkstemp's are private

@@ -41,5 +41,6 @@ def by_reason(plan: Plan, *, converted: bool) -> list[tuple[str, list[NormLine]]
 
 def bars(seconds: dict[str, float]) -> list[tuple[str, str, int]]:
     """(stage, its time, its share in percent of the longest)."""
+    # Stages that took no time at all have no longest one to be divided by.
     longest = max(seconds.values(), default=0.0) or 1.0
     return [(stage, f"{s:.2f} s", max(1, round(100 * s / longest))) for stage, s in seconds.items()]

@@ -74,7 +74,9 @@ class Screen:
             with suppress(AttributeError, ValueError):  # a terminal without UTF-8 gets "?" and no exception
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         self.err = _console(sys.stderr)
+        # With --json - stdout holds the document and nothing else, so that it can be piped into a parser.
         self.out = self.err if json_file == STDOUT else _console(sys.stdout)
+        # Both are asked: with FORCE_COLOR rich takes a pipe for a terminal.
         self.live = self.err.is_interactive and sys.stderr.isatty() and not quiet
         self._display: Status | Progress | None = None
         self.written: list[str] = []
@@ -146,11 +148,13 @@ class Screen:
     def hush(self) -> None:
         """Keep the libraries from writing on the terminal; to be called before they are imported."""
         if not self.live:
+            # setdefault: who has set them knows why.
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if self.verbose:
             return
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # With -W or PYTHONWARNINGS somebody has asked for them.
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         for library in ("transformers", "timm", "torch", "huggingface_hub"):
@@ -166,6 +170,7 @@ class Screen:
         """``error: ...`` on stderr: one line, and below it whatever else the message holds."""
         self.clear()
         first, *rest = message.splitlines() or [""]
+        # Not by rich, which folds lines: an error is to be found by a search for its text.
         print(f"error: {first}", *rest, sep="\n", file=sys.stderr)
 
     def show(self, show: Callable[[Console], None]) -> None:
@@ -191,6 +196,7 @@ class Screen:
                 output.write(document)
             except InputError as error:  # the others are still wanted
                 errors.append(error)
+        # Before an error is raised: the annotations do not need the file that failed.
         if self.annotate is not None:
             self.annotate(document, self._write)
         if errors:
@@ -218,6 +224,7 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         143 terminated.
     """
     try:
+        # A report that cannot be written is to be known before the work that it tells of.
         screen.check()
         done = action()
         screen.clear()
@@ -255,6 +262,7 @@ def _fail(screen: Screen, error: BaseException, message: str, status: int) -> in
     else:
         screen.error(message)
     try:
+        # The document is due on failure as well: what called this reads the reason from it.
         screen.document(error_document(message, status, error))
     except (InputError, OSError) as another:
         if str(another) != str(error):  # the file that cannot be written may be the error itself
@@ -269,6 +277,7 @@ def _json(document: dict[str, Any]) -> str:
 def _console(file: TextIO) -> Console:
     from rich.console import Console
 
+    # All off: names of tensors and files hold brackets and colons, which would be taken for mark-up.
     return Console(file=file, highlight=False, markup=False, emoji=False)
 
 

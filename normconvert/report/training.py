@@ -65,6 +65,7 @@ def watch_on(screen: Screen) -> Callable[[int, int, Mapping[str, float]], None]:
             if time.monotonic() - last[0] > PAUSE:
                 last[0] = time.monotonic()
                 screen.update(f"training: {text}")
+        # The last step always: it is what one looks for in a log.
         elif not screen.quiet and (step % max(1, steps // LINES) == 0 or step == steps):
             screen.err.print(f"  {text}", style="dim", soft_wrap=True)
 

@@ -54,16 +54,20 @@ def load(
         if record.get("library") == "timm" and not (folder / "config.json").is_file():
             arch = f"timm:{record['architecture']}"
     source = open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
+    # Of the folder that was opened: what came from the hub is in its cache only now.
     record = read_record(source.folder or folder)
+    # The edits name modules of the recorded class; in another they might find modules of the same name.
     if record["architecture"] != source.architecture:
         raise InputError(
             f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
         )
     model = source.load(dtype=dtype, device=device)
     try:
+        # What the weights do not fit without has been applied while they were loaded.
         apply_module_edits(model, () if source.modules else record["modules"])
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    # The class that the shipped file makes, so that save_pretrained writes the edits and the file again.
     auto_map = source.config.get("auto_map") or {}
     if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
@@ -104,6 +108,7 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
     """
     from normconvert import runtime
 
+    # A deep copy, since nested sections are changed as well.
     config = json.loads(json.dumps(config))
     for key, value in plan.config.items():
         *parents, last = key.split(".")
@@ -117,6 +122,7 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
         config[runtime.CONFIG_KEY]["guard"] = guard
     module = Path(runtime.REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
+    # Two kinds of code cannot stand behind one auto_map: that of the checkpoint is what its config needs.
     own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
     files: dict[str, str | bytes] = {}
     if not own_code:
@@ -135,6 +141,7 @@ def _auto_classes(model_type: str, architecture: str) -> Iterator[tuple[str, str
     from transformers.models.auto import modeling_auto
 
     for auto, kind in sorted(vars(modeling_auto).items()):
+        # The names behind a lazy mapping, not the mapping: that would import the module of every model it is asked for.
         mapping = getattr(kind, "_model_mapping", None)
         if not auto.startswith("AutoModel") or mapping is None:
             continue

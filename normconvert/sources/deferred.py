@@ -23,15 +23,18 @@ def deferred(module: str, function: str) -> Iterator[None]:
     nothing is changed.
     """
     package = module.rpartition(".")[0]
+    # What is imported costs nothing more, and what is not installed must still be seen to be missing.
     if module in sys.modules or find_spec(package) is None:
         yield
         return
     stand_in = _StandIn(module)
+    # With its real path, submodules can be imported while it stands there.
     stand_in.__path__ = getattr(find_spec(module), "submodule_search_locations", None) or []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(stand_in.real(), function)(*args, **kwargs)
 
+    # Whoever imported the function keeps this one for good.
     call.__name__ = call.__qualname__ = function
     vars(stand_in)[function] = call
     sys.modules[module] = stand_in
@@ -46,6 +49,7 @@ class _StandIn(ModuleType):
 
     def leave(self) -> None:
         """Make way for the module."""
+        # Somebody may have imported the real one in the meantime.
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
 

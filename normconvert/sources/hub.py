@@ -29,6 +29,7 @@ def wanted_files(names: list[str]) -> list[str]:
     Only weights in the root are taken: those in subfolders are other variants of the model.
     """
     safe = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    # training_args.bin is a pickle of settings, not of weights.
     pickles = [n for n in names if n.endswith((".bin", ".pth", ".pt")) and "/" not in n and "training" not in n]
     # A repository may hold the same weights under several names (model.safetensors, model.fp16.safetensors).
     safe = [n for n in safe if n == "model.safetensors" or re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)] or safe
@@ -69,6 +70,7 @@ def find(repo: str, revision: str | None) -> Found:
             api = huggingface_hub.HfApi()
             try:
                 info = api.model_info(repo, revision=revision, files_metadata=True, timeout=LOOK_UP)
+                # Anyone may read the description of a gated model; whether its files may be had is another question.
                 if info.gated:
                     api.auth_check(repo)
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
@@ -134,6 +136,7 @@ def remember(repo: str, revision: str | None, commit: str | None) -> None:
         return
     try:
         if huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=LOOK_UP).sha == commit:
+            # For the note that it leaves of the branch; the file itself is there by its commit.
             huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns="config.json")
     except Exception:
         return
@@ -154,6 +157,7 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except InputError:
         raise
+    # Before RepositoryNotFoundError, of which it is a kind.
     except errors.GatedRepoError as error:
         raise InputError(f"{name}: a gated model: ask for access on the hub, then log in or set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:

@@ -58,6 +58,7 @@ def build_skeleton(source: Source) -> nn.Module:
 
             model = transformers_models.build_meta(source)
     apply_modules(source, model)
+    # The constants afterwards: the move would take their values away again.
     model = model.to(torch.device("meta")).eval()
     fill(model)
     return model
@@ -81,6 +82,7 @@ def map_names(source: Source) -> Mapping:
         InputError: a tensor the model needs is missing, or one has another shape than the model expects.
     """
     model = build_skeleton(source)
+    # The parameters themselves: what is detached is a new object each time, and ties are seen by identity.
     state = model.state_dict(keep_vars=True)
     tied = tied_groups(state)
     buffers = frozenset(name for name, _ in model.named_buffers())
@@ -91,6 +93,7 @@ def map_names(source: Source) -> Mapping:
     else:
         from normconvert.sources import transformers_models
 
+        # Ties that the class declares count as well, whether they are made on the meta device or not.
         name_map, merged, more_tied = transformers_models.rename(source, model, state)
         tied = tied_groups(state, more_tied)
     _check_missing(source, model, state, merged.union(name_map.values()), tied, buffers)
@@ -126,6 +129,7 @@ def _check_missing(
     for group in tied:
         if present.intersection(group):
             present.update(group)
+    # transformers' own list of what may be missing: anything else it would fill at random and only warn.
     allowed = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
     missing = [
         name for name in state
@@ -149,6 +153,7 @@ def _check_shapes(source: Source, name_map: dict[str, str], state: dict[str, tor
                 f"{source.reference}: tensor {name} has shape {list(info.shape)}, "
                 f"{source.architecture} expects {list(expected.shape)}"
             )
+        # Integers and 8-bit floats in place of weights mean something only together with scales that are elsewhere.
         if expected.is_floating_point() and info.dtype not in FLOATING:
             raise InputError(
                 f"{source.reference}: tensor {name} is {info.dtype} where {source.architecture} expects floats: "

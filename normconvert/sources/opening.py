@@ -65,6 +65,7 @@ def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Sourc
         InputError: see :func:`open_source`.
     """
     opened: dict[str, Source] = {}  # a checkpoint compared with itself is opened twice, and kept once
+    # The one that says what it is comes first, since the other is opened as the same.
     for reference in (b, a) if _is_bare(a) else (a, b):
         other = next(iter(opened.values()), None)
         named = other is not None and other.library == "timm" and _is_bare(reference)
@@ -84,6 +85,7 @@ def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     if reference.startswith("demo:"):
         return demo_folder(reference.removeprefix("demo:")), None
     path = Path(reference).expanduser()
+    # Before the hub is asked: what is here is meant. An empty reference would be the current folder.
     if reference and path.exists():
         if revision is not None:
             raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
@@ -100,6 +102,7 @@ def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
         InputError: it is no hub id, or names another revision than ``revision``.
     """
     name, _, at = reference.partition("@")
+    # A weight file that is not here has a name like a model's, too: nobody is to wait for the hub to say so.
     if not HUB_ID.fullmatch(name) or name.endswith(WEIGHT_SUFFIXES) or (at and revision and at != revision):
         if at and revision:
             raise InputError(f"{reference}: two revisions, {at} and {revision}: give one")
@@ -112,6 +115,7 @@ def open_folder(
 ) -> Source:
     """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
     config_file = folder / "config.json"
+    # Whoever names an architecture means it, whatever a config.json says.
     config = load_json(config_file) if config_file.is_file() and arch is None else {}
     record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
     _refuse_quantised(folder, config)
@@ -156,6 +160,7 @@ def _finish(
         pickled=checkpoint.pickled,
         modules=structural_edits(folder) if folder is not None else (), notes=notes,
     )  # fmt: skip
+    # The names can be mapped only when the class is known, so the source is made in two steps.
     source = describe(source)
     mapping = map_names(source)
     return replace(
@@ -192,6 +197,7 @@ def library_of(config: dict[str, Any], arch: str | None) -> str:
         if not arch.startswith("timm:") or arch == "timm:":
             raise InputError(f"--arch {arch}: expected timm:NAME, e.g. timm:vit_small_patch16_224")
         return "timm"
+    # Where both are there it is a model of transformers: timm's files have no `model_type`.
     if "architecture" in config and "model_type" not in config:
         return "timm"
     if "model_type" in config or "architectures" in config:
@@ -200,6 +206,7 @@ def library_of(config: dict[str, Any], arch: str | None) -> str:
 
 
 def _refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
+    # A model of several parts may have one of them quantised.
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         quantisation = part.get("quantization_config")
         if quantisation:

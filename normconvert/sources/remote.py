@@ -84,12 +84,14 @@ class RemoteShards:
         """See that the data of one tensor (checkpoint name) is there: by range requests, if its file is not."""
         info = self._tensors[name]
         with self._lock:
+            # A file that is here is a link, into the hub's cache perhaps: to write through it would spoil that.
             if info.file.name in self._here or name in self._fetched:
                 return
             with info.file.open("r+b") as handle:
                 handle.seek(info.start)
                 for start in range(info.start, info.end, PIECE):
                     handle.write(self._range(info.file.name, start, min(start + PIECE, info.end)))
+            # When all of it is there: a request that failed half-way is made again.
             self._fetched.add(name)
 
     def cached(self, name: str) -> Path | None:
@@ -98,6 +100,7 @@ class RemoteShards:
 
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
         path = Path(found) if isinstance(found, str) else None
+        # A file that was cut off, by a full disk say, is not the one that is meant.
         size = self.files[name].size if name in self.files else None
         return path if path is not None and size in (None, path.stat().st_size) else None
 
@@ -118,10 +121,12 @@ class RemoteShards:
                 return
         file, path = self.files[name], self.cached(name) or self._download(name)
         with path.open("rb") as handle:
+            # The layout was made from the header that was described: another one would put every tensor elsewhere.
             if path.stat().st_size != file.size or handle.read(len(file.header)) != file.header:
                 raise InputError(f"{path}: not what the hub describes as {name} of {self.repo}: delete it")
         link = place.with_name(f".{name}.link")
         link.unlink(missing_ok=True)
+        # A link made aside and renamed: at no moment is there neither a shell nor a file for another thread to open.
         link.symlink_to(path.resolve())
         with self._lock:
             os.replace(link, place)
@@ -130,6 +135,7 @@ class RemoteShards:
     def drop(self, name: str) -> None:
         """Put the shell back, and delete the file if it was fetched: one in the cache stays."""
         self._make_shell(name)
+        # The shell first: a link to a file that is gone cannot be opened.
         (self._scratch / name).unlink(missing_ok=True)
 
     def _download(self, name: str) -> Path:
@@ -141,6 +147,7 @@ class RemoteShards:
     def _make_shell(self, name: str) -> None:
         """Put a shell where the file is to be, in place of whatever stands there."""
         file, place = self.files[name], self.folder / name
+        # Aside: at the place may be a link into the hub's cache, and opening it for writing would empty that file.
         fresh = place.with_name(f".{name}.shell")
         with fresh.open("wb") as handle:
             handle.write(file.header)
@@ -148,6 +155,7 @@ class RemoteShards:
         with self._lock:
             os.replace(fresh, place)
             self._here.discard(name)
+            # What was fetched went with the old shell.
             self._fetched -= {tensor for tensor in self._fetched if self._tensors[tensor].file.name == name}
 
     def _describe(self, name: str) -> RemoteFile:
@@ -158,10 +166,12 @@ class RemoteShards:
             with path.open("rb") as handle:
                 first = handle.read(8)
                 header = first + handle.read(_header_length(name, first, path.stat().st_size))
+            # The cache names its blobs by their etag.
             digest = path.resolve().name
             return RemoteFile(name, path.stat().st_size, _sha256(digest), header)
         with explained(self.repo, self.commit):
             described = get_hf_file_metadata(hf_hub_url(self.repo, name, revision=self.commit))
+        # Headers of one commit and data of another would fit each other only by chance.
         if described.size is None or described.commit_hash not in (None, self.commit):
             raise InputError(f"{self.repo}: the hub does not say how large {name} is, which --stream needs")
         data = self._range(name, 0, min(FIRST, described.size))
@@ -180,11 +190,13 @@ class RemoteShards:
 
         hub: Any = utils  # typed in part
 
+        # Not compressed on the way: the range is of the file's own bytes.
         headers = {**hub.build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
         url = hf_hub_url(self.repo, name, revision=self.commit)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with (
             explained(self.repo, self.commit),
+            # Streamed, so that the status is seen before a body of gigabytes; retries are the library's own.
             hub.http_stream_backoff("GET", url, headers=headers, timeout=timeout) as answer,
         ):
             hub.hf_raise_for_status(answer)
@@ -223,6 +235,7 @@ def open_remote(
     repo, revision = hub_id(reference, revision)
     with explained(repo, revision):
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+    # From here on by commit: a branch may move while shards are fetched for hours.
     commit = info.sha
     wanted = wanted_files([sibling.rfilename for sibling in info.siblings or []])
     weights = [name for name in wanted if name.endswith(".safetensors") and "/" not in name]
@@ -233,6 +246,7 @@ def open_remote(
         cached = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=small))
     for name in small:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        # Copies: links into the cache would lead out of this folder and be refused as such.
         shutil.copyfile(cached / name, folder / name)
     shards = RemoteShards(repo, commit, folder, folder / ".cache" / "shards")
     shards.prepare(weights)

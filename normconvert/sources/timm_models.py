@@ -26,6 +26,7 @@ def describe(source: Source) -> Source:
     import timm
 
     name = source.architecture or str(source.config.get("architecture"))
+    # Behind the dot stands which weights, not which model.
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 3, cutoff=0.4)
         raise InputError(
@@ -56,6 +57,7 @@ def _bare_config(source: Source) -> dict[str, Any]:
     classes = getattr(model, "num_classes", 0)
     if classifiers:
         head = source.tensors.get(f"{classifiers[0]}.weight")
+        # As many as the weights have: with the default number they would not fit.
         classes = head.shape[0] if head and head.shape else 0
     pretrained["num_classes"] = classes
     config = {"architecture": name, "num_classes": classes, "num_features": getattr(model, "num_features", None)}
@@ -76,6 +78,7 @@ def _arguments(source: Source, name: str, model: nn.Module, classifiers: list[st
 
     heads = {f"{classifier}.{part}" for classifier in classifiers for part in ("weight", "bias")}
     state = {n: tuple(tensor.shape) for n, tensor in model.state_dict().items() if n not in heads}
+    # The usual case is settled before models are built to explain a difference.
     if all(n not in state or state[n] == info.shape for n, info in source.tensors.items()):
         return None
     names = names_of(source.tensors, ())
@@ -88,6 +91,7 @@ def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.M
     import timm
 
     try:
+        # timm reads the folder's configuration by itself, with all that it knows of it.
         if not source.described:
             model: nn.Module = timm.create_model(f"local-dir:{source.folder}", pretrained=pretrained, **options)
         else:
@@ -124,6 +128,7 @@ def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, st
     """
     name_map = {name: name for name in source.tensors if name in state}
     fits = set(state) <= set(name_map) and all(source.tensors[n].shape == tuple(state[n].shape) for n in name_map)
+    # That the filter gives every tensor can only be seen by loading: it is a function, not a table.
     if not fits:
         with suppress(InputError):
             _load_filtered(source)
@@ -142,6 +147,7 @@ def _nothing_missing() -> Iterator[None]:
             raise RuntimeError(f"tensors {', '.join(result.missing_keys[:3])} are missing")
         return result
 
+    # For all modules: timm's loaders call it on whatever they build.
     nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -153,6 +159,7 @@ def _load_filtered(source: Source) -> nn.Module:
     """The model with its weights put through the filter timm has for this architecture; none may be missing."""
     weights = {name: source.read(name) for name in source.tensors}
     with NoRandomInit(), _nothing_missing():
+        # As timm loads weights it has downloaded, through the same filter, but from memory.
         return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
@@ -162,6 +169,7 @@ def load(source: Source, dtype: torch.dtype) -> nn.Module:
         return _load_filtered(source).to(dtype)
     with NoRandomInit():
         model = _create(source)
+    # Before the weights, which have the shapes that these edits give.
     apply_modules(source, model)
     model = model.to(dtype)
     weights = {target: source.read(name) for name, target in source.name_map.items()}

@@ -46,6 +46,7 @@ def _config(source: Source) -> Any:
 
     model_type = source.config.get("model_type")
     remote = _remote_classes(source)
+    # A type that transformers knows needs no foreign code, whatever the checkpoint brings along.
     if "AutoConfig" in remote and not source.trust_remote_code and model_type not in CONFIG_MAPPING:
         raise _needs_trust(source, f"the configuration {remote['AutoConfig']}")
     try:
@@ -73,11 +74,13 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     if name is None and not (set(remote) - {"AutoConfig"}):
         try:
             with quiet(), torch.device("meta"):
+                # Built on the meta device for its class alone: AutoModel says it in no other way.
                 return type(transformers.AutoModel.from_config(config))
         except Exception as error:
             raise InputError(f"{source.reference}: no class for this config.json: {first_line(error)}") from error
     found = getattr(transformers, name, None) if name else None
     native = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    # First the checkpoint's own class, as from_pretrained takes it; only if that was allowed.
     if source.trust_remote_code:
         for key, reference in remote.items():
             if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
@@ -115,6 +118,8 @@ def build_meta(source: Source) -> nn.Module:
     model_class: Any = _model_class(source, config)
     try:
         with quiet(), torch.device("meta"), safe_creation():
+            # Private, but what from_pretrained builds with: the constructor alone would leave out the choice of
+            # attention and the dtype of every part.
             model: Any = model_class._from_config(config, dtype=source.dtype)
             if any(not p.is_meta for p in model.parameters()):  # torch.FloatTensor(n) heeds no device in force
                 model.to("meta").tie_weights()
@@ -140,6 +145,7 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
     try:
         with quiet():
             model: Any = model_class._from_config(config, dtype=dtype)
+            # Private as well: nothing public says which parameters from_pretrained keeps in float32.
             exceptions = model._get_dtype_plan(dtype)
     except Exception as error:
         raise InputError(
@@ -182,14 +188,17 @@ def rename(
     # The order matters: some renamings are switched on by a name seen before.
     for name in sorted(source.tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        # A renaming for older files can hit a name that is right already.
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
             continue  # a stray tensor: unused by the model
         if pattern is not None:
             first, *_ = patterns = by_pattern[pattern].target_patterns
+            # A split makes several tensors of one: all of them depend on it.
             merged.update(target.replace(first, other) for other in patterns)
         name_map[name] = target
+    # Back in the order of the files, in which they are written.
     ordered = {name: name_map[name] for name in source.tensors if name in name_map}
     return ordered, frozenset(merged), dict(getattr(model, "all_tied_weights_keys", None) or {})
 
@@ -197,6 +206,7 @@ def rename(
 def load(source: Source, dtype: torch.dtype) -> nn.Module:
     """``from_pretrained`` of the plain class on the source's folder."""
     model_class: Any = _model_class(source, _config(source))
+    # The plain class would refuse the shapes of a converted folder.
     if source.modules:
         from normconvert.runtime import converted_class
 
@@ -208,6 +218,7 @@ def load(source: Source, dtype: torch.dtype) -> nn.Module:
             )
     except Exception as error:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(error)}") from error
+    # A merge that failed may be reported only, and not raised.
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(ValueError(str(errors)))}")
