@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from normconvert.runtime.affine import Absorbed, Affine, Clip
 from normconvert.runtime.bases import BASES, compress, lift
-from normconvert.runtime.classes import CONFIG_KEY, REMOTE_FILE, __getattr__, converted_class, edits_for
+from normconvert.runtime.classes import CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
+from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
 from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits
 from normconvert.runtime.hooks import Center, Compress, add_hook, center
 from normconvert.runtime.norms import NORMS, CRMSNorm, RMSNorm
@@ -33,7 +34,6 @@ __all__ = [
     "Compress",
     "Padded",
     "RMSNorm",
-    "__getattr__",
     "add_hook",
     "apply_module_edits",
     "center",

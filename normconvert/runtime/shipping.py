@@ -70,7 +70,9 @@ def assemble(parts: Mapping[str, str]) -> str:
         for found in _imports(part, tree):
             if found[0].split(".")[0] != _PACKAGE:
                 imports.add(found)
-                owners.setdefault(found[2] or found[1] or found[0].split(".")[0], "an import")
+                bound, origin = found[2] or found[1] or found[0].split(".")[0], f"an import of {found[0]}"
+                if owners.setdefault(bound, origin) != origin:
+                    raise ValueError(f"{part} imports {bound}, and {owners[bound]} defines it")
             elif found[1] not in owners:
                 raise ValueError(f"{part} imports {found[1]}, which no part before it defines")
         for name in _defined(tree):
