@@ -66,7 +66,7 @@ def test_every_size_computes_the_definition(tokens: int, dtype: torch.dtype, par
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_no_norm_runs_as_a_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     for last in (False, True):
-        options = {"axis": -3, "channels_last": last} if len(shape) == 4 else {}
+        options: dict[str, Any] = {"axis": -3, "channels_last": last} if len(shape) == 4 else {}
         names = operations(norm(SIZE, dtype, **options).eval(), torch.randn(shape).to(dtype))
         assert "linalg_vector_norm" in names
         assert not any("layer_norm" in name for name in names)
@@ -197,7 +197,8 @@ def test_a_compiler_sees_one_graph_whatever_was_called_before(grad: bool) -> Non
 
 @pytest.mark.slow
 def test_the_default_compiler_computes_the_definition() -> None:
-    for options in ({}, {"axis": -3, "channels_last": True}):
+    every: list[dict[str, Any]] = [{}, {"axis": -3, "channels_last": True}]
+    for options in every:
         for dtype in (torch.float32, torch.bfloat16):
             module = norm(SIZE, dtype, **options).eval()
             axis = module.axis

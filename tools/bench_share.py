@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normconvert
 from normconvert.benchmark.machine import machine
@@ -58,7 +58,7 @@ class Clocked:
 def shares(
     models: Mapping[str, nn.Module],
     timed: Mapping[str, Sequence[nn.Module]],
-    inputs: Mapping[str, Tensor | bool],
+    inputs: Mapping[str, Any],
     rounds: int,
     clock: Callable[[], float],
 ) -> dict[str, tuple[float, float]]:
@@ -112,8 +112,8 @@ def main() -> None:
             print(row, flush=True)
             lines.append(row)
     if options.write:
-        text = section(lines, machine_in_words(machine(torch.device("cpu"))))
-        write_section(DOCS / "performance.md", "share", text, SECTIONS)
+        page = section(lines, machine_in_words(machine(torch.device("cpu"))))
+        write_section(DOCS / "performance.md", "share", page, SECTIONS)
 
 
 def rows_of(name: str, options: argparse.Namespace) -> Iterator[str]:

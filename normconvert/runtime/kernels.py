@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 Kernel = Callable[[Tensor, "Tensor | None", "Tensor | None", int, float], Tensor]
 """(x, weight + offset, bias, axis, eps) -> y, shape and dtype of x."""
@@ -24,7 +26,7 @@ def is_plain(x: Tensor) -> bool:
 
     Otherwise results cannot be written in place, nor may code depend on where a tensor lies in memory.
     """
-    return type(x) in (Tensor, nn.Parameter) and not (torch.jit.is_tracing() or _transforms_active())
+    return type(x) in (Tensor, nn.Parameter) and not (is_tracing() or _transforms_active())
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -65,13 +67,27 @@ def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, ep
 
 def in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
+    # For few tokens each operation counts: with three instead of one for the mean and eps, a GPT-2 small takes half a
+    # hundredth longer for 32 tokens, and with two for weight and bias about as much.
     scale = torch.linalg.vector_norm(x, 2, axis, True, dtype=wide_dtype(x))
-    y: Tensor = x * scale.square_().mul_(1.0 / x.shape[axis]).add_(eps).rsqrt_()
+    if x.is_cpu:
+        scale = torch.addcmul(_number(eps, scale.dtype), scale, scale, value=1.0 / x.shape[axis])
+    else:
+        scale = scale.square_().mul_(1.0 / x.shape[axis]).add_(eps)
+    y: Tensor = x * scale.rsqrt_()
+    if weight is not None and bias is not None and weight.dtype == bias.dtype == y.dtype:
+        return torch.addcmul(bias, y, weight, out=y)
     if weight is not None:
         y = y.mul_(weight)
     if bias is not None:
         y = y.add_(bias)
     return y.to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU, to be read only."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def fused_rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
