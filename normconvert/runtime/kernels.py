@@ -67,8 +67,8 @@ def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, ep
 
 def in_place(x: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int, eps: float) -> Tensor:
     """The definition with one pass for the sum of squares and no temporaries but the result; not differentiable."""
-    # For few tokens each operation counts: with three instead of one for the mean and eps, a GPT-2 small takes half a
-    # hundredth longer for 32 tokens, and with two for weight and bias about as much.
+    # For few tokens each operation counts: three instead of one for the mean and eps are half a hundredth of a GPT-2
+    # small's call, two instead of one for weight and bias about as much of one token's.
     scale = torch.linalg.vector_norm(x, 2, axis, True, dtype=wide_dtype(x))
     if x.is_cpu:
         scale = torch.addcmul(_number(eps, scale.dtype), scale, scale, value=1.0 / x.shape[axis])
