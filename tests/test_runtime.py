@@ -142,11 +142,6 @@ def test_the_kernel_follows_from_the_call_alone() -> None:
     with torch.no_grad():
         assert kernels.choose_kernel(x, vector, vector, -1) is kernels.in_place
         assert kernels.choose_kernel(x, vector.double(), None, 0) is kernels.in_place
-        assert kernels.choose_kernel(x.as_subclass(Marked), vector, None, -1) is kernels.formula
-
-
-class Marked(Tensor):
-    """A subclass that changes nothing."""
 
 
 def test_it_works_under_vmap_and_jit_trace() -> None:
