@@ -1,6 +1,6 @@
 """Writes the files of a layout: two tensors at a time, each by a thread of its own.
 
-Untouched tensors are copied as bytes inside the kernel; edited ones are computed by :mod:`normconvert.apply.checkpoint.blocks`.
+Untouched tensors are copied as bytes inside the kernel; edited ones are computed by :mod:`normconvert.apply.blocks`.
 Every tensor has its place in its file before anything is written, so the order in which they are done does not show.
 """
 

@@ -37,7 +37,7 @@ class Plan:
 
     Attributes:
         method: the conversion, e.g. ``rmsnorm``.
-        tensors: model tensor name -> edits in order (see :mod:`normconvert.plan.conversion_plan.edits`). Names are those of the model's
+        tensors: model tensor name -> edits in order (see :mod:`normconvert.plan.edits`). Names are those of the model's
             ``state_dict``; the source maps them to names in the files.
         aliases: for every *edited* tensor that several names of the model share (tied weights), the name used in
             ``tensors`` -> all its names, so that whichever name the files hold is found.

@@ -3,7 +3,7 @@
 A plan never holds code. It names tensors and lists, for each, operations from :data:`EDITS`; this module is the only
 place that gives them a meaning, and it is used alike by the streaming writer and by the float64 verification.
 
-What a tensor is multiplied by or what is added to it is a vector expression (see :mod:`normconvert.plan.conversion_plan.vectors`).
+What a tensor is multiplied by or what is added to it is a vector expression (see :mod:`normconvert.plan.vectors`).
 
 A channel axis may be one factor of a tensor dimension (``outer * size * inner``), as when a fused projection holds
 several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (1 if plain).
@@ -230,5 +230,5 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
 
 
 def limited(rows: Sequence[Edit], limit: Callable[[str], float]) -> tuple[Edit, ...]:
-    """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.plan.conversion_plan.vectors`."""
+    """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.plan.vectors`."""
     return tuple({**row, "by": with_limits(row["by"], limit)} if "by" in row else row for row in rows)

@@ -4,7 +4,7 @@ relu(a x + b) = a max(x + b / a, 0) for a > 0, and a min(x + b / a, 0) for a < 0
 neither before nor behind, where every layer reads all earlier ones through a norm of its own, still vanishes: the
 linear maps that read the ReLU take a, whatever they pad with zeros, and x + b / a is half a BatchNorm's work. The start
 -b / a could move behind as well, max(x, -b / a) + b / a, and then no work would be left; but sums of what cancels again
-lose digits (docs/design.md has figures). `normconvert.plan.conversion_plan.vectors` says what the vectors are, with constant channels.
+lose digits (docs/design.md has figures). `normconvert.plan.vectors` says what the vectors are, with constant channels.
 """
 
 from __future__ import annotations

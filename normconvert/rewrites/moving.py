@@ -46,7 +46,7 @@ class Share:
         outer: further factors of that dimension (see `Place`), as ``inner``.
         start: forwards, the first of its channels that is scaled.
         channels: backwards, which of the affine map's channels it takes: (start, stop).
-        groups: as in `normconvert.plan.conversion_plan.edits`, where dimension 1 continues dimension 0.
+        groups: as in `normconvert.plan.edits`, where dimension 1 continues dimension 0.
         bias: name of its bias; None if it has none.
         outputs: length of the bias.
         shifted: whether it takes the shift, too.

@@ -106,7 +106,7 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
         File name -> content: ``config.json`` with the plan's config changes, the module edits and an ``auto_map``, and
         ``modeling_normconvert.py``. A checkpoint with model code of its own keeps its ``auto_map`` and gains no file.
     """
-    from normconvert import runtime
+    from normconvert.runtime import CONFIG_KEY, REMOTE_FILE, shipped_source
 
     # A deep copy, since nested sections are changed as well.
     config = json.loads(json.dumps(config))
@@ -116,11 +116,11 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
         for parent in parents:
             section = section[parent]
         section[last] = value
-    guard = plan.guard or (config.get(runtime.CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
-    config[runtime.CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    guard = plan.guard or (config.get(CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
+    config[CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
     if guard is not None:
-        config[runtime.CONFIG_KEY]["guard"] = guard
-    module = Path(runtime.REMOTE_FILE).stem
+        config[CONFIG_KEY]["guard"] = guard
+    module = Path(REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
     # Two kinds of code cannot stand behind one auto_map: that of the checkpoint is what its config needs.
     own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
@@ -131,7 +131,7 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
             classes = {auto: name for auto, name in classes.items() if name == architecture}
         classes = classes or {"AutoModel": architecture}
         config["auto_map"] = auto_map | {auto: f"{module}.{name}" for auto, name in classes.items()}
-        files[runtime.REMOTE_FILE] = Path(runtime.__file__).read_bytes()
+        files[REMOTE_FILE] = shipped_source()
     files["config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return files
 

@@ -81,7 +81,7 @@ def compare_models(
     Args:
         original: in float64 for the algebra.
         converted: likewise.
-        probes: as :func:`normconvert.tracing.graph.probes.verification_inputs` makes them.
+        probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
         seed: for models that draw random numbers even in eval mode.
         outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
     """
@@ -116,7 +116,7 @@ def verify_models(
         algebra: the plan applied to them in float64; None replays `plan`, or skips this figure (0.0) if that is None.
         original: the original checkpoint in the dtype it is used in.
         converted: the converted one in that dtype.
-        probes: as :func:`normconvert.tracing.graph.probes.verification_inputs` makes them.
+        probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
         tolerance: for the algebra; see :func:`tolerance_for`.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.

@@ -35,7 +35,7 @@ class Fidelity:
         rounding_tolerance: that the rounding was held against.
         passed: whether every figure is within its tolerance.
         reasons: one sentence for each that is not.
-        limits: figure -> the limit that the user set (:mod:`normconvert.verification.equivalence.limits`).
+        limits: figure -> the limit that the user set (:mod:`normconvert.verification.limits`).
     """
 
     algebra: float

@@ -122,8 +122,8 @@ def lazy_model(
     edits: Sequence[Mapping[str, Any]] = source.modules
     if not edits and source.record is not None and source.folder is not None:  # as loading.load takes them
         edits = read_record(source.folder)["modules"]
-    if plan is not None:  # as in running.algebra_model: the proof must not lean on what it proves
-        edits = [*edits, *({**e, "mean_free": False} if e["op"] == "replace" else e for e in plan.modules)]
+    if plan is not None:
+        edits = [*edits, *plan.modules]
     files = _Files(source)
     _load_buffers(files, model)
     try:

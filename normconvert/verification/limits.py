@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a :class:`normconvert.verification.equivalence.fidelity.Fidelity`.
+    """One figure of a :class:`normconvert.verification.fidelity.Fidelity`.
 
     Attributes:
         name: the attribute's, and the key in a limits file.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normconvert.apply.checkpoint import blocks as apply_blocks
-from normconvert.apply.checkpoint import writer as apply_write
+from normconvert.apply import blocks as apply_blocks
+from normconvert.apply import writer as apply_write
 from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_header

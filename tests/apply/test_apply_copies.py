@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from normconvert import convert
-from normconvert.apply.checkpoint import scan as scanning
-from normconvert.apply.checkpoint import source_reader as apply_scan
+from normconvert.apply import scan as scanning
+from normconvert.apply import source_reader as apply_scan
 from normconvert.apply.blocks import HALVES, Workspace
 from normconvert.apply.scan import Scan
 from normconvert.apply.scan_process import ScanProcess
@@ -100,7 +100,7 @@ def test_files_with_another_layout(src: Path, tmp_path: Path, options: dict[str,
 def test_a_copy_under_another_name_does_not_stay(
     src: Path, tmp_path: Path, finished: list[dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normconvert.apply.checkpoint.writer.Writer._as_is", lambda self, file: False)
+    monkeypatch.setattr("normconvert.apply.writer.Writer._as_is", lambda self, file: False)
     convert(src, tmp_path / "out", verify=False)
     assert finished == [{}]
     assert contents(tmp_path / "out") == without_copies(src, tmp_path / "plain")
@@ -215,7 +215,7 @@ def test_the_process_ends_with_the_one_that_waits(tmp_path: Path) -> None:
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 1 << 36)  # minutes of reading
     code = (
-        "import sys, time; from normconvert.apply.checkpoint.scan_process import ScanProcess; "
+        "import sys, time; from normconvert.apply.scan_process import ScanProcess; "
         "s = ScanProcess({sys.argv[1]: []}, print); print(s._process.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "large")], stdout=subprocess.PIPE) as parent:

@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None
 def start_and_stop_half_way(folder: Path, out: Path, number: int) -> subprocess.Popen[str]:
     """A conversion by the command line, sent a signal when some of its output is there."""
     slow = (
-        "import time, normconvert.apply.checkpoint.writer as w; f = w._write_all; w._write_all = lambda *a: (f(*a), time.sleep(1))"
+        "import time, normconvert.apply.writer as w; f = w._write_all; w._write_all = lambda *a: (f(*a), time.sleep(1))"
     )
     main = "from normconvert.cli import main; import sys; sys.argv[1:] = sys.argv[1:]; main()"
     child = subprocess.Popen(

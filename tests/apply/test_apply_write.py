@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from normconvert import convert
-from normconvert.apply.checkpoint import blocks as apply_blocks
-from normconvert.apply.checkpoint import scan as scanning
-from normconvert.apply.checkpoint import writer as apply_write
+from normconvert.apply import blocks as apply_blocks
+from normconvert.apply import scan as scanning
+from normconvert.apply import writer as apply_write
 from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.plan.conversion_plan import Plan

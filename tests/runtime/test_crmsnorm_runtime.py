@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "folded": {},
     "expand": {"expand": True},
     "expand, weight": {"expand": True, "weight": True},
-    "expand, weight and bias": {"expand": True, "weight": True, "bias": True, "mean_free": True},
+    "expand, weight and bias": {"expand": True, "weight": True, "bias": True},
 }
 
 

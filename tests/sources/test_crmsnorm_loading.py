@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from normconvert import convert, load, verify
-from normconvert.apply.checkpoint import blocks as apply_blocks
-from normconvert.apply.checkpoint import writer as apply_write
+from normconvert.apply import blocks as apply_blocks
+from normconvert.apply import writer as apply_write
 from normconvert.cli import run
-from normconvert.plan.conversion_plan import edits
+from normconvert.plan import edits
 from normconvert.runtime import CRMSNorm
 from normconvert.sources import open_source
 from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save, save_vit, vit

@@ -48,7 +48,7 @@ from tools.docs.pages import write_section  # noqa: E402
 
 DOCS = ROOT / "docs"
 NAME = "fuse-bn"
-SECTIONS = ("models", "growth", "conversion", "verification", "norm", "writers", "basis", NAME)
+SECTIONS = ("models", "share", "growth", "conversion", "verification", "norm", "writers", "basis", NAME)
 """The sections of docs/performance.md, in order."""
 MODELS = ("resnet50", "mobilenetv3_large_100", "regnety_016", "levit_128", "densenet121")
 SMALL = ("resnet18", "levit_128s")

@@ -5,8 +5,7 @@
 
 What is timed in one cell runs interleaved, round by round, so that whatever else the machine does hits all alike. A row
 shows nn.LayerNorm's median time and, for each kernel, the median ratio to nn.LayerNorm in the same round (below 1 is
-faster). ``module`` is RMSNorm as a conversion leaves it, ``folded`` the same with ones and zeros for parameters,
-``unproved`` without the promise of a mean-free input. The constants of the runtime come from here.
+faster). ``module`` is RMSNorm as a conversion leaves it.
 
 Memory is kept by the process, not given back to the system after each call: with one operation in a loop the C library
 would fetch fresh pages for every result, which takes longer than the norm, and only for some of the kernels.
@@ -27,17 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert import runtime
 from normconvert.benchmark.machine import machine
 from normconvert.report.benchmark import machine_in_words
+from normconvert.runtime import RMSNorm, kernels
 from tools.benchmarks.fuse import SECTIONS
 from tools.docs.pages import write_section
 
-KERNELS: dict[str, runtime.Kernel] = {
-    "layer_norm": runtime._layer_norm,
-    "in_place": runtime._in_place,
-    "fused_rms": runtime._fused_rms,
-    "formula": runtime._formula,
+KERNELS: dict[str, kernels.Kernel] = {
+    "in_place": kernels.in_place,
+    "fused_rms": kernels.fused_rms,
+    "formula": kernels.formula,
 }
 FORWARD_ONLY = ("in_place",)
 SIZES = (192, 384, 768, 2048)
@@ -63,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_memory()
-    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), eps 1e-5, x is mean-free")
+    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), eps 1e-5")
     rows = []
     for dtype in options.dtype:
         for size in options.sizes:
@@ -88,11 +86,11 @@ def section(document: dict[str, Any]) -> str:
         "",
         "Written by `python -m tools.benchmarks.norm --write`, which has all kernels' figures in docs/results/. Time "
         "of RMSNorm as a conversion leaves it, relative to nn.LayerNorm's (below 1 is faster), medians of interleaved "
-        "rounds on mean-free input, for each setting of weight and bias; *folded* has ones and zeros for both. "
+        "rounds, for each setting of weight and bias. "
         f"{machine_in_words(document['machine'])}.",
         "",
-        "| dtype | mode | size | tokens | LayerNorm | neither | weight | both | folded |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| dtype | mode | size | tokens | LayerNorm | neither | weight | both |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in document["rows"]:
@@ -102,7 +100,7 @@ def section(document: dict[str, Any]) -> str:
         if set(rows) != set(AFFINE):
             continue
         both = rows["weight+bias"]
-        ratios = [*(rows[name]["ratio"]["module"] for name in AFFINE), both["ratio"]["folded"]]
+        ratios = [rows[name]["ratio"]["module"] for name in AFFINE]
         shown = [*map(str, key), f"{both['microseconds']:.1f} µs", *(f"{ratio:.2f}" for ratio in ratios)]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
@@ -135,8 +133,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 def cell(options: argparse.Namespace, dtype_name: str, size: int, tokens: int, affine: str) -> dict[str, Any]:
     """One row: everything on one input of shape (1, tokens, size), interleaved."""
     device, dtype = torch.device(options.device), getattr(torch, dtype_name)
-    x = torch.randn(1, tokens, size, device=device)
-    x = (x - x.mean(-1, keepdim=True)).to(dtype)
+    x = torch.randn(1, tokens, size, device=device, dtype=dtype)
     has_weight, has_bias = AFFINE[affine]
     weight = nn.Parameter(torch.randn(size, device=device, dtype=dtype)) if has_weight else None
     bias = nn.Parameter(torch.randn(size, device=device, dtype=dtype)) if has_bias else None
@@ -171,12 +168,8 @@ def _runners(
         norm.bias = bias
     modules: dict[str, nn.Module] = {
         BASE: norm,
-        "module": runtime.RMSNorm(size, weight=weight, bias=bias, mean_free=True),
-        "unproved": runtime.RMSNorm(size, weight=weight, bias=bias),
+        "module": RMSNorm(size, weight=weight, bias=bias),
     }
-    if weight is not None and bias is not None:
-        ones, zeros = nn.Parameter(torch.ones_like(weight)), nn.Parameter(torch.zeros_like(bias))
-        modules["folded"] = runtime.RMSNorm(size, weight=ones, bias=zeros, mean_free=True, folded=True)
     if options.backward:
         x = nn.Parameter(x)
     gradient = torch.randn_like(x)
@@ -190,7 +183,7 @@ def _runners(
     def of_module(module: nn.Module) -> Callable[[], Tensor]:
         return lambda: module(x)
 
-    def of_kernel(kernel: runtime.Kernel) -> Callable[[], Tensor]:
+    def of_kernel(kernel: kernels.Kernel) -> Callable[[], Tensor]:
         return lambda: kernel(x, weight, bias, -1, 1e-5)
 
     for name, module in modules.items():

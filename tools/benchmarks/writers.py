@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normconvert import runtime
 from normconvert.benchmark.machine import machine
 from normconvert.benchmark.timing import Step, interleave, spread, warm_up
 from normconvert.report.benchmark import machine_in_words
-from normconvert.runtime import PADDED_FROM, apply_module_edits
+from normconvert.runtime import PADDED_FROM, apply_module_edits, padding
 from tools.benchmarks.fuse import SECTIONS
 from tools.docs.pages import write_section
 
@@ -99,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = ["| map | d | rows | d results | d − 1, plain | d − 1, padded |", "| --- | --- | --- | --- | --- | --- |"]
-    runtime.PADDED_FROM = (1, 1)
+    padding.PADDED_FROM = (1, 1)
     with torch.no_grad():
         for kind, width, rows, own, ratios in cells(options.seconds):
             shown = f"{own:.3g} ms | {ratios['plain']:.3f} × | {ratios['padded']:.3f} ×"

@@ -64,7 +64,7 @@ class Checkpoint:
             return self.name
         import torch
 
-        from tests.perturb import perturb
+        from tests.support.perturb import perturb
 
         torch.manual_seed(0)
         model = perturb(self.build().eval())

@@ -1,7 +1,7 @@
 """Inputs for a model that nobody described: to trace it with, and to compare two of its versions on.
 
 They are guessed from ``forward``'s signature, ``main_input_name`` and the config, by a table from argument name to
-builder (:mod:`normconvert.tracing.graph.probes.builders`); no model is named anywhere.
+builder (:mod:`normconvert.tracing.probes.builders`); no model is named anywhere.
 """
 
 from __future__ import annotations

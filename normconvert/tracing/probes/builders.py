@@ -365,7 +365,7 @@ BUILDERS["inputs"] = inputs
 def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
     """Call a model, or a method of it, on inputs of these shapes in fake mode.
 
-    Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.tracing.graph.known_values`).
+    Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.tracing.known_values`).
     """
     constants = constant_buffers(model)
 

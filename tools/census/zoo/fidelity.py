@@ -27,10 +27,6 @@ def fidelity(case: Any, plan: Any, shifted: bool) -> Row:
     if case.batchnorms:
         settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
     converted = algebra_model(truth, plan)
-    for module in converted.modules():
-        if hasattr(module, "mean_free"):
-            # The runtime may run a LayerNorm kernel where the mean is proved to be zero, which is to be shown here.
-            setattr(module, "mean_free", False)  # noqa: B010 (mypy takes an attribute of a Module for a tensor)
     runs = [run_model(model, probes, dtype=torch.float32) for model in (truth, converted)]
     names = frozenset(name for outputs in runs[0].outputs.values() for name in outputs) if shifted else frozenset()
     found = compare_runs(runs[0], runs[1], names)

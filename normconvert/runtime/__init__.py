@@ -1,0 +1,45 @@
+"""What a converted checkpoint needs to run.
+
+In come a model and module edits, the plain rows that a plan or a ``config.json`` holds; out goes the same model with
+norms exchanged and hooks in place. Nothing may be known here of how a plan is made: the parts import torch, lazily
+transformers, and each other, since :mod:`normconvert.runtime.shipping` makes of them the one file that lies in
+transformers outputs.
+"""
+
+from __future__ import annotations
+
+from normconvert.runtime.affine import Absorbed, Affine, Clip
+from normconvert.runtime.bases import BASES, compress, lift
+from normconvert.runtime.classes import CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
+from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
+from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits
+from normconvert.runtime.hooks import Center, Compress, add_hook, center
+from normconvert.runtime.norms import NORMS, CRMSNorm, RMSNorm
+from normconvert.runtime.padding import PADDED_FROM, Padded
+from normconvert.runtime.shipping import shipped_source
+
+__all__ = [
+    "BASES",
+    "CONFIG_KEY",
+    "MODULE_EDITS",
+    "NORMS",
+    "PADDED_FROM",
+    "REMOTE_FILE",
+    "STRUCTURAL",
+    "Absorbed",
+    "Affine",
+    "CRMSNorm",
+    "Center",
+    "Clip",
+    "Compress",
+    "Padded",
+    "RMSNorm",
+    "add_hook",
+    "apply_module_edits",
+    "center",
+    "compress",
+    "converted_class",
+    "edits_for",
+    "lift",
+    "shipped_source",
+]

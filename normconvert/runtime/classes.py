@@ -1,0 +1,104 @@
+"""Model classes of transformers that apply the edits of their config when they are built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normconvert.runtime.edits import apply_module_edits
+from normconvert.runtime.shipping import own_source
+
+CONFIG_KEY = "normconvert"
+"""The key of config.json that holds ``{"format", "architecture", "modules"}``."""
+REMOTE_FILE = "modeling_normconvert.py"
+"""The name of this file inside an output."""
+
+
+def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The edits of a config's section as they apply to ``model``, which may be another head on the converted model.
+
+    For another class than the converted one, paths gain or lose the base model's prefix, and norms of absent heads drop
+    out: a norm left as it was is always right. A centring without its place is not, so then nothing is edited at all.
+
+    Raises:
+        ValueError: tensors have other sizes since the conversion, which moved norms into the head that it saw.
+    """
+    edits = [dict(edit) for edit in section["modules"]]
+    if section.get("architecture") == type(model).__name__:
+        return edits
+    if any(edit["op"] == "resize" for edit in edits):
+        raise ValueError(
+            f"this checkpoint was converted as {section.get('architecture')} and cannot be loaded as "
+            f"{type(model).__name__}: convert the original as that"
+        )
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    present = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    for edit in edits:
+        path = edit["path"]
+        candidates = [p for p in (path, path.removeprefix(prefix), prefix + path) if p in present]
+        edit["path"] = candidates[0] if candidates else None
+    if any(edit["path"] is None and edit["op"] == "center" for edit in edits):
+        return []
+    return [edit for edit in edits if edit["path"] is not None]
+
+
+_CLASSES: dict[str, type] = {}
+
+
+def converted_class(base: type) -> type:
+    """The subclass of a transformers model class that applies the edits of its config when it is built.
+
+    It keeps the name of ``base`` and belongs to this module, where pickle finds it again.
+    """
+    name = base.__name__
+    if name in _CLASSES and _CLASSES[name].__mro__[1] is base:
+        return _CLASSES[name]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        section = getattr(config, CONFIG_KEY)
+        apply_module_edits(self, edits_for(self, section))
+        if section.get("guard"):
+            known = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
+            self._keys_to_ignore_on_load_unexpected = {*known, f"{re.escape(section['guard'])}$"}
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        if kwargs.get("is_main_process", True) and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REMOTE_FILE).write_text(own_source(), encoding="utf-8", newline="\n")
+        guard = getattr(self.config, CONFIG_KEY, {}).get("guard")
+        if guard:  # a tensor of no elements, which the plain class refuses to load
+            state = dict(kwargs.get("state_dict") or self.state_dict())
+            kwargs["state_dict"] = {**state, guard: torch.empty(0, dtype=self.dtype)}
+        base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+
+    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
+    body |= {"__init__": __init__, "save_pretrained": save_pretrained}
+    # The library answers these by looking at the module that holds the class; the base class's module is the one meant.
+    # A class that counts as custom code would be loaded without the library's renaming and merging of weights.
+    for method in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):
+        if hasattr(base, method):
+            body[method] = staticmethod(getattr(base, method))
+    # GenerationMixin among the direct bases keeps the Auto classes from making yet another subclass, unknown to pickle.
+    mixin = [kind for kind in base.__mro__ if kind.__name__ == "GenerationMixin"]
+    _CLASSES[name] = type(name, (base, *mixin), body)
+    return _CLASSES[name]
+
+
+def __getattr__(name: str) -> Any:
+    """``modeling_normconvert.GPT2LMHeadModel``: the converted class of a transformers class."""
+    if name in _CLASSES:
+        return _CLASSES[name]
+    if not name.startswith("_"):
+        import transformers
+
+        base = getattr(transformers, name, None)
+        if isinstance(base, type) and issubclass(base, transformers.PreTrainedModel):
+            return converted_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

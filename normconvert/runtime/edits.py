@@ -1,0 +1,197 @@
+"""Module edits: rows of a plan, applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normconvert.runtime.affine import Absorbed, Affine, Clip
+from normconvert.runtime.hooks import Center, Compress, add_hook
+from normconvert.runtime.modules import get_module, stand_in
+from normconvert.runtime.norms import NORMS
+from normconvert.runtime.padding import pad
+
+
+def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put a norm of this file where another one stands, on the same parameters."""
+    path, kind = edit["path"], edit["kind"]
+    if kind not in NORMS:
+        raise ValueError(f"module edit: unknown norm {kind!r}; this file is older than the checkpoint")
+    old = get_module(model, path)
+    names = {name for name in (edit.get("weight"), edit.get("bias"), *edit.get("dropped", ())) if name}
+    found = set(old.state_dict(keep_vars=True))
+    inner = [name for name, child in old.named_children() if not isinstance(child, nn.Identity)]
+    if found != names or inner:
+        raise ValueError(
+            f"module edit: {path!r} ({type(old).__name__}) holds {sorted(found | set(inner))}, "
+            f"expected {sorted(names)}: it is not a plain norm"
+        )
+    weight, bias = edit.get("weight"), edit.get("bias")
+    # ``mean_free`` and ``folded`` are facts of the proof: of the input, and that weight and bias have become ones and
+    # zeros. A norm computes the same whether they hold or not, so nothing here reads them.
+    new = NORMS[kind](
+        int(edit["size"]),
+        float(edit["eps"]),
+        axis=int(edit.get("axis", -1)),
+        offset=float(edit.get("offset", 0.0)),
+        weight=getattr(old, weight) if weight else None,
+        bias=getattr(old, bias) if bias else None,
+        weight_name=weight or "weight",
+        bias_name=bias or "bias",
+        channels_last=bool(edit.get("channels_last", False)),
+        **{key: edit[key] for key in ("basis", "expand") if key in edit},
+    )
+    stand_in(model, old, new)
+
+
+def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Centre one input or output of a module."""
+    add_hook(model, edit, Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1))))
+
+
+def _compress(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Compress one input or output of a module."""
+    add_hook(model, edit, Compress(edit["side"], str(edit.get("key", "")), int(edit["axis"]), edit["basis"]))
+
+
+def _clip(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put a clamp where a norm and a ReLU stand: a child of the norm (``keep``), or the module ``activation``."""
+    old = get_module(model, edit["path"])
+    sample = next((p for p in model.parameters() if p.is_floating_point()), None)
+    stand_in(model, old, Clip(edit["shape"], sample, bool(edit.get("owned"))))
+    if edit.get("activation"):
+        stand_in(model, get_module(model, edit["activation"]), nn.Identity())
+
+
+def _absorb(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Take away a norm that has moved into its neighbours; ``keep`` names its children that still run, in order."""
+    old = get_module(model, edit["path"])
+    children = dict(old.named_children())
+    new = Absorbed()
+    for name in edit.get("keep", ()):
+        if name not in children:
+            raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
+        new.add_module(name, children[name])
+    stand_in(model, old, new if len(new) else nn.Identity())
+
+
+def _affine(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put an affine map where a norm stands, on the same parameters; one that is missing is made."""
+    old = get_module(model, edit["path"])
+    held = {name for name, _ in old.named_parameters()}
+    names = {kind: edit.get(kind) or kind for kind in ("weight", "bias")}
+    if held - set(names.values()):
+        raise ValueError(
+            f"module edit: {edit['path']!r} ({type(old).__name__}) holds {sorted(held)}, "
+            f"expected {sorted(names.values())}: it is not a plain norm"
+        )
+    device = next((p.device for p in model.parameters()), None)
+    size = int(edit["size"])
+    guarded = nn.Parameter(torch.ones(1, size)) if edit.get("guarded") else None
+    new = Affine(
+        size,
+        float(edit["eps"]),
+        axis=int(edit.get("axis", -1)),
+        weight=guarded if guarded is not None else getattr(old, names["weight"], None),
+        bias=getattr(old, names["bias"], None),
+        weight_name=names["weight"],
+        bias_name=names["bias"],
+    )
+    stand_in(model, old, new if device is None else new.to(device))
+
+
+def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give a linear map or convolution the bias that it was built without; zeros until weights are loaded."""
+    module, name = get_module(model, edit["path"]), edit.get("name", "bias")
+    if module._parameters.get(name, 0) is not None:
+        raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) is not without a {name}")
+    weight: Tensor = module.get_parameter("weight")
+    module.register_parameter(name, nn.Parameter(weight.new_zeros(int(edit["size"])), weight.requires_grad))
+
+
+def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Put one convolution, ``merged``, in the place of a block's parallel branches; ``keep`` as for ``absorb``."""
+    old = get_module(model, edit["path"])
+    children = dict(old.named_children())
+    kinds: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    sample = next(p for p in old.parameters() if p.is_floating_point())
+    settings = {key: tuple(edit[key]) for key in ("stride", "padding", "dilation")}
+    conv = kinds[len(edit["kernel"])](
+        edit["inputs"], edit["outputs"], tuple(edit["kernel"]), **settings, groups=edit["groups"], device="meta"
+    )
+    conv = conv.to_empty(device=sample.device).to(sample.dtype)
+    new = Absorbed()
+    new.add_module("merged", conv)
+    for name in edit.get("keep", ()):
+        if name not in children:
+            raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
+        new.add_module(name, children[name])
+    stand_in(model, old, new)
+
+
+def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give a parameter another shape, zeros until weights are loaded; ``set`` gives attributes of the module."""
+    module, name = get_module(model, edit["path"]), edit["name"]
+    old: Any = module._parameters.get(name, module._buffers.get(name))
+    if old is None:
+        raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
+    before = tuple(old.shape)
+    if old.shape != tuple(edit["shape"]):  # tied parameters stay one
+        old.data = old.new_zeros(tuple(edit["shape"]))
+    _set(model, edit)
+    if name == "weight":
+        pad(module, before, edit["shape"])
+
+
+def _set(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give attributes of a module other values: sizes that follow those of its parameters."""
+    module = get_module(model, edit["path"])
+    for attribute, value in edit.get("set", {}).items():
+        if not hasattr(module, attribute):
+            raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}")
+        setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+
+
+MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
+    "replace": _replace,
+    "center": _center,
+    "absorb": _absorb,
+    "bias": _bias,
+    "resize": _resize,
+    "merge": _merge,
+    "set": _set,
+    "compress": _compress,
+    "affine": _affine,
+    "clip": _clip,
+}
+STRUCTURAL = frozenset({"absorb", "affine", "bias", "clip", "resize", "merge", "set"})
+"""Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
+the edits applied."""
+
+
+def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
+    """Apply the rows of a plan to a model, in place and in order.
+
+    Unless one of them is :data:`STRUCTURAL`, no ``state_dict`` key changes.
+
+    Args:
+        model: the original architecture; on any device, with or without weights.
+        edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset",
+            "mean_free", "folded", "channels_last"}`` and
+            ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
+            ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``,
+            ``{"op": "set", "path", "set"}``, ``{"op": "compress", "path", "side", "key", "axis", "basis"}``,
+            ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
+            ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``. A norm of kind ``crmsnorm`` also has
+            ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
+
+    Raises:
+        ValueError: a row names a module the model lacks, a module that is more than a norm, or an unknown operation.
+    """
+    for edit in edits:
+        if edit["op"] not in MODULE_EDITS:
+            raise ValueError(f"module edit: unknown operation {edit['op']!r}; this file is older than the checkpoint")
+        MODULE_EDITS[edit["op"]](model, edit)

@@ -1,0 +1,80 @@
+"""Operations at an input or output of a module: centring and compressing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconvert.runtime.bases import compress
+from normconvert.runtime.kernels import wide_dtype
+from normconvert.runtime.modules import get_module
+
+
+class Center:
+    """x - mean(x) along an axis, as a forward hook or a forward pre-hook of a module; picklable, copyable, stateless.
+
+    Args:
+        side: ``output`` or ``input``.
+        key: where the tensor is. Output: "" the output itself, "0" an index of a tuple or list, a name of a mapping.
+            Input: "0" a positional argument, a name a keyword argument.
+        axis: the axis to centre.
+    """
+
+    def __init__(self, side: str, key: str, axis: int) -> None:
+        self.side, self.key, self.axis = side, key, axis
+
+    def __call__(self, module: nn.Module, args: Any, rest: Any) -> Any:
+        """As a forward hook: (module, args, output). As a pre-hook with keywords: (module, args, kwargs)."""
+        if self.side == "output":
+            return _replace_in(rest, self.key, self.change)
+        if self.key.isdigit() and int(self.key) < len(args):
+            return _replace_in(args, self.key, self.change), rest
+        return args, _replace_in(rest, self.key, self.change)
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is done to the tensor."""
+        return center(x, self.axis)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.side!r}, key={self.key!r}, axis={self.axis})"
+
+
+class Compress(Center):
+    """B x along an axis, at a place as for :class:`Center`; one channel less comes out. See :data:`BASES`."""
+
+    def __init__(self, side: str, key: str, axis: int, basis: str) -> None:
+        super().__init__(side, key, axis)
+        self.basis = basis
+
+    def change(self, x: Tensor) -> Tensor:
+        """What is done to the tensor."""
+        return compress(x, self.axis, self.basis)
+
+
+def center(x: Tensor, axis: int = -1) -> Tensor:
+    """x - mean(x) along ``axis``; the difference is rounded to the dtype of x once."""
+    return (x - x.mean(axis, keepdim=True, dtype=wide_dtype(x))).to(x.dtype)
+
+
+def _replace_in(value: Any, key: str, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of ``value`` with the tensor at ``key`` changed."""
+    if key == "":
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        items = list(value)
+        items[int(key)] = change(items[int(key)])
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    value = value.copy() if type(value) is dict else value
+    value[key] = change(value[key])
+    return value
+
+
+def add_hook(model: nn.Module, edit: Mapping[str, Any], hook: Center) -> None:
+    """Let ``hook`` change one input or output of the module that ``edit`` names."""
+    module = get_module(model, edit["path"])
+    if hook.side == "output":
+        module.register_forward_hook(hook)
+    else:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
