@@ -163,7 +163,7 @@ def _export(
             continue
         functional = [make_functional(graph) for graph in graphs]
         if not all(functional):
-            # run_decompositions runs the graphs by their code, which is still that of before the replacements.
+            # fx asks for this after every change of a graph that is run again, as run_decompositions does.
             for module in program.graph_module.modules():
                 if isinstance(module, fx.GraphModule):
                     module.recompile()
