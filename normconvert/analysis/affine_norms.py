@@ -107,6 +107,7 @@ def _nodes_by_module(graph: Graph) -> dict[str, list[fx.Node]]:
     found: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function":
+            # A mark belongs to the module whose boundary it marks.
             path = str(node.args[1]) if node.target is MARK else module_path(node)
             while path:
                 found[path].append(node)
@@ -138,10 +139,12 @@ def _step(node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form |
     """The form of a node, if its operands' forms give one."""
     name = name_of(node)
     first = node.args[0] if node.args else None
+    # is_float: a cast to integers rounds.
     if name in SAME and isinstance(first, fx.Node) and first in forms and is_float(node):
         return _with(forms[first], node)
     if "batch_norm" in name and first in forms:
         return normalise(node, forms[first], vectors)  # type: ignore[index]
+    # This kind of batch norm returns statistics beside the normalised value, which is the first.
     if "getitem" in name and first in forms and node.args[1] == 0 and "batch_norm" in name_of(first):  # type: ignore[arg-type]
         return _with(forms[first], node)  # type: ignore[index]
     if name in ("aten.mul", "aten.add", "aten.sub", "aten.div") and node.kwargs.get("alpha", 1) == 1:
@@ -157,10 +160,12 @@ def normalise(node: fx.Node, form: Form, vectors: Vectors) -> Form | None:
     """BN(x) = w (x - m) / sqrt(v + eps) + b with stored m and v; dimension 1 of the input."""
     args = list(node.args)
     frozen = name_of(node) == "aten._native_batch_norm_legit_no_training"
+    # args[5] is true in training and where there are no running statistics: then those of the batch are used.
     if not frozen and (name_of(node) != "aten.batch_norm" or args[5] is not False):
         return None
     weight, bias, mean, variance = (vectors.stored(a) if a is not None else None for a in args[1:5])
     eps = args[6] if frozen else args[7]
+    # An operand that is there but not stored may be anything, which None would hide.
     missing = [a for a, v in zip(args[1:5], (weight, bias, mean, variance), strict=True) if a is not None and v is None]
     if missing or mean is None or variance is None or form.dim not in (None, 1) or form.shift != 0 or form.scale != 1:
         return None
@@ -181,6 +186,7 @@ def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vec
     if left is not None and right is not None:
         if op not in ("add", "sub") or (left.dim is not None and right.dim is not None and left.dim != right.dim):
             return None
+        # Then one is stretched, and the sum is not one of an input's elements with itself.
         if shape_of(a) != shape_of(b):
             return None
         join = plus if op == "add" else minus
@@ -188,6 +194,7 @@ def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vec
         nodes = left.nodes | right.nodes | {node}
         return Form(join(left.scale, right.scale), join(left.shift, right.shift), dim, size, nodes)
     form, other = (left, b) if left is not None else (right, a)
+    # v / y is not affine in y, and in v - y the sign of the form would turn.
     if form is None or (left is None and op in ("div", "sub")):
         return None
     along = vectors.along(other, node)
@@ -230,6 +237,7 @@ class Vectors:
             return None
         if node.op == "placeholder":
             parameter = self._graph.parameters.get(node)
+            # What no checkpoint holds has no value when a plan is applied.
             return parameter.name if parameter is not None and parameter.stored and is_float(node) else None
         name = name_of(node).removeprefix("aten.")
         if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "_to_copy", "to", "detach", "clone", "mark"):
@@ -274,6 +282,7 @@ def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, Fo
             return None
         result, keep = found
         form = known[result]
+        # Without a statistic among them this is a layer scale or the like, and no norm that a user asks about.
         if form.dim is None or not any(_is_buffer(graph, n) for n in (*names_in(form.scale), *names_in(form.shift))):
             return None
         if not any(module_path(n) == path and n.target is not MARK for n in form.nodes):
@@ -301,6 +310,7 @@ def _result(graph: Graph, path: str, forms: dict[fx.Node, Form]) -> tuple[fx.Nod
     own = {
         module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in forms[result].nodes if n.target is not MARK
     }
+    # A child that is a part of the norm and runs again behind it can neither go nor stay.
     return None if keep is None or own & set(keep) else (result, keep)
 
 
@@ -338,6 +348,7 @@ def _obstacle(graph: Graph, path: str, calls: list[Call]) -> tuple[str, str]:
     if outside := uses_outside(graph, path):
         return outside, "not-a-module"
     for call in calls:
+        # Only the result is given a place elsewhere; who reads a step in between would miss it.
         leaving = [u for n in call.nodes - {call.result} for u in n.users if u not in call.nodes]
         if any(name_of(u) not in NEUTRAL for u in leaving):
             return "something reads it half-way", "not-a-module"

@@ -57,6 +57,7 @@ Row = Callable[[fx.Node], "tuple[Term, ...] | None"]
 def unary_row(node: Call) -> tuple[Term, ...] | None:
     """The same values on the same axes: casts between floating dtypes, copies, marks, negation."""
     x = node.args[0]
+    # A cast to integers rounds, one to truth values compares: neither is linear.
     if not (is_float(x) and is_float(node)):
         return None
     return ((Operand(x, kept_dims(x)),),)
@@ -69,6 +70,7 @@ def dropout_row(node: Call) -> tuple[Term, ...] | None:
 
 def add_row(node: Call) -> tuple[Term, ...]:
     """a + b, a - b; a number is a term that is the same for all channels."""
+    # A sign or alpha of the second operand leaves it linear. Zero is left out, or as a constant it would taint the sum.
     return tuple((Operand(a, broadcast(a, node)),) if not _is_number(a) else () for a in node.args[:2] if a != 0)
 
 
@@ -80,6 +82,7 @@ def mul_row(node: Call) -> tuple[Term, ...]:
 def div_row(node: Call) -> tuple[Term, ...] | None:
     """a / b: linear in a."""
     top, bottom = node.args[:2]
+    # One over a value is not linear in it, and a rounded quotient in nothing.
     if _is_number(top) or node.kwargs.get("rounding_mode"):
         return None
     gate = () if _is_number(bottom) else (Operand(bottom, broadcast(bottom, node), linear=False),)
@@ -88,6 +91,7 @@ def div_row(node: Call) -> tuple[Term, ...] | None:
 
 def where_row(node: Call) -> tuple[Term, ...] | None:
     """Chosen by a mask."""
+    # With a condition alone it returns positions.
     if len(node.args) != 3:
         return None
     gate = Operand(node.args[0], broadcast(node.args[0], node), linear=False)
@@ -100,6 +104,7 @@ def masked_fill_row(node: Call) -> tuple[Term, ...]:
     """Replaced by a number where the mask says so."""
     x, mask, value = node.args[:3]
     gate = Operand(mask, broadcast(mask, node), linear=False)
+    # Zero is in every stream. Another number is a constant, if only for the tokens that the mask picks.
     fill: tuple[Term, ...] = () if value == 0 else ((gate,),)
     return ((Operand(x, broadcast(x, node)), gate), *fill)
 
@@ -109,6 +114,7 @@ def masked_scatter_row(node: Call) -> tuple[Term, ...]:
     x, mask, source = node.args[:3]
     last, rank = len(shape_of(source)) - 1, len(shape_of(node))
     gate = Operand(mask, broadcast(mask, node), linear=False)
+    # Source is used up number by number: a mask that differs along a row would shift the channels of all that follow.
     dims = {last: rank - 1} if _one_for_all(mask) else {}
     return (Operand(x, kept_dims(x)), gate), (Operand(source, dims), gate)
 
@@ -136,7 +142,7 @@ def swap_row(node: Call) -> tuple[Term, ...]:
     a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (-2, -1)  # aten.t and aten.mT name none
     dims = kept_dims(x)
     if rank >= 2:
-        dims[a % rank], dims[b % rank] = b % rank, a % rank
+        dims[a % rank], dims[b % rank] = b % rank, a % rank  # aten.t takes a vector and leaves it
     return ((Operand(x, dims),),)
 
 
@@ -196,6 +202,7 @@ def slice_row(node: Call) -> tuple[Term, ...]:
     whole = old == new
     aligned = step == 1 and isinstance(start, int) and isinstance(old, int) and isinstance(new, int)
     start = start + old if aligned and start < 0 else start
+    # A part that begins at a multiple of its own length begins with channel 0, if the channels divide its length.
     blocks = aligned and new > 0 and start % new == 0 and old % new == 0
     dims = kept_dims(x) if whole else kept_dims(x, [dim])
     return ((Operand(x, dims, regroup=dim if blocks and not whole else None),),)
@@ -220,6 +227,7 @@ def unbind_row(node: Call) -> tuple[Term, ...]:
 def getitem_row(node: Call) -> tuple[Term, ...] | None:
     """One part of a split: what a part looks like is said by the row of the operation that made the parts."""
     parts = node.args[0]
+    # Of other tuples (a pool's values and indices) each part is something else.
     if not isinstance(parts, fx.Node) or str(parts.target).rpartition(".")[0] not in PARTS:
         return None
     return ((Operand(parts, kept_dims(node)),),)
@@ -233,6 +241,7 @@ def squeeze_row(node: Call) -> tuple[Term, ...]:
 def cat_row(node: Call) -> tuple[Term, ...]:
     """Other dimensions pass; parts of equal size along ``dim`` keep whole blocks of channels together."""
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
+    # torch passes over an empty vector here, whatever the shape of the others.
     parts = [p for p in node.args[0] if shape_of(p) != (0,)]
     equal = len({shape_of(p)[dim] for p in parts}) == 1
     return tuple((Operand(p, kept_dims(p, [dim]), regroup=dim if equal else None),) for p in parts)
@@ -251,6 +260,7 @@ def pad_row(node: Call) -> tuple[Term, ...]:
     if isinstance(value, str):
         mode, value = value, argument(node, 3, "value", None)
     rank = len(shape_of(x))
+    # Pads are given in pairs, for the last dimension first.
     padded = [rank - 1 - i // 2 for i, p in enumerate(pads) if p != 0]
     fill: tuple[Term, ...] = ((),) if mode == "constant" and value not in (0, 0.0, None) else ()
     return ((Operand(x, kept_dims(x, padded)),), *fill)
@@ -281,6 +291,7 @@ def index_row(node: Call) -> tuple[Term, ...] | None:
     dim = 0
     for index in node.args[1]:
         value = index.meta["val"] if isinstance(index, fx.Node) else None
+        # A mask uses up as many dimensions as it has, an index of integers one.
         width = value.ndim if value is not None and value.dtype == torch.bool else 1
         used += range(dim, dim + width) if value is not None else []
         dim += width
@@ -295,6 +306,7 @@ def index_row(node: Call) -> tuple[Term, ...] | None:
 def gather_row(node: Call) -> tuple[Term, ...]:
     """Dimensions of equal size other than the gathered one pass."""
     x, dim, index = node.args[0], node.args[1], node.args[2]
+    # The index may be smaller than x along other dimensions, and then only the first channels arrive.
     dims = {d: d for d in kept_dims(x, [dim]) if shape_of(x)[d] == shape_of(node)[d]}
     return ((Operand(x, dims), Operand(index, kept_dims(index), linear=False)),)
 
@@ -312,6 +324,7 @@ def linear_row(node: Call) -> tuple[Term, ...] | None:
     """x W + b: the last dimension of the result is dimension 0 of W and b. A vector for W has no row."""
     x, weight = node.args[0], node.args[1]
     bias = argument(node, 2, "bias")
+    # A vector's only dimension is summed over, so dimension 0 is none of the result's.
     if len(shape_of(weight)) == 1:
         return None
     last = len(shape_of(node)) - 1
@@ -332,6 +345,7 @@ def _matmul_term(a: Call, b: Call, node: Call) -> Term | None:
     new = shape_of(node)
     dims_a = {d: d + rank - rank_a for d in range(rank_a - 1)}
     dims_b = {d: d + rank - rank_b for d in range(rank_b) if d != rank_b - 2}
+    # A batch dimension of one that is stretched is the same for all of the result.
     dims_a = {s: t for s, t in dims_a.items() if shape_of(a)[s] == new[t]}
     dims_b = {s: t for s, t in dims_b.items() if shape_of(b)[s] == new[t]}
     return (Operand(a, dims_a), Operand(b, dims_b))
@@ -363,7 +377,9 @@ def conv_row(node: Call) -> tuple[Term, ...] | None:
         return None
     batched = len(shape_of(x)) == len(shape_of(weight))
     channel = 1 if batched else 0
+    # The weight of a transposed convolution is (inputs, outputs, ...).
     source = 1 if "transpose" in str(node.target) else 0
+    # The kernel mixes the places of x, so nothing but its batch dimension passes.
     terms: list[Term] = [(Operand(x, {0: 0} if batched else {}), Operand(weight, {source: channel}))]
     if bias is not None:
         terms.append((Operand(bias, {0: channel}),))
@@ -376,6 +392,7 @@ def attention_row(node: Call) -> tuple[Term, ...]:
     rank = len(shape_of(node))
     mask = argument(node, 3, "attn_mask")
     others = (q, k) if mask is None else (q, k, mask)
+    # Heads of q, k and the mask go with those of v; their last two dimensions are used up by the softmax.
     gates = tuple(
         Operand(g, {s: t for s, t in broadcast(g, node).items() if t < rank - 2}, linear=False) for g in others
     )
@@ -390,6 +407,7 @@ def einsum_row(node: Call) -> tuple[Term, ...] | None:
     inputs, output = equation.split("->")
     term = []
     for letters, operand in zip(inputs.split(","), operands, strict=True):
+        # A letter twice in one operand takes its diagonal, for which there is no place.
         if len(set(letters)) != len(letters):
             return None
         term.append(Operand(operand, {d: output.index(c) for d, c in enumerate(letters) if c in output}))
@@ -403,4 +421,5 @@ def zeros_row(node: Call) -> tuple[Term, ...]:
 
 def full_row(node: Call) -> tuple[Term, ...]:
     """A number everywhere: nothing, or a constant."""
+    # new_full has its size here, which is never 0: it counts as a constant, which may cost a norm and is always right.
     return () if node.args[1] == 0 else ((),)

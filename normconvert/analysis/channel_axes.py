@@ -81,6 +81,7 @@ def _quotient(a: Any, b: Any) -> Any | None:
     """a / b if it is whole, else None (also for symbolic sizes)."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
+    # sympy cancels common factors: a whole quotient has the denominator one.
     ratio = a / b
     numerator, denominator = ratio.as_numer_denom()
     return numerator if denominator == 1 else None
@@ -88,6 +89,7 @@ def _quotient(a: Any, b: Any) -> Any | None:
 
 def reshaped(place: Place, old: Sequence[Any], new: Sequence[Any]) -> Place | None:
     """The place after a row-major reshape, or None if the channel axis is cut."""
+    # Row-major order is kept, so the axis is known by the number of elements before it and behind it.
     before = _product(old[: place.dim]) * place.outer
     after = place.inner * _product(old[place.dim + 1 :])
     for dim in range(len(new)):
@@ -106,12 +108,15 @@ def carry_forward(operand: Operand, place: Place, result: fx.Node) -> Place | No
     if operand.regroup is not None and place.dim == operand.regroup:
         return _regrouped(place, new[operand.regroup])
     target = operand.dims.get(place.dim)
+    # A row may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
     return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
 
 
 def carry_back(operand: Operand, place: Place, result: fx.Node) -> Place | None:
     """Where ``operand`` carries the channels that ``result`` has at ``place``; None if it is constant along them."""
     old, new = shape_of(operand.node), shape_of(result)
+    # None means here that the axis is cut. Such an operand is alone in its term, so that who takes it for a constant
+    # term taints the result, and never drops a factor.
     if operand.view:
         return reshaped(place, new, old)
     if operand.regroup is not None and place.dim == operand.regroup:

@@ -83,13 +83,16 @@ def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
     weight = bias = None
     at = node
     while len(at.users) == 1:
+        # A value with two readers ends the affine part, since a replacement returns one value.
         user = next(iter(at.users))
         others = [a for a in user.all_input_nodes if a is not at]
         aligned = len(others) == 1 and _aligned(others[0], user, source.place) and _plain(user)
+        # Only before a bias: (n + b) * w is another function.
         if name_of(user) == "aten.mul" and aligned and weight is None and bias is None:
             weight = others[0]
         elif name_of(user) == "aten.add" and aligned and bias is None:
             bias = others[0]
+        # A cast may take its dtype from a parameter, and is passed over; everything else ends the affine part.
         elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
@@ -137,8 +140,10 @@ def _norm(
             obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
         elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
             obstacle = f"`{path}` moves the dimensions of what it normalises"
+        # weight + 1 is a setting of the replacement, bias + 1 is not.
         elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
             obstacle = f"its weight or bias is not a parameter of `{path}`"
+        # A parameter that the norm does not use would be lost with the module.
         elif held != {n for n in (w, b) if n is not None} or (w is not None and w == b):
             obstacle = f"`{path}` holds other parameters than the norm's weight and bias"
         else:
@@ -189,6 +194,7 @@ def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     order = list(range(len(shape_of(node))))
     while True:
         if node.target is MARK and node.args[1:3] == (path, "input"):
+            # A replacement is called with the first argument only.
             return (order if node.args[3] == "0" else None), float32
         step = _moved(node, path)
         if step is None:
@@ -204,6 +210,7 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
     order = list(range(len(shape_of(node))))
     while True:
         if node.target is MARK and node.args[1:3] == (path, "output"):
+            # A key says that the module returns more than this value.
             return order if node.args[3] == "" else None
         users = [u for u in node.users if not name_of(u).startswith("aten._assert")]
         step = _moved(users[0], path) if len(users) == 1 else None
@@ -263,6 +270,7 @@ class _Handwritten:
 
 def _mean_over(node: Any) -> tuple[fx.Node, int] | None:
     """``mean(x, one dim, keepdim=True)`` -> (x, dim)."""
+    # Without keepdim the mean of one token would be subtracted from another's channels.
     if not (isinstance(node, fx.Node) and name_of(node) == "aten.mean" and len(node.args) > 2 and node.args[2] is True):
         return None
     x, dims = node.args[0], node.args[1]
@@ -282,10 +290,12 @@ def _centred(node: Any) -> tuple[fx.Node, int] | None:
 def reads_centred(user: fx.Node, x: fx.Node, place: Place) -> bool:
     """Whether ``user`` sees x at ``place`` through P only: x - mean(x), or a mean that goes nowhere else."""
     centred = _centred(user)
+    # Where a dimension holds more than the channels, its mean is not theirs.
     if centred is not None and centred == (x, place.dim) and place.whole:
         return True
     mean = _mean_over(user)
     if mean is not None and mean == (x, place.dim) and place.whole:
+        # The mean itself tells the mean, so all of its readers must take it from the same x.
         return all(_centred(u) == mean and u.args[0] is x for u in user.users)
     return False
 
@@ -317,6 +327,7 @@ def _handwritten(node: fx.Node) -> _Handwritten | None:
     name = name_of(node)
     if name not in ("aten.mul", "aten.div") or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return None
+    # A product may stand either way round, a quotient may not.
     pairs = [(node.args[0], node.args[1])] + ([(node.args[1], node.args[0])] if name == "aten.mul" else [])
     root = "aten.rsqrt" if name == "aten.mul" else "aten.sqrt"
     for top, bottom in pairs:
@@ -324,6 +335,7 @@ def _handwritten(node: fx.Node) -> _Handwritten | None:
         if centred is None or not isinstance(bottom, fx.Node) or name_of(bottom) != root:
             continue
         inside = _plus_eps(bottom.args[0])
+        # Both halves must be of the same x over the same axis: otherwise this is a quotient of two values.
         if inside is None or _variance(inside[0]) != centred:
             continue
         x, dim = centred

@@ -37,6 +37,7 @@ TABLE: dict[str, rows.Row] = {
     **dict.fromkeys(
         ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], rows.view_row
     ),
+    # A row of its own keeps the overload in the name; without it this would be taken for a reshape.
     "aten.view.dtype": rows.view_dtype_row,
     **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], rows.squeeze_row),
     **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], rows.expand_row),
@@ -48,6 +49,7 @@ TABLE: dict[str, rows.Row] = {
     "aten.stack": rows.stack_row,
     **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], rows.pad_row),
     **dict.fromkeys(["aten.repeat", "aten.tile"], rows.repeat_row),
+    # Called without a dimension it flattens first, as roll does: then none passes.
     "aten.repeat_interleave": rows.except_dim(2, "dim"),
     "aten.cumsum": rows.except_dim(1),
     "aten.roll": rows.except_dim(2, "dims"),
@@ -111,6 +113,7 @@ def name_of(node: fx.Node) -> str:
     if node.op != "call_function":
         return node.op
     full = str(node.target)
+    # A built-in function has no overload that could be dropped.
     return full if full in TABLE else full.rpartition(".")[0] if full.count(".") > 1 else full
 
 
@@ -130,6 +133,7 @@ def varies(node: fx.Node, place: Place) -> bool:
     name = name_of(node)
     if name in POINTWISE:
         for arg in node.all_input_nodes:
+            # None: the operand is stretched along the channels, so it is the same for all of them.
             source = carry_back(Operand(arg, rows.broadcast(arg, node)), place, node)
             if source is not None and varies(arg, source):
                 return True
@@ -137,5 +141,6 @@ def varies(node: fx.Node, place: Place) -> bool:
     if TABLE.get(name) in (rows.view_row, rows.squeeze_row, rows.permute_row, rows.swap_row):
         (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
         source = carry_back(operand, place, node)
+        # None means here that the channels are cut, which is no reason to be the same for all: in doubt they vary.
         return source is None or varies(operand.node, source)
     return name not in ("aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zeros", "aten.ones_like")

@@ -123,6 +123,7 @@ def _call(
         n for n, s in sums.items() if s.nodes and any(u not in sums and name_of(u) not in NEUTRAL for u in n.users)
     ]
     ends = [n for n in sums if n.target is MARK and n.args[1:4] == (path, "output", "")]
+    # The sum may be seen at one place only: at the module's output, or by the children that run last.
     last = [*dict.fromkeys([*leaving, *ends])]
     inner = [n for n in leaving if not any(e in _marks_of(n) for e in ends)]
     if len(inner or ends) != 1 and len(last) != 1:
@@ -136,8 +137,10 @@ def _call(
     made = sums[result]
     own = [n for n in made.nodes if n.target is not MARK]
     working = {module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in own if module_path(n) != path}
+    # A module that adds nothing up itself is a container of the block. A child cannot be merged and run afterwards.
     if not any(module_path(n) == path for n in own) or working & set(keep):
         return None
+    # A branch that somebody reads by itself is still needed.
     halfway = (u for n in made.nodes - {result} for u in n.users if u not in made.nodes and name_of(u) not in NEUTRAL)
     return None if any(halfway) else (source, result, made, keep)
 
@@ -157,6 +160,7 @@ def _step(graph: Graph, node: fx.Node, sums: dict[fx.Node, Sum], vectors: Vector
     if known is not None and is_data_batch_norm(node):
         form = normalise(node, Form(1, 0, None, 1, frozenset()), vectors)
         return None if form is None else _scaled(known, form.scale, form.shift, node)
+    # Of the input itself only: taps of taps are another kernel, and a shift would not reach into the zero padding.
     if known is not None and name in CONVOLUTIONS and known.shift == 0 and known.taps == (Tap(None, 1),):
         return _convolved(graph, node, known)
     if name not in ("aten.add", "aten.sub", "aten.mul") or node.kwargs.get("alpha", 1) != 1:
@@ -173,6 +177,7 @@ def _step(graph: Graph, node: fx.Node, sums: dict[fx.Node, Sum], vectors: Vector
     form_of, value = (known, other) if known is not None else (more, first)
     if form_of is None or (known is None and name == "aten.sub"):
         return None
+    # Along dimension 1 or all alike: these are the sums whose channels are a convolution's.
     along = vectors.along(value, node)
     if along is None or along[1] not in (None, 1):
         return None
@@ -191,11 +196,13 @@ def _convolved(graph: Graph, node: fx.Node, known: Sum) -> Sum | None:
     count = CONVOLUTIONS[name_of(node)]
     args: list[Any] = [*node.args, *[None] * 7][:7]
     weight, bias, stride, padding, dilation, groups = args[1:]
+    # "same" pads one side more where the kernel is even, and without a batch the channels are dimension 0.
     if node.kwargs or isinstance(padding, str) or len(shape_of(node)) != count + 2:
         return None
     names = []
     for operand in (weight, bias):
         parameter = graph.parameters.get(operand) if isinstance(operand, fx.Node) else None
+        # A computed weight has no name to read it by, and a tied one is needed elsewhere as it is.
         if operand is not None and (parameter is None or not parameter.stored or len(parameter.aliases) > 1):
             return None
         names.append(parameter.name if parameter is not None else None)
@@ -226,8 +233,10 @@ def _block(graph: Graph, path: str, group: list[Any]) -> Block | None:
     skips = len(convolutions) < len(made.taps)
     if any((t.stride, t.groups, t.outputs) != (first.stride, first.groups, first.outputs) for t in convolutions):
         return None
+    # The input itself is a tap only if each of its places has a result, and each channel one of its own.
     if skips and (set(first.stride) != {1} or first.outputs != inputs):
         return None
+    # A kernel of one has nothing to spread, so its dilation does not matter.
     dilations = {t.dilation for t in convolutions if set(t.kernel) != {1}}
     if len(dilations) > 1:
         return None
@@ -236,9 +245,11 @@ def _block(graph: Graph, path: str, group: list[Any]) -> Block | None:
         return None  # taps of a dilated kernel may lie between each other's
     # All results have one size only if 2 * padding - kernel is the same for all, and then the kernels are concentric.
     borders = {tuple(2 * p - k for p, k in zip(t.padding, t.kernel, strict=True)) for t in convolutions}
+    # A skip is a kernel of one without padding.
     borders |= {(-1,) * rank} if skips else set()
     if len(borders) != 1:
         return None
+    # Borders agree, so the most padded kernel is the largest and holds all the others.
     padding = tuple(max(t.padding[d] for t in convolutions) for d in range(rank))
     kernel = tuple(2 * p - b for p, b in zip(padding, next(iter(borders)), strict=True))
     if uses_outside(graph, path):

@@ -91,6 +91,7 @@ class Analysis:
         self.stream_of: dict[Spot, Stream] = {}
         for norm in norms:
             if norm.place is not None and (norm.source, norm.place) not in self.stream_of:
+                # Norms that read one stream find it grown by the first of them.
                 stream = self.grow((norm.source, norm.place))
                 self.streams.append(stream)
                 self.stream_of.update(dict.fromkeys(stream.members, stream))
@@ -116,6 +117,7 @@ class Analysis:
                 and has_value
                 and not any(u in found and name_of(u) not in NEUTRAL for u in node.users)
             )
+            # Unlike other assertions this one looks at shape and dtype alone.
             if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
                 found.add(node)
         return found
@@ -129,6 +131,7 @@ class Analysis:
             if spot in stream.members:
                 continue
             made = stream.members[spot] = self.made(spot)
+            # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
             work += made.parts if made.how == "sum" else ()
             if spot[0] not in self.data and spot != start:
                 continue
@@ -139,8 +142,10 @@ class Analysis:
                     stream.norms.append((onward.norm, spot))
                 elif onward.leak is not None:
                     leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
+        # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
         for name, shape in self.graph.unreached.items():
+            # Multiples count, since a parameter may hold several channel axes in one dimension.
             if any(n % stream.size == 0 for n in shape):
                 why = f"`{name}` fits this stream, and no traced input makes the model use it"
                 leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
@@ -159,6 +164,7 @@ class Analysis:
             if not parameter.stored:
                 return Made("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
             return Made("parameter")
+        # Before the table is asked: a norm written by hand is a product, and would be taken for one.
         if node in self._made_by:
             return Made("opaque", reason=f"the output of the norm {described(self._made_by[node].path)}")
         terms = terms_of(node)
@@ -167,6 +173,7 @@ class Analysis:
         parts: list[Spot] = []
         constant = False
         for term in terms:
+            # What is the same along the channels is a number to them, however much it differs elsewhere.
             carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
             if not carriers:
                 constant = True
@@ -184,6 +191,7 @@ class Analysis:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
             return None
+        # Only a factor of parameters alone can move into a weight; a gate that the input opens cannot.
         fixed = [(o, p) for o, p in carriers if o.node not in self.data]
         moving = [(o, p) for o, p in carriers if o.node in self.data]
         if len(fixed) != 1 or len(moving) != 1:
@@ -203,12 +211,15 @@ class Analysis:
                 yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
             elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):
                 yield Onward()  # only its shape or dtype is asked for
+            # The same node reads the norm's weight and bias, and those not through P: hence the question for the
+            # source.
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
                 if norm.place == place:
                     yield Onward(norm=norm)
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
                     yield Onward(leak=Leak(spot, user, "norm-axes", why))
+            # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
             elif reads_centred(user, node, place):
                 yield Onward()
             else:
@@ -220,6 +231,8 @@ class Analysis:
         if terms is None:
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
             return
+        # An operand that the row does not name (the value of a masked_fill, an index) is used in a way nobody
+        # described.
         if not any(operand.node is node for term in terms for operand in term):
             yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:
@@ -234,6 +247,7 @@ class Analysis:
             code = "linear" if is_map else "cut" if operand.linear else "unknown-op"
             verb = "reads it directly" if is_map else "takes its channels apart" if operand.linear else "reads it"
             return Onward(leak=Leak(spot, user, code, f"{operation(user)} {verb}"))
+        # gamma * x hides the mean of x behind gamma, from where no P removes it again.
         for other in term:
             if other is not operand:
                 at = carry_back(other, place, user)
@@ -250,6 +264,8 @@ class Analysis:
         for onward in self.onward(spot):
             if onward.leak is not None:
                 return onward.leak.reader
+            # A value of parameters alone is followed even if it is a member: `grow` does not look for its other
+            # readers.
             if onward.to is not None and not (allowed(onward.to) and onward.to[0] in self.data):
                 if onward.to[0] in self.data:
                     return onward.to[0]

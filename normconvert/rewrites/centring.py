@@ -73,6 +73,8 @@ def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey
         for spot, made in stream.members.items():
             if made.how == "parameter":
                 reader = analysis.uses(spot, usable.__contains__)
+                # A tensor that carries channels on two axes would need two edits, each of which is seen by what reads
+                # the other axis.
                 if reader is None and len(places[spot[0]]) == 1:
                     result.editable.add(spot)
                 else:
@@ -91,6 +93,8 @@ def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
     tables = [u for u in readers if "embedding" in str(u.target)]
     names = {f"{module_path(u)}.weight" for u in readers}
     one_of_each = len(readers) == 2 and len(tables) == 1 and reader in readers and reader is not tables[0]
+    # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
+    # again when the result is loaded.
     return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
 
 
@@ -120,6 +124,7 @@ def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[
             continue
         if any(analysis.uses(s, inner.__contains__) is not None for s in group[0].writers):
             continue
+        # gamma becomes one, so it must have no other readers than the calls that fold.
         if _reached_by_moves(factor[0]) != {call.spot[0] for call in group}:
             continue
         scale = Scale(tuple(sorted(group[0].writers, key=lambda s: s[0].name)), factor)
@@ -128,14 +133,17 @@ def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[
     for scale in found.values():
         for writer in scale.writers:
             taken[writer].add(scale.factor)
+    # A writer that two scales multiply can take neither: each would be seen through the other.
     return {s: scale for s, scale in found.items() if all(len(taken[w]) == 1 for w in scale.writers)}
 
 
 def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
     value, factor = made.parts
     inner = analysis.grow(value)
+    # Who else reads Wx + b would see it multiplied by gamma.
     if inner.norms or any(leak.reader is not spot[0] or leak.code != "product" for leak in inner.leaks):
         return None
+    # What is no parameter, or a number added to all channels, has nowhere to put gamma.
     if any(m.how not in ("parameter", "sum") or m.constant for m in inner.members.values()):
         return None
     chain = analysis.grow(factor)  # from the factor back to its parameter
@@ -143,6 +151,7 @@ def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
     if len(leaves) != 1 or any(m.how not in ("parameter", "sum") or m.constant for m in chain.members.values()):
         return None
     leaf = leaves[0]
+    # A factor with further dimensions differs by token too, and no weight can do that.
     if not (spans(leaf) and all(n == 1 or d == leaf[1].dim for d, n in enumerate(shape_of(leaf[0])))):
         return None
     writers = frozenset(s for s, m in inner.members.items() if m.how == "parameter")
@@ -185,6 +194,7 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
             continue
         key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
         places = spots.get(node, [])
+        # One hook serves all calls of a module, so one bad call spoils the place for all.
         if len(places) != 1 or not spans((node, places[0])):
             bad.add(key)
         elif node not in analysis.data and analysis.uses((node, places[0]), usable.__contains__) is not None:
@@ -219,15 +229,18 @@ def _insert(
             return spot in result.scales
         if made.how != "sum" or made.constant:
             return False
+        # P(a + b) = Pa + Pb: every part has to be mean-free (arXiv 2305.14858, section 3).
         return all(part in clean or part in also for part in made.parts)
 
     least = options.min_gain or 1
     inserted = set(result.inserted)
     for spot in stream.members:
+        # In execution order the parts are decided first. A hook that another stream wanted works here as well.
         if key_of.get(spot) in inserted or is_clean(spot, set()):
             clean.add(spot)
     norms_at: dict[Spot, int] = defaultdict(int)
     for norm, spot in stream.norms:
+        # A norm that cannot be replaced gains nothing from a mean-free input.
         norms_at[spot] += norm.module is not None
 
     def flips(key: MarkKey) -> set[Spot]:
@@ -247,8 +260,10 @@ def _insert(
             new = flips(key)
             gain = sum(norms_at[s] for s in new)
             own = options.tied == "center" and any(s[0] in _embedding_marks(s, result) for s in marks[key])
+            # Of equal places the first in execution order is taken, hence >: a plan is the same every time.
             if gain >= (1 if own else least) and gain > (best[0] if best else 0):
                 best = (gain, key, new)
+                # No place can win more.
                 if gain == dirty:
                     break
         if best is None:
@@ -284,4 +299,5 @@ def root_of_taint(stream: Stream, result: Centring, spot: Spot) -> str:
             return made.reason
         if made.constant:
             return f"{operation(spot[0])}, which adds the same number to all channels"
+        # There is one, or the sum were mean-free itself.
         spot = next(part for part in made.parts if part not in result.clean)

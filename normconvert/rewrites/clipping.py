@@ -94,6 +94,7 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
     path = module_path(node)
     inside = path.startswith(f"{norm.path}.")
     further = [u for u in node.users if u.target is not MARK and module_path(u).startswith(f"{norm.path}.")]
+    # A clamp takes the place of the norm or of the activation's module, and whatever else they run would be gone.
     if inside != bool(norm.keep) or further:
         raise Blocked(f"{operation(node)} is only a part of what runs there", "not-a-module")
     return Clamp(node, None if inside else path)
@@ -118,6 +119,7 @@ def clip(
         if call.place.outer != 1 or call.place.inner != 1:
             raise Blocked("its channels are a part of a dimension", "axes")
         shapes.add((call.place.size, *[1] * (len(shape_of(call.result)) - 1 - call.place.dim)))
+        # The shift stays in the clamp, so what is behind may pad with zeros.
         walk = Walk(graph, gone, merged, passed, shifts=False)
         walk.ahead(clamp.node, call.place, 0, call.place.size)
         if not walk.shares:
@@ -145,6 +147,7 @@ def _is_owned(norm: Affine, call: Call) -> bool:
         or module_path(made) != norm.path.rpartition(".")[0]
     ):
         return False
+    # The mark's readers too: it is the same memory once the marks are gone.
     readers = [u for u in made.users if u is not call.source] + [u for u in call.source.users if u not in call.nodes]
     return all(name_of(u) in NEUTRAL for u in readers)
 

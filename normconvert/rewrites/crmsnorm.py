@@ -71,6 +71,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
 
     Every norm gets a verdict. A stream is compressed between operations as a whole or not at all.
     """
+    # An output in one channel less is another output, whatever the user allows of its mean.
     options = replace(options.for_method("crmsnorm"), allow_shifted_outputs=False)
     norms = find_norms(graph)
     analysis = Analysis(graph, norms)
@@ -92,6 +93,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
         if norm in where
     }
     remedies = Remedies(graph)
+    # Every round tries what was not tried before, or leaves more values as they are: it ends.
     while True:
         draft = _draft(model, choose_region(analysis, found, marks, stay, options.min_gain or 1), remedies)
         if not draft.region.compressed:
@@ -124,6 +126,7 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
     basis = model.options.basis
     change = {"op": "compress", "basis": basis}
     tensors, aliases, config, notes = writer_edits(model.analysis, model.survey, set(needed), change)
+    # After the writers' edits, which say which name of a tied table is the copy.
     untied = _untied(model, region, tensors)
     for path in converted:
         try:
@@ -170,6 +173,7 @@ def _verdict(model: _Model, region: Region, path: str, group: list[Norm]) -> Ver
         if why.code == "returned":
             reason = f"{reason.split(', with its mean')[0]}, in all its channels."
         return Verdict(path, kind, False, reason, why.code)
+    # One call speaks for all: `regions` joins what the calls of a norm read.
     spot = model.where[group[0]][1]
     if spot not in region.compressed:
         root = region.reasons[spot]
@@ -210,13 +214,16 @@ def _reader_edits(model: _Model, draft: _Draft, tensors: Edits) -> dict[fx.Node,
                     name = f"{reader.module}.bias"
                     biases |= dict.fromkeys(reader.nodes, name)
                     new = {"op": "new", "shape": [_shape(model.graph, own)[reader.out]], "like": own}
+                    # The reader may write into a stream itself; its new bias then takes the same change of basis.
                     after = [{**row, "axis": 0} for row in written if row.get("axis") == reader.out]
                     tensors[name] = [new, product, *after]
                 else:
+                    # W b has all channels, so it is added before the bias is compressed for the stream it writes into.
                     tensors[name] = [product, *tensors.get(name, [])]
             rows: list[dict[str, Any]] = []
             if norm.get("weight") is not None:
                 rows.append({"op": "scale", "by": f"{path}.{norm['weight']}", **axis, "offset": norm["offset"]})
+            # (W diag(g)) L: g has d channels, so it comes before L leaves d - 1 of them.
             rows.append({"op": "read_compressed", "basis": model.options.basis, **axis})
             tensors[reader.weight] = [*copied, *rows, *(row for row in written if row["op"] != "copy")]
     return biases
@@ -233,6 +240,7 @@ def _places(model: _Model, draft: _Draft) -> set[Spot]:
     for spot in draft.region.compressed & model.survey.scales.keys():
         made = model.analysis.made(spot)
         for part in made.parts:
+            # What is between a writer and its layer scale is in no stream, and has one channel less as well.
             found |= analysis.grow(part).members.keys()
     for readers, values in draft.folded.values():
         found |= values

@@ -37,6 +37,8 @@ def fold_norms(analysis: Analysis, groups: list[list[Norm]], tensors: Edits) -> 
             axis = along(reader.place)
             if bias is not None:
                 row = {"op": "add_product", "weight": reader.weight, "by": f"{path}.{bias}", **axis}
+                # In front of what is there: where the reader writes into a mean-free stream, P(c + W b) is wanted, not
+                # Pc + W b.
                 tensors[str(reader.bias)] = [row, *tensors.get(str(reader.bias), [])]
             if weight is not None:
                 row = {"op": "scale", "by": f"{path}.{weight}", **axis, "offset": settings["offset"]}

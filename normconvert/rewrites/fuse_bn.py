@@ -145,6 +145,7 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: froz
             try:
                 clipping, shares = clip(graph, norm, gone, merged, passed)
             except Blocked:
+                # An unknown operation says least, so the other side's reason is the class where there is one.
                 code = first.code if first.code != "unknown-op" else second.code
                 why = f"before it, {first}; behind it, {second}."
                 found[at] = Verdict(norm.path, norm.kind, False, why, code), [], None
@@ -172,10 +173,12 @@ def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged:
         walk.back(call.source, call.place, (0, call.place.size), True)
         walks.append(walk)
     changed = {node for walk in walks for node in walk.changed} | {n for call in norm.calls for n in call.nodes}
+    # Between the input of a norm that has moved and its result nothing happens any more: they are one value.
     inside = changed | {source for result, source in gone.items() if result in changed}
     for walk in walks:
         for node in walk.changed:
             for user in node.users:
+                # The value changes for all its readers, so each has to be on the way.
                 if user not in inside and not _only_asks(user, node) and not _is_gone(user, inside, gone):
                     if user.op == "output":
                         raise Blocked("the model returns what it reads", "returned")
@@ -246,6 +249,7 @@ def _edit(
         edits[bias].append({"op": "add_product", "weight": share.weight, "by": times(share.factor, shift), **row})
         return
     along = {k: v for k, v in row.items() if k in ("outer", "inner")} | {"axis": 0}
+    # a (W u + c) + b: scaled first, then shifted.
     edits[bias].append({"op": "scale", "by": scale, **along})
     if share.shifted:
         edits[bias].append({"op": "shift", "by": shift, **along})

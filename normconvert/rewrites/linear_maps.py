@@ -100,6 +100,7 @@ def check_borders(node: fx.Node, weight: fx.Node) -> None:
         if padding != "valid" and not (isinstance(padding, (int, list, tuple)) and _all(padding, 0)):
             raise Blocked(f"{operation(node)} pads it with zeros, which a shift would have to be zero for", "padding")
         return
+    # With a stride of two, every other result sees no tap at all.
     if not all(n == 1 for n in kernel) or not _all(argument(node, 3, "stride", 1), 1):
         raise Blocked(f"{operation(node)} makes results of different taps, which a shift would tell apart", "padding")
 
@@ -110,6 +111,7 @@ def keeps_constants(node: fx.Node) -> bool:
     if name in POOLS:
         padding = argument(node, 3, "padding", 0)
         counted = argument(node, 5, "count_include_pad", True)
+        # Zeros that are counted, or another divisor, make an average of a constant another number.
         divisor = None if name == "aten.avg_pool1d" else argument(node, 6, "divisor_override", None)
         return divisor is None and (_all(padding, 0) or counted is False)
     if name == "aten.add" or name not in CONSTANT_KEPT:

@@ -124,6 +124,7 @@ class Walk:
             try:
                 taken = self.back(operand, at, channels, wanted) or taken
             except NoBias:
+                # Once more without the shift. What was found to change stays noted: it changes in either case.
                 del self.shares[known:]
                 self.back(operand, at, channels, False)
         if shift and not taken:
@@ -158,6 +159,8 @@ class Walk:
             carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
             if len(carriers) != 1 or not carriers[0][0].linear:
                 raise Blocked(f"{operation(node)} stands between it and a linear map", "product")
+            # The second operand may have a sign or a factor (sub, alpha): a scale passes it, a shift would be
+            # multiplied.
             found.append((carriers[0][0].node, carriers[0][1], len(found) == 0))
         sum_of = name in ("aten.add", "aten.sub")
         if shift and not (sum_of or keeps_constants(node)):
@@ -186,6 +189,7 @@ class Walk:
             if user in self.merged:
                 raise Blocked(f"{operation(user)} is merged with the branches beside it", "merged-branch")
             if user in self.gone_inputs:
+                # Who reads the input of a norm that has moved is its result, one operation further on.
                 self.changed.add(user)
                 self.ahead(self.gone_inputs[user], place, start, count, self._scaled(user, place, start, count, factor))
             elif name in LINEAR and is_input(user, node):
@@ -225,6 +229,7 @@ class Walk:
                 return replace(place, size=total // place.inner), start + before // place.inner
             raise Blocked(stop, "unknown-op")
         terms = terms_of(user)
+        # More than one term is a sum, whose other part would have to be scaled as well.
         if terms is None or (self.shifts and not keeps_constants(user)) or len(terms) != 1:
             raise Blocked(stop, "unknown-op")
         operands = [o for o in terms[0] if o.node is node]
@@ -249,6 +254,8 @@ class Walk:
             if place.dim != (1 if batched else 0):
                 raise Blocked(f"it lies across the channels of {operation(node)}", "axes")
             axis = 1 if name in TRANSPOSED else 0
+            # Dimension 0 of a plain convolution's weight has the results of all groups, dimension 1 of a transposed
+            # one's those of one group only.
             groups = groups_of(node) if name in TRANSPOSED else 1
         else:
             if place.dim != len(shape_of(node)) - 1 or len(shape_of(weight)) != 2:
@@ -278,6 +285,7 @@ class Walk:
                 raise Blocked(f"{operation(node)} reads it along other axes", "axes")
             axis = 1 if name == "aten.linear" else 0
             outputs = int(shape_of(node)[-1])
+        # A group's channels are numbered from the group's first, which only a whole axis tells.
         if groups > 1 and (not place.whole or count != place.size):
             raise Blocked(f"{operation(node)} has groups", "cut")
         return self._share(node, weight, axis, bias, place, start, (0, count), groups, outputs, self.shifts)
@@ -312,6 +320,7 @@ class Walk:
         while True:
             parameter = self.graph.parameters.get(node)
             if parameter is not None:
+                # The plan names no aliases: an edit by one name would leave the tensor as it was under the others.
                 if not parameter.stored or len(parameter.aliases) > 1:
                     raise Blocked(f"the weight of {operation(reader)} is tied or not stored", "tied")
                 return parameter.name, place.dim, frozenset(_linear_readers(node))
@@ -333,9 +342,11 @@ def agreed(walks: list[Walk]) -> list[Share]:
             if outside := next((n for n in share.calls if n not in nodes), None):
                 raise Blocked(f"{operation(outside)} uses `{share.weight}`, too", "shared-weight")
             other = by_weight.setdefault(share.weight, share)
+            # Twice in one call: the tensor would be edited twice.
             if other.recipe != share.recipe or share.weight in seen:
                 raise Blocked(f"`{share.weight}` is used in different ways", "shared-weight")
             seen.add(share.weight)
+    # An edit is seen by every call, also by one whose norm has not asked for it.
     if any({s.weight for s in walk.shares} != set(by_weight) for walk in walks):
         raise Blocked("its calls read different linear maps", "shared-weight")
     return list(by_weight.values())

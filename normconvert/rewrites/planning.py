@@ -42,6 +42,7 @@ def plan_model(
         apply_module_edits(edited, plan.modules)
         try:
             found = rewrite.proof(graph, tracer(edited), plan)
+        # A model that runs no more is not proved either: the plan changes nothing then.
         except TraceError as error:
             found = str(error)
         if found:

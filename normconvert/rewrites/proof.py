@@ -166,9 +166,11 @@ def _same(
             return _image(a, image, gone) is _through(b)
         if a is None and isinstance(b, fx.Node):
             return b in biases
+        # 1 equals True in Python, and is another argument.
         return type(a) is type(b) and a == b
 
     ours, theirs = list(node.args), list(other.args)
+    # An absent bias is no argument at all, or None.
     if len(ours) == 2 and len(theirs) == 3 and theirs[2] in biases:
         ours.append(None)
     keys = set(node.kwargs) | set(other.kwargs)

@@ -140,11 +140,13 @@ def _values(analysis: Analysis, starts: list[Spot], has_bias: bool) -> tuple[set
             if onward.leak is not None:
                 leaks.append(onward.leak)
             elif onward.to is not None:
+                # Zeros that join on the way (padding, a mask) have no b in them, and would be given W b behind the map.
                 if has_bias and name_of(onward.to[0]) not in KEEPS_CONSTANTS:
                     raise Unfoldable(f"{operation(onward.to[0])} does not keep its bias as it is")
                 work.append(onward.to)
     for spot in values - set(starts):
         made = analysis.made(spot)
+        # Where anything else joins the norm's result, the map would apply g to that, too.
         if made.how != "sum" or made.constant or not set(made.parts) <= values:
             raise Unfoldable(f"{operation(spot[0])} adds it to {made.reason or 'other values'}")
     return values, leaks
@@ -153,6 +155,7 @@ def _values(analysis: Analysis, starts: list[Spot], has_bias: bool) -> tuple[set
 def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
     node, (value, place) = leak.reader, leak.spot
     form = _FORMS.get(name_of(node))
+    # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
     if leak.code != "linear" or form is None or node.kwargs:
         raise Unfoldable(leak.reason)
     args = [*node.args, *[None] * 3]
@@ -178,6 +181,7 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
         return Reader(frozenset([node]), name, stored, out, bias_name)
     path = module_path(node)
     module = analysis.graph.modules.get(path)
+    # Registered as None: the class knows of a bias, and was built without.
     plain = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
     if not new_biases or not plain or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
         raise Unfoldable(f"{operation(node)} has no bias to take the norm's")
@@ -202,6 +206,7 @@ def _stored(analysis: Analysis, node: fx.Node, place: Place, out: int, reader: f
             raise Unfoldable(f"the weight of {operation(reader)} is computed")
         operand = terms[0][0]
         back = carry_back(operand, place, node)
+        # Both dimensions have to be found, the one that g scales and the one that W b lies along.
         if back is None or out not in operand.dims.values():
             raise Unfoldable(f"the weight of {operation(reader)} is computed")
         out = next(source for source, target in operand.dims.items() if target == out)

@@ -86,6 +86,7 @@ def choose_region(
         region, halfway = _cut(analysis, survey, marks, stay, min_gain, forbidden)
         if not halfway:
             return region
+        # A hook runs in every call of its module, so it cannot compress in one and not in another.
         forbidden |= halfway
 
 

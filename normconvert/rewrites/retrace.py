@@ -61,7 +61,7 @@ class Meant:
 @torch.library.custom_op("normconvert::compress", mutates_args=())
 def _compress(x: Tensor, axis: int) -> Tensor:
     """Stands for the operation of the runtime in the proof: one channel less."""
-    return x.narrow(axis, 0, x.shape[axis] - 1).clone()
+    return x.narrow(axis, 0, x.shape[axis] - 1).clone()  # no view of its input
 
 
 @_compress.register_fake
@@ -88,6 +88,7 @@ def prove(graph: Graph, modules: Sequence[Mapping[str, Any]], meant: Meant) -> N
     """
     model = copy.deepcopy(graph.modules[""])
     try:
+        # The runtime's arithmetic would be operations that the old graph has not; one stands for it, see _Stub.
         apply_module_edits(model, [edit for edit in modules if edit["op"] != "compress"])
     except ValueError as error:
         raise Differs("", str(error)) from error
@@ -128,6 +129,7 @@ def _running(model: nn.Module) -> Iterator[list[str]]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             stack.pop()
 
+        # First, so that an error in another hook is this module's.
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave))
 
@@ -169,12 +171,14 @@ class _Comparison:
         """Raise Differs at the first difference that is not meant."""
         self._placeholders()
         pairs = self._operations(self.old), self._operations(self.new)
+        # Before their numbers are compared: the first operation that differs says more than a surplus.
         for a, b in zip(*pairs, strict=False):
             self._pair(a, b)
         if len(pairs[0]) != len(pairs[1]):
             longer, what = max(pairs, key=len), "runs in addition" if len(pairs[1]) > len(pairs[0]) else "runs no more"
             node = longer[min(len(pairs[0]), len(pairs[1]))]
             raise Differs(module_path(node), f"{operation(node)} {what} at the new width")
+        # A graph has no values, so a constant made of the width would look like one that is not.
         if self.old.constants != self.new.constants:
             raise Differs("", "the model makes constants of its width")
         for node, names in self.old.outputs.items():
@@ -205,6 +209,7 @@ class _Comparison:
             if node.op not in ("placeholder", "output")
             and name_of(node) not in _IGNORED
             and node.target is not _COMPRESS
+            # What a replaced norm does inside is meant to differ; its boundary is not.
             and (node.target is MARK or not self._within(module_path(node), inside, prefixes))
         ]
 
@@ -216,6 +221,7 @@ class _Comparison:
         if a.target != b.target or a.op != b.op:
             raise Differs(module_path(a), f"{operation(a)} becomes {operation(b)} at the new width")
         self.image[a] = b
+        # What nothing returned depends on may have any shape.
         if a not in self.meant.live:
             return
         if a.target is MARK:
@@ -234,6 +240,7 @@ class _Comparison:
         if (path, side, key) in self.meant.inserted:
             if source.target is not _COMPRESS:
                 raise Differs(path, f"nothing compresses the {side} of `{path}`")
+            # The hook that compresses was there before the mark's, so the mark marks what it has made.
             source = source.args[0]
         if self.image.get(a.args[0]) is not source:
             raise Differs(path, f"the {side} of `{path}` is another value at the new width")
@@ -262,6 +269,7 @@ class _Comparison:
             return isinstance(b, dict) and a.keys() == b.keys() and all(self._same(a[k], b[k]) for k in a)
         if free and isinstance(a, int) and isinstance(b, int):
             return True
+        # 1 equals True in Python, and is another argument.
         return type(a) is type(b) and (a == b or a != a)
 
     def _same_node(self, a: fx.Node, b: fx.Node) -> bool:
@@ -294,6 +302,7 @@ class _Comparison:
         (dim,) = dims
         if new[dim] != old[dim] - 1 or varies(a, Place(dim, old[dim])):
             return False
+        # Counted from the end, as broadcasting does: `_aligned` looks for it in a value of another rank.
         self.constant[a] = dim - len(old)
         return True
 

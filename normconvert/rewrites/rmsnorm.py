@@ -62,6 +62,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
 
 def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:
     """The row that puts an RMSNorm in the norm's place; ``folded`` if its parameters have become ones and zeros."""
+    # Px = x, so LayerNorm and RMSNorm are one function here, and the runtime may take the faster kernel.
     row = dict(norm.module or {}, mean_free=True)
     own = [f"{norm.path}.{row[key]}" for key in ("weight", "bias") if row[key]]
     if own and all(tensors.get(name, [{}])[0].get("op") == "fill" for name in own):
@@ -114,12 +115,14 @@ def _needed(
             float32 = float32 or is_float32_cast(at[0])
             made, node = stream.members[at], at[0]
             key = tuple(node.args[1:4]) if node.op == "call_function" and len(node.args) == 4 else None
+            # What is before a centring operation needs no edit for the sake of what is behind it.
             if key in inserted and "mark" in str(node.target):
                 used[key] = axis_of(at)
             elif made.how == "sum":
                 work += made.parts
             else:
                 needed.add(at)
+    # In the order of insertion, not of the walk: a plan is the same every time.
     return needed, {key: used[key] for key in centring.inserted if key in used}, float32
 
 

@@ -105,6 +105,7 @@ class Remedies:
         kind, paths = self._alike(difference.path)
         if kind not in self.attempts:
             norms = [norm for norm, nodes in values.items() if any(_runs_in(node, paths) for node in nodes)]
+            # type, not isinstance: True is no width.
             own = [n for n, v in vars(self.graph.modules[difference.path]).items() if type(v) is int and v in sizes]
             choices = ([own] if own else []) + ([[name] for name in own] if len(own) > 1 else [])
             left: list[tuple[list[str], bool]] = [([], True)] if norms else []
@@ -115,6 +116,7 @@ class Remedies:
         if not attempts.left:
             return False
         names, expand = attempts.left.pop(0)
+        # Each attempt stands alone: what the last one changed is taken back.
         for norm in attempts.norms:
             self.expanded.pop(norm, None)
         self.expanded |= dict.fromkeys(attempts.norms if expand else [], attempts.reason)
@@ -135,6 +137,7 @@ class Remedies:
         why = Stays("", f"{where} does not run in one channel less, or computes something else: {difference}", "width")
         inside = tuple(f"{path}." if path else "" for path in paths)
         found: list[tuple[Stream, list[Spot]]] = []
+        # What the module itself touches comes first; only a container touches nothing but what is inside.
         for touches in (lambda node: _runs_in(node, paths), lambda node: module_path(node).startswith(inside)):
             found = [(s, [p for p in s.members if p in compressed and touches(p[0])]) for s in streams]
             found = [(stream, spots) for stream, spots in found if spots]
@@ -142,6 +145,7 @@ class Remedies:
                 break
         least = min((len(stream.norms) for stream, _ in found), default=0)
         spots = [spot for stream, spots in found if len(stream.norms) == least for spot in spots]
+        # Nothing is found to blame: all is given up rather than tried again without end.
         return dict.fromkeys(spots or compressed, why)
 
     def _alike(self, path: str) -> tuple[Hashable, set[str]]:

@@ -53,6 +53,7 @@ def never_called(graph: Graph, called: set[str]) -> list[Verdict]:
             found[id(module)] = Verdict(
                 path, type(module).__name__, False, "no traced input makes the model run it.", "unreached"
             )
+    # By identity, since a module that is registered twice is called by one of its names.
     seen = {id(graph.modules[path]) for path in called if path in graph.modules}
     return [verdict for key, verdict in found.items() if key not in seen]
 
@@ -60,6 +61,7 @@ def never_called(graph: Graph, called: set[str]) -> list[Verdict]:
 def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
     """Who uses the module or its parameters in another way than by calling the norm; empty if nobody does."""
     calls = [n for n in graph.nodes if n.target is MARK and n.args[1:4] == (path, "output", "")]
+    # Each call of a module ends in a mark, so there is one for every norm in it, or it is not the norm alone.
     if len(calls) != len(group):
         return f"`{path}` does something else in {len(calls) - len(group)} of its calls"
     names = {f"{path}.{leaf}" for key in ("weight", "bias") if (leaf := (group[0].module or {}).get(key))}
@@ -73,6 +75,7 @@ def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
 
 def explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
     """The most telling leak, in words."""
+    # A returned stream is named only if nothing else leaks: that the user may allow.
     returned = [leak for leak in leaks if leak.code == "returned"]
     others = [leak for leak in leaks if leak.code != "returned"]
     for leak in others:

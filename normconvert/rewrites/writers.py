@@ -38,6 +38,7 @@ def writer_edits(
 
     def edit(spot: Spot, name: str, **row: Any) -> None:
         rows = tensors.setdefault(name, [])
+        # Two calls may ask for the same edit of one tensor, which must not be scaled twice.
         if row not in rows:
             rows.append(row)
         names = analysis.graph.parameters[spot[0]].aliases
@@ -49,10 +50,12 @@ def writer_edits(
         by = analysis.graph.parameters[scale.factor[0]].name
         for writer in scale.writers:
             name = analysis.graph.parameters[writer[0]].name
+            # gamma before P: P diag(gamma) W is wanted, and diag(gamma) P W is not mean-free.
             edit(writer, name, op="scale", by=by, **along(writer[1]))
             edit(writer, name, **change, **along(writer[1]))
         edit(scale.factor, by, op="fill", value=1.0)
         if change["op"] == "compress":
+            # The ones lie along the channels, of which there is one less.
             edit(scale.factor, by, op="drop", **along(scale.factor[1]))
     for spot in (s for stream in centring.usable for s in stream.members if s in needed):
         if spot in centring.untied:
@@ -60,6 +63,7 @@ def writer_edits(
             table = next(u for u in spot[0].users if "embedding" in str(u.target))
             own = f"{module_path(table)}.weight"
             other = next(n for n in parameter.aliases if n != own)
+            # The head keeps the table as it was: edits read the values of the source, whatever their order.
             tensors[other] = [{"op": "copy", "from": own}]
             edit(spot, own, **change, **along(spot[1]))
             config["tie_word_embeddings"] = False

@@ -34,6 +34,7 @@ def following_integers() -> Iterator[Callable[[nn.Module], None]]:
         for module, name, buffer, value in known:
             alone = len(memory[value.untyped_storage().data_ptr()]) == 1  # no other buffer is a view of it
             if alone and value.shape == buffer.shape and value.dtype == buffer.dtype:
+                # By identity, so that a buffer of two modules stays one.
                 module._buffers[name] = made.setdefault(id(buffer), value.clone())
 
     with values:
@@ -65,6 +66,7 @@ def without_changed(model: nn.Module, constants: Mapping[str, Tensor], names: It
 def _unstored(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Buffers of integers that no checkpoint holds."""
     for module in model.modules():
+        # Private; a state dict shows the same only after all its tensors have been gathered.
         for name in module._non_persistent_buffers_set:
             buffer = module._buffers.get(name)
             if buffer is not None and not buffer.is_floating_point() and not buffer.is_complex():

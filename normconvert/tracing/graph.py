@@ -92,6 +92,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     _inline_regions(module)
     _name_paths(model, module.graph)
     parameters = _parameters(model, program, module.graph)
+    # An export has a placeholder for every tensor of the model, read or not.
     reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     return Graph(
         nodes=tuple(module.graph.nodes),
@@ -119,6 +120,7 @@ def merge(first: Graph, second: Graph) -> Graph:
         if parameter is not None and parameter.name in by_name:
             mapping[node] = by_name[parameter.name]
             continue
+        # The second output node as well. No program may have two of them, but this one is read and never run.
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
         copies.append(mapping[node])
         if parameter is not None:
@@ -154,12 +156,14 @@ def _export(
         with marked[0], marked[1], made[0], made[1], made[2], _Constants() as constants:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+        # A module without marks stays without, so the loop ends.
         written = set().union(*(marks_that_lie(graph) for graph in graphs))
         if written:
             without |= written
             continue
         functional = [make_functional(graph) for graph in graphs]
         if not all(functional):
+            # fx asks for this after every change of a graph that is run again, as run_decompositions does.
             for module in program.graph_module.modules():
                 if isinstance(module, fx.GraphModule):
                     module.recompile()
@@ -195,8 +199,10 @@ def _entered(
     The values of ``inputs`` and of constant buffers are known meanwhile; above all modes of ``torch.export``, which
     would ask for them first.
     """
+    # The model itself is called in any case, since its parameters are to have the names that they have in it.
     run = model.forward if entry is None else entry
 
+    # Export takes the names of the inputs from the signature.
     @functools.wraps(model.forward if entry is None else entry.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
         with known_values(inputs, kwargs, in_place(model, constants)):
@@ -225,6 +231,7 @@ def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
     names = {path: first[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
+        # The innermost module comes last.
         path = str(next(reversed(stack.values()))[0]) if stack else ""
         node.meta[_PATH] = names.get(path, path)
 
@@ -269,6 +276,7 @@ def _mark_outputs(path: str) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if _markable(output):
             return mark(output, path, "output", "")
+        # Not isinstance: a named tuple cannot be made of an iterator.
         if type(output) in (tuple, list):
             return type(output)(mark(a, path, "output", str(i)) if _markable(a) else a for i, a in enumerate(output))
         if isinstance(output, dict):  # transformers' ModelOutput among them
@@ -301,6 +309,7 @@ _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 def _inline_regions(module: fx.GraphModule) -> None:
     """Replace autocast and grad-mode regions by their contents: neither changes what is computed on this device."""
+    # A region brings those within it to light, so this goes on until there are none.
     while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _REGIONS]:
         for region in regions:
             position = next(i for i, a in enumerate(region.args) if isinstance(a, fx.Node) and a.op == "get_attr")
@@ -337,6 +346,7 @@ def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node
     unstored = set(signature.non_persistent_buffers)
     constants = signature.inputs_to_lifted_tensor_constants
     groups: dict[int, list[str]] = {}
+    # All names: an edit of a shared tensor has to reach each of them.
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
         groups.setdefault(id(tensor), []).append(name)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 @torch.library.custom_op("normconvert::mark", mutates_args=())
 def mark(x: Tensor, path: str, side: str, key: str) -> Tensor:
     """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
+    # torch does not let a custom operation return its input.
     return x.clone()
 
 
@@ -58,6 +59,7 @@ def marks_that_lie(graph: fx.Graph) -> set[str]:
         for m in earlier:
             source = m.args[0]
             assert isinstance(source, fx.Node)
+            # Both ways: the write may go through the name before the mark or the one behind it.
             joined[root[source]].append(root[m])
             joined[root[m]].append(root[source])
         reached, work = {root[write]}, [root[write]]
@@ -66,6 +68,8 @@ def marks_that_lie(graph: fx.Graph) -> set[str]:
                 if other not in reached:
                     reached.add(other)
                     work.append(other)
+        # Who reads the written class itself later is right to see what was written; the others should see it, and do
+        # not.
         if any(last_use[r] > order[write] for r in reached - {root[write]}):
             found |= {str(m.args[1]) for m in earlier if root[m] in reached}
     return found
@@ -82,15 +86,19 @@ def make_functional(graph: fx.Graph) -> bool:
     root, members = _classes(graph)
     writes = [node for node in graph.nodes if mutates(node)]
     remaining = False
+    # In execution order, so that a second write to the same memory finds the first one's result in place of x.
     for write in writes:
         target, x = _returning(write), write.args[0] if write.args else None
         names = members[root[write]]
         if (
             target is None
             or not isinstance(x, fx.Node)
+            # Inputs, parameters and buffers are seen from outside.
             or any(node.op != "call_function" for node in names)
+            # Another name would go on showing what was there before.
             or any(order[n] < order[write] < order[u] for n in names if n is not x for u in n.users)
             or any(u.op == "output" for u in x.users)
+            # What is read under another name may be written already when it is read.
             or any(node in names for node in write.all_input_nodes if node is not x)
         ):
             remaining = True
@@ -156,6 +164,7 @@ def _named_again(node: fx.Node) -> list[fx.Node]:
     if not any(r.alias_info for r in schema.returns):
         return []
     named = [a.alias_info is not None or "List" in str(a.type) for a in schema.arguments]
+    # An alias, but not said of what: then of anything.
     if not any(named):
         return node.all_input_nodes
     values = [v for v, alias in zip(node.args, named, strict=False) if alias]

@@ -75,6 +75,7 @@ class KnownValues(TorchFunctionMode):
     def __init__(self, largest: int = LARGEST, integers: bool = False) -> None:
         super().__init__()
         self._largest, self._integers = largest, integers
+        # By identity, as == compares elements, and weakly, since what a model has dropped needs no value.
         self._values = WeakTensorKeyDictionary()  # tensor -> _Known
 
     def note(self, tensor: Tensor, value: Tensor) -> None:
@@ -85,6 +86,7 @@ class KnownValues(TorchFunctionMode):
             value: on the CPU, of the same shape.
         """
         with _real():
+            # A copy, since what the model writes to its input is written to this as well.
             self._remember(tensor, value.detach().clone())
 
     def value(self, tensor: object) -> Tensor | None:
@@ -100,6 +102,7 @@ class KnownValues(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
         version = _version(tensor)
+        # Without a count of writes, or memory to find the views by, nothing would say when the value is out of date.
         if version >= 0 and _memory(tensor) and _memory(value):
             self._values[tensor] = _Known(value, version)
 
@@ -121,6 +124,7 @@ class KnownValues(TorchFunctionMode):
         values = {key: known.value for key, known in held.items() if known is not None}
         if len(values) < len(held) or name.startswith(_RANDOM):
             return self._partly(func, name, args, kwargs)
+        # What neither takes nor makes a tensor may be a switch, which must not be thrown twice.
         if not tensors and name not in _FACTORIES:
             return func(*args, **kwargs)
         if name == "__iter__":
@@ -139,12 +143,14 @@ class KnownValues(TorchFunctionMode):
         result = self._compute(func, args, kwargs, values)
         if result is _UNKNOWN:
             return made
+        # The same trace every time: fresh memory may hold anything.
         if name.startswith(_EMPTY) and isinstance(result, Tensor):
             with _real():
                 result.zero_()
         for tensor in tensors:
             known = held[id(tensor)]
             if known is not None and known.version != _version(tensor):
+                # The write was followed on the values too, so they hold at the new count.
                 self._written(known)
         return self._noted(made, result, tensors)
 
@@ -153,6 +159,7 @@ class KnownValues(TorchFunctionMode):
 
         def number(leaf: Any) -> Any:
             value = self.value(leaf)
+            # A truth value stays a tensor: as an index it is a mask and no number.
             if value is None or value.ndim or value.is_floating_point() or value.dtype == torch.bool:
                 return leaf
             with _real():
@@ -166,6 +173,7 @@ class KnownValues(TorchFunctionMode):
             )
             return (args[0], items if isinstance(args[1], tuple) else items[0], *args[2:]), kwargs
         if name in _SIZES:
+            # The first operand is what the function works on, unless it makes a tensor of numbers.
             first = () if name in _FACTORIES else args[:1]
             rest = args[len(first) :]
             if name == "repeat_interleave":  # a tensor of repeats of one element stays what it is
@@ -233,6 +241,7 @@ class KnownValues(TorchFunctionMode):
             return value
         with _real():
             listed = value.tolist()
+        # reshape, since the list of a tensor without elements does not tell its shape.
         made = torch.tensor(listed, dtype=value.dtype).reshape(value.shape).to(device)
         self._remember(made, value)
         return made
@@ -245,6 +254,7 @@ class KnownValues(TorchFunctionMode):
                 positions = tuple(part for i in index for part in self._positions(i, args[0].device))
                 return func(args[0], positions, *args[2:], **kwargs)
         masks = name == "masked_select" and len(args) == 2 and _is_mask(self.value(args[1]))
+        # A mask that is stretched would have other positions.
         if masks and args[0].shape == args[1].shape:
             return args[0][self._positions(args[1], args[0].device)]
         if name == "repeat_interleave" and len(args) > 1 and self.value(args[1]) is not None and args[1].ndim == 1:
@@ -281,6 +291,7 @@ class KnownValues(TorchFunctionMode):
         """A known tensor was written to, with known values: the tensors that share its memory are known still."""
         with _real():
             for tensor, known in list(self._values.items()):
+                # Of the names of this memory only those that were right before the write are right after it.
                 if known.version == changed.version and _memory(known.value) == _memory(changed.value):
                     self._remember(tensor, known.value)
 
@@ -302,6 +313,7 @@ class _Known(NamedTuple):
 def _version(tensor: Tensor) -> int:
     """How often a tensor's memory was written to; -1 if that is not counted."""
     with torch._C.DisableTorchFunction():
+        # Tensors made in inference mode count nothing, and raise an error when asked.
         return -1 if tensor.is_inference() else tensor._version
 
 
@@ -309,6 +321,7 @@ def _memory(tensor: Tensor) -> int:
     """Which memory a tensor's values are in; 0 if it has none of its own, as one that ``vmap`` maps over."""
     with torch._C.DisableTorchFunction():
         try:
+            # The storage's own address: fake tensors have no data to point to.
             return int(tensor.untyped_storage()._cdata)
         except NotImplementedError:
             return 0
@@ -349,6 +362,7 @@ _UNKNOWN = object()
 @contextmanager
 def _real() -> Iterator[None]:
     """Compute with real values, whatever traces the model."""
+    # Private, as there is no public way out of the modes in which torch exports.
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
 

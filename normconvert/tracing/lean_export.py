@@ -27,6 +27,7 @@ def lean_export() -> Iterator[None]:
 @contextmanager
 def _without_stacks() -> Iterator[None]:
     config: Any = importlib.import_module("torch.fx.config")
+    # A private switch: where a release lacks it, setting it does nothing.
     before = getattr(config, "do_not_emit_stack_traces", False)
     config.do_not_emit_stack_traces = True
     try:
@@ -43,9 +44,11 @@ def _without_code() -> Iterator[None]:
 
     def recompile(module: fx.GraphModule) -> Any:
         codegen: Any = module.graph._codegen
+        # The patch is seen by all threads, and only graphs as export makes them are known to do without code.
         if threading.get_ident() != thread or type(codegen) not in (CodeGen, _PyTreeCodeGen):
             return made(module)
         if isinstance(codegen, _PyTreeCodeGen):
+            # recompile sets these as well, and they are asked for without a call.
             module._in_spec = codegen.pytree_info.in_spec
             module._out_spec = codegen.pytree_info.out_spec
 

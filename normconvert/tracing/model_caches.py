@@ -46,6 +46,7 @@ def _tables(holder: object) -> Iterator[dict[str, Any]]:
         if type(value) in (dict, OrderedDict):
             if key not in _HELD:
                 yield value
+        # Objects of objects are left alone: they may refer to each other in circles.
         elif isinstance(holder, nn.Module) and _is_plain(value):
             yield from _tables(value)
 
@@ -59,6 +60,7 @@ def _is_plain(value: object) -> bool:
 
 def clear_caches() -> None:
     """Empty every memoised function of model code, wherever it hides (decorators keep them in closures)."""
+    # A tuple, since another thread may import something while they are counted.
     for function in _memoised(sum(map(_may_hold_models, tuple(sys.modules)))):
         function.cache_clear()
 
@@ -69,7 +71,9 @@ def _memoised(modules: int) -> list[Any]:
 
     A search looks at every object there is, so modules whose functions are of no interest do not count.
     """
+    # The type is private: nothing public tells a memoised function that hides in a closure.
     wrappers = (value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper)
+    # This module's own table is left, or each call would search through all objects again.
     own = sys.modules[__name__].__name__
     return [w for w in wrappers if not str(w.__module__).startswith((own, *_KEPT)) and not _standard(w)]
 

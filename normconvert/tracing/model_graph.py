@@ -33,6 +33,7 @@ def trace_model(model: nn.Module) -> Graph:
 def _trace(model: nn.Module) -> Graph:
     first: TraceError | None = None
     for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
+        # A copy, since the caller's model keeps its dtype.
         candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
         likely = _trace_likely(candidate)
         if likely is not None:
@@ -75,6 +76,7 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
             other = trace(model, more, entry)
         except TraceError:
             continue
+        # A call that reads nothing new could only add leaks.
         if set(graph.unreached) - set(other.unreached):
             graph = merge(graph, other)
         if not graph.unreached:

@@ -28,6 +28,8 @@ def pretending(model: nn.Module, device: str = "cpu") -> Iterator[FakeTensorMode
         model: on the meta device; tensors with values are faked as well. Tied ones stay tied.
         device: where the fake tensors pretend to be.
     """
+    # Real tensors are let in: model code makes some in its constructor. With a shape environment a shape that depends
+    # on values is a symbol instead of an error; static shapes keep all other sizes numbers.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     made: dict[int, Tensor] = {}
     held: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
@@ -78,6 +80,7 @@ def _answering() -> Iterator[None]:
 
 
 def _fake(tensor: Tensor, device: str) -> Tensor:
+    # With the strides, which decide whether a view is possible.
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
@@ -93,6 +96,7 @@ def on_either_device(run: Callable[[str], Result]) -> Result:
     try:
         return run("cpu")
     except Exception as error:
+        # torch has no class of error for tensors of two devices.
         if "meta" not in str(error):
             raise
     return run("meta")

@@ -51,7 +51,7 @@ def ids(length: int = 0, rows: int = 0) -> Builder:
     """Token ids, (batch, length); 0 takes the sizes' own."""
 
     def build(facts: Facts, sizes: Sizes) -> Spec:
-        low = min(3, facts.vocabulary - 1)
+        low = min(3, facts.vocabulary - 1)  # the first ids are often padding and the ends of a text
         shape: tuple[int, ...] = (rows or sizes.batch, length or sizes.length)
         books = facts.number("num_codebooks")
         if books > 1 and sizes.layout in (1, 2):  # one id a codebook, with or without one for the text
@@ -370,7 +370,7 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
     constants = constant_buffers(model)
 
     def call(device: str) -> Any:
-        with fresh_caches(model), pretending(model, device), as_exported():
+        with fresh_caches(model), pretending(model, device), as_exported():  # or a trace would refuse what runs here
             fake = without_values(inputs, device)
             with known_values(inputs, fake, in_place(model, constants)):
                 return function(**fake)
@@ -384,7 +384,7 @@ def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:
     for function in (getattr(owner, method, None) for method in FEATURES.get(name, ()) for owner in owners):
         if function is None:
             continue
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # a model that cannot be asked may say it in its config
             return _rows(
                 call_fake(facts.model, function, {k: v for k, v in inputs.items() if k.startswith(SIGNAL_NAMES)})
             )

@@ -183,6 +183,7 @@ def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
         count = 0
         if signal in specs:
             count = feature_count(facts, signal, to_trace(facts.model, specs)) // text.shape[0]
+        # Also a count of 0: random ids must not hold a placeholder that nothing fills.
         tokens[token] = max(count, tokens.get(token, 0))
     extra = sum(tokens.values())
     if "image_embeds_position_mask" in specs:
@@ -213,6 +214,7 @@ def guesses(model: nn.Module) -> Iterator[Guess]:
     for names in [["x"]] if is_timm(model) else argument_sets(Facts(model)):
         for sizes in SIZES:
             guess = specs(model, names, sizes)
+            # Compared as text, as the values in a Spec cannot be hashed.
             if repr(guess) not in seen:
                 seen.add(repr(guess))
                 yield Guess(guess, names, sizes)
@@ -235,6 +237,7 @@ def to_trace(model: nn.Module, specs: dict[str, Any]) -> dict[str, Any]:
 def _tensor(spec: Spec, dtype: torch.dtype) -> Tensor:
     if spec.kind in SIGNALS and math.prod(spec.shape) > LARGEST:
         return torch.empty(spec.shape, dtype=dtype, device="meta")
+    # One seed: the graph may depend on these values, and has to be the same in every run.
     value = materialise(spec, torch.Generator().manual_seed(0))
     return value.to(dtype) if value.is_floating_point() else value
 

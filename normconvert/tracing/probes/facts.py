@@ -102,6 +102,7 @@ class Facts:
                 value = getattr(config, name, None)
                 if isinstance(value, (list, tuple)) and value and isinstance(value[0], int):
                     value = value[0]
+                # True is an integer in Python, and no size.
                 if isinstance(value, int) and not isinstance(value, bool):
                     return value
         return default

@@ -160,6 +160,7 @@ def padding_mask(shape: torch.Size, side: str) -> Tensor:
     mask = torch.ones(shape, dtype=torch.int64)
     count = max(shape[1] // 3, 1)
     if side == "right":
+        # One row only, so that a batch holds a padded text beside a full one.
         mask[0, -count:] = 0
     else:
         mask[0, :count] = 0
