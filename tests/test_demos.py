@@ -114,6 +114,18 @@ def test_digits_are_split_without_overlap() -> None:
     assert distances.min() > 0
 
 
+def test_shipped_digits_are_what_scikit_learn_holds_out() -> None:
+    """The training set is what is left of scikit-learn's: an image in both would have been seen in training."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data = load_digits()
+    _, rows = train_test_split(range(len(data.target)), test_size=360, random_state=0, stratify=data.target)
+    images, labels = demos.held_out_digits()
+    assert images.tolist() == data.images[rows].tolist()
+    assert labels.tolist() == data.target[rows].tolist()
+
+
 def test_convnet_has_batch_norms_with_statistics() -> None:
     norms = [m for m in _digit_model("convnet").modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) >= 10
