@@ -19,7 +19,8 @@ beat() {
     while sleep "${BEAT:-10}" >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
         now=$(size)
         if [ ! -t 1 ]; then
-            echo "  $(seconds), ${now:-nothing} in .venv: $(grep -v '^WARNING' "$log" | tail -n 1 | sed 's/^ *//' | cut -c 1-72)"
+            said=$(grep -Ev '^WARNING|ninstall' "$log" | tail -n 1 | sed 's/^ *//' | cut -c 1-72)
+            echo "  $(seconds), ${now:-nothing} in .venv${said:+: $said}"
         elif [ "$now" != "$last" ]; then # else a bar of the installer moves
             echo "  $(seconds), $now in .venv"
         fi
