@@ -1,4 +1,4 @@
-# Only Python >= 3.10 and make are needed: each target does its own set-up, once.
+# Only Python >= 3.10 and make are needed: each target does its own set-up, once, with uv where that is there.
 #   make demo    convert the embedded models and verify the results
 #   make test    ruff, mypy and the tests
 #   make docs    the documentation as a site, build/site/index.html
@@ -6,7 +6,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.dev-installed
 DOCS   := $(VENV)/.docs-installed
+
+BEGUN  := $(shell date +%s)
+READY   = @echo "set up in $$(($$(date +%s) - $(BEGUN))) s: $(VENV), $$(du -sh $(VENV) | cut -f1)"
+TIMED   = sh tools/setup/timed.sh
+ifeq ($(shell command -v uv 2>/dev/null),)
+CREATE  = $(PYTHON) -m venv $(VENV)
+# Not compiled here: Python does that for the few modules that are used, when they are.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable
+else
+CREATE  = uv venv --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+INSTALL = uv pip install --python $(BIN)/python --editable
+endif
 
 # The models of the tests are small: one thread for each of pytest's workers is fastest.
 test slow: export OMP_NUM_THREADS = 1
@@ -20,13 +33,13 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/python -m ruff check
 	$(BIN)/lint-imports
 	$(BIN)/python -m mypy
 
 # The long tests as well (minutes each).
-slow: $(STAMP)
+slow: $(DEV)
 	$(BIN)/python -m pytest -n 2 -m slow
 
 # Strictly: a link, an anchor or a page that is not there is an error. (With --quiet mkdocs counts no warnings.)
@@ -36,18 +49,25 @@ docs: $(DOCS)
 	@$(BIN)/python -m mkdocs build --strict 2>build/docs.log || { cat build/docs.log >&2; exit 1; }
 	@echo "built build/site/index.html"
 
-$(DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	@touch $@
-
-# Installed again when the dependencies change.
+# Each installed again when the dependencies change.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "normconvert needs Python 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing normconvert and what it needs into $(VENV): some minutes, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| { rm -rf $(VENV) && $(TIMED) "making $(VENV)" $(CREATE); }
+	@$(TIMED) "installing normconvert with torch, transformers, timm and what they need, once" $(INSTALL) .
 	@touch $@
+	$(READY)
+
+$(DEV): $(STAMP)
+	@$(TIMED) "installing what the tests need, once" $(INSTALL) '.[dev]'
+	@touch $@
+	$(READY)
+
+$(DOCS): $(STAMP)
+	@$(TIMED) "installing what the documentation needs, once" $(INSTALL) '.[docs]'
+	@touch $@
+	$(READY)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

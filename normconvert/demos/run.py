@@ -63,7 +63,8 @@ def run_demo(
     Raises:
         NormConvertError: as :func:`normconvert.convert` does.
     """
-    screen.stages("demo:gpt2")("open")  # before anything heavy is imported
+    screen.begin("converting demo:gpt2 and demo:vit")  # before anything heavy is imported
+    screen.stages("demo:gpt2")("open")
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory(prefix="normconvert-") as folder:
         place = Path(folder).expanduser()
         language = _convert(screen, "gpt2", place, overwrite)
@@ -73,13 +74,13 @@ def run_demo(
         screen.say("reading digits")
         accuracy = read_digits(place / "vit")
         found = [measure(f"demo:{n}", str(place / n)) if measure is not None else {} for n in ("gpt2", "vit")]
-    good = continuation.same and (accuracy is None or accuracy.same_answers == accuracy.images)
+    good = continuation.same and accuracy.same_answers == accuracy.images
     kept = {} if out is not None else {"out": None}
     document = {
         "command": "demo",
         "reports": [language.to_json() | found[0] | kept, vision.to_json() | found[1] | kept],
         "text": asdict(continuation),
-        "digits": asdict(accuracy) if accuracy is not None else None,
+        "digits": asdict(accuracy),
     }
 
     def show(console: Console) -> None:
@@ -108,27 +109,16 @@ def continue_text(converted: Path, prompt: str = PROMPT, tokens: int = TOKENS) -
     return Continuation(prompt, texts[0], texts[1], tokens, same=ids[0] == ids[1])
 
 
-def read_digits(converted: Path) -> Accuracy | None:
-    """Let ``demo:vit`` and its conversion read the 360 of scikit-learn's digits that it has not seen in training.
-
-    Returns:
-        None where scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        return None
+def read_digits(converted: Path) -> Accuracy:
+    """Let ``demo:vit`` and its conversion read the 360 digits that it has not seen in training."""
     import torch
 
     from normconvert import load
+    from normconvert.files.embedded import held_out_digits
     from normconvert.sources import open_source
 
-    data = load_digits()
-    # The split and the scaling of the training.
-    _, rows = train_test_split(range(len(data.target)), test_size=360, random_state=0, stratify=data.target)
-    images = torch.from_numpy(data.images[rows]).to(torch.float32)[:, None] / 16 * 2 - 1
-    labels = torch.from_numpy(data.target[rows])
+    pixels, labels = held_out_digits()
+    images = pixels.to(torch.float32)[:, None] / 16 * 2 - 1  # the scaling of the training
 
     def answers(model: nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -155,7 +145,7 @@ def _show(
     console: Console,
     reports: tuple[Report, Report],
     continuation: Continuation,
-    accuracy: Accuracy | None,
+    accuracy: Accuracy,
     *,
     kept: bool,
 ) -> None:
@@ -179,16 +169,13 @@ def _show(
                 console.print(Padding(Text(label, FAINT), (0, 0, 0, 2)))
                 console.print(Padding(told, (0, 4, 1, 4)))
             console.print(Padding(agrees(continuation.same, same), (0, 0, 1, 2)))
-    if accuracy is not None:
-        n = accuracy.images
-        for label, right in (("original, LayerNorm", accuracy.original), ("converted, RMSNorm", accuracy.converted)):
-            line = Text.assemble(
-                (f"{label:21}", FAINT), f"{right} of {n} digits right ({percent(right / n)}); none seen in training"
-            )
-            console.print(Padding(line, (0, 0, 0, 2)))
-        same = (
-            "the same answer to every digit" if accuracy.same_answers == n else f"{accuracy.same_answers} answers alike"
+    n = accuracy.images
+    for label, right in (("original, LayerNorm", accuracy.original), ("converted, RMSNorm", accuracy.converted)):
+        line = Text.assemble(
+            (f"{label:21}", FAINT), f"{right} of {n} digits right ({percent(right / n)}); none seen in training"
         )
-        console.print(Padding(agrees(accuracy.same_answers == n, same), (1, 0, 1, 2)))
+        console.print(Padding(line, (0, 0, 0, 2)))
+    same = "the same answer to every digit" if accuracy.same_answers == n else f"{accuracy.same_answers} answers alike"
+    console.print(Padding(agrees(accuracy.same_answers == n, same), (1, 0, 1, 2)))
     if not kept:
         console.print(Padding(Text("keep the converted models with: normconvert demo OUT", FAINT), (0, 0, 0, 2)))

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -118,6 +119,14 @@ class Screen:
             self._display.start()
         else:
             self.err.print(f"{text} ...", style="dim", soft_wrap=True)
+
+    def begin(self, text: str) -> None:
+        """What the command does: a line that stays, in a terminal too, with the seconds since the process began."""
+        import psutil
+
+        if not self.quiet:
+            seconds = time.time() - psutil.Process().create_time()
+            self.err.print(f"{seconds:.1f} s  {text}", style="dim", soft_wrap=True)
 
     def update(self, text: str) -> None:
         """Change the words beside the spinner, where there is one."""

@@ -360,6 +360,7 @@ def test_an_unexpected_exception_is_called_a_bug_and_shows_its_traceback_on_requ
 def test_the_demo_ends_well_and_says_the_same_text_twice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, err = normconvert(capsys, "demo", tmp_path / "kept", "--json", tmp_path / "demo.json")
     assert status == 0, err
+    assert re.fullmatch(r"\d+\.\d s  converting demo:gpt2 and demo:vit", err.splitlines()[0])
     assert "the same 60 tokens" in out
     said = lines_of(out)
     missing = [line for line in page_says("commands.md", "demo") if not any(alike([line], [one]) for one in said)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from normconvert.errors import InputError
 from normconvert.files import embedded
-from tools.demos.digits import digits
+from tools.demos.digits import digits, held_out_lines
 from tools.demos.train_demos import DIGIT_MODELS, accuracy, language_model_loss
 
 LIMITS = {"gpt2": 3_000_000, "vit": 1_000_000, "convnet": 1_000_000}
@@ -112,6 +112,13 @@ def test_digits_are_split_without_overlap() -> None:
     assert torch.bincount(labels).min() >= 34
     distances = torch.cdist(test.flatten(1), train.flatten(1))
     assert distances.min() > 0
+
+
+def test_shipped_digits_are_what_scikit_learn_holds_out() -> None:
+    """The training set is what is left of scikit-learn's: an image in both would have been seen in training."""
+    images, labels = embedded.held_out_digits()
+    table = torch.cat([images.flatten(1), labels[:, None]], 1)
+    assert [",".join(map(str, row)) for row in table.tolist()] == held_out_lines()
 
 
 def test_convnet_has_batch_norms_with_statistics() -> None:

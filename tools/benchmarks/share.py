@@ -145,9 +145,9 @@ def section(rows: Sequence[str], about: str) -> str:
         "## The norms' share of a call",
         "",
         "Written by `python -m tools.benchmarks.share --write`. Time of the norms where they stand in the model, "
-        "LayerNorm in the original and RMSNorm in the converted model, and the difference as a share of the original's call; "
-        "batch 1, no cache, random perturbed weights. Processor time of the one thread that computes, lower quartiles "
-        f"of rounds in which the models take turns. {about}.",
+        "LayerNorm in the original and RMSNorm in the converted model, and the difference as a share of the original's "
+        "call; batch 1, no cache, random perturbed weights. Processor time of the one thread that computes, lower "
+        f"quartiles of rounds in which the models take turns. {about}.",
         "",
         "| model | dtype | tokens | a call | its LayerNorms | RMSNorms | more, of a call |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -52,7 +52,7 @@ Embedded in normconvert so that {why} can be shown and tested without a download
 
 **Data.** The handwritten digits that scikit-learn ships (`sklearn.datasets.load_digits`): 1,797 images from Alpaydin
 and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, CC BY 4.0. Split by
-`tools/demos/digits.py`, stratified.
+scikit-learn's `train_test_split`, stratified; the held-out images, unchanged, are shipped as `../heldout_digits.csv`.
 
 **Training.** {epochs} epochs of AdamW with small random rotations, scalings and shifts, {minutes:.1f} minutes on
 one core:

@@ -41,11 +41,12 @@ def demo_data(
         return from_ids(name, sample(teacher, wanted, length or 256), wanted, length)
     if wanted.shape is None or wanted.shape[0] != 1:
         raise InputError(f"{name}: the embedded data are text and grey digits; the model takes {wanted.main}")
+    from normconvert.tuning.data.digits import MEAN, STD, digits
+
     try:
-        from normconvert.tuning.data.digits import MEAN, STD, digits
+        images, labels = digits("test" if held_out else "train", size=wanted.shape[1])
     except ImportError as error:
         raise InputError(f"{name}: the digits come with scikit-learn: pip install 'normconvert[swap]'") from error
-    images, labels = digits("test" if held_out else "train", size=wanted.shape[1])
     return Distorted(name, wanted.main, images, labels, -MEAN / STD)
 
 
