@@ -18,12 +18,13 @@ import torch
 from normconvert.benchmark.timing import Spread
 from normconvert.running import algebra_model
 from tests.perturb import perturb
-from tools.benchmarks.gpu import pages
+from tools.benchmarks.gpu import conversion, pages
 from tools.benchmarks.gpu.__main__ import main
 from tools.benchmarks.gpu.groups import GROUPS, set_up
+from tools.benchmarks.gpu.models import work_of
 from tools.benchmarks.gpu.rows import FAILED, OK, SKIPPED, Results, Row, unmeasured
 from tools.benchmarks.gpu.running import run
-from tools.benchmarks.gpu.shapes import build, edited, plans_of, relative
+from tools.benchmarks.gpu.shapes import SHAPES, build, edited, plans_of, relative
 from tools.benchmarks.gpu.tasks import START, Setting, Task, ordered, that_fit
 from tools.pages import sections
 
@@ -81,6 +82,15 @@ def test_the_small_rows_cover_the_kinds_of_the_real_ones() -> None:
     assert kinds(small=True) == kinds(small=False)
 
 
+@pytest.mark.parametrize("subject", list(SHAPES))
+def test_the_real_shapes_can_do_what_is_asked_of_them(subject: str) -> None:
+    skeleton = build(subject, False, torch.float32, torch.device("meta"))
+    asked = {(task.kind, task.length) for task in ordered([GROUPS["models"]], small=False) if task.subject == subject}
+    assert asked or subject == conversion.WHOLE
+    for kind, length in asked:
+        assert work_of(skeleton, Task("models", subject, kind, 2, length)).kind == kind
+
+
 def test_a_run_that_is_killed_keeps_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     command = [*SMALL, str(file), "--only", "norm", "conversion"]
@@ -126,20 +136,21 @@ def test_a_failure_is_a_row_and_the_rest_goes_on() -> None:
     tasks = [
         Task("models", "no such model"),
         Task("models", "no such model", batch=8),
-        Task("norm", "8", "norm", 4, mode="no such mode"),
-        Task("norm", "8", "norm", 4),
-        Task("norm", "8", "norm", 4, mode="graphs"),
+        Task("models", "vit-b", length=8),
+        Task("models", "vit-b"),
+        Task("models", "vit-b", mode="graphs"),
     ]
     run([(task, 1.0) for task in tasks], SETTING, results, time.monotonic() + 600, lambda line: None)
     found = list(results.rows.values())
     assert [r.status for r in found] == [FAILED, FAILED, FAILED, OK, SKIPPED]
     assert found[0].reason == found[1].reason == "RuntimeError: could not be built: KeyError: 'no such model'"
+    assert "takes no text" in found[2].reason
     assert "CUDA" in found[4].reason
 
 
 def test_a_row_that_outlasts_the_time_is_given_up() -> None:
     results = Results(None, ABOUT)
-    tasks = [Task("norm", "512", "norm", 512), Task("norm", "512", "add+norm", 512)]
+    tasks = [Task("models", "vit-b", batch=8), Task("models", "vit-b", batch=1)]
     setting = replace(SETTING, seconds=1e9)
     start = time.monotonic()
     run([(task, 1.0) for task in tasks], setting, results, start + 4, lambda line: None)
@@ -177,7 +188,8 @@ def test_the_pages_take_their_rows_from_a_file(tmp_path: Path) -> None:
     results = Results(None, ABOUT)
     results.add(row())
     results.add(row(name="broken", status=FAILED, reason="OutOfMemoryError: a | b", milliseconds={}, speedup={}))
-    results.add(row(group="swap", name="vit-b", speedup={"un": Spread(1.4, 1.3, 1.5)}, failures={}))
+    times = {"original": Spread(1.4, 1.4, 1.4), "un": Spread(1.0, 1.0, 1.0)}
+    results.add(row(group="swap", name="vit-b", milliseconds=times, speedup={"un": Spread(1.4, 1.3, 1.5)}))
     pages.write_pages(tmp_path, results.document())
     text = sections((tmp_path / "performance.md").read_text())[1]["gpu"]
     assert "GPU" in text
