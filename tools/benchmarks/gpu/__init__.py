@@ -9,8 +9,8 @@ The checks come first, then the groups by priority. A row is one cell: versions 
 turns in this process (:mod:`normconvert.benchmark`). It is written as soon as it is measured; what fails or what there
 is no time for is a row that says so. Models are made on the device from configurations, with random weights.
 
-The full product of models, workloads, batches, dtypes and modes has over a thousand cells; eight minutes take some
-seventy. What was chosen, each in the file of its group:
+The product of models, workloads, batches, dtypes and modes has more than four hundred cells, of which eight minutes
+take some seventy. What was chosen, each in the file of its group:
 
 - bfloat16 throughout, and float16 where it could differ most: the smallest models, which are bound by their norms
   and launches rather than by products.
