@@ -117,7 +117,7 @@ def test_the_file_is_made_the_same_again_and_reads_well(tmp_path: Path) -> None:
     shipped_source.cache_clear()
     assert shipped_source() == source
     (tmp_path / "modeling_normconvert.py").write_text(source, encoding="utf-8")
-    settings = str(Path(__file__).parent.parent / "pyproject.toml")
+    settings = str(Path(__file__).parents[2] / "pyproject.toml")
     for command in (["check"], ["format", "--check"]):
         ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "--config", settings]
         done = subprocess.run([*ruff, str(tmp_path)], capture_output=True, text=True)

@@ -33,6 +33,7 @@ from normconvert.wording.words import human_number, percent
 from tools.benchmarks import swap_speed
 from tools.demos import swap_ablations
 from tools.demos.corpus import cut, read_bible
+from tools.docs.pages import sections, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "swap.md"
@@ -177,7 +178,10 @@ def main() -> None:
                     row = swap_speed.measure(model, method, out, options.seconds)
                     keep("speed", [row], results)
     rows = keep("swaps", [], results)
+    others = sections(options.out.read_text(encoding="utf-8"))[1] if options.out.exists() else {}
     options.out.write_text(page(rows), encoding="utf-8")
+    for name, text in others.items():  # of other tools
+        write_section(options.out, name, text, [])
     failed = [row for row in rows["swaps"] if row["loss"] > LIMITS[row["model"]][row["name"]]]
     if failed:
         raise SystemExit("beyond the limit: " + ", ".join(f"{row['model']} {row['name']}" for row in failed))
