@@ -26,6 +26,8 @@ TABLE: dict[str, rows.Row] = {
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rows.add_row),
     "aten.mul": rows.mul_row,
     "aten.div": rows.div_row,
+    # Rows of their own keep these from being taken for quotients: with a rounding mode they are none.
+    **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rows.div_row),
     "aten.where": rows.where_row,
     "aten.masked_fill": rows.masked_fill_row,
     "aten.masked_scatter": rows.masked_scatter_row,
@@ -109,12 +111,16 @@ POINTWISE = {
 
 
 def name_of(node: fx.Node) -> str:
-    """The operation without its overload, e.g. ``aten.add``; the full name if that has a row of its own."""
+    """The operation without its overload, e.g. ``aten.add``; the full name if that means something else.
+
+    That is so for overloads with a row of their own, and for those that write their result elsewhere.
+    """
     if node.op != "call_function":
         return node.op
     full = str(node.target)
     # A built-in function has no overload that could be dropped.
-    return full if full in TABLE else full.rpartition(".")[0] if full.count(".") > 1 else full
+    name, _, overload = full.rpartition(".") if full.count(".") > 1 else (full, "", "")
+    return full if full in TABLE or "out" in overload.split("_") else name
 
 
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:

@@ -269,8 +269,8 @@ class _Comparison:
             return isinstance(b, dict) and a.keys() == b.keys() and all(self._same(a[k], b[k]) for k in a)
         if free and isinstance(a, int) and isinstance(b, int):
             return True
-        # 1 equals True in Python, and is another argument.
-        return type(a) is type(b) and (a == b or a != a)
+        # 1 equals True in Python, and is another argument; NaN equals nothing, and is the same as NaN here.
+        return type(a) is type(b) and (a == b or (a != a and b != b))
 
     def _same_node(self, a: fx.Node, b: fx.Node) -> bool:
         if self.image.get(a) is b:

@@ -208,11 +208,16 @@ def _entered(
         with known_values(inputs, kwargs, in_place(model, constants)):
             return run(*args, **kwargs)
 
+    # A model may have a forward of its own beside that of its class, as wrappers set it: that is put back.
+    own = model.__dict__.get("forward")
     model.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del model.__dict__["forward"]
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = own
 
 
 def module_path(node: fx.Node) -> str:

@@ -167,3 +167,25 @@ def test_a_graph_without_writes_computes_what_the_program_computes(steps: list[t
 )
 def test_a_write_is_replaced_if_no_other_name_is_read_after_it(steps: list[tuple[str, int, int]], done: bool) -> None:
     assert functional(steps)[1] is done
+
+
+def test_a_forward_that_a_model_was_given_is_put_back() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x)
+            return y
+
+    model = Doubled().to("meta").eval()
+    plain = model.forward
+
+    def wrapped(x: Tensor) -> Tensor:
+        return plain(x) * 2
+
+    model.forward = wrapped  # type: ignore[method-assign]
+    graph = trace(model, {"x": torch.zeros(2, 4, device="meta")})
+    assert model.__dict__["forward"] is wrapped
+    assert any("aten.mul" in str(node.target) for node in graph.nodes), "what was traced is what the model does"
