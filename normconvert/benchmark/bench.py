@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,12 @@ from normconvert.errors import InputError, NothingToConvert
 from normconvert.options import METHODS, Options, check_method
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from normconvert.benchmark.compare import Progress
-    from normconvert.benchmark.result import Benchmark
+    from normconvert.benchmark.result import Benchmark, Row
+    from normconvert.benchmark.workloads import Workload
     from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
     from normconvert.tracing.graph import Graph
@@ -68,6 +71,58 @@ def bench(
         TraceError: the model cannot be traced, or no input is known for it.
         NothingToConvert: no norm can be converted, so there is nothing to gain.
     """
+    _check_usage(dtype, seconds, threads, method)
+    where = _set_up(device, graphs, threads)
+    from normconvert.benchmark.versions import versions
+    from normconvert.benchmark.workloads import grid
+    from normconvert.sources import open_source
+
+    say = progress or (lambda line: None)
+    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
+    plan = _recorded_plan(source, out) if out is not None else _made_plan(source, method)
+    works = grid(source.skeleton(), batch, length, decode)
+    setting = _Setting(
+        modes=("eager", *["compiled"] * compile, *["graphs"] * graphs),
+        dtype=_dtype(source, dtype),
+        device=where,
+        seconds=seconds,
+    )
+    say("loading")
+    models = versions(source, out, plan, works[0], setting.dtype, where)
+    rows = _measured(models, works, setting, say)
+    return _benchmark(_Subject(str(src), source, out, plan, models), setting, rows)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How all models are measured.
+
+    Attributes:
+        modes: rows of :data:`normconvert.benchmark.steps.MODES`.
+        dtype: of all parameters.
+        device: where to run.
+        seconds: for each cell.
+    """
+
+    modes: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured: its name as the user gave it, the source, the folder made of it, the plan, and the models."""
+
+    name: str
+    source: Source
+    out: str | Path | None
+    plan: Plan
+    models: Mapping[str, nn.Module]
+
+
+def _check_usage(dtype: str, seconds: float, threads: int | None, method: str | None) -> None:
+    """Refuse what makes no sense before torch is imported, which takes seconds."""
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if seconds <= 0:
@@ -76,16 +131,13 @@ def bench(
         raise InputError(f"threads is {threads}; expected 1 or more")
     if method is not None:
         check_method(method)
+
+
+def _set_up(device: str, graphs: bool, threads: int | None) -> torch.device:
+    """The device, checked, and torch's threads, set."""
     import torch
 
-    from normconvert.benchmark.compare import compare
-    from normconvert.benchmark.machine import machine
-    from normconvert.benchmark.memory import parameter_bytes
-    from normconvert.benchmark.result import Benchmark
-    from normconvert.benchmark.versions import versions
-    from normconvert.benchmark.workloads import grid
     from normconvert.options import check_device
-    from normconvert.sources import open_source
 
     check_device(device)
     where = torch.device(device)
@@ -93,31 +145,49 @@ def bench(
         raise InputError(f"graphs are CUDA's, and the device is {device}")
     if threads is not None:
         torch.set_num_threads(threads)
-    say = progress or (lambda line: None)
-    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
-    plan = _recorded_plan(source, out) if out is not None else _made_plan(source, method)
-    works = grid(source.skeleton(), batch, length, decode)
-    used = source.dtype if dtype == "auto" else getattr(torch, dtype)
-    say("loading")
-    models = versions(source, out, plan, works[0], used, where)
-    modes = ["eager", *["compiled"] * compile, *["graphs"] * graphs]
-    cells = [(mode, work) for mode in modes for work in works]
+    return where
+
+
+def _dtype(source: Source, name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = source.dtype if name == "auto" else getattr(torch, name)
+    return found
+
+
+def _measured(
+    models: Mapping[str, nn.Module], works: Sequence[Workload], setting: _Setting, say: Progress
+) -> tuple[Row, ...]:
+    """A row a mode and workload."""
+    from normconvert.benchmark.compare import compare
+
+    # By mode, not by workload: what torch.compile leaves behind in the process must not meet a later eager cell.
+    cells = [(mode, work) for mode in setting.modes for work in works]
     rows = []
     for number, (mode, work) in enumerate(cells, 1):
         say(f"measuring {work.name} {mode} ({number} of {len(cells)})")
-        rows.append(compare(models, work, mode, used, where, seconds))
+        rows.append(compare(models, work, mode, setting.dtype, setting.device, setting.seconds))
+    return tuple(rows)
+
+
+def _benchmark(subject: _Subject, setting: _Setting, rows: tuple[Row, ...]) -> Benchmark:
+    """What was measured, and on what machine."""
+    from normconvert.benchmark.machine import machine
+    from normconvert.benchmark.memory import parameter_bytes
+    from normconvert.benchmark.result import Benchmark
+
     return Benchmark(
-        source=str(src),
-        converted=None if out is None else str(out),
-        library=source.library,
-        architecture=source.architecture,
-        method=plan.method,
-        norms={"converted": len(plan.converted), "total": len(plan.verdicts)},
-        device=device,
-        dtype=str(used).removeprefix("torch."),
-        machine=machine(where),
-        parameter_bytes={name: parameter_bytes(model) for name, model in models.items()},
-        rows=tuple(rows),
+        source=subject.name,
+        converted=None if subject.out is None else str(subject.out),
+        library=subject.source.library,
+        architecture=subject.source.architecture,
+        method=subject.plan.method,
+        norms={"converted": len(subject.plan.converted), "total": len(subject.plan.verdicts)},
+        device=str(setting.device),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        machine=machine(setting.device),
+        parameter_bytes={name: parameter_bytes(model) for name, model in subject.models.items()},
+        rows=rows,
     )
 
 
