@@ -161,7 +161,6 @@ def _measured(
     """A row a mode and workload."""
     from normconvert.benchmark.compare import compare
 
-    # By mode, not by workload: what torch.compile leaves behind in the process must not meet a later eager cell.
     cells = [(mode, work) for mode in setting.modes for work in works]
     rows = []
     for number, (mode, work) in enumerate(cells, 1):
@@ -223,6 +222,7 @@ def _made_plan(source: Source, method: str | None) -> Plan:
     model = source.skeleton()
     graph = trace_model(model)
 
+    # A method may ask for the graph of another model as well, an edited one; tracing this one again would take as long.
     def tracer(wanted: nn.Module) -> Graph:
         return graph if wanted is model else trace_model(wanted)
 

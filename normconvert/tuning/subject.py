@@ -54,6 +54,7 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
         reasons = "; ".join(dict.fromkeys(v.reason for v in plan.verdicts)) or "it has no LayerNorm"
         raise NothingToConvert(f"{source.reference}: no norm can be swapped: {reasons}")
     chosen = tuple(choose(seats, settings.norms))
+    # The last norm stays, so nothing moves into the head, and two tables would be one too many.
     if fuse and not any(seat.role == "final" for seat in chosen):
         plan = plan_rmsnorm(graph, Options(tied="center"))
     return Subject(source, plan, chosen, len(plan.verdicts), wanted_by(source, source.skeleton()))

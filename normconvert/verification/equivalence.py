@@ -202,6 +202,7 @@ def _prove(truth: ModelOrMaker, algebra: ModelOrMaker | None, plan: Plan | None,
     algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed)
     distances = compare_runs(truth_run, algebra_run, test.shifted)
     worst = max(distances, key=lambda key: rank(distances[key].relative))
+    # In this direction, so that NaN, which is not within any tolerance, goes on.
     if distances[worst].relative <= test.tolerance:
         return _Proof(truth_run, distances, None)
     # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
@@ -291,16 +292,19 @@ def verify(
 
     limits = check_limits(limits or {})
     first, second = open_pair(str(a), str(b), trust_remote_code=trust_remote_code)
+    # On an original only: replayed on what is converted already, a plan would be applied twice.
     plan = recorded_plan(second.record) if first.record is None else None
     used = dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))
     loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
     original = loader(first, used, device)()
+    # A plan may change shapes, and says how; without one other shapes are another model.
     if plan is None:
         _same_shapes(original, loader(second, used, device), str(a), str(b))
     algebra = None if plan is not None else loader(second, torch.float64, device)
     if plan is not None and max_memory is not None:
         algebra = _lazy_loader(first, torch.float64, device, plan=plan, max_memory=max_memory)
+    # Storing alone rounds: what the coarser of two dtypes cannot hold is no difference between the models.
     coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
     tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
     fidelity = verify_models(

@@ -24,7 +24,6 @@ Distances = dict[tuple[str, str], Distance]
 def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> Distances:
     """(probe, output) -> how far the two are apart; inf where only one of them has the output."""
     result = {}
-    # Only what the original can run: that the converted model cannot is a failure of its own, said by name.
     for probe, outputs in expected.outputs.items():
         other = found.outputs.get(probe, {})
         for name in dict.fromkeys([*outputs, *other]):
@@ -53,6 +52,7 @@ def worst_ratio(
             for side in (converted, original)
         ]
         ratios.append(ratio(sums[0], sums[1], eps))
+    # The worst output, not the mean: one that is spoilt must not hide among many that are not.
     return max(ratios, key=rank, default=None)
 
 

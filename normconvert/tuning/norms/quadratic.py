@@ -22,7 +22,7 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor, square: Tensor, *, eps: 
     Returns:
         Shape and dtype of ``x``.
     """
-    # One factor by channel, worked out before x is read: so the map that is stored in the end rounds as this one does.
+    # As one factor by channel, not x·rsqrt(…)·γ: in eval mode the norm is to be the affine map that it ends as.
     scale = weight * torch.rsqrt(square + eps)
     return x * along(scale, x, axis).to(x.dtype) + along(bias, x, axis).to(x.dtype)
 

@@ -136,7 +136,7 @@ class UnifiedNorm(nn.Module):
     def calibrate(self, moments: Moments) -> None:
         """Start from the statistics of calibration data, with the γ and β that are closest to the norm replaced."""
         start_from(moments, self.weight, self.bias, self.running_var, eps=self.eps)
-        # A window of zeros would have a geometric mean of zero, by which the first batches would be divided.
+        # With zeros in the window its geometric mean is zero, and the first batches after a short warm-up are outliers.
         self.window_x2.copy_(moments.square.expand_as(self.window_x2))
 
     def affine(self) -> tuple[Tensor, Tensor]:
