@@ -1,7 +1,8 @@
 """One function an operation: the terms of a node, or None where this use of the operation is not understood.
 
 A row says which dimensions of each operand arrive unchanged at which dimension of the result. What is not listed does
-not pass. `normconvert.analysis.op_table` lists which operation has which row.
+not pass. Here are arithmetic, linear maps and attention; what only moves values is in
+`normconvert.analysis.moving_rules`. `normconvert.analysis.op_table` lists which operation has which row.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _dims_arg(value: Any, rank: int) -> list[int]:
+def dims_argument(value: Any, rank: int) -> list[int]:
+    """The dimensions that an argument names, counted from the front."""
     values = [value] if isinstance(value, int) else list(value) if value else list(range(rank))  # none named: all
     return [v % rank for v in values] if rank else []
 
@@ -47,9 +49,6 @@ def _is_number(value: object) -> bool:
 
 Call = Any
 """A node of the graph; its arguments have no types."""
-
-PARTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unbind"}
-"""Operations whose result is a tuple of parts."""
 
 Row = Callable[[fx.Node], "tuple[Term, ...] | None"]
 
@@ -128,187 +127,26 @@ def _one_for_all(mask: Call) -> bool:
     return True
 
 
-def permute_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions in another order."""
-    x = node.args[0]
-    order = _dims_arg(node.args[1], len(shape_of(x)))
-    return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
-
-
-def swap_row(node: Call) -> tuple[Term, ...]:
-    """Two dimensions change places."""
-    x = node.args[0]
-    rank = len(shape_of(x))
-    a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (-2, -1)  # aten.t and aten.mT name none
-    dims = kept_dims(x)
-    if rank >= 2:
-        dims[a % rank], dims[b % rank] = b % rank, a % rank  # aten.t takes a vector and leaves it
-    return ((Operand(x, dims),),)
-
-
-def reverse_row(node: Call) -> tuple[Term, ...]:
-    """All dimensions in reverse order: ``x.T``."""
-    x = node.args[0]
-    rank = len(shape_of(x))
-    return ((Operand(x, {d: rank - 1 - d for d in range(rank)}),),)
-
-
-def movedim_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions move."""
-    x = node.args[0]
-    rank = len(shape_of(x))
-    sources, targets = _dims_arg(node.args[1], rank), _dims_arg(node.args[2], rank)
-    order: list[int] = [-1] * rank
-    for source, target in zip(sources, targets, strict=True):
-        order[target] = source
-    rest = iter(d for d in range(rank) if d not in sources)
-    order = [next(rest) if d < 0 else d for d in order]
-    return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
-
-
-def view_row(node: Call) -> tuple[Term, ...]:
-    """Row-major order is kept."""
-    return ((Operand(node.args[0], {}, view=True),),)
-
-
-def view_dtype_row(node: Call) -> tuple[Term, ...] | None:
-    """Never understood."""
-    return None  # a reinterpretation of bits
-
-
-def expand_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions of one are stretched."""
-    return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
-
-
 def except_dim(position: int, name: str = "dim") -> Row:
     """All dimensions pass except the one named by an argument (slice, roll, index_select, ...)."""
 
     def row(node: Call) -> tuple[Term, ...]:
         x = node.args[0]
         rank = len(shape_of(x))
-        dims = _dims_arg(argument(node, position, name), rank)
+        dims = dims_argument(argument(node, position, name), rank)
         return ((Operand(x, kept_dims(x, dims)),),)
 
     return row
-
-
-def slice_row(node: Call) -> tuple[Term, ...]:
-    """Other dimensions pass; along ``dim`` a channel axis passes if whole blocks of channels are taken."""
-    x = node.args[0]
-    dim = argument(node, 1, "dim", 0) % len(shape_of(x))
-    start, step = argument(node, 2, "start", 0) or 0, argument(node, 4, "step", 1)
-    old, new = shape_of(x)[dim], shape_of(node)[dim]
-    whole = old == new
-    aligned = step == 1 and isinstance(start, int) and isinstance(old, int) and isinstance(new, int)
-    start = start + old if aligned and start < 0 else start
-    # A part that begins at a multiple of its own length begins with channel 0, if the channels divide its length.
-    blocks = aligned and new > 0 and start % new == 0 and old % new == 0
-    dims = kept_dims(x) if whole else kept_dims(x, [dim])
-    return ((Operand(x, dims, regroup=dim if blocks and not whole else None),),)
-
-
-def split_row(node: Call) -> tuple[Term, ...]:
-    """The first part's shape stands for all; parts of equal size may cut the channel axis in whole blocks."""
-    x = node.args[0]
-    dim = argument(node, 2, "dim", 0) % len(shape_of(x))
-    sizes = [part.shape[dim] for part in node.meta["val"]]
-    equal = all(isinstance(size, int) and size == sizes[0] for size in sizes)
-    return ((Operand(x, kept_dims(x, [dim]), regroup=dim if equal else None),),)
-
-
-def unbind_row(node: Call) -> tuple[Term, ...]:
-    """One dimension vanishes: unbind, select."""
-    x = node.args[0]
-    dim = argument(node, 1, "dim", 0) % len(shape_of(x))
-    return ((Operand(x, {d: d - (d > dim) for d in range(len(shape_of(x))) if d != dim}),),)
-
-
-def getitem_row(node: Call) -> tuple[Term, ...] | None:
-    """One part of a split: what a part looks like is said by the row of the operation that made the parts."""
-    parts = node.args[0]
-    # Of other tuples (a pool's values and indices) each part is something else.
-    if not isinstance(parts, fx.Node) or str(parts.target).rpartition(".")[0] not in PARTS:
-        return None
-    return ((Operand(parts, kept_dims(node)),),)
-
-
-def squeeze_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions of one vanish or appear; as for every view, row-major order is kept."""
-    return view_row(node)
-
-
-def cat_row(node: Call) -> tuple[Term, ...]:
-    """Other dimensions pass; parts of equal size along ``dim`` keep whole blocks of channels together."""
-    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
-    # torch passes over an empty vector here, whatever the shape of the others.
-    parts = [p for p in node.args[0] if shape_of(p) != (0,)]
-    equal = len({shape_of(p)[dim] for p in parts}) == 1
-    return tuple((Operand(p, kept_dims(p, [dim]), regroup=dim if equal else None),) for p in parts)
-
-
-def stack_row(node: Call) -> tuple[Term, ...]:
-    """One dimension appears."""
-    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
-    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}),) for p in node.args[0])
-
-
-def pad_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions that are not padded pass; a number other than zero is a constant."""
-    x, pads = node.args[0], list(node.args[1])
-    mode, value = ("constant", argument(node, 2, "value", 0))
-    if isinstance(value, str):
-        mode, value = value, argument(node, 3, "value", None)
-    rank = len(shape_of(x))
-    # Pads are given in pairs, for the last dimension first.
-    padded = [rank - 1 - i // 2 for i, p in enumerate(pads) if p != 0]
-    fill: tuple[Term, ...] = ((),) if mode == "constant" and value not in (0, 0.0, None) else ()
-    return ((Operand(x, kept_dims(x, padded)),), *fill)
-
-
-def repeat_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions that are not repeated pass."""
-    return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
 
 
 def reduce_row(node: Call) -> tuple[Term, ...]:
     """mean and sum over other dimensions."""
     x = node.args[0]
     rank = len(shape_of(x))
-    gone = set(_dims_arg(argument(node, 1, "dim"), rank))
+    gone = set(dims_argument(argument(node, 1, "dim"), rank))
     keep = bool(argument(node, 2, "keepdim", False))
     left = [d for d in range(rank) if d not in gone]
     return ((Operand(x, {d: d if keep else left.index(d) for d in left}),),)
-
-
-def index_row(node: Call) -> tuple[Term, ...] | None:
-    """Advanced indexing: dimensions indexed by nothing pass.
-
-    The indexed ones become new ones in their place, or in front if they are not neighbours.
-    """
-    x = node.args[0]
-    used: list[int] = []
-    dim = 0
-    for index in node.args[1]:
-        value = index.meta["val"] if isinstance(index, fx.Node) else None
-        # A mask uses up as many dimensions as it has, an index of integers one.
-        width = value.ndim if value is not None and value.dtype == torch.bool else 1
-        used += range(dim, dim + width) if value is not None else []
-        dim += width
-    if not used:
-        return unary_row(node)
-    free = [d for d in range(len(shape_of(x))) if d not in used]
-    made = len(shape_of(node)) - len(free)
-    neighbours = used == list(range(used[0], used[-1] + 1))
-    return ((Operand(x, {d: i if neighbours and d < used[0] else i + made for i, d in enumerate(free)}),),)
-
-
-def gather_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions of equal size other than the gathered one pass."""
-    x, dim, index = node.args[0], node.args[1], node.args[2]
-    # The index may be smaller than x along other dimensions, and then only the first channels arrive.
-    dims = {d: d for d in kept_dims(x, [dim]) if shape_of(x)[d] == shape_of(node)[d]}
-    return ((Operand(x, dims), Operand(index, kept_dims(index), linear=False)),)
 
 
 def spatial_row(node: Call) -> tuple[Term, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import fx
 
 from normconvert.analysis import axis_rules as rows
+from normconvert.analysis import moving_rules as moves
 from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, shape_of
 
 TABLE: dict[str, rows.Row] = {
@@ -32,33 +33,33 @@ TABLE: dict[str, rows.Row] = {
     "aten.masked_fill": rows.masked_fill_row,
     "aten.masked_scatter": rows.masked_scatter_row,
     # views and moves
-    "aten.permute": rows.permute_row,
-    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], rows.swap_row),
-    "aten.numpy_T": rows.reverse_row,
-    "aten.movedim": rows.movedim_row,
+    "aten.permute": moves.permute_row,
+    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_row),
+    "aten.numpy_T": moves.reverse_row,
+    "aten.movedim": moves.movedim_row,
     **dict.fromkeys(
-        ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], rows.view_row
+        ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], moves.view_row
     ),
     # A row of its own keeps the overload in the name; without it this would be taken for a reshape.
-    "aten.view.dtype": rows.view_dtype_row,
-    **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], rows.squeeze_row),
-    **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], rows.expand_row),
-    "aten.slice": rows.slice_row,
-    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], rows.split_row),
-    **dict.fromkeys(["aten.unbind", "aten.select"], rows.unbind_row),
-    "<built-in function getitem>": rows.getitem_row,
-    **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], rows.cat_row),
-    "aten.stack": rows.stack_row,
-    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], rows.pad_row),
-    **dict.fromkeys(["aten.repeat", "aten.tile"], rows.repeat_row),
+    "aten.view.dtype": moves.view_dtype_row,
+    **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], moves.squeeze_row),
+    **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], moves.expand_row),
+    "aten.slice": moves.slice_row,
+    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_row),
+    **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_row),
+    "<built-in function getitem>": moves.getitem_row,
+    **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], moves.cat_row),
+    "aten.stack": moves.stack_row,
+    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_row),
+    **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_row),
     # Called without a dimension it flattens first, as roll does: then none passes.
     "aten.repeat_interleave": rows.except_dim(2, "dim"),
     "aten.cumsum": rows.except_dim(1),
     "aten.roll": rows.except_dim(2, "dims"),
     "aten.flip": rows.except_dim(1, "dims"),
     "aten.index_select": rows.except_dim(1),
-    "aten.index": rows.index_row,
-    "aten.gather": rows.gather_row,
+    "aten.index": moves.index_row,
+    "aten.gather": moves.gather_row,
     # linear over other dimensions
     **dict.fromkeys(["aten.mean", "aten.sum"], rows.reduce_row),
     **dict.fromkeys(
@@ -144,7 +145,7 @@ def varies(node: fx.Node, place: Place) -> bool:
             if source is not None and varies(arg, source):
                 return True
         return False
-    if TABLE.get(name) in (rows.view_row, rows.squeeze_row, rows.permute_row, rows.swap_row):
+    if TABLE.get(name) in (moves.view_row, moves.squeeze_row, moves.permute_row, moves.swap_row):
         (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
         source = carry_back(operand, place, node)
         # None means here that the channels are cut, which is no reason to be the same for all: in doubt they vary.

@@ -15,15 +15,8 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.affine_norms import (
-    SAME,
-    Form,
-    Vectors,
-    children_after,
-    is_data_batch_norm,
-    normalise,
-    uses_outside,
-)
+from normconvert.analysis.affine_forms import SAME, Form, Vectors, is_data_batch_norm, normalise
+from normconvert.analysis.affine_norms import children_after, uses_outside
 from normconvert.analysis.channel_axes import is_float, shape_of
 from normconvert.analysis.op_table import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times

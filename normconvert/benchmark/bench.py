@@ -2,90 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normconvert.benchmark.request import Benchmarking
 from normconvert.errors import InputError, NothingToConvert
-from normconvert.options import METHODS, Options
+from normconvert.options import METHODS, Options, check_device, check_options, taking
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from normconvert.benchmark.compare import Progress
-    from normconvert.benchmark.result import Benchmark
+    from normconvert.benchmark.result import Benchmark, Row
+    from normconvert.benchmark.workloads import Workload
     from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
     from normconvert.tracing.graph import Graph
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
-def bench(
-    src: str | Path,
-    out: str | Path | None = None,
-    *,
-    batch: Sequence[int] | None = None,
-    length: Sequence[int] | None = None,
-    compile: bool = False,
-    graphs: bool = False,
-    decode: bool = True,
-    device: str = "cpu",
-    dtype: str = "auto",
-    seconds: float = 3.0,
-    threads: int | None = None,
-    method: str | None = None,
-    revision: str | None = None,
-    arch: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Benchmark:
+@taking(Benchmarking)
+def bench(request: Benchmarking) -> Benchmark:
     """Time a model beside its conversion and beside itself without its norms, interleaved in this process.
 
     The model without its norms is the *bound*: nothing that only touches norms can be faster. Without ``out`` it says
     what there is to gain before anything is converted.
-
-    Args:
-        src: as for :func:`normconvert.convert`.
-        out: a folder that normconvert wrote from ``src``; None measures the original and the bound.
-        batch: rows; None takes 1 and 8.
-        length: tokens; None takes 32 and 512, or as many as the model can take. Models without text have none.
-        compile: measure under ``torch.compile``, too.
-        graphs: measure captured in CUDA graphs, too.
-        decode: measure one token with a cache, too, if it is a causal language model.
-        device: where to run, ``cpu`` or ``cuda``, say.
-        dtype: of all parameters; ``auto`` is that of the source's files.
-        seconds: for each cell, but five rounds at least.
-        threads: for operations on the CPU; None leaves torch's choice.
-        method: whose norms the bound lacks, if there is no ``out``; None takes the first that converts any.
-        revision: branch, tag or commit on the hub.
-        arch: ``timm:NAME`` for bare weights.
-        trust_remote_code: allow code that comes with the checkpoint to run.
-        progress: called with a line before each cell is measured.
 
     Raises:
         InputError: bad input or usage.
         TraceError: the model cannot be traced, or no input is known for it.
         NothingToConvert: no norm can be converted, so there is nothing to gain.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if seconds <= 0:
-        raise InputError(f"seconds is {seconds:g}; expected more than 0")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; expected 1 or more")
-    if method is not None and method not in METHODS:
-        raise InputError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    import torch
-
-    from normconvert.benchmark.compare import compare
-    from normconvert.benchmark.machine import machine
-    from normconvert.benchmark.memory import parameter_bytes
-    from normconvert.benchmark.result import Benchmark
+    check_options(request)
+    if request.seconds <= 0:
+        raise InputError(f"seconds is {request.seconds:g}; expected more than 0")
+    where = _set_up(request.device, request.graphs, request.threads)
     from normconvert.benchmark.versions import versions
     from normconvert.benchmark.workloads import grid
-    from normconvert.options import check_device
     from normconvert.sources import open_source
+
+    say = request.progress or (lambda line: None)
+    opening = {name: getattr(request, name) for name in ("revision", "arch", "trust_remote_code")}
+    source, out = open_source(str(request.src), **opening), request.out
+    plan = _recorded_plan(source, out) if out is not None else _made_plan(source, request.method)
+    works = grid(source.skeleton(), request.batch, request.length, request.decode)
+    setting = _Setting(
+        modes=("eager", *["compiled"] * request.compile, *["graphs"] * request.graphs),
+        dtype=_dtype(source, request.dtype),
+        device=where,
+        seconds=request.seconds,
+    )
+    say("loading")
+    models = versions(source, out, plan, works[0], setting.dtype, where)
+    rows = _measured(models, works, setting, say)
+    return _benchmark(_Subject(str(request.src), source, out, plan, models), setting, rows)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """How all models are measured.
+
+    Attributes:
+        modes: rows of :data:`normconvert.benchmark.steps.MODES`.
+        dtype: of all parameters.
+        device: where to run.
+        seconds: for each cell.
+    """
+
+    modes: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured: its name as the user gave it, the source, the folder made of it, the plan, and the models."""
+
+    name: str
+    source: Source
+    out: str | Path | None
+    plan: Plan
+    models: Mapping[str, nn.Module]
+
+
+def _set_up(device: str, graphs: bool, threads: int | None) -> torch.device:
+    """The device, checked, and torch's threads, set."""
+    import torch
 
     check_device(device)
     where = torch.device(device)
@@ -93,31 +98,48 @@ def bench(
         raise InputError(f"graphs are CUDA's, and the device is {device}")
     if threads is not None:
         torch.set_num_threads(threads)
-    say = progress or (lambda line: None)
-    source = open_source(str(src), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
-    plan = _recorded_plan(source, out) if out is not None else _made_plan(source, method)
-    works = grid(source.skeleton(), batch, length, decode)
-    used = source.dtype if dtype == "auto" else getattr(torch, dtype)
-    say("loading")
-    models = versions(source, out, plan, works[0], used, where)
-    modes = ["eager", *["compiled"] * compile, *["graphs"] * graphs]
-    cells = [(mode, work) for mode in modes for work in works]
+    return where
+
+
+def _dtype(source: Source, name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = source.dtype if name == "auto" else getattr(torch, name)
+    return found
+
+
+def _measured(
+    models: Mapping[str, nn.Module], works: Sequence[Workload], setting: _Setting, say: Progress
+) -> tuple[Row, ...]:
+    """A row a mode and workload."""
+    from normconvert.benchmark.compare import compare
+
+    cells = [(mode, work) for mode in setting.modes for work in works]
     rows = []
     for number, (mode, work) in enumerate(cells, 1):
         say(f"measuring {work.name} {mode} ({number} of {len(cells)})")
-        rows.append(compare(models, work, mode, used, where, seconds))
+        rows.append(compare(models, work, mode, setting.dtype, setting.device, setting.seconds))
+    return tuple(rows)
+
+
+def _benchmark(subject: _Subject, setting: _Setting, rows: tuple[Row, ...]) -> Benchmark:
+    """What was measured, and on what machine."""
+    from normconvert.benchmark.machine import machine
+    from normconvert.benchmark.memory import parameter_bytes
+    from normconvert.benchmark.result import Benchmark
+
     return Benchmark(
-        source=str(src),
-        converted=None if out is None else str(out),
-        library=source.library,
-        architecture=source.architecture,
-        method=plan.method,
-        norms={"converted": len(plan.converted), "total": len(plan.verdicts)},
-        device=device,
-        dtype=str(used).removeprefix("torch."),
-        machine=machine(where),
-        parameter_bytes={name: parameter_bytes(model) for name, model in models.items()},
-        rows=tuple(rows),
+        source=subject.name,
+        converted=None if subject.out is None else str(subject.out),
+        library=subject.source.library,
+        architecture=subject.source.architecture,
+        method=subject.plan.method,
+        norms={"converted": len(subject.plan.converted), "total": len(subject.plan.verdicts)},
+        device=str(setting.device),
+        dtype=str(setting.dtype).removeprefix("torch."),
+        machine=machine(setting.device),
+        parameter_bytes={name: parameter_bytes(model) for name, model in subject.models.items()},
+        rows=rows,
     )
 
 
@@ -153,6 +175,7 @@ def _made_plan(source: Source, method: str | None) -> Plan:
     model = source.skeleton()
     graph = trace_model(model)
 
+    # A method may ask for the graph of another model as well, an edited one; tracing this one again would take as long.
     def tracer(wanted: nn.Module) -> Graph:
         return graph if wanted is model else trace_model(wanted)
 

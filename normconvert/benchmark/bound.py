@@ -55,10 +55,12 @@ def without_norms(
         InputError: a path names no module of this model.
     """
     shared = [*model.parameters(), *model.buffers()]
+    # Sharing the weights: a large model and its bound must fit beside each other.
     bound = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     seen = _layouts(model, norms, call)
     absorbed = {edit["path"]: edit for edit in edits if edit["op"] in ("absorb", "clip")}
     for path, layouts in seen.items():
+        # A norm that is applied with its activation leaves that behind: the bound lacks norms and nothing else.
         if path in absorbed:
             MODULE_EDITS["absorb"](bound, absorbed[path])
         else:
@@ -67,6 +69,7 @@ def without_norms(
 
 
 def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # In every parent: a norm that several hold would go on running in the others.
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if child is old:
@@ -87,6 +90,7 @@ def _layouts(model: nn.Module, norms: Iterable[str], call: Callable[[nn.Module],
         def note(module: nn.Module, args: Any, output: Any, into: Layouts = layouts) -> None:
             if isinstance(output, Tensor):
                 strides = output.stride()
+                # Dimensions of one element tie with others; in their natural order they cost no copy.
                 order = sorted(range(output.ndim), key=lambda d: (-strides[d], d))
                 into[output.ndim] = tuple(order), output.dtype
 

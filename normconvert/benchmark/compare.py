@@ -61,9 +61,12 @@ def compare(
                 steps[name] = step
             except Exception as error:  # a mode or a size that this model cannot do; the others still count
                 failures[name] = why(error)
+        # Every other figure is a ratio to the original: without it a row says nothing.
         if ORIGINAL not in steps:
             return Row(mode, work.kind, work.batch, work.length, failures=failures)
         chosen = {name: models[name] for name in steps}
+        # Without greenlet rounds of whole calls are as fair, but noisier. On a GPU a call returns before its work is
+        # done, and compiled code has no places to leave it at.
         if mode == "eager" and device.type == "cpu" and find_spec("greenlet") is not None:
             times, calls = lockstep(chosen, steps, seconds, quickest, lambda: _move(chosen))
         else:

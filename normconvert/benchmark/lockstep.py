@@ -64,6 +64,7 @@ def lockstep(
 
     def leave(*_: Any) -> None:
         current: Any = getcurrent()
+        # The hooks also run in what is prepared, outside any greenlet, where there is nobody to switch to.
         if current.parent is not None:
             current.parent.switch()
 
@@ -81,12 +82,16 @@ def lockstep(
             spent = time.perf_counter() - begin
             if turn >= ROUNDS[0] and spent >= seconds:
                 break
+            # By time or by rounds, whichever ends first: each place in memory is to get its share of what is measured.
             if lap < laps and max(spent / seconds, turn / ROUNDS[1]) * laps >= lap:
                 lap += 1
                 between()
+            # Everybody begins equally often: what the first call of a round finds (idle cores, cold caches) is no one's
+            # alone.
             first = turn % len(names)
             running = {name: greenlet(lambda n=name: several(steps[n])) for name in names[first:] + names[:first]}
             took = dict.fromkeys(names, 0.0)
+            # All of them before anybody begins: what is prepared must not stand between two turns, nor be timed.
             for name in names:
                 steps[name].prepare()
             while running:

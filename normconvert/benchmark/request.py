@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class Benchmarking(Opening):
         metavar="OUT", positional=True,
     )  # fmt: skip
     _: KW_ONLY
-    batch: list[int] | None = option(None, "Batch sizes.  [default: 1,8]", metavar="N,N", parse=_numbers)
-    length: list[int] | None = option(None, "Tokens.  [default: 32,512]", metavar="N,N", parse=_numbers)
+    batch: Sequence[int] | None = option(None, "Batch sizes.  [default: 1,8]", metavar="N,N", parse=_numbers)
+    length: Sequence[int] | None = option(None, "Tokens.  [default: 32,512]", metavar="N,N", parse=_numbers)
     compile: bool = option(False, "Also under torch.compile.")
     graphs: bool = option(False, "Also captured in CUDA graphs.")
     decode: bool = option(

@@ -27,6 +27,7 @@ def make_step(model: nn.Module, work: Workload, mode: str, dtype: torch.dtype, d
         device: where it runs.
     """
     inputs = on_device(work.inputs, dtype, device)
+    # For these sizes alone: code that is made for any size is slower.
     called: Any = torch.compile(model, dynamic=False) if mode == "compiled" else model
     step = _decode(model, called, inputs, mode) if work.kind == "decode" else Step(lambda: called(**inputs))
     return _captured(step, device) if mode == "graphs" else step
@@ -51,6 +52,7 @@ def _decode(model: nn.Module, called: Any, inputs: dict[str, Any], mode: str) ->
     now: list[Any] = []
 
     def prepare() -> None:
+        # A cache that grows cannot be set back; the copy is made outside the time that is measured.
         now[:] = [copy.deepcopy(cache)]
 
     return Step(lambda: called(input_ids=token, use_cache=True, **{held: now[0]}, **rest), prepare, STEPS)

@@ -66,6 +66,8 @@ def synchronize(device: torch.device) -> None:
 
 def sample(step: Step, calls: int, device: torch.device) -> float:
     """Seconds for one call, the mean over ``calls`` in a row."""
+    # What was given to the device before would be counted here; without the second wait this would not be counted at
+    # all.
     step.prepare()
     synchronize(device)
     start = time.perf_counter()
@@ -93,6 +95,7 @@ def warm_up(step: Step, device: torch.device, done: int = 0) -> float:
         synchronize(device)
         took = time.perf_counter() - start
         done += 1
+        # A step with a cache may be called `most` times only: it would write past the end.
         if done >= min(3, step.most) or (done >= 2 and took > LONG):
             return took
 
@@ -123,6 +126,8 @@ def interleave(
     for turn in range(ROUNDS[1]):
         if turn >= ROUNDS[0] and time.perf_counter() >= end:
             break
+        # Everybody begins equally often: what the first call of a round finds (idle cores, cold caches) is no one's
+        # alone.
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             times[name].append(sample(steps[name], calls, device))

@@ -75,6 +75,7 @@ def grid(
     cells = []
     for batch in batches or BATCHES:
         if decode and can_decode(model) and limit > STEPS:
+            # Room for the tokens that follow the prompt before the cache is set back.
             cells.append(replace(_forward(model, guess, batch, min(*lengths, limit - STEPS)), kind="decode"))
         cells += [_forward(model, guess, batch, length) for length in lengths]
     return cells
@@ -115,6 +116,7 @@ def _longest(model: nn.Module) -> int:
 
 def _forward(model: nn.Module, guess: Guess, batch: int, length: int | None) -> Workload:
     sizes = replace(guess.sizes, batch=batch, length=length or guess.sizes.length)
+    # The same values in every run: experts are chosen by them.
     generator = torch.Generator().manual_seed(0)
     made = specs(model, guess.names, sizes)
     inputs = {name: materialise(v, generator) if isinstance(v, Spec) else v for name, v in made.items()}

@@ -8,6 +8,7 @@ about what a class does with its children, attributes or missing biases.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -25,66 +26,159 @@ from normconvert.tracing.in_place_writes import MARK
 SILENT = {"aten._assert_tensor_metadata"}
 
 
+@dataclass(frozen=True)
+class _Clamp:
+    """A clamp is to stand where a norm was."""
+
+    path: str
+    source: fx.Node
+    activation: fx.Node
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """One convolution is to stand where a block of branches was."""
+
+    source: fx.Node
+    edit: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the plan says becomes of each node of the old graph; a node with no label stays as it is.
+
+    Attributes:
+        gone: the result of an absorbed norm -> what it reads.
+        becomes: last node of a norm or a block -> what stands there instead.
+        skipped: nodes that do not run any more.
+    """
+
+    gone: dict[fx.Node, fx.Node]
+    becomes: dict[fx.Node, _Clamp | _Merged]
+    skipped: set[fx.Node]
+
+
+@dataclass
+class _Walk:
+    """Both graphs side by side, operation by operation.
+
+    Attributes:
+        labels: of the old graph's nodes.
+        rest: the new graph's operations that have not been reached yet.
+        image: node of the old graph -> the same value in the new one.
+        names: tensors of the new graph by name.
+        biases: those that the plan edits or adds.
+    """
+
+    labels: _Labels
+    rest: Iterator[fx.Node]
+    image: dict[fx.Node, fx.Node]
+    names: dict[str, fx.Node]
+    biases: dict[fx.Node, str]
+
+    def image_of(self, value: Any) -> Any:
+        """What a value of the old graph is in the new one."""
+        return _image(value, self.image, self.labels.gone)
+
+
 def difference(graph: Graph, edited: Graph, plan: Plan) -> str:
     """The first difference between the two graphs that the plan does not explain, in words; empty if there is none."""
-    taken = {v.path for v in plan.converted}
-    alone = {v.path for v in plan.converted if v.code != "merged"}
-    clips = {e["path"]: e for e in plan.modules if e["op"] == "clip"}
-    alone -= clips.keys()
-    found_norms = find_affine_norms(graph)
-    gone = {c.result: c.source for a in found_norms if a.path in alone for c in a.calls}
-    norms = [a for a in found_norms if a.path in clips]
-    clamps = {_through(c.result): (c.source, clamp_behind(graph, a, c).node, a.path) for a in norms for c in a.calls}
-    inside = {n for a in found_norms if a.path in taken for c in a.calls for n in c.nodes}
-    blocks = {e["path"]: e for e in plan.modules if e["op"] == "merge"}
-    merged = {result: (source, blocks[b.path]) for b in find_blocks(graph) if b.path in blocks
-              for source, result, _ in b.calls}  # fmt: skip
-    sums = {_through(result): found for result, found in merged.items()}
-    inside |= {n for b in find_blocks(graph) if b.path in blocks for _, _, nodes in b.calls for n in nodes} - set(sums)
-    skip = (inside | _made_of(graph, set(plan.removed)) | {clamp for _, clamp, _ in clamps.values()}) - set(sums)
-    skip -= set(clamps)
+    labels = _labels(graph, plan)
     names = {p.name: node for node, p in edited.parameters.items()}
-    image: dict[fx.Node, fx.Node] = {}
-    for node, parameter in graph.parameters.items():
-        if parameter.name in names:
-            image[node] = names[parameter.name]
+    biases = {node: p.name for node, p in edited.parameters.items() if p.name in plan.tensors}
+    walk = _Walk(labels, _operations(edited, set()), _same_tensors(graph, names), names, biases)
+    return (
+        _match_inputs(graph, edited, walk)
+        or _match_operations(graph, walk)
+        or _match_outputs(graph, edited, walk)
+        or _unread_bias(edited, plan)
+    )
+
+
+def _labels(graph: Graph, plan: Plan) -> _Labels:
+    """Say of each node once what becomes of it."""
+    taken = {v.path for v in plan.converted}
+    clips = {e["path"] for e in plan.modules if e["op"] == "clip"}
+    alone = {v.path for v in plan.converted if v.code != "merged"} - clips
+    edits = {e["path"]: e for e in plan.modules if e["op"] == "merge"}
+    norms = find_affine_norms(graph)
+    clamps = {
+        _through(call.result): _Clamp(norm.path, call.source, clamp_behind(graph, norm, call).node)
+        for norm in norms if norm.path in clips for call in norm.calls
+    }  # fmt: skip
+    calls = [(block.path, call) for block in find_blocks(graph) if block.path in edits for call in block.calls]
+    merged = {_through(result): _Merged(source, edits[path]) for path, (source, result, _) in calls}
+    inside = {n for norm in norms if norm.path in taken for call in norm.calls for n in call.nodes}
+    inside |= {n for _, (_, _, nodes) in calls for n in nodes}
+    skipped = inside | _made_of(graph, set(plan.removed)) | {clamp.activation for clamp in clamps.values()}
+    gone = {call.result: call.source for norm in norms if norm.path in alone for call in norm.calls}
+    return _Labels(gone, {**merged, **clamps}, skipped - merged.keys() - clamps.keys())
+
+
+def _same_tensors(graph: Graph, names: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The tensors that both graphs have."""
+    return {node: names[p.name] for node, p in graph.parameters.items() if p.name in names}
+
+
+def _match_inputs(graph: Graph, edited: Graph, walk: _Walk) -> str:
     given = [n for n in edited.nodes if n.op == "placeholder" and n not in edited.parameters]
     for node in graph.nodes:
         if node.op == "placeholder" and node not in graph.parameters:
             if not given:
                 return f"the edited model has no input `{node.name}`"
-            image[node] = given.pop(0)
-    biases = {node: p.name for node, p in edited.parameters.items() if p.name in plan.tensors}
-    rest = _operations(edited, set())
-    for node in _operations(graph, skip):
-        other = next(rest, None)
+            walk.image[node] = given.pop(0)
+    return ""
+
+
+def _match_operations(graph: Graph, walk: _Walk) -> str:
+    for node in _operations(graph, walk.labels.skipped):
+        other = next(walk.rest, None)
         if other is None:
             return f"{operation(node)} does not run any more"
-        if node in clamps:
-            source, clamp, path = clamps[node]
-            found = [other, *islice(rest, 2)]
-            if not _is_clamp(found, _image(source, image, gone), path, names):
-                return f"`{path}` is not the clamp that it should be"
-            image[clamp] = found[-1]
-            continue
-        if node in sums:
-            source, edit = sums[node]
-            if not _is_merged(other, edit, _image(source, image, gone), names):
-                return f"`{edit['path']}` is not the convolution that it should be"
-            image[node] = other
-            continue
-        if name_of(node) != name_of(other) or not _same(node, other, image, gone, biases):
-            return f"{operation(node)} has become {operation(other)}, or reads something else"
-        image[node] = other
-    if (more := next(rest, None)) is not None:
+        match walk.labels.becomes.get(node):
+            case _Clamp() as clamp:
+                found = _match_clamp(clamp, other, walk)
+            case _Merged() as merged:
+                found = _match_merged(merged, node, other, walk)
+            case None:
+                found = _match_same(node, other, walk)
+        if found:
+            return found
+    if (more := next(walk.rest, None)) is not None:
         return f"{operation(more)} runs in addition"
+    return ""
+
+
+def _match_clamp(clamp: _Clamp, other: fx.Node, walk: _Walk) -> str:
+    found = [other, *islice(walk.rest, 2)]
+    if not _is_clamp(found, walk.image_of(clamp.source), clamp.path, walk.names):
+        return f"`{clamp.path}` is not the clamp that it should be"
+    walk.image[clamp.activation] = found[-1]
+    return ""
+
+
+def _match_merged(merged: _Merged, node: fx.Node, other: fx.Node, walk: _Walk) -> str:
+    if not _is_merged(other, merged.edit, walk.image_of(merged.source), walk.names):
+        return f"`{merged.edit['path']}` is not the convolution that it should be"
+    walk.image[node] = other
+    return ""
+
+
+def _match_same(node: fx.Node, other: fx.Node, walk: _Walk) -> str:
+    if name_of(node) != name_of(other) or not _same(node, other, walk):
+        return f"{operation(node)} has become {operation(other)}, or reads something else"
+    walk.image[node] = other
+    return ""
+
+
+def _match_outputs(graph: Graph, edited: Graph, walk: _Walk) -> str:
     returned: dict[Any, tuple[str, ...]] = {}
     for node, labels in edited.outputs.items():  # one value may be returned twice, with and without a mark
         returned[_through(node)] = (*returned.get(_through(node), ()), *labels)
     for node, labels in graph.outputs.items():
-        if not set(labels) <= set(returned.get(_image(node, image, gone), ())):
+        if not set(labels) <= set(returned.get(walk.image_of(node), ())):
             return f"the output {', '.join(labels)} is another value"
-    return _unread_bias(edited, plan)
+    return ""
 
 
 def _is_merged(node: fx.Node, edit: dict[str, Any], source: Any, names: Mapping[str, fx.Node]) -> bool:
@@ -150,20 +244,15 @@ def _image(value: Any, image: Mapping[fx.Node, fx.Node], gone: Mapping[fx.Node, 
     return image[value] if isinstance(value, fx.Node) else value
 
 
-def _same(
-    node: fx.Node,
-    other: fx.Node,
-    image: Mapping[fx.Node, fx.Node],
-    gone: Mapping[fx.Node, fx.Node],
-    biases: Mapping[fx.Node, str],
-) -> bool:
-    """Whether two operations read the same; an absent bias may have become one of ``biases``."""
+def _same(node: fx.Node, other: fx.Node, walk: _Walk) -> bool:
+    """Whether two operations read the same; an absent bias may have become one of the plan's."""
+    biases = walk.biases
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, (list, tuple)):
             return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
         if isinstance(a, fx.Node):
-            return _image(a, image, gone) is _through(b)
+            return walk.image_of(a) is _through(b)
         if a is None and isinstance(b, fx.Node):
             return b in biases
         # 1 equals True in Python, and is another argument.

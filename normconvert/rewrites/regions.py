@@ -98,36 +98,74 @@ def _cut(
     min_gain: int,
     forbidden: set[MarkKey],
 ) -> tuple[Region, set[MarkKey]]:
+    """One minimum cut: the region, and the places that have to be forbidden before the next."""
+    problem = _build(analysis, survey, marks, stay, forbidden)
+    graph, staying = _solve(_capacities(problem, survey, marks, min_gain))
+    return _read(problem, survey, marks, graph, staying)
+
+
+@dataclass
+class _Problem:
+    """What may be cut where.
+
+    Attributes:
+        sets: values between two places where an operation may stand: compressed together or not.
+        seeds: values that cannot be compressed, with the reason.
+        steps: (value before, value behind, place) of each operation that there may be.
+    """
+
+    sets: _Sets
+    seeds: dict[Spot, Stays]
+    steps: list[tuple[Spot, Spot, MarkKey]]
+
+
+def _build(
+    analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], forbidden: set[MarkKey]
+) -> _Problem:
+    """Join what can only be compressed together."""
     key_of = {spot: key for key, calls in marks.items() if key not in forbidden for spot in calls}
-    sets, seeds, steps = _Sets(), dict(stay), []
+    problem = _Problem(_Sets(), dict(stay), [])
     calls: dict[Hashable, Spot] = {}  # a norm or a layer scale that is used several times
-    norms: dict[Spot, set[str]] = defaultdict(set)
     for stream in survey.usable:
         for spot, made in stream.members.items():
             if what := _obstacle(analysis, stream, spot, survey):
-                seeds.setdefault(spot, Stays(what))
+                problem.seeds.setdefault(spot, Stays(what))
             if spot in key_of:
-                steps += [(part, spot, key_of[spot]) for part in made.parts]
+                problem.steps += [(part, spot, key_of[spot]) for part in made.parts]
             elif made.how == "sum":
                 for part in made.parts:
-                    sets.union(spot, part)
+                    problem.sets.union(spot, part)
             elif spot in survey.scales:
-                sets.union(spot, calls.setdefault(survey.scales[spot].factor, spot))
+                problem.sets.union(spot, calls.setdefault(survey.scales[spot].factor, spot))
         for norm, spot in stream.norms:
-            sets.union(spot, calls.setdefault(norm.path, spot))
+            problem.sets.union(spot, calls.setdefault(norm.path, spot))
+    return problem
+
+
+def _capacities(
+    problem: _Problem, survey: Centring, marks: Marks, min_gain: int
+) -> dict[tuple[Hashable, Hashable], float]:
+    """The edges of the network, with what it costs to cut each."""
+    find = problem.sets.find
+    norms: dict[Spot, set[str]] = defaultdict(set)
     for stream in survey.usable:
         for norm, spot in stream.norms:
-            norms[sets.find(spot)].add(norm.path)
+            norms[find(spot)].add(norm.path)
     capacity: dict[tuple[Hashable, Hashable], float] = defaultdict(float)
-    for spot in seeds:
-        capacity["stay", sets.find(spot)] = math.inf
+    for spot in problem.seeds:
+        capacity["stay", find(spot)] = math.inf
     for root, paths in norms.items():
         capacity[root, "norms"] = UNIT * len(paths)
-    for part, spot, key in steps:
-        a, b = sets.find(part), sets.find(spot)
+    for part, spot, key in problem.steps:
+        a, b = find(part), find(spot)
         if a != b:
             capacity[a, b] += -(-UNIT * min_gain // len(marks[key]))
             capacity[b, a] = math.inf  # what stays as it is is made of what stays as it is
+    return capacity
+
+
+def _solve(capacity: Mapping[tuple[Hashable, Hashable], float]) -> tuple[nx.DiGraph, set[Hashable]]:
+    """The network, and the sets that stay as they are."""
     import networkx as nx  # takes a while, and other conversions need no cut
 
     graph = nx.DiGraph()
@@ -135,17 +173,25 @@ def _cut(
     graph.add_edges_from((a, b, {"capacity": c}) for (a, b), c in capacity.items())
     # Of equal cuts the one nearest to what stays: networkx gives the one nearest to the target, hence reversed.
     _, (_, staying) = nx.minimum_cut(graph.reverse(copy=False), "norms", "stay")
+    return graph, staying
+
+
+def _read(
+    problem: _Problem, survey: Centring, marks: Marks, graph: nx.DiGraph, staying: set[Hashable]
+) -> tuple[Region, set[MarkKey]]:
+    """The region that a cut means, and the places at which some calls would compress and others not."""
     spots = [spot for stream in survey.usable for spot in stream.members]
-    compressed = {spot for spot in spots if sets.find(spot) not in staying}
+    compressed = {spot for spot in spots if problem.sets.find(spot) not in staying}
     inserted, halfway = {}, set()
     cuts: dict[MarkKey, set[tuple[bool, bool]]] = defaultdict(set)
-    for part, spot, key in steps:
+    for part, spot, key in problem.steps:
         cuts[key].add((part in compressed, spot in compressed))
     for key, cut in cuts.items():
         if (False, True) in cut:
             inserted[key] = axis_of(marks[key][0])
             halfway |= {key} if len(cut) > 1 else set()
-    return Region(frozenset(compressed), inserted, _reasons(graph, sets, spots, compressed, seeds)), halfway
+    reasons = _reasons(graph, problem.sets, spots, compressed, problem.seeds)
+    return Region(frozenset(compressed), inserted, reasons), halfway
 
 
 def _obstacle(analysis: Analysis, stream: Stream, spot: Spot, survey: Centring) -> str:

@@ -37,10 +37,13 @@ def save(folder: Path, settings: Settings, state: Mapping[str, Any]) -> None:
     new = folder / f".{STATE}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # First: a state is never there without the settings that it must be resumed with.
         (folder / SETTINGS).write_text(json.dumps(settings.to_json(), indent=1) + "\n", encoding="utf-8")
         with new.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
+            # Renamed only once its bytes are on the disk: a power cut leaves the last state or this one, not half of
+            # one.
             os.fsync(file.fileno())
         os.replace(new, folder / STATE)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

@@ -70,6 +70,16 @@ def main_output(output: Any) -> tuple[str, Tensor]:
     return "output", first
 
 
+def ranks(name: str, output: Tensor) -> bool:
+    """Whether the main output ranks classes, so that a divergence can be taken of it.
+
+    Args:
+        name: as :func:`main_output` gives it.
+        output: the tensor beside it.
+    """
+    return name == "logits" or (output.ndim == 2 and output.shape[-1] > 1)
+
+
 def divergence(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean Kullback-Leibler divergence KL(teacher || student) over positions, in nats; logits (..., classes)."""
     s, t = (F.log_softmax(x.float(), -1) for x in (student, teacher))

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from normconvert.tuning.compare import blocks_of, divergence, feature_error, label_loss, main_output, outputs_of
+from normconvert.tuning.compare import (
+    blocks_of,
+    divergence,
+    feature_error,
+    label_loss,
+    main_output,
+    outputs_of,
+    ranks,
+)
 from normconvert.tuning.data import Data, all_batches
 from normconvert.tuning.processes import Processes
-from normconvert.tuning.student import call, move
+from normconvert.tuning.student import Batch, call, move
 
 
 @dataclass(frozen=True)
@@ -60,42 +70,56 @@ def evaluate(
         limit: examples at most.
     """
     blocks = blocks_of(teacher, [name for name, _ in teacher.named_modules() if name])
-    totals: dict[str, float] = {}
-
-    def add(key: str, value: float) -> None:
-        totals[key] = totals.get(key, 0.0) + value
-
-    scored = False
+    here: dict[str, float] = defaultdict(float)
     with torch.no_grad():
         for batch in all_batches(data, batch_size, limit, processes.rank, processes.world):
-            batch = move(batch, processes.device)
-            mask = batch.get("attention_mask")
-            with outputs_of(teacher, blocks) as wanted:
-                name, expected = main_output(call(teacher, batch))
-            with outputs_of(model, blocks) as features:
-                _, found = main_output(call(model, batch))
-            scored = name == "logits" or (found.ndim == 2 and found.shape[-1] > 1)
-            size = len(found)
-            valid = mask if mask is not None and mask.shape == found.shape[:-1] else found.new_ones(found.shape[:-1])
-            add("examples", size)
-            add("positions", float(valid.sum()))
-            add("same", float(((found.argmax(-1) == expected.argmax(-1)) * valid).sum()))
-            if scored:
-                add("kl", float(divergence(found, expected, mask)) * size)
-            for block in blocks:
-                if block in features and block in wanted:
-                    add(f"features {block}", float(feature_error(features[block], wanted[block], mask)) * size)
-            if data.labelled and data.shifted:
-                labels = batch["labels"]
-                add("nats", float(label_loss(found, labels, shifted=True, reduction="sum")))
-                add("tokens", float((labels[:, 1:] >= 0).sum()))
-            elif data.labelled and found.ndim == 2:
-                add("right", float((found.argmax(-1) == batch["labels"]).sum()))
-    keys = [
-        "examples", "positions", "same", "kl", "nats", "tokens", "right", *(f"features {block}" for block in blocks)
-    ]  # fmt: skip
-    values = [value * processes.world for value in processes.mean([totals.get(key, 0.0) for key in keys])]
-    total = dict(zip(keys, values, strict=True))
+            for key, value in _sums(model, teacher, move(batch, processes.device), data, blocks).items():
+                here[key] += value
+    return _figures(_over_processes(here, blocks, processes), data, blocks, scored="kl" in here)
+
+
+def _sums(model: nn.Module, teacher: nn.Module, batch: Batch, data: Data, blocks: list[str]) -> dict[str, float]:
+    """What one batch adds to the totals."""
+    mask = batch.get("attention_mask")
+    with outputs_of(teacher, blocks) as wanted:
+        name, expected = main_output(call(teacher, batch))
+    with outputs_of(model, blocks) as features:
+        _, found = main_output(call(model, batch))
+    size = len(found)
+    valid = mask if mask is not None and mask.shape == found.shape[:-1] else found.new_ones(found.shape[:-1])
+    sums = {
+        "examples": size,
+        "positions": float(valid.sum()),
+        "same": float(((found.argmax(-1) == expected.argmax(-1)) * valid).sum()),
+    }
+    if ranks(name, found):
+        sums["kl"] = float(divergence(found, expected, mask)) * size
+    for block in blocks:
+        if block in features and block in wanted:
+            sums[_feature(block)] = float(feature_error(features[block], wanted[block], mask)) * size
+    if data.labelled and data.shifted:
+        labels = batch["labels"]
+        # Nats and tokens apart: batches hold different numbers of tokens, and perplexity is a mean over all of them.
+        sums["nats"] = float(label_loss(found, labels, shifted=True, reduction="sum"))
+        sums["tokens"] = float((labels[:, 1:] >= 0).sum())
+    elif data.labelled and found.ndim == 2:
+        sums["right"] = float((found.argmax(-1) == batch["labels"]).sum())
+    return sums
+
+
+def _feature(block: str) -> str:
+    return f"features {block}"
+
+
+def _over_processes(here: Mapping[str, float], blocks: list[str], processes: Processes) -> dict[str, float]:
+    """The totals of all processes."""
+    # All keys, whatever this process has seen: the processes add up the numbers by their places in the list.
+    keys = ["examples", "positions", "same", "kl", "nats", "tokens", "right", *map(_feature, blocks)]
+    means = processes.mean([here.get(key, 0.0) for key in keys])
+    return {key: value * processes.world for key, value in zip(keys, means, strict=True)}
+
+
+def _figures(total: Mapping[str, float], data: Data, blocks: list[str], *, scored: bool) -> Figures:
     n = max(total["examples"], 1)
     return Figures(
         examples=int(total["examples"]),
@@ -103,7 +127,7 @@ def evaluate(
         kl=total["kl"] / n if scored else None,
         accuracy=total["right"] / n if data.labelled and not data.shifted else None,
         perplexity=_exp(total["nats"] / total["tokens"]) if total["tokens"] else None,
-        features={block: total[f"features {block}"] / n for block in blocks if total[f"features {block}"]},
+        features={block: total[_feature(block)] / n for block in blocks if total[_feature(block)]},
     )
 
 

@@ -94,6 +94,7 @@ def fuse_folder(
 
 def _combined(tuned: Plan, fused: Plan, absorbed: set[str]) -> Plan:
     """Both plans as one: the norms that are absorbed need not become affine maps before."""
+    # In this order: fusing was planned for the model as the first edits leave it.
     first = [edit for edit in tuned.modules if edit["path"] not in absorbed]
     reasons = {v.path: v for v in fused.verdicts}
 

@@ -43,6 +43,7 @@ class Guard:
         self.running = agreement if self.seen == 1 else KEEP * self.running + (1 - KEEP) * agreement
         self.best = max(self.best, self.running)
         exploded = not math.isnan(self.loss) and loss > GROWTH * max(self.loss, LEAST)
+        # An explosion must not enter the running loss: the next loss would look quite normal beside it.
         if not exploded:
             self.loss = loss if math.isnan(self.loss) else KEEP * self.loss + (1 - KEEP) * loss
         collapsed = self.running < COLLAPSE * self.best

@@ -62,6 +62,7 @@ class Processes:
         if self.world == 1:
             return
         parameters = list(parameters)
+        # All processes must send pieces of one length, or each number is added to another parameter's.
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -81,4 +82,5 @@ def _grad(parameter: nn.Parameter) -> Tensor:
 
 
 def _where(device: torch.device) -> torch.device:
+    # Not every accelerator has float64, in which these numbers are.
     return device if device.type == "cuda" else torch.device("cpu")

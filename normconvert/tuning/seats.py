@@ -102,6 +102,7 @@ def _role(norm: Norm, sources: set[fx.Node]) -> str:
             name = name_of(user)
             if user.target is not MARK and any(word in name for word in ATTENTION):
                 return "attention"
+            # Not past the next norm: what comes behind that is fed by it.
             if user in sources:
                 further = True
             else:

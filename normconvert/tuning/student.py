@@ -54,6 +54,7 @@ class Student:
 
     def train(self, mode: bool = True) -> None:
         """Let the training norms measure, or let them be what they end as."""
+        # First, for all modules: dropout would be noise in what is compared with the teacher.
         self.model.eval()
         for norm in self.norms.values():
             norm.train(mode)
@@ -130,6 +131,8 @@ def make_student(
     tensors = named_tensors(model)
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
+            # A layer scale that was folded into its writer is ones: trained, it would take the stream off its centre
+            # again.
             fixed = any(edit["op"] == "fill" for edit in plan.tensors.get(name, ()))
             tensor.requires_grad_(tensor.is_floating_point() and not fixed)
     student = Student(model, norms, tuple(seats), centred)
@@ -138,6 +141,7 @@ def make_student(
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # In every parent: a norm that several hold would stay in the others.
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -185,6 +189,7 @@ class _Measure:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         input = args[0] if args else next(iter(kwargs.values()))
         axis = self.seat.axis
+        # Sums over all tokens, and a variance that is the difference of two: float32 would leave little of it.
         x, y = rows(input, axis).double(), rows(output, axis).double()
         weight = weights_of(self.mask[0], input, axis)
         weight = x.new_ones(x.shape[0], 1) if weight is None else weight.double()

@@ -22,6 +22,7 @@ from normconvert.tuning.compare import (
     label_loss,
     main_output,
     outputs_of,
+    ranks,
 )
 from normconvert.tuning.data.batches import Data, training_batch
 from normconvert.tuning.guard import Guard, worst_norm
@@ -76,6 +77,38 @@ def apply_schedule(student: Student, settings: Settings, progress: float) -> flo
     return left
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Who learns what from whom; the same in all steps.
+
+    Attributes:
+        student, teacher: on the processes' device.
+        data: what to learn from.
+        settings: checked.
+        processes: on whose device both models are.
+        blocks: paths of the modules whose outputs are compared.
+        parameters: the student's that are trained.
+    """
+
+    student: Student
+    teacher: nn.Module
+    data: Data
+    settings: Settings
+    processes: Processes
+    blocks: list[str]
+    parameters: list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step before it is taken: the means over all processes, the gradient's norm, this process's last batch."""
+
+    loss: float
+    agreement: float
+    gradient: float
+    batch: Batch
+
+
 def train(
     student: Student,
     teacher: nn.Module,
@@ -103,78 +136,130 @@ def train(
         Diverged: the loss is not finite, or the agreement collapses; names the norm that went first.
         InputError: the state cannot be written or read.
     """
-    parameters = [p for p in student.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
     blocks = blocks_of(teacher, [seat.path for seat in student.seats])
-    guard = Guard()
-    step, elapsed = 0, 0.0
-    if resume:
-        state = checkpoints.load(folder)
-        student.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, elapsed = int(state["step"]), float(state["elapsed"])
-        guard.load(state["guard"])
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    lesson = Lesson(student, teacher, data, settings, processes, blocks, parameters)
+    run = _Run(lesson, folder)
     trace = Trace(max(1, settings.steps // 100))
+    if resume:
+        run.resume()
     student.train()
-    clock = time.perf_counter()
-
-    def snapshot() -> dict[str, Any]:
-        return {
-            "model": student.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "elapsed": elapsed + time.perf_counter() - clock,
-            "guard": guard.state(),
-        }
-
-    def save() -> None:
-        if processes.is_main:
-            checkpoints.save(folder, settings, snapshot())
-        processes.wait()
-
+    run.start_clock()
+    # A training that goes astray before the first interval is over still has a good state to go back to: the start.
     if settings.batches_between_checkpoints and not resume:
-        save()
-    while step < settings.steps:
-        progress = step / settings.steps
-        if settings.max_minutes is not None:
-            spent = processes.mean([elapsed + time.perf_counter() - clock])[0]
-            progress = max(progress, spent / 60 / settings.max_minutes)
-            if progress >= 1:
-                break
+        run.save()
+    while (progress := run.progress()) < 1:
         left = apply_schedule(student, settings, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * _rate(progress, step, settings.steps)
-        optimizer.zero_grad(set_to_none=True)
+        measured = run.measure(progress)
+        run.refuse_if_astray(measured)
+        run.take_step()
+        shown = {"loss": measured.loss, "agreement": measured.agreement, "mix": left}
+        if run.step % trace.every == 0 or run.step == settings.steps:
+            trace.rows.append({"step": run.step, **shown})
+        if watch is not None:
+            watch(run.step, settings.steps, shown)
+        if run.is_checkpoint():
+            run.save()
+    return trace
+
+
+class _Run:
+    """What changes from step to step, and is restored when an interrupted training goes on."""
+
+    def __init__(self, lesson: Lesson, folder: Path) -> None:
+        self.lesson, self.folder = lesson, folder
+        self.optimizer = torch.optim.AdamW(
+            lesson.parameters, lr=lesson.settings.lr, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.guard = Guard()
+        self.step = 0
+        self.elapsed = 0.0  # seconds, before the clock was started
+        self.clock = time.perf_counter()
+
+    def start_clock(self) -> None:
+        """From here on time counts as training."""
+        self.clock = time.perf_counter()
+
+    def resume(self) -> None:
+        """Go on from the state in the folder."""
+        state = checkpoints.load(self.folder)
+        self.lesson.student.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+        self.guard.load(state["guard"])
+
+    def save(self) -> None:
+        """Keep the state in the folder; all processes wait for it."""
+        if self.lesson.processes.is_main:
+            state: dict[str, Any] = {
+                "model": self.lesson.student.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "elapsed": self._spent(),
+                "guard": self.guard.state(),
+            }
+            checkpoints.save(self.folder, self.lesson.settings, state)
+        self.lesson.processes.wait()
+
+    def is_checkpoint(self) -> bool:
+        """Whether the state is kept after this step; not after the last, whose result is written at once."""
+        settings = self.lesson.settings
+        every = settings.batches_between_checkpoints
+        return bool(every) and self.step % every == 0 and self.step < settings.steps
+
+    def progress(self) -> float:
+        """The share that is done, from 0 to 1: of the steps, or of the minutes if these run out first."""
+        settings = self.lesson.settings
+        done = self.step / settings.steps
+        if settings.max_minutes is None or done >= 1:
+            return done
+        # The mean of all processes' clocks: each must stop after the same step, or the others wait for it for ever.
+        spent = self.lesson.processes.mean([self._spent()])[0]
+        return max(done, spent / 60 / settings.max_minutes)
+
+    def _spent(self) -> float:
+        return self.elapsed + time.perf_counter() - self.clock
+
+    def measure(self, progress: float) -> Measured:
+        """Set the learning rate and the gradients of the next step."""
+        settings, processes = self.lesson.settings, self.lesson.processes
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * _rate(progress, self.step, settings.steps)
+        self.optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(2, dtype=torch.float64)
         for part in range(settings.accumulate):
-            number = step * settings.accumulate + part
-            batch = training_batch(data, number, settings.batch_size, settings.seed, processes.rank, processes.world)
-            batch = move(batch, processes.device)
-            loss, same = _loss(student, teacher, batch, settings, blocks, data)
+            # Drawn by its number alone, not from a generator's state: a run that is resumed sees the same batches.
+            number = self.step * settings.accumulate + part
+            drawn = training_batch(
+                self.lesson.data, number, settings.batch_size, settings.seed, processes.rank, processes.world
+            )
+            batch = move(drawn, processes.device)
+            loss, same = _loss(self.lesson, batch)
             (loss / settings.accumulate).backward()
             figures += torch.tensor([loss.item(), same], dtype=torch.float64) / settings.accumulate
-        processes.average_gradients(parameters)
-        size = float(nn.utils.clip_grad_norm_(parameters, CLIP))
+        # Averaged before it is clipped: processes that clip by norms of their own would drift apart.
+        processes.average_gradients(self.lesson.parameters)
+        size = float(nn.utils.clip_grad_norm_(self.lesson.parameters, CLIP))
         loss_now, same_now = processes.mean(figures.tolist())
-        reason = guard.look(loss_now, same_now, size)
-        if reason:
-            with student.masked(batch):
-                culprit = worst_norm(student, teacher, batch)
-            kept = folder / checkpoints.STATE
-            where = f"the last good state is in {folder}" if kept.is_file() else "it had not yet been saved"
-            raise Diverged(f"the training went astray at step {step + 1}: {reason}; {culprit} went first; {where}")
-        optimizer.step()
-        student.project()
-        step += 1
-        shown = {"loss": loss_now, "agreement": same_now, "mix": left}
-        if step % trace.every == 0 or step == settings.steps:
-            trace.rows.append({"step": step, **shown})
-        if watch is not None:
-            watch(step, settings.steps, shown)
-        every = settings.batches_between_checkpoints
-        if every and step % every == 0 and step < settings.steps:
-            save()
-    return trace
+        return Measured(loss_now, same_now, size, batch)
+
+    def refuse_if_astray(self, measured: Measured) -> None:
+        """Stop before a bad gradient reaches the weights, so that the norm to blame can still be found in them."""
+        reason = self.guard.look(measured.loss, measured.agreement, measured.gradient)
+        if not reason:
+            return
+        student = self.lesson.student
+        with student.masked(measured.batch):
+            culprit = worst_norm(student, self.lesson.teacher, measured.batch)
+        kept = (self.folder / checkpoints.STATE).is_file()
+        where = f"the last good state is in {self.folder}" if kept else "it had not yet been saved"
+        raise Diverged(f"the training went astray at step {self.step + 1}: {reason}; {culprit} went first; {where}")
+
+    def take_step(self) -> None:
+        """Update the student, which stays centred."""
+        self.optimizer.step()
+        self.lesson.student.project()
+        self.step += 1
 
 
 def _rate(progress: float, step: int, steps: int) -> float:
@@ -183,29 +268,32 @@ def _rate(progress: float, step: int, steps: int) -> float:
     return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def _loss(
-    student: Student, teacher: nn.Module, batch: Batch, settings: Settings, blocks: list[str], data: Data
-) -> tuple[Tensor, float]:
+def _loss(lesson: Lesson, batch: Batch) -> tuple[Tensor, float]:
     """The loss of one batch, and the agreement with the teacher."""
+    student, teacher, settings = lesson.student, lesson.teacher, lesson.settings
     device = next(teacher.parameters()).device.type
     low = settings.mixed_precision == "bf16"
     mask = batch.get("attention_mask")
     with student.masked(batch), torch.autocast(device, dtype=torch.bfloat16, enabled=low):
-        with torch.no_grad(), outputs_of(teacher, blocks) as wanted:
+        with torch.no_grad(), outputs_of(teacher, lesson.blocks) as wanted:
             name, expected = main_output(call(teacher, batch))
-        with outputs_of(student.model, blocks) as features:
+        with outputs_of(student.model, lesson.blocks) as features:
             _, found = main_output(call(student.model, batch))
     same = agreement(found.detach(), expected, mask)
     if settings.objective == "task":
-        loss = label_loss(found, batch["labels"], shifted=data.shifted)
+        loss = label_loss(found, batch["labels"], shifted=lesson.data.shifted)
     else:
-        scored = name == "logits" or (found.ndim == 2 and found.shape[-1] > 1)
-        loss = divergence(found, expected, mask) if scored else feature_error(found, expected, mask)
-        parts = [feature_error(features[b], wanted[b], mask) for b in blocks if b in features and b in wanted]
+        loss = divergence(found, expected, mask) if ranks(name, found) else feature_error(found, expected, mask)
+        parts = [feature_error(features[b], wanted[b], mask) for b in lesson.blocks if b in features and b in wanted]
         if parts:
             loss = loss + settings.feature_weight * torch.stack(parts).mean()
+    return _with_spread(loss, student, settings), same
+
+
+def _with_spread(loss: Tensor, student: Student, settings: Settings) -> Tensor:
+    """The loss and the auxiliary loss of norms that are to be frozen (arXiv 2507.02559, section 3.3)."""
     for norm in student.norms.values():
         if isinstance(norm, FrozenNorm) and norm.spread is not None:
-            loss = loss + settings.spread_weight * norm.spread if not norm.frozen else loss
-            norm.spread = None
-    return loss, same
+            loss = loss if norm.frozen else loss + settings.spread_weight * norm.spread
+            norm.spread = None  # or the graph of this batch would live on, and be gone through twice
+    return loss

@@ -76,6 +76,7 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
     Raises:
         InputError: it cannot be written, or a weight is beyond the dtype.
     """
+    # The original is filled and saved, not the student, whose norms are of classes that only training has.
     model = source.load(dtype=torch.float32)
     apply_module_edits(model, [edit for edit in plan.modules if edit["op"] in STRUCTURAL])
     trained = named_tensors(student.model)
@@ -132,6 +133,7 @@ def eps_key(source: Source, seats: Sequence[Seat], norms: int) -> str | None:
         if isinstance(value, float) and value == seats[0].eps:
             after = _epsilons_with(source, {**source.config, key: LARGE_EPS})
             changed = {path for path in after if after[path] != before.get(path)}
+            # Of exactly the swapped norms: any other that reads the key would divide by 10⁶ as well.
             if changed == {seat.path for seat in seats} and all(after[p] == LARGE_EPS for p in changed):
                 return key
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.verification.fidelity import channel_axes, distance, flatten
+
+Call = tuple[str, int]
+"""A module's path, and which of its calls in one run of the model."""
 
 
 @contextmanager
@@ -67,6 +70,7 @@ def first_divergence(truth: nn.Module, other: nn.Module, inputs: dict[str, Any],
     Towers that run one after the other (the children under the deepest common parent) are looked at apart.
     """
     traces = [_record(model, inputs) for model in (truth, other)]
+    # Calls are paired in order: where the two run different modules, the pair says nothing.
     rows = [
         (path, apart(a, b) > tolerance)
         for (path, a), (other_path, b) in zip(*traces, strict=False)
@@ -114,14 +118,22 @@ def _common_depth(paths: list[str]) -> int:
     return depth
 
 
-def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """(path, output) of every leaf module, in the order of execution."""
-    record: list[tuple[str, Tensor]] = []
+@contextmanager
+def watch_leaves(model: nn.Module, see: Callable[[Call, Tensor], None]) -> Iterator[None]:
+    """While open, ``see`` is called with the output of every leaf module, in the order of execution.
+
+    Args:
+        model: to be run.
+        see: takes the call and the first tensor that it returned, which is not copied.
+    """
+    counts: dict[str, int] = {}
     handles = []
 
     def watch(path: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            record.extend((path, value.clone()) for value in list(flatten(output).values())[:1])
+            number = counts[path] = counts.get(path, -1) + 1
+            for value in list(flatten(output).values())[:1]:
+                see((path, number), value)
 
         handles.append(module.register_forward_hook(hook))
 
@@ -129,12 +141,22 @@ def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]
         for path, module in model.named_modules():
             if path and not any(True for _ in module.children()):
                 watch(path, module)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model(**inputs)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """(path, output) of every leaf module, in the order of execution."""
+    record: list[tuple[str, Tensor]] = []
+
+    def keep(call: Call, value: Tensor) -> None:
+        record.append((call[0], value.clone()))  # or what follows in place would be in it
+
+    with watch_leaves(model, keep), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model(**inputs)
     return record
 
 

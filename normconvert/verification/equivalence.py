@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +20,17 @@ from normconvert.options import taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import first_divergence, watch_means
-from normconvert.verification.fidelity import (
-    Distance,
-    Fidelity,
-    agreement,
-    distance,
-    is_shifted,
-    next_token_loss,
-    ratio,
-    scores,
-)
+from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.probe_runs import Run, algebra_model, cast, run_model
 from normconvert.verification.requests import Verification
+from normconvert.verification.run_comparison import (
+    Distances,
+    compare_runs,
+    felt,
+    loss_difference,
+    rank,
+    worst_ratio,
+)
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -53,19 +51,6 @@ ModelOrMaker = nn.Module | Callable[[], nn.Module]
 def tolerance_for(plan: Plan | None) -> float:
     """1e-10, or what float32 allows for a model that casts its norms' inputs to float32."""
     return FLOAT32_TOLERANCE if plan is not None and plan.float32_norms else TOLERANCE
-
-
-def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> dict[tuple[str, str], Distance]:
-    """(probe, output) -> how far the two are apart; inf where only one of them has the output."""
-    result = {}
-    for probe, outputs in expected.outputs.items():
-        other = found.outputs.get(probe, {})
-        for name in dict.fromkeys([*outputs, *other]):
-            if name in outputs and name in other:
-                result[probe, name] = distance(other[name], outputs[name], shifted=is_shifted(name, shifted))
-            else:
-                result[probe, name] = Distance(math.inf, 1.0)
-    return result
 
 
 def compare_models(
@@ -130,114 +115,132 @@ def verify_models(
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
     shifted = frozenset(shifted_outputs)
-    first = _take(original)
-    dtype = next((p.dtype for p in first.parameters() if p.is_floating_point()), torch.float32)
-    original_run = run_model(first, probes, dtype=dtype, seed=seed)
-    probes = [probe for probe in probes if probe.name in original_run.outputs]
-    if not probes:
-        reason = next(iter(original_run.failures.values()), "there are no probes")
-        raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
-    del first
-
-    second = _take(converted)
-    with watch_means(second, converted_norms) as means:
-        converted_run = run_model(second, probes, dtype=dtype, seed=seed)
-    del second
-
-    true_model = _take(truth)
-    truth_run = run_model(true_model, probes, dtype=dtype, seed=seed)
-    algebra_distances: dict[tuple[str, str], Distance] = {}
-    worst_module = None
-    if algebra is not None or plan is not None:
-        edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
-        algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
-        algebra_distances = compare_runs(truth_run, algebra_run, shifted)
-        worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
-        if not algebra_distances[worst].relative <= tolerance:
-            probe = next(p for p in probes if p.name == worst[0])
-            worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
-        del edited
-    del true_model
-
-    original_errors = compare_runs(truth_run, original_run, shifted)
-    converted_errors = compare_runs(truth_run, converted_run, shifted)
-    if converted_errors and not any(d.size > 0 or d.difference > 0 for d in converted_errors.values()):
-        raise InputError(
-            "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
-            "two models agree; are its weights those of a trained model?"
-        )
-    same, positions, divergence = _felt(original_run, converted_run)
-    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in original_run.failures.items()]
-    rows += [
-        {
-            "probe": key[0],
-            "output": key[1],
-            "algebra": algebra_distances[key].relative if key in algebra_distances else None,
-            "original_error": original_errors[key].relative if key in original_errors else None,
-            "converted_error": error.relative,
-        }
-        for key, error in converted_errors.items()
-    ]
+    # One model after another, each freed as its function returns: at most two are in memory at once.
+    original_run, probes, dtype = _run_original(original, probes, seed)
+    test = _Test(tuple(probes), dtype, seed, shifted, tolerance)
+    converted_run, mean_over_rms = _run_converted(converted, test, converted_norms)
+    proof = _prove(truth, algebra, plan, test)
+    original_errors = compare_runs(proof.truth, original_run, shifted)
+    converted_errors = compare_runs(proof.truth, converted_run, shifted)
+    _refuse_empty(converted_errors)
+    top1, kl = felt(original_run, converted_run)
     fidelity = Fidelity(
-        algebra=max((d.relative for d in algebra_distances.values()), key=_rank, default=0.0),
+        algebra=max((d.relative for d in proof.distances.values()), key=rank, default=0.0),
         rounding=worst_ratio(original_errors, converted_errors, torch.finfo(dtype).eps),
-        top1=same / positions if positions else 1.0,
-        kl=divergence / positions if positions else 0.0,
-        loss_difference=_loss_difference(probes, original_run, converted_run),
-        mean_over_rms=max(means.values(), default=None),
-        worst_module=worst_module,
-        probes=rows,
+        top1=top1,
+        kl=kl,
+        loss_difference=loss_difference(probes, original_run, converted_run),
+        mean_over_rms=mean_over_rms,
+        worst_module=proof.worst_module,
+        probes=_rows(original_run.failures, proof.distances, original_errors, converted_errors),
         tolerance=tolerance,
         rounding_tolerance=rounding_tolerance,
     )
     return judge(fidelity, converted_run)
 
 
-def _rank(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+@dataclass(frozen=True)
+class _Test:
+    """What every model is run on.
+
+    Attributes:
+        probes: those that the original runs.
+        dtype: of the checkpoints; inputs are rounded to it.
+        seed: for models that draw random numbers even in eval mode.
+        shifted: outputs whose per-token mean may change.
+        tolerance: for the algebra.
+    """
+
+    probes: tuple[Probe, ...]
+    dtype: torch.dtype
+    seed: int
+    shifted: frozenset[str]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """The original in float64, and how far the plan takes it from there.
+
+    Attributes:
+        truth: its outputs.
+        distances: of the outputs that the plan gives; empty if there is none.
+        worst_module: the first module at which the two part, if they do.
+    """
+
+    truth: Run
+    distances: Distances
+    worst_module: str | None
+
+
+def _run_original(original: ModelOrMaker, probes: Sequence[Probe], seed: int) -> tuple[Run, list[Probe], torch.dtype]:
+    """The original's outputs, the probes that it runs, and its dtype."""
+    model = _take(original)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    run = run_model(model, probes, dtype=dtype, seed=seed)
+    able = [probe for probe in probes if probe.name in run.outputs]
+    if not able:
+        reason = next(iter(run.failures.values()), "there are no probes")
+        raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
+    return run, able, dtype
+
+
+def _run_converted(converted: ModelOrMaker, test: _Test, norms: Sequence[str]) -> tuple[Run, float | None]:
+    """The converted model's outputs, and the largest |mean|/rms at the input of ``norms``."""
+    model = _take(converted)
+    with watch_means(model, norms) as means:
+        run = run_model(model, test.probes, dtype=test.dtype, seed=test.seed)
+    return run, max(means.values(), default=None)
+
+
+def _prove(truth: ModelOrMaker, algebra: ModelOrMaker | None, plan: Plan | None, test: _Test) -> _Proof:
+    """Run the original in float64 and, beside it, with the plan applied."""
+    true_model = _take(truth)
+    truth_run = run_model(true_model, test.probes, dtype=test.dtype, seed=test.seed)
+    if algebra is None and plan is None:
+        return _Proof(truth_run, {}, None)
+    edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
+    algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed)
+    distances = compare_runs(truth_run, algebra_run, test.shifted)
+    worst = max(distances, key=lambda key: rank(distances[key].relative))
+    # In this direction, so that NaN, which is not within any tolerance, goes on.
+    if distances[worst].relative <= test.tolerance:
+        return _Proof(truth_run, distances, None)
+    # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
+    probe = next(p for p in test.probes if p.name == worst[0])
+    inputs = _inputs(probe, test.dtype, true_model)
+    return _Proof(truth_run, distances, first_divergence(true_model, edited, inputs, test.tolerance))
+
+
+def _refuse_empty(errors: Distances) -> None:
+    """Refuse outputs that any two models share."""
+    if errors and not any(d.size > 0 or d.difference > 0 for d in errors.values()):
+        raise InputError(
+            "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
+            "two models agree; are its weights those of a trained model?"
+        )
+
+
+def _rows(
+    skipped: Mapping[str, str], algebra: Distances, original: Distances, converted: Distances
+) -> list[dict[str, Any]]:
+    """What the report says of each probe and output."""
+    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in skipped.items()]
+    return rows + [
+        {
+            "probe": key[0],
+            "output": key[1],
+            "algebra": algebra[key].relative if key in algebra else None,
+            "original_error": original[key].relative if key in original else None,
+            "converted_error": error.relative,
+        }
+        for key, error in converted.items()
+    ]
 
 
 def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any]:
     sample = next(p for p in model.parameters() if p.is_floating_point())
     return {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
-
-
-def worst_ratio(
-    original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
-) -> float | None:
-    """For each output the root mean square of the relative errors over the probes, converted/original; the largest."""
-    names = dict.fromkeys(name for _, name in converted)
-    ratios = []
-    for name in names:
-        sums = [
-            math.sqrt(sum(_rank(d.relative) ** 2 for (_, n), d in side.items() if n == name) / max(len(side), 1))
-            for side in (converted, original)
-        ]
-        ratios.append(ratio(sums[0], sums[1], eps))
-    return max(ratios, key=_rank, default=None)
-
-
-def _felt(original: Run, converted: Run) -> tuple[int, int, float]:
-    """(positions with the same top class, positions, summed KL) over all probes."""
-    same, positions, divergence = 0, 0, 0.0
-    for probe, outputs in original.outputs.items():
-        a, b = scores(outputs), scores(converted.outputs.get(probe, {}))
-        if a is None or b is None or a.shape != b.shape:
-            continue
-        found = agreement(a, b)
-        same, positions, divergence = same + found[0], positions + found[1], divergence + found[2]
-    return same, positions, divergence
-
-
-def _loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> float | None:
-    differences = []
-    for probe in probes:
-        if probe.name.startswith("text") and probe.name in converted.outputs:
-            a = next_token_loss(original.outputs[probe.name], probe.inputs)
-            b = next_token_loss(converted.outputs[probe.name], probe.inputs)
-            if a is not None and b is not None:
-                differences.append(b - a)
-    return sum(differences) / len(differences) if differences else None
 
 
 def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
@@ -272,16 +275,19 @@ def verify(request: Verification) -> Fidelity:
 
     limits = check_limits(request.limits or {})
     first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
+    # On an original only: replayed on what is converted already, a plan would be applied twice.
     plan = recorded_plan(second.record) if first.record is None else None
     used = request.dtype or second.dtype
     _same_model(first.architecture, second.architecture, str(a), str(b))
     loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
     original = loader(first, used, device)()
+    # A plan may change shapes, and says how; without one other shapes are another model.
     if plan is None:
         _same_shapes(original, loader(second, used, device), str(a), str(b))
     algebra = None if plan is not None else loader(second, torch.float64, device)
     if plan is not None and max_memory is not None:
         algebra = _lazy_loader(first, torch.float64, device, plan=plan, max_memory=max_memory)
+    # Storing alone rounds: what the coarser of two dtypes cannot hold is no difference between the models.
     coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
     tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
     fidelity = verify_models(

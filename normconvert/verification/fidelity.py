@@ -145,6 +145,7 @@ def _distance(found: Tensor, expected: Tensor) -> Distance:
     if not bool(finite.all()) or not bool(torch.isfinite(found).all()):
         same = torch.isfinite(found) == finite
         infinite = torch.isinf(expected) | torch.isinf(found)
+        # An infinity must be the same one: +inf where a mask holds -inf shows what the mask hides.
         same &= ~infinite | (found == expected)
         if not bool(same.all()):
             return Distance(math.inf, 1.0)
@@ -165,6 +166,7 @@ def ratio(converted: float, original: float, eps: float) -> float:
 
 def scores(outputs: Outputs) -> Tensor | None:
     """The output that ranks classes: ``logits`` where there is one, else the first that ranks more than one class."""
+    # Before hidden states and the like, which may come first and rank nothing.
     named = [name for name in outputs if name.rsplit(".", 1)[-1].endswith("logits")]
     for name in [*named, *outputs]:
         if outputs[name].ndim >= 2 and outputs[name].shape[-1] > 1:
@@ -174,6 +176,7 @@ def scores(outputs: Outputs) -> Tensor | None:
 
 def agreement(original: Tensor, converted: Tensor) -> tuple[int, int, float]:
     """(positions that agree on the most likely class, positions, summed KL divergence in nats), over the last axis."""
+    # Classes that are masked are -inf, and inf - inf would make the whole divergence NaN.
     a, b = (torch.nan_to_num(t.double()).log_softmax(-1).flatten(0, -2) for t in (original, converted))
     same = int((a.argmax(-1) == b.argmax(-1)).sum())
     return same, a.shape[0], float((a.exp() * (a - b)).sum())
@@ -191,6 +194,7 @@ def next_token_loss(outputs: Outputs, inputs: Mapping[str, Any]) -> float | None
         or ids.shape[1] < 2
     ):
         return None
+    # An id that the head does not rank (a placeholder of an image, say) has no loss.
     if int(ids.max()) >= logits.shape[-1]:
         return None
     flat = logits[:, :-1].double().flatten(0, 1)

@@ -7,7 +7,7 @@ truth), the plan replayed on it in float64 (the algebra), and both checkpoints i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normconvert.errors import InputError
 from normconvert.runtime import Absorbed
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.divergence import apart, channel_axis, comparable, mean_over_rms
+from normconvert.verification.divergence import Call, apart, channel_axis, comparable, mean_over_rms, watch_leaves
 from normconvert.verification.equivalence import recorded_plan
 from normconvert.verification.fidelity import flatten, next_token_loss
 from normconvert.verification.probe_runs import algebra_model, cast, plain_experts, run_model
@@ -32,9 +32,6 @@ AGREE = 1e-6
 """Modules closer than this in float64 compute the same; a conversion changes others on purpose, by far more."""
 OUTPUT = "output"
 """The name of the last layer: what the model returns."""
-
-Call = tuple[str, int]
-"""A module's path, and which of its calls in one run of the model."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +152,7 @@ def measure(
     texts = [probe for probe in probes if probe.name.startswith("text")]
 
     truth = first.load(dtype=torch.float64, device=device)
+    # Text first: what random tokens do to the layers is not what users will see.
     probe, record = _first_that_runs(truth, [*texts, *probes], used)
     edited = algebra_model(truth, plan) if plan is not None else _load(second, torch.float64, device)
     algebra = _errors(edited, probe, used, record)
@@ -220,7 +218,7 @@ def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dty
             record.values[call] = value.to("cpu", copy=True)
 
         try:
-            with _watch(truth, keep):
+            with watch_leaves(truth, keep):
                 output = _run(truth, probe, dtype)
         except Exception as error:  # a probe that does not fit; the next may
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -240,35 +238,11 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
         if expected is not None and expected.shape == value.shape:
             errors[call] = apart(expected, value.to("cpu", torch.float64))
 
-    with _watch(model, compare):
+    with watch_leaves(model, compare):
         output = _run(model, probe, dtype)
     for number, value in enumerate(flatten(output).values()):
         compare((OUTPUT, number), value)
     return errors
-
-
-@contextmanager
-def _watch(model: nn.Module, see: Callable[[Call, Tensor], None]) -> Iterator[None]:
-    """While open, ``see`` is called with the output of every leaf module."""
-    counts: dict[str, int] = {}
-    handles = []
-
-    def watch(path: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            number = counts[path] = counts.get(path, -1) + 1
-            for value in list(flatten(output).values())[:1]:
-                see((path, number), value)
-
-        handles.append(module.register_forward_hook(hook))
-
-    try:
-        for path, module in model.named_modules():
-            if path and not any(True for _ in module.children()):
-                watch(path, module)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -303,6 +277,7 @@ def _layers(
 ) -> list[LayerError]:
     """The worst of each layer, over the modules that are meant to compute the same as before."""
     calls = [call for call in record.calls if call in algebra and call in original and call in converted]
+    # Where the outputs agree, what differs before them does so on purpose: a centred writer is no error.
     outputs_agree = all(algebra[c] <= AGREE for c in calls if c[0] == OUTPUT)
     meant = comparable([(path, algebra[path, n] > AGREE) for path, n in calls], trailing=not outputs_agree)
     layers: dict[str, list[Call]] = {}
@@ -352,5 +327,6 @@ def _perplexity(
     total = sum(n for *_, n in rows)
     if not total:
         return None
+    # Beyond e^709 there is no float.
     a, b = (math.exp(min(sum(row[side] * row[2] for row in rows) / total, 700.0)) for side in (0, 1))
     return {"original": a, "converted": b, "tokens": total}

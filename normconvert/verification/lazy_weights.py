@@ -139,6 +139,7 @@ def _embedding(
     if not isinstance(weight, LazyWeight) or max_norm is not None:
         return None
     index, places = input.unique(return_inverse=True)
+    # Rows are looked up by indexing, which takes negative numbers; an embedding refuses them.
     if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < weight.shape[0]:
         raise IndexError("index out of range in self")  # as torch says it
     return F.embedding(places, weight.rows(index))
@@ -171,6 +172,7 @@ class _Call(threading.Thread):
     """One call among several that take turns; only one of them, or the one who directs them, runs at a time."""
 
     def __init__(self, run: Callable[[], Any], back: threading.Semaphore) -> None:
+        # After an error the others wait for weights that nobody makes: they must not keep the process alive.
         super().__init__(daemon=True)
         self.call, self.back = run, back
         self.go = threading.Semaphore(0)
@@ -244,6 +246,7 @@ def in_turns(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 def _serve(waiting: Sequence[_Call]) -> None:
     """Make what the hindmost waits for, and let all go on who wait for the same."""
+    # Not the foremost: it would run ahead, and each weight be read once for it and once more for the others.
     wanted = min(waiting, key=lambda thread: thread.taken).wanted
     assert wanted is not None
     key, make = wanted

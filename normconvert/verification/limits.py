@@ -130,7 +130,8 @@ def _problem(name: str, value: Any) -> str | None:
     figure = next(f for f in FIGURES if f.name == name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"{name}: expected a number, found {value!r}"
-    if not 0 <= value <= figure.largest:  # NaN too
+    # Asked in this direction, so that NaN, which compares with nothing, is refused.
+    if not 0 <= value <= figure.largest:
         top = f" to {figure.largest:g}" if figure.largest < math.inf else " or more"
         return f"{name}: expected 0{top}, found {value:g}"
     return None

@@ -187,6 +187,7 @@ def _check_plan(source: Source, record: dict[str, Any]) -> tuple[list[Finding], 
         options.check()
     except (TypeError, InputError) as error:
         return [*findings, Finding("record", "options", RECORD_FILE, f"cannot be: {error}")], []
+    # Through JSON, as the record was: tuples are lists there, and keys are strings.
     again = json.loads(json.dumps(plan_model(source.skeleton(), options, method).to_json(), default=str))
     differences = [
         Finding("plan", f"plan.{key}", RECORD_FILE, what)
@@ -194,6 +195,7 @@ def _check_plan(source: Source, record: dict[str, Any]) -> tuple[list[Finding], 
         for key, what in compare_data(again[part], record["plan"].get(part), part)
     ]
     others = _other_versions(record)
+    # Other versions may plan better. The recorded plan is still held against the files, byte for byte.
     if differences and others:
         return findings, [f"this plan is not the one that would be made here ({others})"]
     return findings + differences, [f"converted with other versions: {others}"] if others else []

@@ -38,6 +38,8 @@ def check_statistics(source: Source, plan: Plan) -> list[str]:
                 "values): expected running variances, finite and not negative: train or download the model again"
             )
         if bool((value == 0).any()):
+            # Zero is legal: a channel that never fires has no variance. Trained models have such channels, so it is
+            # only said.
             dead.append(f"{origins[name]} ({int((value == 0).sum())} of {value.numel()})")
     for name in plan.removed:
         if name.endswith(COUNTER) and name in origins and int(source.read(origins[name])) == 0:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 import normconvert
 from normconvert.cli import run
@@ -25,22 +21,12 @@ from normconvert.report.junit import junit
 from normconvert.report.markdown import code, markdown, text
 from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.limits import FIGURES, check_limits, judge_limits, outcomes, read_limits
-from tests.support.tiny_checkpoints import gpt2, save
 
-ROOT = Path(__file__).parents[2]
 GOOD = Fidelity(
     1e-15, 1.0, 1.0, 1e-12, mean_over_rms=1e-8,
     probes=[{"probe": "random", "output": "logits", "algebra": 1e-15, "original_error": 2e-7, "converted_error": 1e-7}],
 )  # fmt: skip
 EVIL = "x`|<script>alert(1)</script>|@someone ::error::\n]]>&\x00\x1b[31m\ud800"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("ci")
-    source = save(gpt2(n_layer=1), root / "tiny")
-    normconvert.convert(source, root / "out", verify=False)
-    return source, root / "out"
 
 
 # Limits
@@ -326,78 +312,3 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work_and_once(
     for path, reason in ((tmp_path / "no" / "x", "its folder does not exist"), (tmp_path / "folder", "is a folder")):
         assert run(["verify", *map(str, pair), option, str(path)]) == 2
         assert capsys.readouterr().err == f"error: {option} {path}: cannot be written: {reason}\n"
-
-
-# What is published for others' CI
-
-
-def action() -> dict[str, Any]:
-    data: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
-    return data
-
-
-def test_the_action_uses_each_of_its_inputs_and_none_inside_a_script() -> None:
-    steps = action()["runs"]["steps"]
-    text = (ROOT / "action.yml").read_text()
-    used = set(re.findall(r"inputs\.([\w-]+)", text))
-    assert used == set(action()["inputs"])
-    for step in steps:
-        if "run" in step:
-            assert "${{" not in step["run"]  # whatever an input holds, it is no part of a script
-            assert step["shell"] == "bash"
-
-
-NORMCONVERT = f'exec "{sys.executable}" -m normconvert "$@"'
-
-
-def run_step(
-    name: str, folder: Path, inputs: dict[str, str], command: str = NORMCONVERT
-) -> subprocess.CompletedProcess[str]:
-    """A step of the action with its environment filled in, as the runner does it; ``command`` is normconvert there."""
-    (step,) = [step for step in action()["runs"]["steps"] if step.get("id") == name]
-    values = {key: str(spec.get("default", "")) for key, spec in action()["inputs"].items()} | inputs
-    environment = {
-        key: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda match: values[match[1]], value)
-        for key, value in step["env"].items()
-    }
-    tools = folder / "bin"
-    tools.mkdir(exist_ok=True)
-    script = tools / "normconvert"
-    script.write_text(f"#!/bin/sh\n{command}\n")
-    script.chmod(0o755)
-    here = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "GITHUB_STEP_SUMMARY": str(folder / "s.md"),
-    }
-    return subprocess.run(
-        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]], cwd=folder, text=True,
-        capture_output=True, env={**os.environ, **environment, **here, "RUNNER_TEMP": str(folder)}, timeout=300,
-    )  # fmt: skip
-
-
-def test_the_action_runs_both_commands_and_fails_when_one_fails(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    source, out = map(str, pair)
-    inputs = {"original": source, "converted": out, "limits": str(limits_file(tmp_path, "kl: 0\n"))}
-    done = run_step("normconvert", tmp_path, inputs)
-    assert done.returncode == 1, done.stderr
-    assert "::error title=normconvert verify::kl is" in done.stdout
-    assert "::notice title=normconvert check::" in done.stdout  # it ran all the same
-    assert (tmp_path / "s.md").read_text().count("✅") >= 8
-    reports = sorted(path.name for path in (tmp_path / "normconvert-reports").iterdir())
-    assert reports == ["check.md", "check.xml", "verify.md", "verify.xml"]
-    done = run_step("normconvert", tmp_path, {**inputs, "verify": "false"}, command='echo "called: $@"')
-    assert done.returncode == 0, done.stderr
-    (called,) = [line for line in done.stdout.splitlines() if line.startswith("called: ")]
-    assert called.startswith(f"called: check {out} --source {source}")
-
-
-def test_the_pre_commit_hook_is_a_command_of_ours() -> None:
-    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
-    assert hook["entry"] == "normconvert check"
-    assert hook["pass_filenames"] is False
-    pattern = re.compile(hook["files"])
-    assert all(
-        pattern.search(f"models/out/{n}")
-        for n in ("normconvert.json", "config.json", "model-00001-of-00002.safetensors")
-    )

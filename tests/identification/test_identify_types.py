@@ -48,7 +48,8 @@ def test_a_size_that_a_configuration_leaves_out_is_probed_as_a_number() -> None:
     """GPT-2's n_inner is None by default, which means four times n_embd."""
     import transformers
 
-    from tools.census.zoo.probing import filled, probe, snapshot
+    from tools.census.zoo.probing import filled, probe
+    from tools.census.zoo.snapshots import snapshot
 
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=48, vocab_size=80)
     cls, generic = transformers.GPT2LMHeadModel, frozenset(vars(transformers.PretrainedConfig()))

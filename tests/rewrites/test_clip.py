@@ -18,7 +18,7 @@ from normconvert.benchmark.bound import without_norms
 from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.runtime import Clip
-from tests.rewrites.test_fuse_bn import Chain, fused, with_signs
+from tests.support.fused_networks import Chain, fused, with_signs
 from tests.support.perturb import perturb, settle
 
 ARGS: dict[str, Any] = {"growth_rate": 8, "block_config": [2, 2], "num_classes": 7}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,91 +11,11 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from normconvert.options import Options
-from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
 from normconvert.verification.probe_runs import algebra_model
+from tests.support.fused_networks import Branches, Chain, bn, fused
 from tests.support.perturb import perturb
-
-IMAGE = (2, 6, 9, 8)
-BN_LIKE = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
-
-
-class Chain(nn.Sequential):
-    """Modules and functions one after the other."""
-
-    def __init__(self, *steps: nn.Module | Callable[[Tensor], Tensor]) -> None:
-        super().__init__(*(s if isinstance(s, nn.Module) else Call(s) for s in steps))
-
-
-class Call(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class Branches(nn.Module):
-    """Several branches on one input, and what joins them."""
-
-    def __init__(self, join: Callable[[Sequence[Tensor]], Tensor], *branches: nn.Module) -> None:
-        super().__init__()
-        self.join, self.branches = join, nn.ModuleList(branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join([branch(x) for branch in self.branches])
-
-
-def fused(make: Callable[[], nn.Module], shape: tuple[int, ...] = IMAGE, merge: bool = False) -> tuple[Plan, nn.Module]:
-    """The plan of a network and the network with the plan applied, which computes the same in float64."""
-    torch.manual_seed(0)
-    model = perturb(make().double().eval(), seed=1)
-    with_signs(model)
-    with torch.device("meta"):
-        skeleton = make().double().eval()
-    options = Options(merge_branches=merge)
-    plan = plan_model(skeleton, options, "fuse-bn", lambda m: trace(m, _named(m, torch.empty(shape).double())))
-    edited = algebra_model(model, plan)
-    for size in ((0, 0), (3, 2)):  # another size, where the network takes it
-        x = torch.randn(shape[0] + 1, *shape[1 : max(2, len(shape) - 2)], *(n + size[0] for n in shape[2:])).double()
-        try:
-            with torch.no_grad():
-                expected = model(x)
-        except RuntimeError:
-            continue
-        with torch.no_grad():
-            found = edited(x)
-        assert float((found - expected).norm() / expected.norm()) <= 1e-10
-    left = [n for n, m in edited.named_modules() if isinstance(m, BN_LIKE)]
-    assert set(left) == {v.path for v in plan.kept}, "every norm that was fused is gone, and no other"
-    return plan, edited
-
-
-def with_signs(model: nn.Module) -> None:
-    """Give norms scales of every kind: negative, zero, and next to nothing, in place."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, BN_LIKE) and isinstance(module.weight, Tensor):
-                module.weight[::3] *= -1
-                module.weight[1:2] = 0.0
-                module.weight[4:5] *= 1e-9
-
-
-def _named(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    import inspect
-
-    name = next(iter(inspect.signature(model.forward).parameters))
-    return {name: x.to("meta")}
-
-
-def bn(channels: int, **options: Any) -> nn.Module:
-    return nn.BatchNorm2d(channels, **options)
-
 
 COMPLETE: dict[str, Callable[[], nn.Module]] = {
     "conv without bias": lambda: Chain(nn.Conv2d(6, 8, 3, padding=1, bias=False), bn(8), nn.ReLU()),
@@ -377,57 +296,3 @@ def test_every_batch_norm_that_is_never_called_is_named() -> None:
 
     plan, _ = fused(Unused)
     assert {(v.path, v.code) for v in plan.verdicts} == {("bn", "fused-before"), ("other", "unreached")}
-
-
-class Rep(nn.Module):
-    """Parallel branches that are added, and an activation."""
-
-    def __init__(self, *branches: nn.Module, last: nn.Module | None = None) -> None:
-        super().__init__()
-        self.branches, self.act, self.last = nn.ModuleList(branches), nn.ReLU(), last
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = self.branches[0](x)
-        for branch in self.branches[1:]:
-            total = total + branch(x)
-        if self.last is not None:
-            total = self.last(total)
-        return self.act(total)
-
-
-def _wide(kernel: int, **options: Any) -> nn.Module:
-    options = {"padding": kernel // 2, "bias": False, **options}
-    return Chain(nn.Conv2d(6, 6, kernel, **options), bn(6))
-
-
-MERGED: dict[str, Callable[[], nn.Module]] = {
-    "three convolutions and a skip with a norm": lambda: Rep(_wide(3), _wide(1, bias=True), _wide(5), bn(6)),
-    "a plain skip": lambda: Rep(_wide(3), nn.Identity(), last=bn(6)),
-    "depthwise": lambda: Rep(_wide(7, groups=6), _wide(3, groups=6), bn(6)),
-    "groups": lambda: Rep(_wide(3, groups=2), _wide(1, groups=2), bn(6)),
-    "strides": lambda: Rep(_wide(3, stride=2), _wide(1, stride=2)),
-}
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_parallel_branches_become_one_convolution(name: str) -> None:
-    plan, edited = fused(lambda: Chain(nn.Conv2d(6, 6, 1), MERGED[name](), nn.Conv2d(6, 4, 1)), merge=True)
-    assert {v.code for v in plan.verdicts} == {"merged"}
-    assert [type(m).__name__ for m in edited.get_submodule("1").children()] == ["Conv2d", "ReLU"]
-
-
-NOT_MERGED: dict[str, Callable[[], nn.Module]] = {
-    "other groups": lambda: Rep(_wide(3), _wide(3, groups=2)),
-    "other strides at one size": lambda: Rep(_wide(1, padding=0), Chain(_wide(3), nn.ReLU())),
-    "dilation": lambda: Rep(_wide(3, dilation=2, padding=2), _wide(1)),
-    "a second convolution": lambda: Rep(Chain(_wide(3), nn.Conv2d(6, 6, 1)), nn.Conv2d(6, 6, 1)),
-    "kernels beside each other": lambda: Rep(
-        Chain(nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(6, 6, 2), bn(6)), Chain(nn.Conv2d(6, 6, 1), bn(6))
-    ),
-}
-
-
-@pytest.mark.parametrize("name", NOT_MERGED)
-def test_branches_that_do_not_fit_each_other_are_fused_one_by_one(name: str) -> None:
-    plan, _ = fused(lambda: Chain(nn.Conv2d(6, 6, 1), NOT_MERGED[name](), nn.Conv2d(6, 4, 1)), merge=True)
-    assert "merged" not in {v.code for v in plan.verdicts}

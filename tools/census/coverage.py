@@ -22,23 +22,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tools.census.one_model import Row, asks_others, first_line, sweep_one  # noqa: E402
+
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STAGES = ("build", "trace", "plan", "verify")
 LIBRARIES = ("transformers", "timm")
-ATTEMPTS = 4
-"""How many sizes of one model are tried: shrinking may have made a model that builds and does not run."""
-
-Row = dict[str, Any]
 Key = tuple[str, str]
 
 
@@ -103,13 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_done(row: Row | None, arguments: argparse.Namespace) -> bool:
     """Whether nothing is left to find out about a model, other tools included if they are asked for."""
-    return row is not None and ("taken" not in row or "others" in row or not _asks_others(arguments))
-
-
-def _asks_others(arguments: argparse.Namespace) -> bool:
-    from tools.census.zoo.methods import METHODS
-
-    return METHODS[arguments.method].beside is not None and arguments.stage == "verify" and not arguments.ours
+    return row is not None and ("taken" not in row or "others" in row or not asks_others(arguments))
 
 
 def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
@@ -258,129 +250,6 @@ def _limit(gigabytes: float, seconds: int) -> None:
 
 def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "allocate" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The exception's class and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
-    """Build, trace, plan and verify one model; the row holds what each stage found."""
-    from normconvert.errors import TraceError
-    from normconvert.options import Options
-    from normconvert.rewrites.planning import plan_model
-    from normconvert.tracing.model_graph import trace_model
-    from tools.census.zoo.case import Skipped
-    from tools.census.zoo.fidelity import fidelity
-    from tools.census.zoo.methods import METHODS, beside
-    from tools.census.zoo.timm_zoo import timm_case
-    from tools.census.zoo.transformers_zoo import transformers_case
-
-    make = transformers_case if library == "transformers" else timm_case
-    method = METHODS[arguments.method]
-    options = Options(allow_shifted_outputs=arguments.allow_shifted_outputs)
-    if arguments.min_gain is not None:
-        options = Options(min_gain=arguments.min_gain, allow_shifted_outputs=arguments.allow_shifted_outputs)
-    row: Row = {}
-    level = 0
-    for attempt in range(ATTEMPTS):
-        try:
-            case, level = make(name, level)
-        except Skipped as error:
-            return row if row else {"skipped": str(error)}
-        if attempt == 0 or "failure" in row:
-            found = _facts(case)
-        if not found[method.count] or arguments.stage == "build":
-            return found
-        skeleton = case.skeleton()
-        try:
-            graph = trace_model(skeleton)
-            if arguments.stage == "trace":
-                return found
-
-            def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
-                return graph if model is known else trace_model(model)
-
-            plan = plan_model(skeleton, options, arguments.method, tracer)
-        except TraceError as error:
-            row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
-            level += 1
-            continue
-        except Exception as error:
-            return {**found, "failure": first_line(error), "cause": "plan"}
-        row = found
-        break
-    else:
-        return row
-    row |= _verdicts(plan, skeleton, method.is_norm)
-    if arguments.stage == "plan":
-        return row
-    if plan.converted:
-        row |= fidelity(case, plan, arguments.allow_shifted_outputs)
-    if method.again and row["left"]:
-        row["again"] = _again(
-            case, replace(options, **method.again), arguments.method, len(row["left"]), skeleton, tracer
-        )
-    return row | (beside(case, method.beside) if method.beside is not None and _asks_others(arguments) else {})
-
-
-def _facts(case: Any) -> Row:
-    return {
-        "model_class": case.model_class,
-        "shrink": case.shrink,
-        "parameters": case.parameters,
-        "layernorms": case.layernorms,
-        "batchnorms": case.batchnorms,
-    }
-
-
-def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer: Any) -> Row:
-    """The same model with other options: what they take that was left."""
-    from normconvert.rewrites.planning import plan_model
-    from tools.census.zoo.fidelity import fidelity
-    from tools.census.zoo.methods import METHODS
-
-    try:
-        plan = plan_model(skeleton, options, name, tracer)
-    except Exception as error:
-        return {"failure": first_line(error), "cause": "plan"}
-    row = _verdicts(plan, skeleton, METHODS[name].is_norm)
-    return row | (fidelity(case, plan, False) if len(row["left"]) < left else {})
-
-
-def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:
-    """Norms by verdict; one that the trace never met counts as a norm that stays.
-
-    A verdict may be about a module that holds the norm, so norms are also listed by their own paths.
-    """
-    paths = [path for path, module in model.named_modules() if is_norm(module)]
-    met = {verdict.path for verdict in plan.verdicts}
-    unreached = [path for path in paths if not _is_within(path, met)]
-    reasons: dict[str, int] = {"unreached": len(unreached)} if unreached else {}
-    for verdict in plan.kept:
-        reasons[verdict.code] = reasons.get(verdict.code, 0) + 1
-    example = {"unreached": f"`{unreached[0]}`"} if unreached else {}
-    example |= {v.code: f"`{v.path}`: {v.reason}" for v in reversed(plan.kept)}
-    taken = {verdict.path for verdict in plan.converted}
-    return {
-        "norms": len(plan.verdicts) + len(unreached),
-        "converted": len(plan.converted),
-        "without_verdict": len(unreached),
-        "taken": [path for path in paths if _is_within(path, taken)],
-        "left": [path for path in paths if not _is_within(path, taken)],
-        "reasons": reasons,
-        "examples": example,
-        "centrings": sum(edit["op"] == "center" for edit in plan.modules),
-        "float32_norms": plan.float32_norms,
-    }
-
-
-def _is_within(path: str, owners: set[str]) -> bool:
-    """Whether a module is one of ``owners`` or inside one."""
-    parts = path.split(".")
-    return any(".".join(parts[:n]) in owners for n in range(1, len(parts) + 1))
 
 
 if __name__ == "__main__":

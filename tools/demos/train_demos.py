@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SEED = 20260101
 
 # Sized so that float32 weights, tokenizer and held-out text stay below 3 MB together.
 GPT2 = {"n_layer": 4, "n_embd": 96, "n_head": 4, "n_positions": 256, "vocab_size": 2048}
+TEXT_BATCH = 8
 END = "<|endoftext|>"
 
 
@@ -130,68 +132,103 @@ def unigram_loss(train_ids: Tensor, ids: Tensor, vocab: int) -> float:
     return F.nll_loss(torch.log(counts / counts.sum()).expand(len(ids), vocab), ids).item()
 
 
-def train_gpt2(folder: Path, text: Path | None, steps: int) -> None:
-    """A small GPT-2 on the King James text."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+@dataclass(frozen=True)
+class Texts:
+    """The corpus, as text and as tokens.
 
+    Attributes:
+        held_out: the held-out books as one text.
+        train_ids, held_ids: int64 ``[n]``.
+        tokenizer: learnt from the training books.
+    """
+
+    held_out: str
+    train_ids: Tensor
+    held_ids: Tensor
+    tokenizer: Any
+
+
+def read_texts(text: Path | None) -> Texts:
+    """The King James text, cut, with a tokenizer learnt from its training part."""
     corpus = cut(read_bible(text))
-    generator = seed_everything()
     tokenizer = train_tokenizer(corpus.train)
+    end = tokenizer.eos_token_id
 
     def encode(books: list[str]) -> Tensor:
         # verbose=False: a book is longer than the context on purpose
         return torch.cat([torch.tensor([end, *tokenizer(book, verbose=False).input_ids]) for book in books])
 
-    end = tokenizer.eos_token_id
-    train_ids, held_ids = encode(corpus.train), encode(corpus.held_out)
+    return Texts("\n".join(corpus.held_out), encode(corpus.train), encode(corpus.held_out), tokenizer)
+
+
+def train_gpt2(folder: Path, text: Path | None, steps: int) -> None:
+    """A small GPT-2 on the King James text."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    generator = seed_everything()
+    texts = read_texts(text)
+    end = texts.tokenizer.eos_token_id
     config = GPT2Config(**GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end)
     model = GPT2LMHeadModel(config)
-    window, batch = GPT2["n_positions"], 8
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"gpt2: {parameters:,} parameters, {len(train_ids):,} tokens, {len(held_ids):,} held out", flush=True)
+    window, train_ids = GPT2["n_positions"], texts.train_ids
+    counted = f"{parameters_of(model):,} parameters, {len(train_ids):,} tokens, {len(texts.held_ids):,} held out"
+    print(f"gpt2: {counted}", flush=True)
 
     def loss_of_step(step: int) -> Tensor:
-        starts = torch.randint(len(train_ids) - window - 1, (batch,), generator=generator)
+        starts = torch.randint(len(train_ids) - window - 1, (TEXT_BATCH,), generator=generator)
         ids = torch.stack([train_ids[start : start + window + 1] for start in starts.tolist()])
         return F.cross_entropy(model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
 
     started = time.perf_counter()
     train(model, steps, 3e-3, loss_of_step, "gpt2")
     minutes = (time.perf_counter() - started) / 60
-
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    held_text = "\n".join(corpus.held_out)
-    (folder / "heldout.txt").write_text(held_text, encoding="utf-8")
-    loss = language_model_loss(model, held_ids, window)
-    figures = {
+    texts.tokenizer.save_pretrained(folder)
+    (folder / "heldout.txt").write_text(texts.held_out, encoding="utf-8")
+    figures = text_figures(model, texts)
+    facts = text_facts(model, texts, folder, steps) | {"minutes": minutes}
+    (folder / "README.md").write_text(card("gpt2", facts | figures, text_results(figures)), encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+def parameters_of(model: nn.Module) -> int:
+    """How many numbers a model holds."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def text_figures(model: nn.Module, texts: Texts) -> dict[str, float]:
+    """What the language model learnt: nats per token, held out and seen, and what they amount to."""
+    window = GPT2["n_positions"]
+    loss = language_model_loss(model, texts.held_ids, window)
+    return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "unigram_loss": unigram_loss(train_ids, held_ids, GPT2["vocab_size"]),
-        "train_loss": language_model_loss(model, train_ids[: len(held_ids)], window),
-        "bits_per_byte": loss * (len(held_ids) - 1) / math.log(2) / len(held_text.encode()),
+        "unigram_loss": unigram_loss(texts.train_ids, texts.held_ids, GPT2["vocab_size"]),
+        "train_loss": language_model_loss(model, texts.train_ids[: len(texts.held_ids)], window),
+        "bits_per_byte": loss * (len(texts.held_ids) - 1) / math.log(2) / len(texts.held_out.encode()),
     }
-    prompt = "And it came to pass"
+
+
+def text_facts(model: Any, texts: Texts, folder: Path, steps: int) -> dict[str, Any]:
+    """How the language model was made, and a text that it wrote, for the card."""
     with torch.no_grad():
         torch.manual_seed(SEED)
-        ids = tokenizer(prompt, return_tensors="pt")
+        ids = texts.tokenizer("And it came to pass", return_tensors="pt")
         sample = model.generate(**ids, max_new_tokens=80, do_sample=True, top_k=20)
-    facts = {
+    tokens = steps * TEXT_BATCH * GPT2["n_positions"]
+    return {
         **GPT2,
-        "parameters": parameters,
-        "tokens": steps * batch * window,
-        "epochs": steps * batch * window / len(train_ids),
+        "parameters": parameters_of(model),
+        "tokens": tokens,
+        "epochs": tokens / len(texts.train_ids),
         "held_out_books": ", ".join(HELD_OUT),
-        "held_out_tokens": len(held_ids),
-        "minutes": minutes,
-        "sample": tokenizer.decode(sample[0]),
+        "held_out_tokens": len(texts.held_ids),
+        "sample": texts.tokenizer.decode(sample[0]),
         "sha256": sha256(folder / "model.safetensors"),
         "steps": steps,
         "torch": torch.__version__.partition("+")[0],
     }
-    (folder / "README.md").write_text(card("gpt2", facts | figures, text_results(figures)), encoding="utf-8")
-    print(json.dumps(figures, indent=2))
 
 
 # --- the digit models -------------------------------------------------------------------------------------------------
@@ -238,7 +275,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def train_digits(name: str, folder: Path) -> None:
     """One of :data:`DIGIT_MODELS` on scikit-learn's digits."""
     import timm
-    from timm.models import save_for_hf
 
     row = DIGIT_MODELS[name]
     generator = seed_everything()
@@ -246,8 +282,7 @@ def train_digits(name: str, folder: Path) -> None:
     images, labels = digits("train", size=row["size"])
     batch = 64
     per_epoch = len(images) // batch
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{name}: {parameters:,} parameters, {len(images):,} training images", flush=True)
+    print(f"{name}: {parameters_of(model):,} parameters, {len(images):,} training images", flush=True)
     order = torch.empty(0, dtype=torch.int64)
 
     def loss_of_step(step: int) -> Tensor:
@@ -260,6 +295,23 @@ def train_digits(name: str, folder: Path) -> None:
     started = time.perf_counter()
     train(model, row["epochs"] * per_epoch, row["lr"], loss_of_step, name)
     minutes = (time.perf_counter() - started) / 60
+    save_digits(model, row, folder)
+    test_images, test_labels = digits("test", size=row["size"])
+    with torch.no_grad():
+        test_loss = F.cross_entropy(model(test_images), test_labels).item()
+    figures = {
+        "accuracy": accuracy(model, test_images, test_labels),
+        "loss": test_loss,
+        "train_accuracy": accuracy(model, images, labels),
+    }
+    facts = digits_facts(model, row, folder) | {"minutes": minutes}
+    (folder / "README.md").write_text(card(name, facts | figures, digits_results(figures)), encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+def save_digits(model: nn.Module, row: dict[str, Any], folder: Path) -> None:
+    """Write a digit model as timm writes models for the hub."""
+    from timm.models import save_for_hf
 
     data_config = {
         "input_size": (1, row["size"], row["size"]),
@@ -276,26 +328,19 @@ def train_digits(name: str, folder: Path) -> None:
         data_config=data_config,
         safe_serialization=True,
     )
-    test_images, test_labels = digits("test", size=row["size"])
-    with torch.no_grad():
-        test_loss = F.cross_entropy(model(test_images), test_labels).item()
-    figures = {
-        "accuracy": accuracy(model, test_images, test_labels),
-        "loss": test_loss,
-        "train_accuracy": accuracy(model, images, labels),
-    }
-    facts = {
+
+
+def digits_facts(model: nn.Module, row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """How a digit model was made, for the card."""
+    return {
         "architecture": row["architecture"],
         "model_args": ", ".join(f"{key}={value}" for key, value in row["model_args"].items()),
-        "parameters": parameters,
+        "parameters": parameters_of(model),
         "epochs": row["epochs"],
         "size": row["size"],
-        "minutes": minutes,
         "sha256": sha256(folder / "model.safetensors"),
         "torch": torch.__version__.partition("+")[0],
     }
-    (folder / "README.md").write_text(card(name, facts | figures, digits_results(figures)), encoding="utf-8")
-    print(json.dumps(figures, indent=2))
 
 
 def main() -> None:

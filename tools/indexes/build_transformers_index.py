@@ -140,7 +140,7 @@ def _common() -> tuple[frozenset[str], dict[str, list[Any]]]:
     """Keys that every configuration has, and last part of a key -> what default configurations have there."""
     import transformers
 
-    from tools.census.zoo.probing import flat_values
+    from tools.census.zoo.snapshots import flat_values
 
     generic = frozenset(vars(transformers.PretrainedConfig()))
     words: dict[str, dict[Any, None]] = defaultdict(dict)
@@ -192,8 +192,8 @@ def check(only: list[str]) -> int:
     import transformers
 
     from normconvert.identification.model_types import candidates, load_types, search_types
-    from tools.census.zoo.probing import flat_values, snapshot
     from tools.census.zoo.shrink import Level
+    from tools.census.zoo.snapshots import flat_values, snapshot
     from tools.census.zoo.transformers_zoo import REQUIRED
 
     generic = frozenset(vars(transformers.PretrainedConfig()))
@@ -234,8 +234,8 @@ def check(only: list[str]) -> int:
 
 def _built(cls: Any, config: Any, level: Level, required: Row) -> Any:
     """The configuration at one level of shrinking, if the class can be built with it."""
-    from tools.census.zoo.probing import snapshot
     from tools.census.zoo.shrink import shrink
+    from tools.census.zoo.snapshots import snapshot
 
     try:
         small = shrink(config, level, required)

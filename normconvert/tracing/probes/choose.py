@@ -91,64 +91,88 @@ def _timm_specs(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
     return {"x": Spec((sizes.batch, int(channels), *(int(s) for s in side)), "image")}
 
 
+EXTRAS = (
+    ["image_sizes"],
+    ["input_features_mask"],
+    ["image_attention_mask"],
+    ["bbox"],
+    ["attention_mask"],
+    ["encoder_hidden_states"],
+    ["future_values"],
+    ["bbox", "image"],
+    ["pixel_mask"],
+    ["visual_feats", "visual_pos"],
+)
+"""Optional arguments that some models cannot do without; each is tried with the fullest set."""
+LONE = ("x", "inputs", "inputs_embeds", "past_values", "states")
+"""What a model without named main inputs may read, the likeliest first; then its arguments in their order."""
+
+
 def argument_sets(facts: Facts) -> Iterator[list[str]]:
-    """Sets of argument names, the fullest first."""
-    names = facts.parameters
-    chosen = list(dict.fromkeys([*facts.required, *facts.main]))
+    """Sets of argument names, the fullest first.
+
+    Raises:
+        TraceError: no example is known for a required argument, or for any argument.
+    """
+    _refuse_unknown(facts)
+    full = _fullest(facts)
+    seen: set[tuple[str, ...]] = set()
+    for option in [full, *_variants(facts, full)]:
+        option = list(dict.fromkeys(option))
+        if option and set(facts.required) <= set(option) and tuple(option) not in seen:
+            seen.add(tuple(option))
+            yield option
+
+
+def _refuse_unknown(facts: Facts) -> None:
     unknown = [name for name in facts.required if name not in BUILDERS]
     if unknown:
         raise TraceError(
             f"cannot trace {type(facts.model).__name__}: no example is known for its required argument {unknown[0]!r}"
         )
-    text = "input_ids" in names
-    signals = [name for name in SIGNAL_ARGUMENTS if name in names]
-    full = list(chosen)
-    if text and "inputs" not in full:
+
+
+def _signals(facts: Facts) -> list[str]:
+    return [name for name in SIGNAL_ARGUMENTS if name in facts.parameters]
+
+
+def _fullest(facts: Facts) -> list[str]:
+    """All that a usual call gives: what is required, the main inputs, a text, a signal, and what goes with them."""
+    names, signals = facts.parameters, _signals(facts)
+    full = list(dict.fromkeys([*facts.required, *facts.main]))
+    if "input_ids" in names and "inputs" not in full:
         full.append("input_ids")
     if signals and not any(name in full for name in signals):
         full.append(signals[0])
     if "decoder_input_ids" in names:
         full.append("decoder_input_ids")
-    full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
+    full += _companions(facts, full)
     if not full:
-        full = [
-            name
-            for name in ("x", "inputs", "inputs_embeds", "past_values", "states", *names)
-            if name in names and name in BUILDERS
-        ][:1]
-        full += [extra for name in list(full) for extra in COMPANIONS.get(name, ()) if extra in names]
+        full = [name for name in (*LONE, *names) if name in names and name in BUILDERS][:1]
+        full += _companions(facts, full)
     if not full:
         raise TraceError(f"cannot trace {type(facts.model).__name__}: no example is known for any of its arguments")
-    sets = [full]
+    return full
+
+
+def _companions(facts: Facts, chosen: list[str]) -> list[str]:
+    return [extra for name in chosen for extra in COMPANIONS.get(name, ()) if extra in facts.parameters]
+
+
+def _variants(facts: Facts, full: list[str]) -> Iterator[list[str]]:
+    """Less than the fullest set, then more, then something else."""
+    names, signals = facts.parameters, _signals(facts)
+    text = "input_ids" in names
     if text and signals:
-        sets.append(
-            [name for name in full if name not in signals and not any(name in COMPANIONS.get(s, ()) for s in signals)]
-        )
-        sets.append([name for name in full if name not in ("input_ids", "decoder_input_ids")])
+        yield [n for n in full if n not in signals and not any(n in COMPANIONS.get(s, ()) for s in signals)]
+        yield [name for name in full if name not in ("input_ids", "decoder_input_ids")]
     if len(signals) > 1:  # images and sounds at once
-        sets.append([*full, *signals])
-    for extra in (
-        ["image_sizes"],
-        ["input_features_mask"],
-        ["image_attention_mask"],
-        ["bbox"],
-        ["attention_mask"],
-        ["encoder_hidden_states"],
-        ["future_values"],
-        ["bbox", "image"],
-        ["pixel_mask"],
-        ["visual_feats", "visual_pos"],
-    ):
+        yield [*full, *signals]
+    for extra in EXTRAS:
         if all(name in names and name not in full for name in extra):
-            sets.append([*full, *extra])
+            yield [*full, *extra]
     if "inputs_embeds" in names and not text:
-        sets.append(["inputs_embeds"])
-    seen: set[tuple[str, ...]] = set()
-    for option in sets:
-        option = list(dict.fromkeys(option))
-        if option and set(facts.required) <= set(option) and tuple(option) not in seen:
-            seen.add(tuple(option))
-            yield option
+        yield ["inputs_embeds"]
 
 
 def specs_for(facts: Facts, names: list[str], sizes: Sizes) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""What is learnt from: ``KIND:WHERE``, made ready for the model and checked against it before anything is trained."""
+"""What is learnt from: ``KIND:WHERE``, made ready for the model and checked against it before anything is trained.
+
+`opening` is the stage; `wanted` says what the model takes, `batches` in which order examples are seen, and each kind
+has a file: `images`, `text`, `tables`, `arrays`, `digits`, `demo`. A new kind goes here. Nothing here knows a norm.
+"""
 
 from __future__ import annotations
 

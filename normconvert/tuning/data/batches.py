@@ -101,6 +101,7 @@ def training_batch(data: Data, step: int, size: int, seed: int, rank: int = 0, w
     """This process's part of a step's batch of ``size * world`` examples."""
     mine = slice(rank * size, (rank + 1) * size)
     first = step * size * world
+    # By the place in the whole run, so that N processes distort as one with a batch N times as large does.
     seeds = [_mixed(seed, position, 1) for position in range(first, first + size * world)]
     return data.batch(rows_at(step, size * world, len(data), seed)[mine], seeds[mine])
 

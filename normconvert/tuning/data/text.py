@@ -58,5 +58,6 @@ def from_ids(name: str, ids: Tensor, wanted: Wanted, length: int | None) -> Colu
     columns = {TEXT: ids[: count * length].reshape(count, length)}
     check_columns(name, columns, wanted)
     if wanted.causal:
+        # Not shifted here: whoever compares shifts (see `Data.shifted`), as the libraries' own losses do.
         columns["labels"] = columns[TEXT]
     return Columns(name, columns, shifted=wanted.causal)

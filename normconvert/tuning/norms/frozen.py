@@ -88,8 +88,11 @@ class FrozenNorm(nn.Module):
                 n = summed(chosen.sum())
                 found = summed((sigma * chosen).sum()) / n.clamp_min(1)
                 moved = self.momentum * average + (1 - self.momentum) * found
+                # A batch in which no such token counts (all are padded) has no σ, and must not pull the average to
+                # zero.
                 average.copy_(torch.where(n > 0, moved, average))
         if self.keep_spread:
+            # Without a gradient through the target: tokens move towards it, it does not move towards them.
             target = self.average if self.frozen else (sigma.detach() * rest).sum() / rest.sum().clamp_min(1)
             self.spread = ((sigma - target.to(sigma.dtype)).square() * rest).sum() / rest.sum().clamp_min(1)
 

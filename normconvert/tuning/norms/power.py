@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.tuning.norms.tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
+from normconvert.tuning.norms.quadratic import affine_of, normalised, start_from
+from normconvert.tuning.norms.tokens import Moments, count, mean, rows, summed, unrows, weights_of
 
 
 class PowerNorm(nn.Module):
@@ -74,10 +75,7 @@ class PowerNorm(nn.Module):
         if self.groups:
             input = self.group_scaled(input)
         if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_phi + self.eps)
-            return input * along(scale, input, self.axis).to(input.dtype) + along(self.bias, input, self.axis).to(
-                input.dtype
-            )
+            return normalised(input, self.weight, self.bias, self.running_phi, eps=self.eps, axis=self.axis)
         x, weight = rows(input, self.axis), weights_of(self.valid, input, self.axis)
         n = count(x.detach(), weight)
         with torch.no_grad():
@@ -95,6 +93,7 @@ class PowerNorm(nn.Module):
         """Record one batch; returns what it is divided by."""
         self.steps += 1
         step, phi = self.steps, self.running_phi
+        # ψ²_{t-1}: the divisor has to be read before this batch enters the running mean.
         divisor = torch.where(step <= self.warmup, x2, phi)
         phi.copy_(torch.where(step < self.warmup, phi * ((step - 1) / step) + x2 / step, phi))
         phi.copy_(self.forward_momentum * phi + (1 - self.forward_momentum) * x2)
@@ -105,17 +104,12 @@ class PowerNorm(nn.Module):
 
         The data has stood in for the warm-up: it is over.
         """
-        a, b = moments.fit()
-        with torch.no_grad():
-            self.running_phi.copy_(moments.square)
-            self.weight.copy_(a * (moments.square + self.eps).sqrt())
-            self.bias.copy_(b)
-            self.steps.fill_(self.warmup)
+        start_from(moments, self.weight, self.bias, self.running_phi, eps=self.eps)
+        self.steps.fill_(self.warmup)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(a, b) in float64: in eval mode this norm is a∘x + b, of the group-scaled x if there are groups."""
-        wide = self.running_phi.detach().double()
-        return self.weight.detach().double() * (wide + self.eps).rsqrt(), self.bias.detach().double()
+        return affine_of(self.weight, self.bias, self.running_phi, eps=self.eps)
 
 
 class _Power(torch.autograd.Function):
@@ -147,6 +141,7 @@ class _Power(torch.autograd.Function):
         square = summed((inside * z).sum(0)) / n
         product = summed((g * z).sum(0)) / n
         pulled = (g - norm.nu * inside) * root
+        # After `pulled`, which takes ν_{t-1}: with ν_t the batch would correct itself.
         rate = 1 - norm.backward_momentum
         norm.nu.copy_(norm.nu * (1 - rate * square) + rate * product)
         return pulled, (grad * z).sum(0), grad.sum(0), *[None] * 4

@@ -73,6 +73,7 @@ class RepBatchNorm(nn.Module):
         var = mean((x - centre).square(), weight, n)
         with torch.no_grad():
             self.running_mean.lerp_(centre.to(self.running_mean.dtype), self.momentum)
+            # As torch's BatchNorm: the biased variance divides, the unbiased one is remembered.
             unbiased = var * (n / (n - 1).clamp_min(1))
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         y = (x - centre) * torch.rsqrt(var + self.eps) * self.weight + self.bias + self.eta * x
@@ -102,6 +103,7 @@ class RepBatchNorm(nn.Module):
             self.running_var.copy_(moments.variance)
             self.eta.copy_(eta)
             self.weight.copy_((a - eta) * (moments.variance + self.eps).sqrt())
+            # BN takes its mean away before it scales: what the map loses by that is given back here.
             self.bias.copy_(b + (a - eta) * moments.mean)
 
     def affine(self) -> tuple[Tensor, Tensor]:

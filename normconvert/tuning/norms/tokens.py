@@ -117,6 +117,7 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """Variance of x by channel (biased)."""
+        # A difference of rounded sums: where all tokens are alike it may fall below zero.
         return (self.square - self.mean.square()).clamp_min(0)
 
     def fit(self) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.tuning.norms.tokens import Moments, along, count, mean, rows, summed, unrows, weights_of
+from normconvert.tuning.norms.quadratic import affine_of, normalised, start_from
+from normconvert.tuning.norms.tokens import Moments, count, mean, rows, summed, unrows, weights_of
 
 RATIO = 5.0
 """Largest r, and 1/r, that the backward pass corrects by."""
@@ -90,10 +91,7 @@ class UnifiedNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input``, any shape with ``size`` channels at ``axis``; same shape and dtype out."""
         if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return input * along(scale, input, self.axis).to(input.dtype) + along(self.bias, input, self.axis).to(
-                input.dtype
-            )
+            return normalised(input, self.weight, self.bias, self.running_var, eps=self.eps, axis=self.axis)
         x, weight = rows(input, self.axis), weights_of(self.valid, input, self.axis)
         n = count(x.detach(), weight)
         with torch.no_grad():
@@ -105,6 +103,7 @@ class UnifiedNorm(nn.Module):
         self.steps += 1
         step, window = self.steps, self.window_x2
         slot = (step % self.window).reshape(1)
+        # Before this batch is recorded: an outlier would raise the variance that it is judged by.
         recorded = window.sqrt().var() if window.numel() > 1 else window.new_zeros(())
         window.index_copy_(0, slot, x2[None])
         geometric = window.log().mean(0).exp()
@@ -119,6 +118,7 @@ class UnifiedNorm(nn.Module):
         var = torch.where(skip | early, x2, geometric)
         ratio = ((var + self.eps) / (self.running_var + self.eps)).sqrt().clamp(1 / RATIO, RATIO)
         ratio = torch.where(skip | (step <= max(self.ratio_after, self.warmup)), torch.ones_like(ratio), ratio)
+        # Not an outlier's own σ², as in the published code: see the module's text for what that does to inference.
         lasting = torch.where(outlier & ~early, geometric, var)
         self.running_var.copy_(self.momentum * self.running_var + (1 - self.momentum) * lasting)
         return var, ratio, skip
@@ -135,17 +135,13 @@ class UnifiedNorm(nn.Module):
 
     def calibrate(self, moments: Moments) -> None:
         """Start from the statistics of calibration data, with the γ and β that are closest to the norm replaced."""
-        a, b = moments.fit()
-        with torch.no_grad():
-            self.running_var.copy_(moments.square)
-            self.window_x2.copy_(moments.square.expand_as(self.window_x2))
-            self.weight.copy_(a * (moments.square + self.eps).sqrt())
-            self.bias.copy_(b)
+        start_from(moments, self.weight, self.bias, self.running_var, eps=self.eps)
+        # With zeros in the window its geometric mean is zero, and the first batches after a short warm-up are outliers.
+        self.window_x2.copy_(moments.square.expand_as(self.window_x2))
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(a, b) in float64: in eval mode this norm is a∘x + b."""
-        wide = self.running_var.detach().double()
-        return self.weight.detach().double() * (wide + self.eps).rsqrt(), self.bias.detach().double()
+        return affine_of(self.weight, self.bias, self.running_var, eps=self.eps)
 
 
 class _Unified(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""The model zoo of the coverage sweep: every model of the installed libraries, made small."""
+"""The model zoo of the coverage sweep: every model of the installed libraries, made small.
+
+A `case` is one model with how it is built; `probing` finds what the values of a configuration do to a checkpoint.
+"""
 
 from tools.census.zoo.case import Case, Skipped, is_batchnorm, is_layernorm
 

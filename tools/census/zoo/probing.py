@@ -8,52 +8,21 @@ two values is their product, and a tensor that comes or goes with a switch tells
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from normconvert.identification.model_types import TERM, modern
 from normconvert.identification.prints import pattern
-from tools.census.zoo.shrink import Level, _rebuild
+from tools.census.zoo.dimension_expressions import collapsed, drop_refuted, expression_of
+from tools.census.zoo.snapshots import LABELS, Snapshot, Values, changed, flat_values, nodes, snapshot, with_value
 
-STATISTICS = ("running_mean", "running_var")
-SAME = Level(1, False, False, False)
-NO_MATTER = re.compile(
-    r".*(dropout|pdrop|drop_prob|drop_rate|drop_path|layerdrop|token_id|token_ids|initializer|init_std|use_cache|_loss|loss_|label|"
-    r"output_|return_|gradient|torch_dtype|pad_id|_index$|mask_time|mask_feature|mask_ratio).*|.*_id$|model_type|_.*"
-)
-"""Values that change neither a checkpoint nor what a trained model computes; not asked about."""
-LABELS = "num_labels"
 SOME_SIZE = 64
 """For a value that is None everywhere."""
 MOST_CHOICES = 3
 """So many other words are tried for a value that is a word."""
-WITNESSES = 2
-"""So many tensors of a stack of different ones say what a value is."""
-
-Values = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a checkpoint of one model holds.
-
-    Attributes:
-        shapes: name on disk -> shape; of tied tensors one.
-        tied: the other names of tied tensors -> the name in ``shapes``; writers may store either or both.
-        buffers: patterns of floating buffers that may be stored.
-    """
-
-    shapes: Shapes
-    tied: Mapping[str, str] = field(default_factory=dict)
-    buffers: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -84,145 +53,6 @@ class Found:
                 "tied": sorted(self.tied)}  # fmt: skip
 
 
-def snapshot(cls: Any, config: Any) -> Snapshot:
-    """Names and shapes that the class writes for a configuration."""
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"), _no_init():
-        model = cls(copy.deepcopy(config))
-    buffers = dict(model.named_buffers())
-    state = model.state_dict(keep_vars=True)
-    kept = {n: t for n, t in state.items() if n not in buffers or n.endswith(STATISTICS)}
-    first: dict[int, str] = {}
-    sources: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    for name, tensor in kept.items():
-        if first.setdefault(id(tensor), name) != name and name not in sources:
-            sources[name] = first[id(tensor)]
-    single = _on_disk(revert_weight_conversion, model, {n: t for n, t in kept.items() if n not in sources})
-    tied: dict[str, str] = {}
-    if sources.keys() & kept.keys():
-        whole = _on_disk(revert_weight_conversion, model, kept)
-        disk = {name: new for new, (name, _) in whole.items() if name}
-        for new, (name, _) in whole.items():
-            if new not in single:  # renamed as its source is, or one that no single tensor became
-                tied[new] = disk.get(sources.get(name, ""), "")
-    floats = frozenset(pattern(n) for n, b in buffers.items() if b.is_floating_point() and n not in kept)
-    return Snapshot({name: shape for name, (_, shape) in single.items()}, tied, floats)
-
-
-@contextmanager
-def _no_init() -> Iterator[None]:
-    """Random numbers for tensors on the meta device take half of the time that a model takes to build."""
-    from torch.nn import init
-
-    known = {n: f for n, f in vars(init).items() if inspect.isfunction(f) and n.endswith("_") and n[0] != "_"}
-    for name in known:
-        setattr(init, name, lambda tensor, *_, **__: tensor)
-    try:
-        yield
-    finally:
-        for name, function in known.items():
-            setattr(init, name, function)
-
-
-def _on_disk(revert: Any, model: Any, state: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name on disk -> (the model's name for it if it is that tensor unchanged, else nothing; shape)."""
-    detached = {name: tensor.detach() for name, tensor in state.items()}
-    names = {id(tensor): name for name, tensor in detached.items()}
-    return {
-        modern(name): (names.get(id(t), ""), tuple(t.shape)) for name, t in revert(model, detached).items()
-        if t.is_floating_point()
-    }  # fmt: skip
-
-
-def flat_values(config: Any, generic: frozenset[str], path: str = "") -> Values:
-    """The values of a configuration and of those inside it: ``text_config.hidden_size``, ``depths[0]``."""
-    found: Values = {}
-    for key, value in vars(config).items():
-        if key in generic or NO_MATTER.fullmatch(key):
-            continue
-        name = f"{path}{key}"
-        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            found.update(flat_values(value, generic, f"{name}."))
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            found[name] = value
-        elif isinstance(value, (list, tuple)) and len(value) <= 8 and all(type(v) is int for v in value):
-            found.update({f"{name}[{i}]": v for i, v in enumerate(value)})
-    if not path and isinstance(getattr(config, LABELS, None), int):
-        found[LABELS] = config.num_labels  # a property
-    return found
-
-
-def with_value(config: Any, path: str, value: Any) -> Iterator[Any]:
-    """Configurations with one value changed, in the ways there are to make one; those that raise are left out.
-
-    All other values as they are; then with what the constructor derives derived anew; then simply set.
-    """
-
-    def change(holder: Any) -> Any:
-        *parents, last = path.split(".")
-        for parent in parents:
-            holder = holder[parent] if isinstance(holder, dict) else getattr(holder, parent)
-        name, _, index = last.partition("[")
-        if index:
-            values = list(holder[name] if isinstance(holder, dict) else getattr(holder, name))
-            values[int(index[:-1])] = value
-        new = values if index else value
-        if isinstance(holder, dict):
-            holder[name] = new
-        else:
-            setattr(holder, name, new)
-
-    with suppress(Exception):
-        data = config.to_dict()
-        change(data)
-        yield type(config).from_dict(data)
-    plain = copy.deepcopy(config)
-    with suppress(Exception):
-        change(plain)
-        yield _rebuild(plain, SAME, 0, None)
-    with suppress(Exception):
-        plain = copy.deepcopy(config)
-        change(plain)
-        yield plain
-
-
-def changed(
-    cls: Any, config: Any, path: str, values: list[Any], generic: frozenset[str], base: Snapshot
-) -> list[tuple[Any, Snapshot]]:
-    """(value, snapshot) for each of the values with which a model can be built, until one changes nothing."""
-    found: list[tuple[Any, Snapshot]] = []
-    for value in values:
-        seen, tried = None, []
-        for candidate in with_value(config, path, value):
-            with suppress(Exception):
-                said = candidate.to_dict()
-                if said in tried or flat_values(candidate, generic).get(path) != value:
-                    continue
-                tried.append(said)
-                seen = snapshot(cls, candidate)
-            # What a switch does may be derived when the configuration is made: every way is tried until one shows it.
-            if seen is not None and (type(value) in (int, float) or seen != base):
-                break
-        if seen is not None:
-            found.append((value, seen))
-            if seen == base and type(value) in (int, float):
-                break
-    return found
-
-
-def nodes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes, and for every ``prefix.#`` with numbers in place of ``#`` how many there are."""
-    counts: dict[str, set[str]] = defaultdict(set)
-    for name in shapes:
-        parts = name.split(".")
-        for i, part in enumerate(parts):
-            if part.isdigit():
-                counts[".".join([*parts[:i], "#"])].add(part)
-    return {**shapes, **{name: (len(numbers),) for name, numbers in counts.items()}}
-
-
 def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, list[Any]], others: list[Any]) -> Found:
     """Change every value of a small configuration and see what follows.
 
@@ -237,58 +67,88 @@ def probe(cls: Any, config: Any, generic: frozenset[str], words: Mapping[str, li
     config = filled(cls, config, generic, words)
     base = snapshot(cls, config)
     values = flat_values(config, generic)
-    start = nodes(base.shapes)
-    patterns = {pattern(n) for n in base.shapes}
-    need, may, ties = set(patterns), set[str](), set[tuple[str, str]]()
-    moved: dict[tuple[str, int], dict[str, list[tuple[Any, int]]]] = defaultdict(lambda: defaultdict(list))
-    says: list[tuple[str, str, Any, Any]] = []
-    unfixed, failed = [], []
-
-    builds: list[tuple[Values, set[str]]] = []
-
-    def add(seen: Snapshot, now: Values) -> set[str]:
-        here = {pattern(n) for n in seen.shapes}
-        builds.append((now, here))
-        need.intersection_update(here)
-        may.update(here, map(pattern, seen.tied), seen.buffers)
-        ties.update((pattern(first), pattern(n)) for n, first in seen.tied.items() if first)
-        return here
-
-    add(base, values)
+    seen = _Seen(base, values)
     for path, value in values.items():
         steps = _steps(value, _choices(path, words))
-        built = changed(cls, config, path, steps, generic, base)
-        if not built and steps:
-            failed.append(path)
-        touched = False
-        for new, seen in built:
-            here = add(seen, {**values, path: new})
-            for place, old, now in _compared(start, nodes(seen.shapes)):
-                moved[place][path].append((new, now))
-                touched |= old != now
-            touched |= here != patterns or seen.tied != base.tied
-            if isinstance(value, bool):
-                tied = {pattern(n) for n in [*base.tied, *seen.tied]}
-                says += [(p, path, new, value) for p in sorted(here - patterns - tied)[:1]]
-                says += [(p, path, value, new) for p in sorted(patterns - here - tied)[:1]]
-        if not touched and path != LABELS:  # a class without labels does not need their number
-            unfixed.append(path)
-    expressions = {
-        name: [_expression(old, moved.get((name, axis), {}), values) for axis, old in enumerate(shape)]
-        for name, shape in start.items()
-    }
+        seen.add_changes(path, changed(cls, config, path, steps, generic, base), tried=bool(steps))
+    expressions = seen.expressions()
     for other in others:
         with suppress(Exception):
-            seen = snapshot(cls, other)
-            add(seen, flat_values(other, generic))
-            _check(expressions, nodes(seen.shapes), flat_values(other, generic))
-    # A tensor that another switch takes away as well does not tell how this one was set.
-    says = [
-        (p, key, present, absent)
-        for p, key, present, absent in says
-        if all((p in here) == (now[key] == present) for now, here in builds if isinstance(now.get(key), bool))
-    ]
-    return Found(need, (may | patterns) - need, _collapsed(expressions), says, unfixed, failed, ties)
+            one = snapshot(cls, other)
+            seen.add(one, flat_values(other, generic))
+            drop_refuted(expressions, nodes(one.shapes), flat_values(other, generic))
+    may = (seen.may | seen.patterns) - seen.need
+    return Found(seen.need, may, collapsed(expressions), seen.telling(), seen.unfixed, seen.failed, seen.ties)
+
+
+class _Seen:
+    """What the builds of one model type have shown so far.
+
+    Args:
+        base: the checkpoint of the configuration that is changed.
+        values: of that configuration.
+    """
+
+    def __init__(self, base: Snapshot, values: Values) -> None:
+        self.base, self.values = base, values
+        self.start = nodes(base.shapes)
+        self.patterns = {pattern(n) for n in base.shapes}
+        self.need, self.may, self.ties = set(self.patterns), set[str](), set[tuple[str, str]]()
+        self.moved: dict[tuple[str, int], dict[str, list[tuple[Any, int]]]] = defaultdict(lambda: defaultdict(list))
+        self.says: list[tuple[str, str, Any, Any]] = []
+        self.unfixed: list[str] = []
+        self.failed: list[str] = []
+        self.builds: list[tuple[Values, set[str]]] = []
+        self.add(base, values)
+
+    def add(self, seen: Snapshot, now: Values) -> set[str]:
+        """Record one build; returns its patterns."""
+        here = {pattern(n) for n in seen.shapes}
+        self.builds.append((now, here))
+        self.need.intersection_update(here)
+        self.may.update(here, map(pattern, seen.tied), seen.buffers)
+        self.ties.update((pattern(first), pattern(n)) for n, first in seen.tied.items() if first)
+        return here
+
+    def add_changes(self, path: str, built: list[tuple[Any, Snapshot]], *, tried: bool) -> None:
+        """Record the builds with other values at ``path``; ``tried``: there were values to try."""
+        if not built and tried:
+            self.failed.append(path)
+        touched = False
+        for new, seen in built:
+            touched |= self._add_change(path, new, seen)
+        if not touched and path != LABELS:  # a class without labels does not need their number
+            self.unfixed.append(path)
+
+    def _add_change(self, path: str, new: Any, seen: Snapshot) -> bool:
+        """Record one of them; returns whether anything has changed."""
+        touched, value = False, self.values[path]
+        here = self.add(seen, {**self.values, path: new})
+        for place, old, now in _compared(self.start, nodes(seen.shapes)):
+            self.moved[place][path].append((new, now))
+            touched |= old != now
+        if isinstance(value, bool):
+            tied = {pattern(n) for n in [*self.base.tied, *seen.tied]}
+            self.says += [(p, path, new, value) for p in sorted(here - self.patterns - tied)[:1]]
+            self.says += [(p, path, value, new) for p in sorted(self.patterns - here - tied)[:1]]
+        return touched or here != self.patterns or seen.tied != self.base.tied
+
+    def expressions(self) -> dict[str, list[str]]:
+        """What each dimension is, as far as the changes tell."""
+        return {
+            name: [
+                expression_of(old, self.moved.get((name, axis), {}), self.values) for axis, old in enumerate(shape)
+            ]
+            for name, shape in self.start.items()
+        }  # fmt: skip
+
+    def telling(self) -> list[tuple[str, str, Any, Any]]:
+        """The tensors that tell how a switch is set; one that another switch takes away as well does not."""
+        return [
+            (p, key, present, absent)
+            for p, key, present, absent in self.says
+            if all((p in here) == (now[key] == present) for now, here in self.builds if isinstance(now.get(key), bool))
+        ]
 
 
 def _choices(path: str, words: Mapping[str, list[Any]]) -> list[Any]:
@@ -398,67 +258,3 @@ def _steps(value: Any, words: list[Any]) -> list[Any]:
     from transformers.activations import ACT2FN
 
     return [word for word in words if isinstance(word, str) and word != value and word not in ACT2FN][:MOST_CHOICES]
-
-
-def _expression(old: int, moved: Mapping[str, list[tuple[Any, int]]], values: Values) -> str:
-    """What one dimension is, in the configuration's own words; ``_`` if it cannot be said."""
-    keys = [path for path, seen in moved.items() if any(now != old for _, now in seen)]
-    if not keys or any(type(values[key]) not in (int, float) for key in keys):
-        return "_"
-    if len(keys) == 1:
-        key, value = keys[0], values[keys[0]]
-        slopes = {(now - old) / (new - value) for new, now in moved[key]}
-        slope = slopes.pop()
-        if slopes or slope != int(slope) or slope < 1 or len(moved[key]) < 2 or type(value) is not int:
-            return "_"
-        factor, offset = int(slope), old - int(slope) * value
-        return f"{factor}*{key}" * (factor > 1) + key * (factor == 1) + (f"{offset:+d}" if offset else "")
-    whole = math.prod(float(values[key]) for key in keys)
-    for key in keys:
-        if any(now * values[key] != old * new for new, now in moved[key]):
-            return "_"
-    times = old / whole if whole else 0.0
-    if len(keys) > 2 or times != int(times) or times < 1:
-        return "_"
-    return "*".join([*([str(int(times))] if times > 1 else []), *keys])
-
-
-def evaluate(expression: str, values: Values) -> float | None:
-    """The number that an expression means for a configuration; None if it says nothing there."""
-    match = TERM.fullmatch(expression)
-    if expression == "_" or match is None:
-        return None
-    factor, first, second, offset = match.groups()
-    numbers = [values.get(key) for key in (first, second) if key]
-    if any(type(n) not in (int, float) for n in numbers):
-        return None
-    return int(factor or 1) * math.prod(float(n or 0) for n in numbers) + int(offset or 0)
-
-
-def _check(expressions: dict[str, list[str]], seen: Mapping[str, tuple[int, ...]], values: Values) -> None:
-    """Drop what does not hold for another configuration of the type."""
-    for name, row in expressions.items():
-        for axis, expression in enumerate(row):
-            expected = evaluate(expression, values)
-            if expected is not None and name in seen and (len(seen[name]) <= axis or seen[name][axis] != expected):
-                row[axis] = "_"
-
-
-def _collapsed(expressions: dict[str, list[str]]) -> dict[str, list[str]]:
-    """One row a pattern where all its tensors say the same, else rows of tensors until each key has its witnesses."""
-    witnesses: Counter[str] = Counter()
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in expressions:
-        groups[pattern(name)].append(name)
-    found: dict[str, list[str]] = {}
-    for kind, members in groups.items():
-        rows = {tuple(expressions[name]) for name in members}
-        if len(rows) == 1:
-            found[kind] = list(rows.pop())
-        else:
-            for name in members:
-                said = set(expressions[name]) - {"_"}
-                if any(witnesses[text] < WITNESSES for text in said):
-                    witnesses.update(said)
-                    found[name] = expressions[name]
-    return found

@@ -1,0 +1,60 @@
+"""What a swap works on: a source, the plan that centres its streams, and the norms that are to go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from normconvert.errors import InputError, NothingToConvert
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.sources import Source
+from normconvert.tuning.data import Wanted, wanted_by
+from normconvert.tuning.seats import Seat, choose, find_seats
+from normconvert.tuning.settings import Settings
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be swapped: the analysed source.
+
+    Attributes:
+        source: the original.
+        plan: of the ``rmsnorm`` rewrite.
+        seats: the norms to swap.
+        norms: how many the model has.
+        wanted: the inputs that the model takes.
+    """
+
+    source: Source
+    plan: Plan
+    seats: tuple[Seat, ...]
+    norms: int
+    wanted: Wanted
+
+
+def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str], None]) -> Subject:
+    """What the norms of a source read and feed, and which are to be swapped.
+
+    Raises:
+        NothingToConvert: none can be.
+    """
+    clock("trace")
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.tracing.model_graph import trace_model
+
+    if source.modules:
+        raise InputError(f"{source.reference}: its norms have been changed already; swap those of the original")
+    model = source.skeleton()
+    graph = trace_model(model)
+    # an embedding that is the head, too, cannot hold what the last norm leaves behind
+    plan = plan_rmsnorm(graph, Options(tied="untie" if fuse else "center"))
+    seats = find_seats(graph, plan)
+    if not seats:
+        reasons = "; ".join(dict.fromkeys(v.reason for v in plan.verdicts)) or "it has no LayerNorm"
+        raise NothingToConvert(f"{source.reference}: no norm can be swapped: {reasons}")
+    chosen = tuple(choose(seats, settings.norms))
+    # The last norm stays, so nothing moves into the head, and two tables would be one too many.
+    if fuse and not any(seat.role == "final" for seat in chosen):
+        plan = plan_rmsnorm(graph, Options(tied="center"))
+    return Subject(source, plan, chosen, len(plan.verdicts), wanted_by(source, source.skeleton()))

@@ -1,0 +1,80 @@
+"""Two runs of the same probes side by side: distances of outputs, rounding against rounding, what users feel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from normconvert.tracing.probes import Probe
+from normconvert.verification.fidelity import (
+    Distance,
+    agreement,
+    distance,
+    is_shifted,
+    next_token_loss,
+    ratio,
+    scores,
+)
+from normconvert.verification.probe_runs import Run
+
+Distances = dict[tuple[str, str], Distance]
+"""(probe, output) -> how far two models are apart there."""
+
+
+def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset()) -> Distances:
+    """(probe, output) -> how far the two are apart; inf where only one of them has the output."""
+    result = {}
+    for probe, outputs in expected.outputs.items():
+        other = found.outputs.get(probe, {})
+        for name in dict.fromkeys([*outputs, *other]):
+            if name in outputs and name in other:
+                result[probe, name] = distance(other[name], outputs[name], shifted=is_shifted(name, shifted))
+            else:
+                result[probe, name] = Distance(math.inf, 1.0)
+    return result
+
+
+def rank(value: float) -> float:
+    """An error as a number to sort by: NaN, which compares with nothing, is the largest."""
+    return math.inf if math.isnan(value) else value
+
+
+def worst_ratio(
+    original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
+) -> float | None:
+    """For each output the root mean square of the relative errors over the probes, converted/original; the largest."""
+    # Over the probes first: the original may hit a single output exactly by chance, and any ratio to that is infinite.
+    names = dict.fromkeys(name for _, name in converted)
+    ratios = []
+    for name in names:
+        sums = [
+            math.sqrt(sum(rank(d.relative) ** 2 for (_, n), d in side.items() if n == name) / max(len(side), 1))
+            for side in (converted, original)
+        ]
+        ratios.append(ratio(sums[0], sums[1], eps))
+    # The worst output, not the mean: one that is spoilt must not hide among many that are not.
+    return max(ratios, key=rank, default=None)
+
+
+def felt(original: Run, converted: Run) -> tuple[float, float]:
+    """(share of positions with the same top class, mean KL divergence in nats) over all probes."""
+    same, positions, divergence = 0, 0, 0.0
+    for probe, outputs in original.outputs.items():
+        a, b = scores(outputs), scores(converted.outputs.get(probe, {}))
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        found = agreement(a, b)
+        same, positions, divergence = same + found[0], positions + found[1], divergence + found[2]
+    return (same / positions, divergence / positions) if positions else (1.0, 0.0)
+
+
+def loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> float | None:
+    """Mean next-token loss on the text probes, converted minus original; None without such probes."""
+    differences = []
+    for probe in probes:
+        if probe.name.startswith("text") and probe.name in converted.outputs:
+            a = next_token_loss(original.outputs[probe.name], probe.inputs)
+            b = next_token_loss(converted.outputs[probe.name], probe.inputs)
+            if a is not None and b is not None:
+                differences.append(b - a)
+    return sum(differences) / len(differences) if differences else None
