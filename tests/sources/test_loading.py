@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from normconvert.apply.model_card import hub_id, model_card, split_front_matter
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.edits import apply_edits
@@ -401,83 +400,6 @@ def test_the_shipped_file_works_without_normconvert(text: tuple[Any, Path], tmp_
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("RMSNorm(48, eps=1e-05")
-
-
-README = """---
-license: mit
-base_model:
-- someone/else
-tags:
-- text
----
-# The model
-
-About it.
-"""
-
-
-def test_the_card_keeps_the_licence_and_the_original_text() -> None:
-    plan = Plan(
-        "rmsnorm",
-        verdicts=[
-            Verdict("a.ln", "LayerNorm", True, "fine", "converted"),
-            Verdict("b.ln", "LayerNorm", False, "`q | k` reads it", "post-norm"),
-        ],
-        notes=["mind the gap"],
-    )
-    card = model_card(
-        "org/name@main", plan, {"algebra": 1.234e-16}, auto_class="AutoModelForCausalLM", source_readme=README
-    )
-    front, body = split_front_matter(card)
-    lines = front.splitlines()
-    assert "license: mit" in lines
-    assert lines.count("base_model: org/name") == 1
-    assert "someone/else" not in card
-    assert "- text" in lines
-    assert "1 of 2 norms" in body
-    assert "arxiv.org/abs/2305.14858" in body
-    assert "| algebra | 1.23e-16 |" in body
-    assert "`b.ln` (LayerNorm) | `q \\| k` reads it" in body
-    assert "- mind the gap" in body
-    assert "# The model\n\nAbout it." in body
-    assert "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)" in body
-
-
-def test_a_card_names_no_local_path(tmp_path: Path) -> None:
-    card = model_card(str(tmp_path), Plan("rmsnorm"), library="timm", architecture="vit_tiny_patch16_224")
-    assert str(tmp_path) not in card
-    assert "base_model" not in card
-    assert "not verified" in card
-    assert [hub_id("gpt2"), hub_id("a/b@v1"), hub_id("demo:gpt2"), hub_id("x.safetensors")] == [
-        "gpt2",
-        "a/b",
-        None,
-        None,
-    ]
-
-
-def test_the_runtime_class_is_made_once_per_architecture() -> None:
-    from transformers import GPT2LMHeadModel
-
-    from normconvert import runtime
-
-    assert runtime.GPT2LMHeadModel is runtime.converted_class(GPT2LMHeadModel)
-    assert issubclass(runtime.GPT2LMHeadModel, GPT2LMHeadModel)
-    assert not hasattr(runtime, "NoSuchModel")
-    assert not hasattr(runtime, "GPT2Config")  # not a model
-
-
-def test_the_library_treats_the_class_as_its_own() -> None:
-    """As custom code it would miss the library's renaming of weights; a second subclass could not be pickled."""
-    from transformers import GPT2LMHeadModel, WhisperForConditionalGeneration
-    from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
-
-    from normconvert.runtime import converted_class
-
-    for base in (GPT2LMHeadModel, WhisperForConditionalGeneration):
-        made: Any = converted_class(base)
-        assert not made.is_custom_code()
-        assert add_generation_mixin_to_remote_model(made) is made
 
 
 def test_the_weights_in_the_files_are_centred(text: tuple[Any, Path]) -> None:

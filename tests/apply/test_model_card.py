@@ -1,0 +1,60 @@
+"""The model card: what it keeps of the source's, what it says of the conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normconvert.apply.model_card import hub_id, model_card, split_front_matter
+from normconvert.plan.conversion_plan import Plan, Verdict
+
+README = """---
+license: mit
+base_model:
+- someone/else
+tags:
+- text
+---
+# The model
+
+About it.
+"""
+
+
+def test_the_card_keeps_the_licence_and_the_original_text() -> None:
+    plan = Plan(
+        "rmsnorm",
+        verdicts=[
+            Verdict("a.ln", "LayerNorm", True, "fine", "converted"),
+            Verdict("b.ln", "LayerNorm", False, "`q | k` reads it", "post-norm"),
+        ],
+        notes=["mind the gap"],
+    )
+    card = model_card(
+        "org/name@main", plan, {"algebra": 1.234e-16}, auto_class="AutoModelForCausalLM", source_readme=README
+    )
+    front, body = split_front_matter(card)
+    lines = front.splitlines()
+    assert "license: mit" in lines
+    assert lines.count("base_model: org/name") == 1
+    assert "someone/else" not in card
+    assert "- text" in lines
+    assert "1 of 2 norms" in body
+    assert "arxiv.org/abs/2305.14858" in body
+    assert "| algebra | 1.23e-16 |" in body
+    assert "`b.ln` (LayerNorm) | `q \\| k` reads it" in body
+    assert "- mind the gap" in body
+    assert "# The model\n\nAbout it." in body
+    assert "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)" in body
+
+
+def test_a_card_names_no_local_path(tmp_path: Path) -> None:
+    card = model_card(str(tmp_path), Plan("rmsnorm"), library="timm", architecture="vit_tiny_patch16_224")
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    assert "not verified" in card
+    assert [hub_id("gpt2"), hub_id("a/b@v1"), hub_id("demo:gpt2"), hub_id("x.safetensors")] == [
+        "gpt2",
+        "a/b",
+        None,
+        None,
+    ]
