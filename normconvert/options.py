@@ -134,7 +134,8 @@ def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]]
 
 
 def _documented(doc: str, kind: Any) -> str:
-    rows = [f"        {name}: {known.help}" for name, _, known in about(kind)]
+    known = {name: one.help for name, _, one in about(kind)}
+    rows = [f"        {name}: {known[name]}" for name in inspect.signature(kind).parameters if name in known]
     head, section, rest = re.match(r"(.*?)(\n    (?:Returns|Raises):|\Z)(.*)", doc, re.DOTALL).groups()  # type: ignore[union-attr]
     return "\n".join([f"{head.rstrip()}\n\n    Args:", *rows, ""]) + f"{section}{rest}"
 
