@@ -38,7 +38,7 @@ echo "$*" >> calls
 if [ "$1" = venv ]; then
     for folder; do :; done
     mkdir -p "$folder/bin"
-    for command in python normconvert; do
+    for command in python normconvert lint-imports; do
         printf '#!/bin/sh\\necho "$0 $*" >> calls\\n' > "$folder/bin/$command"
         chmod +x "$folder/bin/$command"
     done
@@ -52,7 +52,7 @@ fi
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with the Makefile and a PATH, ``bin``, on which there is no uv."""
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/setup").mkdir(parents=True)
     for file in ("Makefile", "pyproject.toml", "tools/setup/timed.sh"):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "bin").mkdir()
