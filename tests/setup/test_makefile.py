@@ -143,6 +143,7 @@ def test_the_set_up_happens_once_and_says_what_it_does_and_how_long_it_took(chec
     assert calls(checkout) == [
         "pip install --python .venv/bin/python --editable .[dev]",
         ".venv/bin/python -m ruff check",
+        ".venv/bin/lint-imports ",
         ".venv/bin/python -m mypy",
     ]
 
