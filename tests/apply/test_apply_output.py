@@ -104,9 +104,9 @@ def test_a_link_to_the_source_is_the_source(folder: Path, tmp_path: Path) -> Non
 CHILD = """
 import resource, sys, time
 from pathlib import Path
-from normconvert.apply import apply_plan
+from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError
-from normconvert.plan import Plan
+from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source
 mode, src, out = sys.argv[1:]
 source = open_source(src)

@@ -132,7 +132,7 @@ def test_convnet_has_batch_norms_with_statistics() -> None:
 
 
 def test_unknown_demo_names_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no demo model 'gtp2'.*demo:vit.*did you mean demo:gpt2"):
+    with pytest.raises(InputError, match=r"demo:gtp2: no such demo.* vit; did you mean demo:gpt2"):
         embedded.demo_folder("gtp2")
 
 
