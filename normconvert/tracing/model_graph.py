@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from normconvert.errors import TraceError
 from normconvert.tracing.graph import Graph, merge, trace
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
 
 FURTHER_CALLS = 3
@@ -34,7 +34,7 @@ def _trace(model: nn.Module) -> Graph:
     first: TraceError | None = None
     for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
         # A copy, since the caller's model keeps its dtype.
-        candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
+        candidate = model if dtype is None else copy_model(model).to(dtype)
         likely = _trace_likely(candidate)
         if likely is not None:
             return _with_further_calls(candidate, *likely)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import Probe
 from normconvert.verification.fidelity import Outputs, flatten
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
@@ -41,7 +41,7 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
     """
     from normconvert.runtime import apply_module_edits
 
-    model = copy.deepcopy(truth)
+    model = copy_model(truth)
     source = named_tensors(truth)
     try:
         apply_module_edits(model, plan.modules)
