@@ -109,9 +109,10 @@ def _hooked() -> nn.Module:
 
 
 def _old_weight_norm(module: nn.Module, dim: int | None = 0) -> nn.Module:
+    wrap: Any = torch.nn.utils.weight_norm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.nn.utils.weight_norm(module, dim=dim)
+        return wrap(module, dim=dim)  # type: ignore[no-any-return]
 
 
 ODD_NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -128,7 +129,7 @@ ODD_NORMS: dict[str, Callable[[], nn.Module]] = {
     "a parametrization": _parametrized,
     "a hook that uses the weight": _hooked,
     "old weight_norm": lambda: _old_weight_norm(nn.LayerNorm(D), None),
-    "weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.LayerNorm(D), dim=None),
+    "weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.LayerNorm(D), dim=-1),
 }
 
 
