@@ -55,7 +55,7 @@ class Graph:
         parameters: placeholder node -> the tensor it stands for.
         outputs: node -> names of the model outputs it is.
         modules: module path -> module on the meta device.
-        unreached: name -> shape of the parameters that the traced calls do not read.
+        unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
     """
@@ -99,10 +99,18 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         parameters=parameters,
         outputs=_outputs(program, module.graph),
         modules=dict(model.named_modules(remove_duplicate=False)),
-        unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
+        unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         constants=constants,
         calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
     )
+
+
+def _floating_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters, and the buffers that a model can compute with: counts, indices and masks are none."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_floating_point() or buffer.is_complex():
+            yield name, buffer
 
 
 def merge(first: Graph, second: Graph) -> Graph:
