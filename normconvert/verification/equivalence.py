@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,14 +147,20 @@ def verify_models(
 
     true_model = _take(truth)
     truth_run = run_model(true_model, probes, dtype=dtype, seed=seed)
+    if not truth_run.outputs:
+        reason = next(iter(truth_run.failures.values()))
+        raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
     algebra_distances: dict[tuple[str, str], Distance] = {}
+    cannot = {}
     worst_module = None
     if algebra is not None or plan is not None:
         edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
         algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
+        cannot = {name: why for name, why in algebra_run.failures.items() if name in truth_run.outputs}
         algebra_distances = compare_runs(truth_run, algebra_run, shifted)
         worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
-        if not algebra_distances[worst].relative <= tolerance:
+        # A model that stops on a probe parts there from the other, and runs no second time.
+        if worst[0] not in cannot and not algebra_distances[worst].relative <= tolerance:
             probe = next(p for p in probes if p.name == worst[0])
             worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
         del edited
@@ -167,7 +174,8 @@ def verify_models(
             "two models agree; are its weights those of a trained model?"
         )
     same, positions, divergence = _felt(original_run, converted_run)
-    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in original_run.failures.items()]
+    failures = {**original_run.failures, **{name: f"in float64: {why}" for name, why in truth_run.failures.items()}}
+    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in failures.items()]
     rows += [
         {
             "probe": key[0],
@@ -190,7 +198,7 @@ def verify_models(
         tolerance=tolerance,
         rounding_tolerance=rounding_tolerance,
     )
-    return judge(fidelity, converted_run)
+    return judge(fidelity, converted_run, cannot)
 
 
 def _rank(value: float) -> float:
@@ -240,9 +248,17 @@ def _loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> 
     return sum(differences) / len(differences) if differences else None
 
 
-def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
-    """The verdict: one reason for each figure out of its tolerance."""
-    reasons = []
+def judge(
+    fidelity: Fidelity, converted: Run | None = None, cannot: Mapping[str, str] = MappingProxyType({})
+) -> Fidelity:
+    """The verdict: one reason for each figure out of its tolerance.
+
+    Args:
+        fidelity: the figures.
+        converted: the converted model's run; each probe that it could not take is a reason.
+        cannot: probe -> why the edited model could not take it in float64, although the original could.
+    """
+    reasons = [f"in float64 the edited model cannot run probe {probe!r}: {why}" for probe, why in cannot.items()]
     if not fidelity.algebra <= fidelity.tolerance:  # also catches NaN
         at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
         reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")
