@@ -32,7 +32,7 @@ from normconvert.verification.fidelity import (
     ratio,
     scores,
 )
-from normconvert.verification.probe_runs import Run, algebra_model, cast, run_model
+from normconvert.verification.probe_runs import Run, algebra_model, cast, default_dtype, run_model
 from normconvert.verification.requests import Verification
 
 if TYPE_CHECKING:
@@ -86,10 +86,11 @@ def compare_models(
         seed: for models that draw random numbers even in eval mode.
         outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
     """
-    runs = [run_model(model, probes, dtype=torch.float32, seed=seed) for model in (original, converted)]
-    names = {name for outputs in runs[0].outputs.values() for name in outputs}
+    expected = run_model(original, probes, dtype=torch.float32, seed=seed)
+    found = run_model(converted, probes, dtype=torch.float32, seed=seed, like=expected)
+    names = {name for outputs in expected.outputs.values() for name in outputs}
     shifted = frozenset(names if outputs_shift_allowed else ())
-    return {key: d.relative for key, d in compare_runs(runs[0], runs[1], shifted).items()}
+    return {key: d.relative for key, d in compare_runs(expected, found, shifted).items()}
 
 
 def _take(model: ModelOrMaker) -> nn.Module:
@@ -142,7 +143,7 @@ def verify_models(
 
     second = _take(converted)
     with watch_means(second, converted_norms) as means:
-        converted_run = run_model(second, probes, dtype=dtype, seed=seed)
+        converted_run = run_model(second, probes, dtype=dtype, seed=seed, like=original_run)
     del second
 
     true_model = _take(truth)
@@ -155,14 +156,15 @@ def verify_models(
     worst_module = None
     if algebra is not None or plan is not None:
         edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
-        algebra_run = run_model(edited, probes, dtype=dtype, seed=seed)
+        algebra_run = run_model(edited, probes, dtype=dtype, seed=seed, like=truth_run)
         cannot = {name: why for name, why in algebra_run.failures.items() if name in truth_run.outputs}
         algebra_distances = compare_runs(truth_run, algebra_run, shifted)
         worst = max(algebra_distances, key=lambda key: _rank(algebra_distances[key].relative))
         # A model that stops on a probe parts there from the other, and runs no second time.
         if worst[0] not in cannot and not algebra_distances[worst].relative <= tolerance:
             probe = next(p for p in probes if p.name == worst[0])
-            worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
+            with default_dtype(truth_run.constants[probe.name]):
+                worst_module = first_divergence(true_model, edited, _inputs(probe, dtype, true_model), tolerance)
         del edited
     del true_model
 
