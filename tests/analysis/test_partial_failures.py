@@ -112,7 +112,8 @@ def _old_weight_norm(module: nn.Module, dim: int | None = 0) -> nn.Module:
     wrap: Any = torch.nn.utils.weight_norm
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return wrap(module, dim=dim)  # type: ignore[no-any-return]
+        wrapped: nn.Module = wrap(module, dim=dim)
+    return wrapped
 
 
 ODD_NORMS: dict[str, Callable[[], nn.Module]] = {
