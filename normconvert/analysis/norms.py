@@ -6,15 +6,17 @@ the proof; the module around it matters to the replacement, which must take the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import Operand, Place, carry_back, shape_of
 from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARK
 
@@ -135,7 +137,6 @@ def _norm(
         leave = _boundary_out(end, path)
         w, offset = _named_parameter(graph, weight, path)
         b, shift = _named_parameter(graph, bias, path)
-        held = {n for n, _ in module.named_parameters()} if module is not None else set()
         if entry is None or leave is None:
             obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
         elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
@@ -143,17 +144,21 @@ def _norm(
         # weight + 1 is a setting of the replacement, bias + 1 is not.
         elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
             obstacle = f"its weight or bias is not a parameter of `{path}`"
-        # A parameter that the norm does not use would be lost with the module.
-        elif held != {n for n in (w, b) if n is not None} or (w is not None and w == b):
-            obstacle = f"`{path}` holds other parameters than the norm's weight and bias"
         else:
+            axis = entry[place.dim] - len(entry)
+            # A replacement for layer_norm has the channels innermost whatever the module's input.
+            at = Place(-1 if called else axis, place.size)
+            obstacle = _not_taken_over(graph.modules[path], path, {n for n in (w, b) if n is not None}, at, len(entry))
+            if w is not None and w == b:
+                obstacle = f"`{path}` has one parameter for weight and bias"
+        if not obstacle:
             settings = {
                 "op": "replace",
                 "path": path,
                 "kind": "rmsnorm",
                 "size": place.size,
                 "eps": eps,
-                "axis": entry[place.dim] - len(entry),
+                "axis": axis,
                 "weight": w,
                 "bias": b,
                 "offset": offset,
@@ -164,6 +169,30 @@ def _norm(
     kind = type(module).__name__ if module is not None else "layer_norm"
     reader = read if read is not None else result
     return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
+
+
+def _not_taken_over(module: nn.Module, path: str, names: set[str], at: Place, rank: int) -> str:
+    """Why a replacement that has parameters alone cannot stand in for a norm's module; empty if it can.
+
+    Args:
+        module: the norm's.
+        path: its path.
+        names: its weight and bias.
+        at: where, counted from the end, their channels have to lie to be broadcast as they are stored.
+        rank: dimensions of the norm's input.
+    """
+    if not names <= module._parameters.keys():
+        return f"its weight or bias is a buffer of `{path}`, and no parameter"
+    # A buffer that no checkpoint holds is no content, but would be missed by whoever reads it from outside.
+    if more := (contents(module) | module._buffers.keys()) - names:
+        listed = ", ".join(f"`{name}`" for name in sorted(more))
+        return f"`{path}` holds more than the norm's weight and bias: {listed}"
+    for name in sorted(names):
+        shape = tuple(module.get_parameter(name).shape)
+        aligned = -at.dim <= len(shape) <= rank and shape[at.dim] == at.size
+        if shape != (at.size,) and not (aligned and math.prod(shape) == at.size):
+            return f"`{path}` stores its {name} as {'x'.join(map(str, shape))}, which its norm does not apply as it is"
+    return ""
 
 
 def _number(value: object) -> bool:

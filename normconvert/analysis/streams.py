@@ -8,6 +8,7 @@ when a stream is made of them, but are not followed onwards: who else reads a pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -144,15 +145,21 @@ class Analysis:
                     leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
-        for name, shape in self.graph.unreached.items():
-            # Multiples count, since a parameter may hold several channel axes in one dimension.
-            if any(n % stream.size == 0 for n in shape):
-                why = f"`{name}` fits this stream, and no traced input makes the model use it"
-                leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
-                break
+        if name := self._unreached_that_fits(stream.size):
+            why = f"`{name}` fits this stream, and no traced input makes the model use it"
+            leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
         stream.leaks = sorted(leaks.values(), key=lambda leak: self._order[leak.reader])
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
+
+    def _unreached_that_fits(self, size: int) -> str | None:
+        """A tensor that no traced call reads, and that could be written into a stream of ``size`` channels as it is.
+
+        A view makes a channel axis of any dimensions, or of a part of one, so it is the number of elements that counts:
+        of another number nothing but a slice, a repetition or a sum with something else fills the channels.
+        """
+        counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
+        return next((name for name, count in counts if count and count % size == 0), None)
 
     def made(self, spot: Spot) -> Made:
         """What the value at ``spot`` is made of."""

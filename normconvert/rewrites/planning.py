@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 from torch import nn
@@ -14,6 +13,7 @@ from normconvert.rewrites import crmsnorm, fuse_bn, rmsnorm  # noqa: F401  # the
 from normconvert.rewrites.registry import REWRITES
 from normconvert.runtime import apply_module_edits
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.model_graph import trace_model
 
 
@@ -38,12 +38,12 @@ def plan_model(
     rewrite = REWRITES[method]
     plan = rewrite.planner(graph, options or Options())
     if rewrite.proof is not None and plan.converted:
-        edited = copy.deepcopy(model)
-        apply_module_edits(edited, plan.modules)
+        edited = copy_model(model)
         try:
+            apply_module_edits(edited, plan.modules)
             found = rewrite.proof(graph, tracer(edited), plan)
-        # A model that runs no more is not proved either: the plan changes nothing then.
-        except TraceError as error:
+        # A model that the edits do not fit, or that runs no more, is not proved either: the plan changes nothing then.
+        except (TraceError, ValueError) as error:
             found = str(error)
         if found:
             verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]

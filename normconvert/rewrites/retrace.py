@@ -9,7 +9,6 @@ its width, shows itself.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from normconvert.rewrites.centring import MarkKey
 from normconvert.runtime import Compress, add_hook, apply_module_edits
 from normconvert.tracing.graph import Graph, merge, module_path, trace
 from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.model_copy import copy_model
 
 
 class Differs(Exception):
@@ -86,7 +86,7 @@ def prove(graph: Graph, modules: Sequence[Mapping[str, Any]], meant: Meant) -> N
     Raises:
         Differs: it cannot be traced, or computes something else.
     """
-    model = copy.deepcopy(graph.modules[""])
+    model = copy_model(graph.modules[""])
     try:
         # The runtime's arithmetic would be operations that the old graph has not; one stands for it, see _Stub.
         apply_module_edits(model, [edit for edit in modules if edit["op"] != "compress"])

@@ -12,7 +12,7 @@ from normconvert.runtime.affine import Absorbed, Affine, Clip
 from normconvert.runtime.bases import BASES, compress, lift
 from normconvert.runtime.classes import CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
 from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
-from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits
+from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits, contents
 from normconvert.runtime.hooks import Center, Compress, add_hook, center
 from normconvert.runtime.norms import NORMS, CRMSNorm, RMSNorm
 from normconvert.runtime.padding import PADDED_FROM, Padded
@@ -38,6 +38,7 @@ __all__ = [
     "apply_module_edits",
     "center",
     "compress",
+    "contents",
     "converted_class",
     "edits_for",
     "lift",

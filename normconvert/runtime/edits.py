@@ -15,6 +15,12 @@ from normconvert.runtime.norms import NORMS
 from normconvert.runtime.padding import pad
 
 
+def contents(module: nn.Module) -> set[str]:
+    """Names of what would be lost with a module: what a checkpoint holds of it, and children that do something."""
+    children = {name for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+    return set(module.state_dict(keep_vars=True)) | children
+
+
 def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Put a norm of this file where another one stands, on the same parameters."""
     path, kind = edit["path"], edit["kind"]
@@ -22,11 +28,10 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         raise ValueError(f"module edit: unknown norm {kind!r}; this file is older than the checkpoint")
     old = get_module(model, path)
     names = {name for name in (edit.get("weight"), edit.get("bias"), *edit.get("dropped", ())) if name}
-    found = set(old.state_dict(keep_vars=True))
-    inner = [name for name, child in old.named_children() if not isinstance(child, nn.Identity)]
-    if found != names or inner:
+    found = contents(old)
+    if found != names:
         raise ValueError(
-            f"module edit: {path!r} ({type(old).__name__}) holds {sorted(found | set(inner))}, "
+            f"module edit: {path!r} ({type(old).__name__}) holds {sorted(found)}, "
             f"expected {sorted(names)}: it is not a plain norm"
         )
     weight, bias = edit.get("weight"), edit.get("bias")

@@ -4,7 +4,7 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 
 - *marks*: identity operations at the inputs and outputs of modules, so that a place where a centring operation may be
   put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
-- *flattening*: regions such as autocast or no_grad, which export keeps as sub-graphs, are inlined, and in-place
+- *flattening*: regions such as no_grad, which export keeps as sub-graphs, are inlined, and in-place
   operations are made functional, so that the analysis sees one list of pure operations.
 """
 
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from normconvert.errors import TraceError
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.in_place_writes import make_functional, mark, marks_that_lie
+from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.lean_export import lean_export
 from normconvert.tracing.model_caches import fresh_caches
@@ -55,7 +56,7 @@ class Graph:
         parameters: placeholder node -> the tensor it stands for.
         outputs: node -> names of the model outputs it is.
         modules: module path -> module on the meta device.
-        unreached: name -> shape of the parameters that the traced calls do not read.
+        unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
     """
@@ -89,7 +90,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
-    _inline_regions(module)
+    inline_regions(module)
     _name_paths(model, module.graph)
     parameters = _parameters(model, program, module.graph)
     # An export has a placeholder for every tensor of the model, read or not.
@@ -99,10 +100,18 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         parameters=parameters,
         outputs=_outputs(program, module.graph),
         modules=dict(model.named_modules(remove_duplicate=False)),
-        unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
+        unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         constants=constants,
         calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
     )
+
+
+def _floating_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters, and the buffers that a model can compute with: counts, indices and masks are none."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if buffer.is_floating_point() or buffer.is_complex():
+            yield name, buffer
 
 
 def merge(first: Graph, second: Graph) -> Graph:
@@ -307,42 +316,6 @@ def _why(error: BaseException) -> str:
         error, UNKNOWN_VALUE
     )
     return f"the model could not be traced: {what}{type(error).__name__}: {first[:300]}{where}"
-
-
-_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-
-
-def _inline_regions(module: fx.GraphModule) -> None:
-    """Replace autocast and grad-mode regions by their contents: neither changes what is computed on this device."""
-    # A region brings those within it to light, so this goes on until there are none.
-    while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _REGIONS]:
-        for region in regions:
-            position = next(i for i, a in enumerate(region.args) if isinstance(a, fx.Node) and a.op == "get_attr")
-            body = getattr(module, region.args[position].target)
-            holders = [n for n in body.graph.nodes if n.op == "placeholder"]
-            mapping: dict[fx.Node, Any] = dict(zip(holders, region.args[position + 1 :], strict=True))
-            for name, sub in body.named_children():  # regions within regions
-                fresh = f"{region.name}_{name}"
-                setattr(module, fresh, sub)
-                for node in body.graph.nodes:
-                    if node.op == "get_attr" and node.target == name:
-                        node.target = fresh
-            with module.graph.inserting_before(region):
-                results = module.graph.graph_copy(body.graph, mapping)
-            results = results[0] if isinstance(results, tuple) and _wraps_twice(body) else results
-            for user in list(region.users):
-                if isinstance(results, (tuple, list)) and user.target is not None and "getitem" in str(user.target):
-                    user.replace_all_uses_with(results[user.args[1]])
-                    module.graph.erase_node(user)
-            if region.users:
-                region.replace_all_uses_with(results)
-            module.graph.erase_node(region)
-
-
-def _wraps_twice(body: fx.GraphModule) -> bool:
-    """Whether a region's output node wraps its results in one more tuple."""
-    value = next(n for n in body.graph.nodes if n.op == "output").args[0]
-    return isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], (tuple, list))
 
 
 def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node, Parameter]:

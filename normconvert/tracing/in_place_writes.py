@@ -8,10 +8,12 @@ without them.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 
 @torch.library.custom_op("normconvert::mark", mutates_args=())
@@ -36,10 +38,10 @@ def mutates(node: fx.Node) -> bool:
 
 
 _MAY_RETURN_ITS_INPUT = (
-    *("dropout", "to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view"),
+    *("to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view"),
     *("meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
 )
-"""Operations that return their input itself, or a view of it, although their schema does not always say so."""
+"""Operations that return their input itself, or a view of it, at some dtypes and strides, and may not at the traced."""
 
 
 def marks_that_lie(graph: fx.Graph) -> set[str]:
@@ -133,8 +135,13 @@ def _returning(write: fx.Node) -> torch._ops.OpOverload | None:
 
 
 def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, list[fx.Node]]]:
-    """Each node's class, and the members of each: nodes that may be names of one memory, marks left out."""
+    """Each node's class, and the members of each: nodes that may be names of one memory, marks left out.
+
+    They are if the traced values shared their storage, as those of dropout in eval mode do, whatever its schema says;
+    and, for other dtypes and strides than the traced, if the operation may return what it was given.
+    """
     parent: dict[fx.Node, fx.Node] = {}
+    holder: dict[int, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
         while node in parent:
@@ -142,15 +149,23 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
         return node
 
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not MARK:
-            for source in _named_again(node):
-                if find(source) is not find(node):
-                    parent[find(source)] = find(node)
+        sources = _named_again(node) if node.op == "call_function" and node.target is not MARK else []
+        for source in [*sources, *(holder.setdefault(storage, node) for storage in _storages(node))]:
+            if find(source) is not find(node):
+                parent[find(source)] = find(node)
     root = {node: find(node) for node in graph.nodes}
     members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node, r in root.items():
         members[r].append(node)
     return root, members
+
+
+def _storages(node: fx.Node) -> Iterator[int]:
+    """The storages of a node's traced values; all of a graph are alive, so each has an address of its own."""
+    for value in pytree.tree_leaves(node.meta.get("val")):
+        # Sparse tensors have none.
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            yield value.untyped_storage()._cdata
 
 
 def _named_again(node: fx.Node) -> list[fx.Node]:

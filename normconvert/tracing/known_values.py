@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -32,9 +32,6 @@ UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, Guar
 
 LARGEST = 1 << 22
 """Elements of the largest tensor whose values are followed."""
-
-_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "uniform", "exponential", "geometric")
-"""How the names of functions begin whose results are random."""
 
 _EMPTY = ("empty", "new_empty")
 """How the names of functions begin whose results are to be written to; until then any value is as good as another."""
@@ -122,7 +119,7 @@ class KnownValues(TorchFunctionMode):
             return self._filled(func(*args, **kwargs), _FILLED[name])
         held = {id(tensor): self._known(tensor) for tensor in tensors}
         values = {key: known.value for key, known in held.items() if known is not None}
-        if len(values) < len(held) or name.startswith(_RANDOM):
+        if len(values) < len(held):
             return self._partly(func, name, args, kwargs)
         # What neither takes nor makes a tensor may be a switch, which must not be thrown twice.
         if not tensors and name not in _FACTORIES:
@@ -197,7 +194,7 @@ class KnownValues(TorchFunctionMode):
         if any(isinstance(leaf, torch.SymInt) for leaf in pytree.tree_leaves((args, kwargs))):
             return _UNKNOWN
         try:
-            with _real():
+            with _real(), _Determined():
                 return func(*args, **kwargs)
         except Exception:  # whatever a function says of arguments that it takes on other devices only
             return _UNKNOWN
@@ -301,6 +298,17 @@ class KnownValues(TorchFunctionMode):
             for other in list(self._values):
                 if _memory(other) == _memory(tensor):
                     del self._values[other]
+
+
+class _Determined(TorchDispatchMode):
+    """Refuses operations whose results are drawn: the same call of the model would draw others."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ValueError(f"{func} draws random numbers")
+        return func(*args, **(kwargs or {}))
 
 
 class _Known(NamedTuple):

@@ -13,12 +13,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-_KEPT = ("torch", "sympy", "functools", "typing", "re", "numpy", "huggingface_hub", "rich", "typer")
-"""Packages whose memoised functions hold no tensors of a model."""
+_KEPT = frozenset(("torch", "sympy", "numpy", "huggingface_hub", "rich", "typer", "normconvert"))
+"""Packages whose memoised functions hold no tensors of a model, as those of the standard library do not."""
 
 _HELD = ("_parameters", "_buffers", "_modules")
 """Dictionaries of a module that make it what it is."""
@@ -26,7 +27,7 @@ _HELD = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def fresh_caches(model: nn.Module) -> Iterator[None]:
-    """Empty functions' caches before and after; attributes, hooks and tables of ``model`` are afterwards as before."""
+    """Empty caches of tensors before and after; attributes, hooks and tables of ``model`` are afterwards as before."""
     tables: list[dict[str, Any]] = [table for module in model.modules() for table in _tables(module)]
     before = [dict(table) for table in tables]
     clear_caches()
@@ -59,28 +60,51 @@ def _is_plain(value: object) -> bool:
 
 
 def clear_caches() -> None:
-    """Empty every memoised function of model code, wherever it hides (decorators keep them in closures)."""
+    """Empty every memoised function of model code that holds tensors, wherever it hides (decorators keep them too).
+
+    What a caller has memoised beside them, texts or whole models, is kept.
+    """
     # A tuple, since another thread may import something while they are counted.
-    for function in _memoised(sum(map(_may_hold_models, tuple(sys.modules)))):
-        function.cache_clear()
+    loaded = sum(map(_may_hold_models, tuple(sys.modules)))
+    for function in _memoised(loaded, len(vars(sys.modules["__main__"]))):
+        if _holds_tensors(function):
+            function.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _memoised(modules: int) -> list[Any]:
-    """All memoised functions; they are made when modules are loaded, so a new search waits for new modules.
+def _memoised(modules: int, names: int) -> list[Any]:
+    """All memoised functions; a new search waits for new modules, or new names in a notebook.
 
     A search looks at every object there is, so modules whose functions are of no interest do not count.
     """
     # The type is private: nothing public tells a memoised function that hides in a closure.
     wrappers = (value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper)
-    # This module's own table is left, or each call would search through all objects again.
-    own = sys.modules[__name__].__name__
-    return [w for w in wrappers if not str(w.__module__).startswith((own, *_KEPT)) and not _standard(w)]
+    return [w for w in wrappers if _may_hold_models(str(w.__module__))]
 
 
 def _may_hold_models(module: str) -> bool:
-    return not module.startswith(_KEPT) and module.partition(".")[0] not in sys.stdlib_module_names
+    package = module.partition(".")[0]
+    return package not in _KEPT and package not in sys.stdlib_module_names
 
 
-def _standard(function: Any) -> bool:
-    return str(function.__module__).partition(".")[0] in sys.stdlib_module_names
+LARGEST = 2000
+"""Objects behind a cache that are looked at before it is emptied unseen."""
+
+
+def _holds_tensors(function: Any) -> bool:
+    """Whether a memoised function holds tensors, in its results or what hangs on them; modules are not looked into."""
+    if not function.cache_info().currsize:
+        return False
+    seen: dict[int, object] = {}
+    # The garbage collector knows what the cache holds; nothing else tells.
+    work: list[object] = gc.get_referents(function)
+    while work:
+        value = work.pop()
+        if isinstance(value, Tensor) or len(seen) > LARGEST:
+            return True
+        if id(value) in seen or isinstance(value, (type, ModuleType, nn.Module)):
+            continue
+        seen[id(value)] = value
+        # Not a function's globals, from where everything can be reached.
+        work += [value.__closure__] if isinstance(value, FunctionType) else gc.get_referents(value)
+    return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from itertools import chain, islice
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from normconvert.errors import TraceError
 from normconvert.tracing.graph import Graph, merge, trace
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
 
 FURTHER_CALLS = 3
@@ -34,7 +34,7 @@ def _trace(model: nn.Module) -> Graph:
     first: TraceError | None = None
     for dtype in (torch.float64, None):  # in float64 no cast to float32 can hide; not all models run there
         # A copy, since the caller's model keeps its dtype.
-        candidate = model if dtype is None else copy.deepcopy(model).to(dtype)
+        candidate = model if dtype is None else copy_model(model).to(dtype)
         likely = _trace_likely(candidate)
         if likely is not None:
             return _with_further_calls(candidate, *likely)
@@ -66,7 +66,13 @@ def _trace_likely(model: nn.Module) -> tuple[Graph, dict[str, Any]] | None:
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
     """Add calls of the model that use parameters which the first leaves alone: another modality, masked patches."""
-    if not graph.unreached:
+    # A buffer that the constructor works out (a rotary table for longer texts) is no reason to look for a call.
+    stored = model.state_dict().keys()
+
+    def missing(graph: Graph) -> Set[str]:
+        return graph.unreached.keys() & stored
+
+    if not missing(graph):
         return graph
     calls = chain(
         ((more, None) for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
@@ -77,9 +83,9 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
         except TraceError:
             continue
         # A call that reads nothing new could only add leaks.
-        if set(graph.unreached) - set(other.unreached):
+        if missing(graph) - missing(other):
             graph = merge(graph, other)
-        if not graph.unreached:
+        if not missing(graph):
             break
     return graph
 

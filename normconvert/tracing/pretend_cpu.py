@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 Result = TypeVar("Result")
 
@@ -86,17 +88,36 @@ def _fake(tensor: Tensor, device: str) -> Tensor:
 
 
 def on_either_device(run: Callable[[str], Result]) -> Result:
-    """``run("cpu")``; where that fails since some tensor stayed on the meta device, ``run("meta")``.
+    """``run("cpu")``; where that fails after a tensor that stayed on the meta device met others, ``run("meta")``.
 
     Tensors that are neither parameters nor buffers are where the model was built, and nobody can find them all.
 
     Raises:
         Exception: of the last run.
     """
-    try:
-        return run("cpu")
-    except Exception as error:
-        # torch has no class of error for tensors of two devices.
-        if "meta" not in str(error):
-            raise
+    with _Meetings() as meetings:
+        try:
+            return run("cpu")
+        except Exception:
+            # torch has no class of error for tensors of two devices, and model code may raise another.
+            if not meetings.seen:
+                raise
     return run("meta")
+
+
+class _Meetings(TorchFunctionMode):
+    """Sees whether an operation takes a tensor on the meta device together with one that is elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not self.seen:
+            with torch._C.DisableTorchFunction():
+                leaves = pytree.tree_leaves((args, kwargs))
+                devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+            self.seen = len(devices) > 1 and "meta" in devices
+        return func(*args, **(kwargs or {}))

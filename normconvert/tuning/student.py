@@ -8,7 +8,6 @@ map can express, is nowhere needed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
 from normconvert.tuning.norms.frozen import first_tokens
 from normconvert.tuning.norms.tokens import Moments, rows, summed, weights_of
@@ -107,7 +107,7 @@ def make_student(
         method: a row of :data:`normconvert.tuning.norms.TRAINING_NORMS`.
         options: further arguments of the training norm.
     """
-    model = copy.deepcopy(teacher)
+    model = copy_model(teacher)
     norms: dict[str, SwapNorm] = {}
     for seat in seats:
         old = model.get_submodule(seat.path)

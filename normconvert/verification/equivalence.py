@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import first_divergence, watch_means
 from normconvert.verification.fidelity import Fidelity
-from normconvert.verification.probe_runs import Run, algebra_model, cast, run_model
+from normconvert.verification.probe_runs import Run, algebra_model, cast, default_dtype, run_model
 from normconvert.verification.requests import Verification
 from normconvert.verification.run_comparison import (
     Distances,
@@ -70,10 +71,11 @@ def compare_models(
         seed: for models that draw random numbers even in eval mode.
         outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
     """
-    runs = [run_model(model, probes, dtype=torch.float32, seed=seed) for model in (original, converted)]
-    names = {name for outputs in runs[0].outputs.values() for name in outputs}
+    expected = run_model(original, probes, dtype=torch.float32, seed=seed)
+    found = run_model(converted, probes, dtype=torch.float32, seed=seed, like=expected)
+    names = {name for outputs in expected.outputs.values() for name in outputs}
     shifted = frozenset(names if outputs_shift_allowed else ())
-    return {key: d.relative for key, d in compare_runs(runs[0], runs[1], shifted).items()}
+    return {key: d.relative for key, d in compare_runs(expected, found, shifted).items()}
 
 
 def _take(model: ModelOrMaker) -> nn.Module:
@@ -118,7 +120,7 @@ def verify_models(
     # One model after another, each freed as its function returns: at most two are in memory at once.
     original_run, probes, dtype = _run_original(original, probes, seed)
     test = _Test(tuple(probes), dtype, seed, shifted, tolerance)
-    converted_run, mean_over_rms = _run_converted(converted, test, converted_norms)
+    converted_run, mean_over_rms = _run_converted(converted, test, converted_norms, original_run)
     proof = _prove(truth, algebra, plan, test)
     original_errors = compare_runs(proof.truth, original_run, shifted)
     converted_errors = compare_runs(proof.truth, converted_run, shifted)
@@ -132,11 +134,11 @@ def verify_models(
         loss_difference=loss_difference(probes, original_run, converted_run),
         mean_over_rms=mean_over_rms,
         worst_module=proof.worst_module,
-        probes=_rows(original_run.failures, proof.distances, original_errors, converted_errors),
+        probes=_rows(_skipped(original_run, proof.truth), proof.distances, original_errors, converted_errors),
         tolerance=tolerance,
         rounding_tolerance=rounding_tolerance,
     )
-    return judge(fidelity, converted_run)
+    return judge(fidelity, converted_run, proof.cannot)
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,13 @@ class _Proof:
         truth: its outputs.
         distances: of the outputs that the plan gives; empty if there is none.
         worst_module: the first module at which the two part, if they do.
+        cannot: probe -> why the edited model could not take it, although the original could.
     """
 
     truth: Run
     distances: Distances
     worst_module: str | None
+    cannot: Mapping[str, str] = field(default_factory=dict)
 
 
 def _run_original(original: ModelOrMaker, probes: Sequence[Probe], seed: int) -> tuple[Run, list[Probe], torch.dtype]:
@@ -185,11 +189,13 @@ def _run_original(original: ModelOrMaker, probes: Sequence[Probe], seed: int) ->
     return run, able, dtype
 
 
-def _run_converted(converted: ModelOrMaker, test: _Test, norms: Sequence[str]) -> tuple[Run, float | None]:
-    """The converted model's outputs, and the largest |mean|/rms at the input of ``norms``."""
+def _run_converted(
+    converted: ModelOrMaker, test: _Test, norms: Sequence[str], original: Run
+) -> tuple[Run, float | None]:
+    """The converted model's outputs, and the largest |mean|/rms at the input of ``norms``; run as the original was."""
     model = _take(converted)
     with watch_means(model, norms) as means:
-        run = run_model(model, test.probes, dtype=test.dtype, seed=test.seed)
+        run = run_model(model, test.probes, dtype=test.dtype, seed=test.seed, like=original)
     return run, max(means.values(), default=None)
 
 
@@ -197,19 +203,26 @@ def _prove(truth: ModelOrMaker, algebra: ModelOrMaker | None, plan: Plan | None,
     """Run the original in float64 and, beside it, with the plan applied."""
     true_model = _take(truth)
     truth_run = run_model(true_model, test.probes, dtype=test.dtype, seed=test.seed)
+    if not truth_run.outputs:
+        reason = next(iter(truth_run.failures.values()))
+        raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
     if algebra is None and plan is None:
         return _Proof(truth_run, {}, None)
     edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
-    algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed)
+    algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed, like=truth_run)
+    cannot = {name: why for name, why in algebra_run.failures.items() if name in truth_run.outputs}
     distances = compare_runs(truth_run, algebra_run, test.shifted)
     worst = max(distances, key=lambda key: rank(distances[key].relative))
-    # In this direction, so that NaN, which is not within any tolerance, goes on.
-    if distances[worst].relative <= test.tolerance:
-        return _Proof(truth_run, distances, None)
+    # In this direction, so that NaN, which is not within any tolerance, goes on. A model that stops on a probe parts
+    # there from the other, and runs no second time.
+    if worst[0] in cannot or distances[worst].relative <= test.tolerance:
+        return _Proof(truth_run, distances, None, cannot)
     # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
     probe = next(p for p in test.probes if p.name == worst[0])
     inputs = _inputs(probe, test.dtype, true_model)
-    return _Proof(truth_run, distances, first_divergence(true_model, edited, inputs, test.tolerance))
+    with default_dtype(truth_run.constants[probe.name]):
+        worst_module = first_divergence(true_model, edited, inputs, test.tolerance)
+    return _Proof(truth_run, distances, worst_module, cannot)
 
 
 def _refuse_empty(errors: Distances) -> None:
@@ -219,6 +232,11 @@ def _refuse_empty(errors: Distances) -> None:
             "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
             "two models agree; are its weights those of a trained model?"
         )
+
+
+def _skipped(original: Run, truth: Run) -> dict[str, str]:
+    """Probe -> why nothing can be said of it."""
+    return {**original.failures, **{name: f"in float64: {why}" for name, why in truth.failures.items()}}
 
 
 def _rows(
@@ -243,9 +261,17 @@ def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any
     return {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
 
 
-def judge(fidelity: Fidelity, converted: Run | None = None) -> Fidelity:
-    """The verdict: one reason for each figure out of its tolerance."""
-    reasons = []
+def judge(
+    fidelity: Fidelity, converted: Run | None = None, cannot: Mapping[str, str] = MappingProxyType({})
+) -> Fidelity:
+    """The verdict: one reason for each figure out of its tolerance.
+
+    Args:
+        fidelity: the figures.
+        converted: the converted model's run; each probe that it could not take is a reason.
+        cannot: probe -> why the edited model could not take it in float64, although the original could.
+    """
+    reasons = [f"in float64 the edited model cannot run probe {probe!r}: {why}" for probe, why in cannot.items()]
     if not fidelity.algebra <= fidelity.tolerance:  # also catches NaN
         at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
         reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import Probe
 from normconvert.verification.fidelity import Outputs, flatten
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
@@ -23,10 +23,17 @@ from normconvert.verification.lazy_weights import LazyWeight, in_turns
 
 @dataclass
 class Run:
-    """One model's outputs on all probes; `failures` says why a probe could not be run."""
+    """One model's outputs on all probes.
+
+    Attributes:
+        outputs: probe -> its outputs.
+        failures: probe -> why it could not be run.
+        constants: probe -> the dtype that constants had which the model made while it ran.
+    """
 
     outputs: dict[str, Outputs] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
@@ -41,7 +48,7 @@ def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
     """
     from normconvert.runtime import apply_module_edits
 
-    model = copy.deepcopy(truth)
+    model = copy_model(truth)
     source = named_tensors(truth)
     try:
         apply_module_edits(model, plan.modules)
@@ -83,14 +90,20 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0) -> Run:
+def run_model(
+    model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0, like: Run | None = None
+) -> Run:
     """All probes through a model, in eval mode and without gradients.
+
+    In float64 the constants that a model makes while it runs have float64's range, if it runs so: some masks hold the
+    largest number of the model's dtype. Other models mix constants with what they cast to float32.
 
     Args:
         model: on any device, any floating dtype.
         probes: CPU inputs; floating ones are rounded to `dtype` first, so that every model sees the same values.
         dtype: that of the checkpoint under test.
         seed: for models that draw random numbers even in eval mode.
+        like: the run of the model that this one is held against: each probe is run as it was there, or fails.
     """
     model.eval()
     sample = next(iter(model.parameters()), torch.empty(0))
@@ -98,20 +111,26 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
     plain_experts(model)
     probes, run = list(probes), Run()
 
+    lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
+    usual = torch.get_default_dtype()
+    # Calls that take turns share one default dtype.
+    shared = torch.float64 if own == torch.float64 else usual
+
     def one(probe: Probe) -> Outputs | str:
         inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
+        tried = [like.constants[probe.name]] if like and probe.name in like.constants else [shared, usual]
         try:
-            output = _seeded(model, inputs, seed) if lazy else _run(model, inputs, own, seed)
+            output, run.constants[probe.name] = (
+                (_seeded(model, inputs, seed), shared) if lazy else _run(model, inputs, tried, seed)
+            )
         except InputError:  # of a weight that is read while the model runs
             raise
         except Exception as error:  # a probe that the original cannot take is skipped, with its reason
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         return {name: value.cpu() for name, value in flatten(output).items()}
 
-    lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
     calls = [partial(one, probe) for probe in probes]
-    # Calls that take turns share one default dtype.
-    with _default_dtype(own if lazy and own == torch.float64 else torch.get_default_dtype()):
+    with default_dtype(shared if lazy else usual):
         for probe, result in zip(probes, in_turns(calls) if lazy else (call() for call in calls), strict=True):
             if isinstance(result, str):
                 run.failures[probe.name] = result
@@ -120,15 +139,15 @@ def run_model(model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, 
     return run
 
 
-def _run(model: nn.Module, inputs: dict[str, Any], dtype: torch.dtype, seed: int) -> Any:
-    """One call. In float64 the constants that a model makes while it runs have float64's range, if it runs so.
-
-    Some masks hold the largest number of the model's dtype; other models mix constants with what they cast to float32.
-    """
-    if dtype == torch.float64:
-        with _default_dtype(dtype), contextlib.suppress(RuntimeError, TypeError):
-            return _seeded(model, inputs, seed)
-    return _seeded(model, inputs, seed)
+def _run(
+    model: nn.Module, inputs: dict[str, Any], constants: Sequence[torch.dtype], seed: int
+) -> tuple[Any, torch.dtype]:
+    """One call, with the first of the dtypes for constants that the model runs with, and which that is."""
+    for dtype in dict.fromkeys(constants[:-1]):
+        with default_dtype(dtype), contextlib.suppress(RuntimeError, TypeError):
+            return _seeded(model, inputs, seed), dtype
+    with default_dtype(constants[-1]):
+        return _seeded(model, inputs, seed), constants[-1]
 
 
 def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
@@ -138,7 +157,8 @@ def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Constants that models make have this dtype within."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -122,7 +122,14 @@ EXAMPLES: dict[str, list[Example]] = {
         call(aten.div.Tensor, r(*_LAST), r(4, 1)),
         call(aten.div.Tensor, r(4), r(*_LAST)),
         call(aten.div.Tensor, r(*_X), 3.0),
+    ],
+    "aten.div.Tensor_mode": [
+        call(aten.div.Tensor_mode, r(*_X), r(3, 1), rounding_mode=None),
         call(aten.div.Tensor_mode, r(*_X), r(3, 1), rounding_mode="floor"),
+    ],
+    "aten.div.Scalar_mode": [
+        call(aten.div.Scalar_mode, r(*_X), 3.0, rounding_mode=None),
+        call(aten.div.Scalar_mode, r(*_X), 3.0, rounding_mode="trunc"),
     ],
     "aten.where": [
         call(aten.where.self, mask(2, 3, 1), r(*_X), r(*_X)),

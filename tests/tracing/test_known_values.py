@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -200,7 +201,17 @@ def test_a_known_write_through_a_view_is_known_in_the_whole_and_not_in_a_copy() 
     assert [None if value is None else value.tolist() for value in found] == [[-1, 5, 3], [5, 3], [-1, -2, 3]]
 
 
-@pytest.mark.parametrize("function", [torch.rand_like, torch.randn_like, torch.bernoulli])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *[torch.rand_like, torch.randn_like, torch.bernoulli],
+        lambda x: x.log_normal_(),
+        lambda x: x.clone().cauchy_(),
+        lambda x: F.alpha_dropout(x, 0.5, True),
+        lambda x: F.gumbel_softmax(x),
+        lambda x: F.rrelu(-1 - x, training=True),
+    ],
+)
 def test_random_values_are_unknown(function: Any) -> None:
     made, values = answers(lambda x: function(x.float()), torch.ones(3, dtype=torch.int64))
     assert values.value(made) is None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -68,8 +69,17 @@ def test_what_a_write_reads_is_no_name_of_what_it_writes(join: Callable[[Tensor,
         lambda out, x: x.to(x.dtype).add_(out),
         lambda out, x: x.chunk(2, -1)[0].mul_(2.0) + out[..., :2],
         lambda out, x: torch.meshgrid(x[0], x[1], indexing="ij")[0].add_(0.0).sum() + out,
+        lambda out, x: F.dropout(x, 0.1, False).add_(out),
+        lambda out, x: F.dropout1d(x, 0.1, False).add_(out),
+        lambda out, x: F.alpha_dropout(x, 0.1, False).add_(out),
+        lambda out, x: F.feature_alpha_dropout(x, 0.1, False).add_(out),
+        lambda out, x: torch.einsum("ij->ij", x).add_(out),
+        lambda out, x: x.to(torch.float64).add_(out),
     ],
-    ids=["itself", "view", "idle_cast", "part", "stretched"],
+    ids=[
+        *["itself", "view", "idle_cast", "part", "stretched", "dropout", "feature_dropout", "alpha_dropout"],
+        *["feature_alpha_dropout", "einsum", "cast_that_is_idle_in_float64"],
+    ],
 )
 def test_a_mark_that_would_hide_a_write_goes(join: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert ("branch", "input") not in marked(join)

@@ -290,7 +290,7 @@ def warm_up():
 warm_up()
 before = peak()
 limit = before + int(sys.argv[3])
-fidelity = normconvert.verification.equivalence.equivalence.verify(sys.argv[1], sys.argv[2], max_memory=limit)
+fidelity = normconvert.verification.equivalence.verify(sys.argv[1], sys.argv[2], max_memory=limit)
 print(json.dumps({"reasons": fidelity.reasons, "before": before, "peak": peak(), "limit": limit}))
 """
 

@@ -235,6 +235,62 @@ def test_a_probe_that_the_original_cannot_run_is_skipped_and_one_that_only_it_ca
     assert any("'large'" in reason for reason in strict.reasons)
 
 
+def test_a_probe_that_float64_cannot_run_is_named_and_without_any_nothing_is_verified() -> None:
+    probes = [Probe("small", {"x": torch.ones(2, 4)}), Probe("large", {"x": 10.0 * torch.ones(2, 4)})]
+    picky, easy = Picky(5.0), Picky(50.0)
+    easy.load_state_dict(picky.state_dict())
+    options: dict[str, Any] = {"original": easy, "converted": copy.deepcopy(easy), "plan": Plan("rmsnorm")}
+    found = verify_models(truth=copy.deepcopy(picky).double(), algebra=None, probes=probes, **options)
+    assert found.passed
+    assert {"probe": "large", "skipped": "in float64: ValueError: too large"} in found.probes
+    with pytest.raises(InputError, match=r"in float64 the original model runs on none of the probes.*too large"):
+        verify_models(truth=copy.deepcopy(picky).double(), algebra=None, probes=probes[1:], **options)
+
+
+def test_an_edited_model_that_stops_in_float64_fails_with_the_probe_and_the_error() -> None:
+    probes = [Probe("small", {"x": torch.ones(2, 4)}), Probe("large", {"x": 10.0 * torch.ones(2, 4)})]
+    picky, easy = Picky(5.0), Picky(50.0)
+    easy.load_state_dict(picky.state_dict())
+    found = verify_models(
+        truth=copy.deepcopy(easy).double(), algebra=picky.double(), original=easy, converted=easy, probes=probes
+    )
+    assert not found.passed
+    assert any("'large'" in reason and "too large" in reason for reason in found.reasons)
+
+
+class Constant(nn.Module):
+    """Adds a constant that it makes while it runs; a narrow one takes none of float64."""
+
+    def __init__(self, narrow: bool) -> None:
+        super().__init__()
+        self.linear, self.narrow = nn.Linear(4, 3), narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = torch.tensor(0.1)
+        if self.narrow and constant.dtype == torch.float64:
+            raise TypeError("float32 expected")
+        return self.linear(x) + constant
+
+
+def test_both_models_make_their_constants_in_the_dtype_that_the_original_takes() -> None:
+    probes = [Probe("ones", {"x": torch.ones(2, 4)})]
+    narrow, wide = Constant(True).double(), Constant(False).double()
+    wide.load_state_dict(narrow.state_dict())
+    assert compare_models(narrow, wide, probes) == {("ones", "output"): 0.0}
+    assert compare_models(wide, narrow, probes) == {("ones", "output"): float("inf")}
+    found = verify_models(truth=wide, algebra=narrow, original=wide, converted=copy.deepcopy(wide), probes=probes)
+    assert any("'ones'" in reason and "float32 expected" in reason for reason in found.reasons)
+
+
+def test_where_they_part_is_looked_for_in_the_dtype_that_the_original_takes() -> None:
+    probes = [Probe("ones", {"x": torch.ones(2, 4)})]
+    narrow = Constant(True).double()
+    found = verify_models(
+        truth=narrow, algebra=Constant(True).double(), original=narrow, converted=copy.deepcopy(narrow), probes=probes
+    )
+    assert found.worst_module == "linear"
+
+
 def test_loss_is_that_of_the_next_token() -> None:
     ids = torch.tensor([[1, 2, 0]])
     logits = torch.full((1, 3, 4), -100.0)

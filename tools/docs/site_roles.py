@@ -15,7 +15,7 @@ import griffe
 
 ROLE = re.compile(r":(?:\w+:)?\w+:`~?([^`]+)`")
 TAKING = "normconvert.options.taking"
-KINDS = {
+KINDS: dict[Any, Any] = {
     inspect.Parameter.POSITIONAL_OR_KEYWORD: griffe.ParameterKind.positional_or_keyword,
     inspect.Parameter.KEYWORD_ONLY: griffe.ParameterKind.keyword_only,
 }

@@ -28,7 +28,8 @@ def fidelity(case: Any, plan: Any, shifted: bool) -> Row:
     if case.batchnorms:
         settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
     converted = algebra_model(truth, plan)
-    runs = [run_model(model, probes, dtype=torch.float32) for model in (truth, converted)]
+    expected = run_model(truth, probes, dtype=torch.float32)
+    runs = [expected, run_model(converted, probes, dtype=torch.float32, like=expected)]
     names = frozenset(name for outputs in runs[0].outputs.values() for name in outputs) if shifted else frozenset()
     found = compare_runs(runs[0], runs[1], names)
     # An output that is zero, or holds no finite number, is equal to whatever has become of it: that shows nothing.
@@ -76,5 +77,5 @@ def sensitivity(model: nn.Module, probes: Sequence[Probe], run: Run) -> float:
         for parameter in filter(Tensor.is_floating_point, moved.parameters()):
             step = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.dtype)
             parameter.mul_(1 + torch.finfo(parameter.dtype).eps * step)
-    found = compare_runs(run, run_model(moved, probes, dtype=torch.float32), frozenset())
+    found = compare_runs(run, run_model(moved, probes, dtype=torch.float32, like=run), frozenset())
     return max((d.relative for d in found.values() if d.size > 0), default=0.0)

@@ -1,0 +1,113 @@
+"""Tensors that the traced call does not read, and another call may write into a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normconvert.plan.conversion_plan import Plan
+from tests.support.equivalence import check
+from tests.support.network_parts import param
+from tests.support.small_models import IDS, D, Model, PreNorm, converted, verdict
+
+
+class Masking(Model):
+    """Writes ``token`` over what a mask selects, if there is a mask."""
+
+    def __init__(self, token: Callable[[nn.Module], Callable[[], Tensor]]) -> None:
+        super().__init__(PreNorm())
+        self.token = token(self)
+
+    def forward(self, ids: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        if masked is not None:
+            x = torch.where(masked[..., None], self.token(), x)
+        return {"logits": self.head(self.norm(self.blocks[0](x)))}
+
+
+def _buffer(*shape: int, persistent: bool = True) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    def give(model: nn.Module) -> Callable[[], Tensor]:
+        # Not random: buffers keep the values that the constructor gives them.
+        model.register_buffer("kept", torch.arange(1.0, D + 1).reshape(shape) / D, persistent=persistent)
+        return lambda: model.get_buffer("kept").reshape(D)
+
+    return give
+
+
+def _parameter(*shape: int) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    def give(model: nn.Module) -> Callable[[], Tensor]:
+        model.register_parameter("kept", param(*shape))
+        return lambda: model.get_parameter("kept").reshape(-1, D)[0]
+
+    return give
+
+
+def _table(model: nn.Module) -> Callable[[], Tensor]:
+    model.add_module("kept", nn.Embedding(4, D // 4))
+    return lambda: model.get_parameter("kept.weight").reshape(D)
+
+
+def planned(make: Callable[[], nn.Module]) -> Plan:
+    """The plan of a call without a mask, which is right with one."""
+    masked = [{**one, "masked": torch.rand(one["ids"].shape) < 0.5} for one in IDS]
+    outcome = check(make, [*IDS, *masked])
+    assert not outcome.problems, "\n".join(outcome.problems)
+    assert outcome.plan is not None
+    return outcome.plan
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *[_buffer(D), _buffer(1, 1, D), _buffer(4, D // 4), _buffer(D, persistent=False)],
+        *[
+            _parameter(D),
+            _parameter(4, D // 4),
+            _parameter(D // 4, 4),
+            _parameter(12, D // 4),
+            _parameter(3, D),
+            _table,
+        ],
+    ],
+    ids=[
+        *["buffer", "broadcast buffer", "factored buffer", "buffer that no checkpoint holds"],
+        *["parameter", "factored", "factored the other way", "several, factored", "several", "embedding"],
+    ],
+)
+def test_what_an_untraced_call_may_write_into_the_stream_keeps_its_norms(
+    token: Callable[[nn.Module], Callable[[], Tensor]],
+) -> None:
+    plan = planned(lambda: Masking(token))
+    assert not plan.converted
+    assert verdict(plan, "norm").code == "unreached"
+    assert "`kept" in verdict(plan, "norm").reason
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.arange(D),
+        torch.ones(D, D, dtype=torch.bool),
+        torch.rand(D // 2),
+        torch.tensor(1e-5),
+        torch.rand(5, 3),
+        torch.empty(0, D),
+    ],
+    ids=["indices", "mask", "frequencies", "number", "relative positions", "empty"],
+)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_does_not_fill_the_channels_is_no_reason(buffer: Tensor, persistent: bool) -> None:
+    def make() -> nn.Module:
+        model = Model(PreNorm())
+        floating = buffer.is_floating_point()
+        made = torch.zeros(buffer.shape, dtype=torch.get_default_dtype() if floating else buffer.dtype)
+        model.register_buffer("kept", made, persistent=persistent)
+        return model
+
+    outcome = check(make, IDS)
+    assert not outcome.problems
+    assert outcome.plan is not None
+    assert converted(outcome.plan) == {"blocks.0.norm", "norm"}
