@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.adapters.adapter_files import Adapter, LowRank
+from normconvert.adapters.adapter_files import PREFIX, Adapter, LowRank
 from normconvert.adapters.dependence import Original, check_dependents, edits_of, module_of
 from normconvert.adapters.low_rank import LINEAR, edited, edited_bias, layout_of
 from normconvert.adapters.merging import submodule
@@ -96,8 +96,8 @@ def _change(original: Original, plan: Plan, change: LowRank, settled: set[str]) 
     changed = {n for row in rows for n in original.changed_reads(row, name)}
     if changed:
         raise InputError(
-            f"the conversion multiplies {name} by {min(changed)}, and the adapter changes both: the product is no LoRA; "
-            "merge the adapter into the original and convert that"
+            f"the conversion multiplies {name} by {min(changed)}, and the adapter changes both: the product is no "
+            "LoRA; merge the adapter into the original and convert that"
         )
     result = edited(change, layout, rows, weight, original.source)
     centred = _centred_by_hook(plan, path, weight.ndim, change)
@@ -159,12 +159,16 @@ def _saved(original: Original, plan: Plan, adapter: Adapter) -> tuple[dict[str, 
         if name not in plan.removed:
             saved[name] = apply_edits(value, edits_of(plan, name), original.with_adapter(name))
             keys[name] = adapter.saved_keys[name]
-    # A module that gains a tensor by the conversion is saved with it.
+    # A bias that a module gains by the conversion is saved with the module, or with all biases.
     for name in _gained(plan):
         beside = f"{module_of(name)}.weight"
         if beside in original.adapter.saved:
-            saved[name] = apply_edits(torch.empty(0), edits_of(plan, name), original.with_adapter(name))
             keys[name] = adapter.saved_keys[beside].removesuffix("weight") + name.rpartition(".")[2]
+        elif adapter.config.get("bias") == "all" and name.endswith("bias"):
+            keys[name] = PREFIX + name
+        else:
+            continue
+        saved[name] = apply_edits(torch.empty(0), edits_of(plan, name), original.with_adapter(name))
     return saved, keys
 
 

@@ -1,8 +1,8 @@
 """An adapter trained on the original, for the converted checkpoint: by the recorded plan, and verified.
 
-An adapted model is the original with other tensors. A plan is right whatever the tensors are, so the converted adapter is
-the one that makes of the converted tensors what the plan makes of the adapted ones. Not every such change is one that
-the adapter's kind can express; those that are not are refused.
+An adapted model is the original with other tensors. A plan is right whatever the tensors are, so the converted adapter
+is the one that makes of the converted tensors what the plan makes of the adapted ones. Not every such change is one
+that the adapter's kind can express; those that are not are refused.
 """
 
 from __future__ import annotations
@@ -86,11 +86,13 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
         check_output(out, read, request.overwrite)
     adapter = read_adapter(folder)
     if record["method"] not in METHODS:
-        raise InputError(f"{target}: {record['method']} changes what the model computes: train the adapter on its result")
+        raise InputError(
+            f"{target}: {record['method']} changes what the model computes: train the adapter on its result"
+        )
     reference, revision = source_reference(target, record, request.source, None)
     if request.source is not None:
         check_output(out, Path(request.source).expanduser(), request.overwrite)
-    result, stored_result, fidelity, notes = _convert(
+    result, fidelity, notes = _convert(
         adapter, Plan.from_json(record["plan"]), _loader(reference, revision, request.trust_remote_code),
         _loader(str(target), None, request.trust_remote_code),
     )  # fmt: skip
@@ -99,14 +101,14 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
             f"{folder}: the converted adapter does not compute what the adapter does; nothing was written: "
             + "; ".join(fidelity.reasons)
         )
-    before, after = adapter.tensors(), stored_result.tensors()
+    before, after = adapter.tensors(), result.tensors()
     edited = tuple(n for n, v in after.items() if n not in before or not _same(v, before[n]))
     kind = "DORA" if adapter.config.get("use_dora") else adapter.kind
     report = AdapterReport(
         str(folder), str(target), reference, str(out), kind, edited, len(after) - len(edited), fidelity, tuple(notes)
     )
     with staged_output(out, folder, request.overwrite) as staging:
-        _write(staging, folder, stored_result, report)
+        _write(staging, folder, result, report)
     return report
 
 
@@ -129,10 +131,8 @@ def _loader(reference: str, revision: str | None, trust: bool) -> Loader:
     return load
 
 
-def _convert(
-    adapter: Adapter, plan: Plan, original: Loader, converted: Loader
-) -> tuple[Adapter, Adapter, Fidelity, list[str]]:
-    """The converted adapter in float64 and as it is stored, how faithful it is, and sentences for the user."""
+def _convert(adapter: Adapter, plan: Plan, original: Loader, converted: Loader) -> tuple[Adapter, Fidelity, list[str]]:
+    """The converted adapter as it is stored, how faithful it is, and sentences for the user."""
     from normconvert.tracing.probes import verification_inputs
     from normconvert.verification.equivalence import tolerance_for, verify_models
     from normconvert.verification.probe_runs import algebra_model
@@ -147,6 +147,8 @@ def _convert(
     kept = _stored(result, adapter)
     last = converted(None)
     dtype = next((p.dtype for p in last.parameters() if p.is_floating_point()), torch.float32)
+    if dtype == torch.float64:  # the truth is in float64 itself: nothing to measure rounding errors against
+        dtype, last = torch.float32, last.float()
     probes = verification_inputs(truth)
     if adapter.prompt is not None:
         probes = [probe for probe in probes if "input_ids" in probe.inputs]
@@ -158,7 +160,7 @@ def _convert(
         probes=probes,
         tolerance=tolerance_for(plan),
     )
-    return result, kept, fidelity, notes
+    return kept, fidelity, notes
 
 
 def _with(model: nn.Module, adapter: Adapter) -> nn.Module:
@@ -174,10 +176,10 @@ def _stored(result: Adapter, before: Adapter) -> Adapter:
         was = old.get(key, sample)
         return was if key in old and torch.equal(was.double(), value.double()) else stored(value, was)
 
-    low_rank = {
-        path: replace(change, **{name: keep(key, getattr(change, name)) for name, key in change.keys.items()})
-        for path, change in result.low_rank.items()
-    }
+    low_rank = {}
+    for path, change in result.low_rank.items():
+        kept: dict[str, Any] = {name: keep(key, getattr(change, name)) for name, key in change.keys.items()}
+        low_rank[path] = replace(change, **kept)
     saved = {name: keep(result.saved_keys[name], value) for name, value in result.saved.items()}
     prompt = None if result.prompt is None else keep("prompt_embeddings", result.prompt)
     return replace(result, low_rank=low_rank, saved=saved, prompt=prompt)

@@ -7,9 +7,9 @@ along the outputs acts on B alone and one along the inputs on A alone, in the or
     compress  B' W         ->  B' B            scale by columns   W diag(g)  ->  A diag(g)
                                                read_compressed    W L        ->  A L
 
-DoRA is W' = m V / |V| with V = W + s B A and the lengths |V| of its rows. An edit that keeps rows apart turns V into V',
-and m' = m |V'| / |V| makes m' V' / |V'| = m V' / |V|, which is the edit of W'. Centring along the outputs mixes rows:
-P diag(m / |V|) V is no matrix whose rows are a number times those of P V, so it has no such form.
+DoRA is W' = m V / |V| with V = W + s B A and the lengths |V| of its rows. An edit that keeps rows apart turns V into
+V', and m' = m |V'| / |V| makes m' V' / |V'| = m V' / |V|, which is the edit of W'. Centring along the outputs mixes
+rows: P diag(m / |V|) V is no matrix whose rows are a number times those of P V, so it has no such form.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ def layout_of(module: nn.Module, change: LowRank, weight: Tensor) -> Layout:
         InputError: a module that LoRA is not known of, or factors of other sizes.
     """
     kind = type(module)
-    if change.embedding and isinstance(module, nn.Embedding):
-        layout = Layout(1, 0)
-    elif kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+    conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    if (conv1d and not change.embedding) or (isinstance(module, nn.Embedding) and change.embedding):
         layout = Layout(1, 0)
     elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not change.embedding:
         layout = Layout(0, 1)

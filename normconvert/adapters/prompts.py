@@ -39,23 +39,23 @@ def convert_prompt(adapter: Adapter, plan: Plan, truth: nn.Module) -> Adapter:
     if adapter.kind == PREFIX_TUNING:
         return replace(adapter, prompt=prompt)
     path, table = embedding_of(truth)
-    if prompt.shape[1] != table.weight.shape[1]:  # type: ignore[union-attr]
+    width = table.weight.shape[1]
+    if prompt.shape[1] != width:
         raise InputError(
-            f"the prompt has {prompt.shape[1]} channels and {path} {table.weight.shape[1]}: "  # type: ignore[union-attr]
-            "is the adapter one of another model?"
+            f"the prompt has {prompt.shape[1]} channels and {path} {width}: is the adapter one of another model?"
         )
     rows = [*edits_of(plan, f"{path}.weight"), *(m for m in plan.modules if m["path"] == path and "side" in m)]
     for row in rows:
         if row["op"] not in _BASIS or row.get("side", "output") != "output" or int(row["axis"]) % 2 != 1:
             raise InputError(
-                f"the conversion does {row['op']} to {path}, which a prompt cannot follow: train it for the converted one"
+                f"the conversion does {row['op']} to {path}, which a prompt cannot follow: train one for the result"
             )
         prompt = apply_edits(prompt, [{**row, "axis": 1}], named_tensors(truth).__getitem__)
     config = {**adapter.config, "token_dim": prompt.shape[1]} if rows else adapter.config
     return replace(adapter, prompt=prompt, config=config)
 
 
-def embedding_of(model: nn.Module) -> tuple[str, nn.Module]:
+def embedding_of(model: nn.Module) -> tuple[str, nn.Embedding]:
     """Path and module of the table whose rows prompts stand beside.
 
     Raises:
@@ -89,7 +89,7 @@ class Prompted(nn.Module):
         assert self.adapter.prompt is not None
         batch = input_ids.shape[0]
         table = embedding_of(self.model)[1]
-        prompt = self.adapter.prompt.to(input_ids.device, table.weight.dtype)  # type: ignore[arg-type]
+        prompt = self.adapter.prompt.to(input_ids.device, table.weight.dtype)
         mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
         mask = torch.cat([mask.new_ones(batch, prompt.shape[0]), mask], 1)
         for name in ("labels", "position_ids", "token_type_ids"):  # of the text alone

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @app.command(short_help="Convert a PEFT adapter of the original.")
 @command(AdapterConversion, Output)
 def adapter(ask: Ask[AdapterConversion], view: Output) -> int:
-    """Convert a PEFT adapter that was trained on the original for the converted checkpoint; verified before it appears."""
+    """Convert a PEFT adapter of the original for the converted checkpoint; verified before it appears."""
 
     def action(screen: Screen) -> Done:
         asked = ask()
