@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import normconvert
 from normconvert.adapters.conversion import convert_adapter
+from normconvert.cli import run
 from normconvert.errors import InputError
 from tests.support.adapters import float64_checkpoint, logits, off, stock, train
 from tests.support.tiny_checkpoints import contents, gpt2
@@ -184,6 +185,18 @@ def test_a_converted_adapter_says_what_it_is_for(original: Path, conversions: di
     record = json.loads((tmp_path / "one" / "normconvert_adapter.json").read_text())
     assert record["fidelity"]["passed"]
     assert (record["converted"], record["source"]) == ("rmsnorm", "gpt2")
+
+
+def test_the_command_line_does_the_same(original: Path, conversions: dict[str, Path], tmp_path: Path) -> None:
+    adapter = train(original, tmp_path / "adapter", lora("c_proj"))
+    convert_adapter(adapter, tmp_path / "api", conversions["rmsnorm"], source=original)
+    arguments = ["adapter", str(adapter), str(tmp_path / "out"), "--for", str(conversions["rmsnorm"])]
+    assert run([*arguments, "--json", str(tmp_path / "refused.json")]) == 2
+    assert "--source" in json.loads((tmp_path / "refused.json").read_text())["error"]
+    assert run([*arguments, "--source", str(original), "--json", str(tmp_path / "report.json")]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "api")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["command"], report["kind"], len(report["edited"]), report["copied"]) == ("adapter", "LORA", 4, 4)
 
 
 def _without_config(adapter: Path) -> None:
