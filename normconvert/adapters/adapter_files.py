@@ -134,8 +134,8 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
     for name, value in tensors.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise InputError(f"{file}: tensor {name} is not of finite floating numbers ({value.dtype})")
+        if not bool(value.isfinite().all()):
+            raise InputError(f"{file}: tensor {name} holds NaN or infinite values: is it one of a run that diverged?")
     adapter = Adapter(folder, config)
     if config["peft_type"] != LORA:
         if set(tensors) != {PROMPT_KEY} or tensors[PROMPT_KEY].ndim != 2:

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import normconvert
+from normconvert.adapters.adapter_files import read_adapter
 from normconvert.adapters.conversion import convert_adapter
+from normconvert.adapters.merging import merge
+from normconvert.adapters.prompts import Prompted
 from normconvert.cli import run
 from normconvert.errors import InputError
-from tests.support.adapters import float64_checkpoint, logits, off, stock, train
+from tests.support.adapters import BATCH, float64_checkpoint, logits, off, stock, train
 from tests.support.tiny_checkpoints import contents, gpt2
 
 peft = pytest.importorskip("peft")
@@ -185,6 +188,48 @@ def test_a_converted_adapter_says_what_it_is_for(original: Path, conversions: di
     record = json.loads((tmp_path / "one" / "normconvert_adapter.json").read_text())
     assert record["fidelity"]["passed"]
     assert (record["converted"], record["source"]) == ("rmsnorm", "gpt2")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora("c_proj", use_rslora=True, alpha_pattern={"attn.c_proj": 7}, rank_pattern={"mlp.c_proj": 2}),
+        lora("c_proj", "c_attn", lora_bias=True),
+        lora("wte", "c_fc", bias="all"),
+        lora("c_fc", "c_proj", use_dora=True, modules_to_save=["ln_f", "lm_head"]),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=["rslora", "lora_bias", "table", "dora", "prompt", "prefix"],
+)
+def test_what_is_verified_is_what_peft_computes(original: Path, config: Any, tmp_path: Path) -> None:
+    folder = train(original, tmp_path / "adapter", config)
+    adapter = read_adapter(folder)
+    model = stock(original)
+    merged: Any = merge(model, adapter) if adapter.prompt is None else Prompted(model, adapter)
+    with torch.no_grad():
+        found = merged(**BATCH).logits
+    # PEFT keeps prompts in float32.
+    assert off(found, logits(stock(original), folder)) <= (EXACT if adapter.prompt is None else 1e-6)
+
+
+def test_counters_in_saved_norms_are_let_be(tmp_path: Path) -> None:
+    import timm
+
+    folder = Path(normconvert.__file__).parent / "demos/convnet"
+    settings = peft.LoraConfig(r=2, target_modules=["conv1.0", "conv1.3"], modules_to_save=["norm_pre", "bn1"])
+    model: Any = peft.get_peft_model(timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), settings)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "adapter")
+    normconvert.convert("demo:convnet", tmp_path / "fused", "fuse-bn", verify=False)
+    convert_adapter(tmp_path / "adapter", tmp_path / "out", tmp_path / "fused")
+    x = torch.randn(2, 1, 28, 28)
+    fused = peft.PeftModel.from_pretrained(normconvert.load(tmp_path / "fused"), tmp_path / "out").eval()
+    with torch.no_grad():
+        assert off(fused(x), model.eval()(x)) <= 1e-5
 
 
 def test_the_command_line_does_the_same(original: Path, conversions: dict[str, Path], tmp_path: Path) -> None:

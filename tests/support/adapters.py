@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BATCH = {"input_ids": torch.arange(14).reshape(2, 7) % 50 + 3, "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+BATCH["attention_mask"][0, 5:] = 0
+
 
 def float64_checkpoint(model: nn.Module, folder: Path) -> Path:
     """Saved in float64, so that a checkpoint, its conversion and an adapter compare to 1e-10."""
@@ -44,11 +47,8 @@ def logits(base: Any, adapter: Path) -> Tensor:
     from peft import PeftModel
 
     model: Any = PeftModel.from_pretrained(base, adapter).double().eval()
-    ids = torch.arange(14).reshape(2, 7) % 50 + 3
-    mask = torch.ones_like(ids)
-    mask[0, 5:] = 0
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, attention_mask=mask).logits
+        found: Tensor = model(**BATCH).logits
     return found
 
 
