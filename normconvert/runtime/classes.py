@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -68,7 +67,7 @@ def warn_of_adapter(model: Any, reference: Any) -> None:
         return
     base = str(json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path"))
     own = str(model.name_or_path)
-    if base != own and not (os.path.exists(base) and os.path.exists(own) and os.path.samefile(base, own)):
+    if Path(base).resolve() != Path(own).resolve():
         warnings.warn(
             f"{reference}: this adapter was trained on {base}, and the model is a converted checkpoint ({own}), on "
             "which it computes something else: convert it with `normconvert adapter`",
