@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from normconvert.adapters.conversion import convert_adapter
     from normconvert.api import convert, identify, inspect
     from normconvert.benchmark.bench import bench
     from normconvert.exporting.export import export
@@ -29,6 +30,7 @@ _WHERE = {
     "bench": "benchmark.bench",
     "check": "verification.record_check",
     "convert": "api",
+    "convert_adapter": "adapters.conversion",
     "identify": "api",
     "Identification": "identification",
     "inspect": "api",
@@ -47,6 +49,7 @@ __all__ = [
     "bench",
     "check",
     "convert",
+    "convert_adapter",
     "export",
     "identify",
     "inspect",

@@ -60,7 +60,7 @@ class About:
         console: the command line has it.
         positional: an argument there, even though it has a default.
         leads: the first argument there, which must be given.
-        required: must be given there.
+        required: must be given there, by its name.
         details: further arguments of typer's option.
     """
 

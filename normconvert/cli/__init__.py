@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from normconvert.cli import (  # noqa: F401
+    adapter,
     bench,
     check,
     convert,

@@ -127,7 +127,7 @@ def _typed_as(hint: Any, known: About) -> Any:
 
 
 def _typer_info(name: str, default: Any, known: About) -> Any:
-    if default is MISSING or known.positional or known.leads:
+    if known.positional or known.leads or (default is MISSING and not known.required):
         return typer.Argument(metavar=known.metavar, help=known.help, **known.details)
     names = [*([f"-{known.short}"] if known.short else []), _spelled(name, known)]
     return typer.Option(*names, metavar=known.metavar, help=known.off or known.help, **known.details)

@@ -25,6 +25,7 @@ from normconvert.wording.grouping import Row, collapse
 from normconvert.wording.words import becomes, felt, human_bytes
 
 if TYPE_CHECKING:
+    from normconvert.adapters.conversion import AdapterReport
     from normconvert.exporting.export import ExportReport
     from normconvert.plan.conversion_plan import Plan
     from normconvert.result import Report
@@ -226,6 +227,19 @@ def show_export(console: Console, report: ExportReport) -> None:
     for note in report.notes:
         grid.add_row("note", note)
     console.print(_indented(grid))
+
+
+def show_adapter(console: Console, report: AdapterReport) -> None:
+    """What was converted, and how close it is."""
+    console.print(Text.assemble((report.adapter, HEAD), " → ", (report.output, HEAD)), soft_wrap=True)
+    grid = _grid()
+    grid.add_row("kind", report.kind)
+    grid.add_row("for", report.converted)
+    grid.add_row("tensors", f"{len(report.edited)} edited, {report.copied} as they were")
+    for note in report.notes:
+        grid.add_row("note", note)
+    console.print(_indented(grid))
+    console.print(_indented(figures(report.fidelity)))
 
 
 def figures(fidelity: Fidelity) -> RenderableType:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from normconvert.runtime.affine import Absorbed, Affine, Clip
 from normconvert.runtime.bases import BASES, compress, lift
-from normconvert.runtime.classes import CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
+from normconvert.runtime.classes import ADAPTER_RECORD, CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
 from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
 from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits, contents
 from normconvert.runtime.hooks import Center, Compress, add_hook, center
@@ -19,6 +19,7 @@ from normconvert.runtime.padding import PADDED_FROM, Padded
 from normconvert.runtime.shipping import shipped_source
 
 __all__ = [
+    "ADAPTER_RECORD",
     "BASES",
     "CONFIG_KEY",
     "MODULE_EDITS",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ CONFIG_KEY = "normconvert"
 """The key of config.json that holds ``{"format", "architecture", "modules"}``."""
 REMOTE_FILE = "modeling_normconvert.py"
 """The name of this file inside an output."""
+ADAPTER_RECORD = "normconvert_adapter.json"
+"""What lies beside an adapter that was converted."""
 
 
 def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -45,6 +49,30 @@ def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, An
     if any(edit["path"] is None and edit["op"] == "center" for edit in edits):
         return []
     return [edit for edit in edits if edit["path"] is not None]
+
+
+def warn_of_adapter(model: Any, reference: Any) -> None:
+    """Warn of an adapter that was trained on another checkpoint than ``model``, and not converted for it.
+
+    Args:
+        model: a converted transformers model.
+        reference: a folder or hub id of a PEFT adapter; None: there is nothing to look at.
+    """
+    from transformers.utils import cached_file
+
+    def file(name: str) -> Any:
+        return cached_file(reference, name, _raise_exceptions_for_missing_entries=False)
+
+    if reference is None or file(ADAPTER_RECORD) is not None or (found := file("adapter_config.json")) is None:
+        return
+    base = str(json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    own = str(model.name_or_path)
+    if Path(base).resolve() != Path(own).resolve():
+        warnings.warn(
+            f"{reference}: this adapter was trained on {base}, and the model is a converted checkpoint ({own}), on "
+            "which it computes something else: convert it with `normconvert adapter`",
+            stacklevel=3,
+        )
 
 
 _CLASSES: dict[str, type] = {}
@@ -78,8 +106,12 @@ def converted_class(base: type) -> type:
             kwargs["state_dict"] = {**state, guard: torch.empty(0, dtype=self.dtype)}
         base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        warn_of_adapter(self, peft_model_id)
+        return base.load_adapter(self, peft_model_id, *args, **kwargs)  # type: ignore[attr-defined]
+
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
-    body |= {"__init__": __init__, "save_pretrained": save_pretrained}
+    body |= {"__init__": __init__, "save_pretrained": save_pretrained, "load_adapter": load_adapter}
     # The library answers these by looking at the module that holds the class; the base class's module is the one meant.
     # A class that counts as custom code would be loaded without the library's renaming and merging of weights.
     for method in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):

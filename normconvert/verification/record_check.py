@@ -89,9 +89,9 @@ def check(request: Checking) -> CheckReport:
     folder = Path(request.out).expanduser()
     folder = folder.parent if folder.name == RECORD_FILE else folder
     say = _Clock(request.stage)
-    record = _read(folder)
+    record = read_conversion(folder)
     plan = Plan.from_json(record["plan"])
-    reference, commit = _reference(folder, record, request.source, request.revision)
+    reference, commit = source_reference(folder, record, request.source, request.revision)
     say("open")
     arch = record["options"].get("arch")
     opened = open_source(reference, revision=commit, arch=arch, trust_remote_code=request.trust_remote_code)
@@ -129,8 +129,12 @@ class _Clock:
         return {name: end - start for (name, start), end in zip(self._starts, ends, strict=True)}
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The whole record of a conversion."""
+def read_conversion(folder: Path) -> dict[str, Any]:
+    """The whole record of a conversion.
+
+    Raises:
+        InputError: there is none, or one that this version cannot read.
+    """
     file = folder / RECORD_FILE
     if not file.is_file():
         what = "no such folder" if not folder.is_dir() else f"not converted by normconvert (no {RECORD_FILE})"
@@ -150,10 +154,14 @@ def _read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _reference(
+def source_reference(
     folder: Path, record: dict[str, Any], source: str | Path | None, revision: str | None
 ) -> tuple[str, str | None]:
-    """The source to open, and its revision on the hub."""
+    """The source to open, and its revision on the hub: ``source``, or what the record says.
+
+    Raises:
+        InputError: the record names a local source, whose place it does not know.
+    """
     if source is not None:
         return str(source), revision
     named, commit = str(record["source"].get("reference")), record["source"].get("revision")

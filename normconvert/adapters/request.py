@@ -1,0 +1,26 @@
+"""What the conversion of an adapter is asked: its options, each defined once. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, MISSING, dataclass
+from pathlib import Path
+
+from normconvert.options import OUT, TRUST, option
+
+
+@dataclass(frozen=True)
+class AdapterConversion:
+    """What :func:`normconvert.convert_adapter` is asked."""
+
+    adapter: str | Path = option(MISSING, "Folder of a PEFT adapter of the original.", metavar="ADAPTER")
+    out: Path | str = option(MISSING, OUT, metavar="OUT")
+    converted: str | Path = option(
+        MISSING, "Output folder of the conversion that the adapter is for.", spelling="--for", metavar="CONVERTED",
+        required=True,
+    )  # fmt: skip
+    _: KW_ONLY
+    source: str | Path | None = option(
+        None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
+    )
+    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
+    trust_remote_code: bool = option(False, TRUST)
