@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import FORMAT, Plan
 from normconvert.plan.conversion_record import NotConverted, read_record
+from normconvert.sources.families import family
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +118,9 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
             section = section[parent]
         section[last] = value
     guard = plan.guard or (config.get(CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
+    # What is decided by the tensors' names (:mod:`normconvert.sources.unnamed_class`) cannot be told by those written.
+    if not config.get("architectures"):
+        config["architectures"] = [architecture]
     config[CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
     if guard is not None:
         config[CONFIG_KEY]["guard"] = guard
@@ -138,16 +142,9 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
 
 def _auto_classes(model_type: str, architecture: str) -> Iterator[tuple[str, str]]:
     """The Auto classes that may build ``architecture``, and AutoModel with the base model of that type."""
-    from transformers.models.auto import modeling_auto
-
-    for auto, kind in sorted(vars(modeling_auto).items()):
-        # The names behind a lazy mapping, not the mapping: that would import the module of every model it is asked for.
-        mapping = getattr(kind, "_model_mapping", None)
-        if not auto.startswith("AutoModel") or mapping is None:
-            continue
-        names = mapping._model_mapping.get(model_type, ())
-        names = (names,) if isinstance(names, str) else tuple(names)
-        if architecture in names:
-            yield auto, architecture
-        elif auto == "AutoModel" and names:
-            yield auto, names[0]
+    for name, autos in family(model_type).items():
+        for auto in autos:
+            if auto.startswith("AutoModel") and name == architecture:
+                yield auto, architecture
+            elif auto == "AutoModel":
+                yield auto, name

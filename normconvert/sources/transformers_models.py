@@ -29,6 +29,17 @@ def describe(source: Source) -> Source:
         return replace(source, architecture=_model_class(source, _config(source)).__name__)
 
 
+def stated_class(source: Source) -> str | None:
+    """The class that config.json names; None if it names none."""
+    names = source.config.get("architectures") or []
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def has_own_models(source: Source) -> bool:
+    """Whether the checkpoint brings code of its own for its model."""
+    return bool(set(_remote_classes(source)) - {"AutoConfig"})
+
+
 def _remote_classes(source: Source) -> dict[str, str]:
     auto_map = source.config.get("auto_map") or {}
     return {k: v for k, v in auto_map.items() if isinstance(v, str) and not v.startswith(OWN_MODULE)}
@@ -68,10 +79,10 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     import torch
     import transformers
 
-    names = source.config.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    # What config.json does not name may have been decided by the names of the tensors.
+    name = stated_class(source) or source.architecture or None
     remote = _remote_classes(source)
-    if name is None and not (set(remote) - {"AutoConfig"}):
+    if name is None and not has_own_models(source):
         try:
             with quiet(), torch.device("meta"):
                 # Built on the meta device for its class alone: AutoModel says it in no other way.
@@ -88,7 +99,7 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     if native:
         assert isinstance(found, type)
         return found
-    if set(remote) - {"AutoConfig"} and not source.trust_remote_code:
+    if has_own_models(source) and not source.trust_remote_code:
         raise _needs_trust(source, f"the model class {name or next(iter(remote.values()))}")
     near = difflib.get_close_matches(str(name), [n for n in dir(transformers) if "For" in n or "Model" in n], 3)
     hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -163,9 +174,15 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
 
 
 def rename(
-    source: Source, model: Any, state: dict[str, torch.Tensor]
+    source: Source, model: Any, state: dict[str, torch.Tensor], adapt_prefix: bool = True
 ) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
     """Checkpoint names -> model names, as ``convert_and_load_state_dict_in_model`` does it (transformers 5).
+
+    Args:
+        source: its names.
+        model: its class declares renamings and ties.
+        state: the model's ``state_dict``.
+        adapt_prefix: names may lose or gain the prefix of the base model.
 
     Returns:
         The map, the model names made by merging or splitting, and the declared ties (target -> source).
@@ -182,7 +199,7 @@ def rename(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = model.base_model_prefix
+    prefix = model.base_model_prefix if adapt_prefix else None
     name_map: dict[str, str] = {}
     merged: set[str] = set()
     # The order matters: some renamings are switched on by a name seen before.

@@ -1,0 +1,106 @@
+"""A checkpoint is converted as the class that it is of, and opened as another class it is right or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normconvert
+from normconvert.errors import InputError
+from normconvert.sources import open_source
+from tests.support.perturb import perturb
+from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save
+
+ABSENT = "absent"
+
+
+def distance(y: Tensor, truth: Tensor) -> float:
+    return float((y.detach().double() - truth.double()).norm() / truth.double().norm())
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ABSENT}))
+    return folder
+
+
+# -- a config.json that names no class ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architectures", [ABSENT, None, []])
+def test_the_class_that_the_tensors_state_is_converted(tmp_path: Path, architectures: Any) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = gpt2().double()
+    folder = change_config(save(model, tmp_path / "src"), architectures=architectures)
+    source = open_source(str(folder))
+    assert source.architecture == "GPT2LMHeadModel"
+    assert any("tensors are those of GPT2LMHeadModel" in note for note in source.notes)
+    report = normconvert.convert(folder, tmp_path / "out", verify=False)
+    assert report.architecture == "GPT2LMHeadModel"
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        for found in (normconvert.load(tmp_path / "out"), GPT2LMHeadModel.from_pretrained(tmp_path / "out")):
+            assert distance(found(ids).logits, model(ids).logits) < 1e-12
+
+
+def other_models() -> dict[str, nn.Module]:
+    from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification, ViTModel
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50
+    }  # fmt: skip
+    vit = ViTConfig(image_size=16, patch_size=8, **sizes)
+    untied = gpt2(tie_word_embeddings=False)
+    return {
+        "GPT2LMHeadModel": untied,
+        "BertModel": BertModel(BertConfig(**sizes)),
+        "ViTModel": ViTModel(vit),
+        "ViTForImageClassification": ViTForImageClassification(vit),
+    }
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertModel", "ViTModel", "ViTForImageClassification"])
+def test_names_that_fit_one_class_decide(tmp_path: Path, name: str) -> None:
+    folder = change_config(save(perturb(other_models()[name].eval()), tmp_path / "src"), architectures=None)
+    assert open_source(str(folder)).architecture == name
+
+
+def test_names_that_a_tied_head_would_not_add_to_are_refused(tmp_path: Path) -> None:
+    """The first GPT-2 on the hub is a language model without a prefix, and a base model has the same names."""
+    from transformers import GPT2Config, GPT2Model
+
+    model = perturb(GPT2Model(GPT2Config(**GPT2_SIZES)).eval())
+    folder = change_config(save(model, tmp_path / "src"), architectures=None)
+    with pytest.raises(InputError, match=r"fit 2, which may compute differently: GPT2Model, GPT2LMHeadModel: write"):
+        open_source(str(folder))
+    assert open_source(str(change_config(folder, architectures=["GPT2Model"]))).architecture == "GPT2Model"
+
+
+def test_a_head_of_nobody_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = change_config(save(gpt2(), tmp_path / "src"), architectures=None)
+    tensors = load_file(folder / "model.safetensors") | {"mine.weight": torch.zeros(3, 48)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"fit none of .*GPT2LMHeadModel"):
+        open_source(str(folder))
+
+
+def test_an_output_names_its_class(tmp_path: Path) -> None:
+    """Fused norms have no tensors left by which the class could be told."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = perturb(ResNetForImageClassification(config).eval())
+    folder = change_config(save(model, tmp_path / "src"), architectures=None)
+    normconvert.convert(folder, tmp_path / "out", method="fuse-bn", verify=False)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert distance(normconvert.load(tmp_path / "out")(image).logits, model(image).logits) < 1e-5
