@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +94,16 @@ def load_any(
         return open_source(str(path), trust_remote_code=trust_remote_code).load(dtype=dtype, device=device)
 
 
-def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> dict[str, str | bytes]:
+def huggingface_files(
+    config: dict[str, Any], plan: Plan, architecture: str, *, own_code: bool = False
+) -> dict[str, str | bytes]:
     """The files that make a transformers output load by ``trust_remote_code``, and still without it.
 
     Args:
         config: the source's config.json; not changed.
         plan: the plan that was applied.
         architecture: the class of the source.
+        own_code: that class is code that comes with the checkpoint.
 
     Returns:
         File name -> content: ``config.json`` with the plan's config changes, the module edits and an ``auto_map``, and
@@ -122,15 +124,19 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
     if not config.get("architectures"):
         config["architectures"] = [architecture]
     config[CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    if plan.classes:
+        config[CONFIG_KEY]["classes"] = plan.classes
+    if own_code:
+        config[CONFIG_KEY]["own_code"] = True
     if guard is not None:
         config[CONFIG_KEY]["guard"] = guard
     module = Path(REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
     # Two kinds of code cannot stand behind one auto_map: that of the checkpoint is what its config needs.
-    own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
+    other = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
     files: dict[str, str | bytes] = {}
-    if not own_code:
-        classes = dict(_auto_classes(str(config.get("model_type")), architecture))
+    if not other:
+        classes = _auto_classes(str(config.get("model_type")), architecture, plan)
         if any(edit["op"] == "resize" for edit in plan.modules):  # for other classes of the family it does not load
             classes = {auto: name for auto, name in classes.items() if name == architecture}
         classes = classes or {"AutoModel": architecture}
@@ -140,11 +146,18 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
     return files
 
 
-def _auto_classes(model_type: str, architecture: str) -> Iterator[tuple[str, str]]:
-    """The Auto classes that may build ``architecture``, and AutoModel with the base model of that type."""
+def _auto_classes(model_type: str, architecture: str, plan: Plan) -> dict[str, str]:
+    """The Auto classes that lead to the shipped file -> the class that they build.
+
+    Those that are not proved are among them: the shipped class refuses them, where the library's own would be wrong
+    without a word.
+    """
+    others = {*plan.classes, *plan.shifted_classes}
+    found: dict[str, str] = {}
     for name, autos in family(model_type).items():
         for auto in autos:
             if auto.startswith("AutoModel") and name == architecture:
-                yield auto, architecture
-            elif auto == "AutoModel":
-                yield auto, name
+                found[auto] = name
+            elif auto == "AutoModel" or (name in others and auto not in found):
+                found.setdefault(auto, name)
+    return found

@@ -89,21 +89,47 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
                 return type(transformers.AutoModel.from_config(config))
         except Exception as error:
             raise InputError(f"{source.reference}: no class for this config.json: {first_line(error)}") from error
-    found = getattr(transformers, name, None) if name else None
-    native = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    native = _native(name)
     # First the checkpoint's own class, as from_pretrained takes it; only if that was allowed.
-    if source.trust_remote_code:
-        for key, reference in remote.items():
-            if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
-                return _remote_class(source, reference)
-    if native:
-        assert isinstance(found, type)
-        return found
+    reference = own_class(source)
+    if reference is not None:
+        return _remote_class(source, reference)
+    if native is not None and not _converted_as(source).get("own_code"):
+        return native
     if has_own_models(source) and not source.trust_remote_code:
         raise _needs_trust(source, f"the model class {name or next(iter(remote.values()))}")
     near = difflib.get_close_matches(str(name), [n for n in dir(transformers) if "For" in n or "Model" in n], 3)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise InputError(f"{source.reference}: transformers {transformers.__version__} has no model class {name}{hint}")
+
+
+def own_class(source: Source) -> str | None:
+    """The class in code of the checkpoint, as ``module.Class``, if that is trusted and the class that is meant.
+
+    A folder that was converted as transformers' own class of the name is that for good.
+    """
+    name = stated_class(source) or source.architecture or None
+    converted = _converted_as(source)
+    if not source.trust_remote_code or (converted and not converted.get("own_code") and _native(name)):
+        return None
+    for key, reference in _remote_classes(source).items():
+        if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
+            return reference
+    return None
+
+
+def _converted_as(source: Source) -> dict[str, Any]:
+    """What a converted folder's config.json says of its conversion; empty for any other."""
+    section = source.config.get("normconvert")
+    return section if isinstance(section, dict) else {}
+
+
+def _native(name: str | None) -> type[nn.Module] | None:
+    """transformers' own class of this name."""
+    import transformers
+
+    found = getattr(transformers, name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _remote_class(source: Source, reference: str) -> type[nn.Module]:

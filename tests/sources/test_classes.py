@@ -104,3 +104,78 @@ def test_an_output_names_its_class(tmp_path: Path) -> None:
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert distance(normconvert.load(tmp_path / "out")(image).logits, model(image).logits) < 1e-5
+
+
+# -- opened as another class of the family --------------------------------------------------------------------------
+
+
+def beit() -> nn.Module:
+    from transformers import BeitConfig, BeitForImageClassification
+
+    config = BeitConfig(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        use_mean_pooling=True, out_indices=[1, 2, 3, 4], num_labels=3,
+    )  # fmt: skip
+    return perturb(BeitForImageClassification(config).eval())
+
+
+@pytest.fixture(autouse=True)
+def _module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remote code is copied to a cache before it runs; not into the user's."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_a_class_that_returns_the_raw_stream_is_refused_and_named(tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    from normconvert import runtime
+
+    model = beit()
+    report = normconvert.convert(save(model, tmp_path / "src"), tmp_path / "out")
+    assert report.converted
+    assert set(report.plan.shifted_classes) == {"BeitModel", "BeitBackbone"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    # AutoBackbone itself asks the hub for a repository of the folder's name.
+    assert auto_map["AutoBackbone"] == "modeling_normconvert.BeitBackbone"
+    for auto, name in ((AutoModel, "BeitModel"), (runtime.BeitBackbone, "BeitBackbone")):
+        with pytest.raises(ValueError, match=f"converted as BeitForImageClassification and cannot be loaded as {name}"):
+            auto.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        assert f"not proved if opened as {name}" in card
+        assert any(f"not proved if opened as {name}" in note for note in report.notes)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        assert distance(found(image).logits, model(image).logits) < 1e-5
+
+
+def test_a_tied_head_on_a_converted_base_model_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model
+
+    model = perturb(GPT2Model(GPT2Config(**GPT2_SIZES)).eval())
+    report = normconvert.convert(save(model, tmp_path / "src"), tmp_path / "out", verify=False)
+    assert report.plan.shifted_classes == {"GPT2LMHeadModel": "its head reads `transformer.wte.weight`"}
+    with pytest.raises(ValueError, match="converted as GPT2Model and cannot be loaded as GPT2LMHeadModel"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)(ids).last_hidden_state
+        assert distance(found, model(ids).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_a_base_model_that_is_proved_opens_as_converted(tmp_path: Path, name: str) -> None:
+    """A table that is tied to a head stays as it is for the base model, too; a pooler of its own reads a norm."""
+    from transformers import AutoModel
+
+    model: Any = gpt2() if name == "gpt2" else perturb(other_models()["ViTForImageClassification"].eval())
+    report = normconvert.convert(save(model, tmp_path / "src"), tmp_path / "out", verify=False)
+    base = model.base_model
+    assert report.plan.classes == [type(base).__name__]
+    inputs = torch.arange(12).reshape(2, 6) if name == "gpt2" else torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        assert any("RMSNorm" in type(module).__name__ for module in found.modules())
+        assert distance(found(inputs).last_hidden_state, base(inputs).last_hidden_state) < 1e-5
