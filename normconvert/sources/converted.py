@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import FORMAT, Plan
-from normconvert.plan.conversion_record import NotConverted, read_record
+from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record
 from normconvert.sources.families import family
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from normconvert.sources.source import Source
 
 
 def load(
@@ -62,6 +64,8 @@ def load(
             f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
         )
     model = source.load(dtype=dtype, device=device)
+    if source.folder is not None:
+        _refuse_trained(source, source.folder, model)
     try:
         # What the weights do not fit without has been applied while they were loaded.
         apply_module_edits(model, () if source.modules else record["modules"])
@@ -72,6 +76,41 @@ def load(
     if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
     return model
+
+
+def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
+    """Refuse a folder that the plain architecture has trained and saved: its norms subtract a mean that is there again.
+
+    That class writes config.json as it found it, and neither the record nor the file that the config speaks of.
+
+    Raises:
+        InputError: it was trained, or nobody can tell.
+    """
+    import torch
+
+    from normconvert.plan.edits import apply_edits
+    from normconvert.runtime import CONFIG_KEY, REMOTE_FILE
+
+    path, section, auto_map = source.reference, source.config.get(CONFIG_KEY), source.config.get("auto_map") or {}
+    ours = any(str(target).startswith(f"{Path(REMOTE_FILE).stem}.") for target in auto_map.values())
+    written = any((folder / name).is_file() for name in (RECORD_FILE, REMOTE_FILE))
+    if not isinstance(section, dict) or not ours or written:
+        return
+    if section.get("changed") is None:
+        raise InputError(f"{path}: saved by the original architecture, by which nobody can tell: convert it again")
+    state = model.state_dict()
+    for name, rows in section["changed"].items():
+        value = state[name].double()
+        distance = (apply_edits(value, rows, state.__getitem__) - value).abs().max()
+        # A mean that was removed before rounding comes back as half a unit of the largest element at most, in the dtype
+        # of the files or in the one that was asked for.
+        eps = max(torch.finfo(kind).eps for kind in (source.dtype, state[name].dtype))
+        if distance > eps * value.abs().max():
+            raise InputError(
+                f"{path}: trained and saved as the original architecture since it was converted ({name} has a mean "
+                "again): load it with transformers, without trust_remote_code, and convert what that saves without "
+                f"`auto_map` and `{CONFIG_KEY}` in its config.json"
+            )
 
 
 def load_any(
@@ -124,6 +163,9 @@ def huggingface_files(
     if not config.get("architectures"):
         config["architectures"] = [architecture]
     config[CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    if plan.method == "rmsnorm":
+        kept = {name: [row for row in rows if row["op"] in ("center", "fill")] for name, rows in plan.tensors.items()}
+        config[CONFIG_KEY]["changed"] = {name: rows for name, rows in kept.items() if rows}
     if plan.classes:
         config[CONFIG_KEY]["classes"] = plan.classes
     if own_code:

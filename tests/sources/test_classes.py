@@ -179,3 +179,69 @@ def test_a_base_model_that_is_proved_opens_as_converted(tmp_path: Path, name: st
         found = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
         assert any("RMSNorm" in type(module).__name__ for module in found.modules())
         assert distance(found(inputs).last_hidden_state, base(inputs).last_hidden_state) < 1e-5
+
+
+# -- saved again ----------------------------------------------------------------------------------------------------
+
+
+def train(model: Any, steps: int = 3) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.arange(24).reshape(2, 12)
+    for _ in range(steps):
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("opened", ["load", "remote"])
+def test_a_model_that_was_trained_is_the_same_after_it_was_saved(tmp_path: Path, opened: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    normconvert.convert(save(gpt2(), tmp_path / "src"), tmp_path / "out", verify=False)
+    model: Any = (
+        normconvert.load(tmp_path / "out")
+        if opened == "load"
+        else AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    )
+    train(model)
+    model.save_pretrained(tmp_path / "trained")
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        truth = model(ids).logits
+        again: Any = normconvert.load(tmp_path / "trained")
+        remote = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", trust_remote_code=True)
+        assert distance(again(ids).logits, truth) < 1e-6
+        assert distance(remote(ids).logits, truth) < 1e-6
+
+
+def test_what_the_original_architecture_saves_loads_as_converted_until_it_was_trained(tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = gpt2()
+    normconvert.convert(save(model, tmp_path / "src"), tmp_path / "out", verify=False)
+    stock: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    stock.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "modeling_normconvert.py").exists()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        found: Any = normconvert.load(tmp_path / "saved")
+        assert type(found.transformer.ln_f).__name__ == "RMSNorm"
+        assert distance(found(ids).logits, model(ids).logits) < 1e-5
+    # What normconvert.load gives writes all that trust_remote_code needs.
+    found.save_pretrained(tmp_path / "repaired")
+    assert (tmp_path / "repaired" / "modeling_normconvert.py").exists()
+    train(stock)
+    stock.save_pretrained(tmp_path / "trained")
+    with pytest.raises(InputError, match="trained and saved as the original architecture"):
+        normconvert.load(tmp_path / "trained")
+
+
+def test_half_precision_is_not_taken_for_training(tmp_path: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    normconvert.convert(save(gpt2().bfloat16(), tmp_path / "src"), tmp_path / "out", verify=False)
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    for dtype in (None, torch.float64):
+        model = normconvert.load(tmp_path / "saved", dtype=dtype)
+        assert type(model.get_submodule("transformer.ln_f")).__name__ == "RMSNorm"
