@@ -80,16 +80,13 @@ def _same_edits(
     own: Plan, plan: Plan, edits: Mapping[str, list[dict[str, Any]]], prefix: str, paths: Any, tensors: Any
 ) -> bool:
     """Whether what this class would change itself is what was changed."""
-    edits = {
-        name: [
-            {
-                key: renamed(value, prefix, tensors) if key in ("by", "from", "weight") else value
-                for key, value in row.items()
-            }
-            for row in rows
-        ]
-        for name, rows in edits.items()
-    }
+
+    def here_too(value: Any) -> Any:
+        if isinstance(value, list):
+            return [here_too(one) for one in value]
+        return (renamed(value, prefix, tensors) or value) if isinstance(value, str) else value
+
+    edits = {name: [{k: here_too(v) for k, v in row.items()} for row in rows] for name, rows in edits.items()}
     rows = [{**row, "path": here} for row in plan.modules if (here := renamed(row["path"], prefix, paths)) is not None]
     return own.tensors == edits and sorted(map(str, own.modules)) == sorted(map(str, rows))
 
