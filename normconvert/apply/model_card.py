@@ -42,6 +42,9 @@ METHODS |= {
     "to say what the original says; at inference such a norm is one scale and shift per channel."
     for swap, (norm, paper) in TRAINED.items()
 }
+TRUST = ", trust_remote_code=True"
+ORIGINAL = "the original architecture"
+SHIPPED, OWN, FOREIGN = "shipped", "own", "foreign"
 # No name begins with a dot: ./folder is a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Only at the very beginning: further down three dashes are a rule.
@@ -58,6 +61,7 @@ def model_card(
     library: str = "transformers",
     architecture: str = "",
     auto_class: str = "AutoModel",
+    code: str = SHIPPED,
     source_readme: str | None = None,
 ) -> str:
     """The text of README.md.
@@ -70,6 +74,7 @@ def model_card(
         library: ``transformers`` or ``timm``.
         architecture: class or timm model name.
         auto_class: the Auto class for the example.
+        code: what ``trust_remote_code`` runs, as :func:`remote_code` says it.
         source_readme: the source's README.md. Its front matter (licence, language, tags) is kept, its text appended.
     """
     base = hub_id(source_reference, library)
@@ -81,7 +86,7 @@ def model_card(
         f"# {title}, converted by normconvert",
         _summary(plan, base, architecture),
         "## Loading",
-        _loading(plan, library, architecture, auto_class),
+        _loading(plan, library, architecture, auto_class, code),
         "## Fidelity",
         _table(("measure", "value"), fidelity.items()) if fidelity else "The conversion was not verified.",
         _kept(plan.kept),
@@ -133,22 +138,33 @@ def _summary(plan: Plan, base: str | None, architecture: str) -> str:
     ).strip()
 
 
-def _loading(plan: Plan, library: str, architecture: str, auto_class: str) -> str:
+def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str) -> str:
     in_place = "as converted" if plan.structural else "RMSNorm modules in place"
-    own = f"import normconvert\n\nmodel = normconvert.load(FOLDER)  # {in_place}"
+    trust = TRUST if code == OWN else ""
+    own = f"import normconvert\n\nmodel = normconvert.load(FOLDER{trust})  # {in_place}"
     if library == "timm" and plan.structural:
         blocks = [own]
     elif library == "timm":
         plain = f'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)  # {architecture}'
         blocks = [own, plain]
+    elif code != SHIPPED:
+        plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(FOLDER{trust})"
+        blocks = [own] if plan.structural else [own, f"{plain}  # {ORIGINAL}"]
     else:
         remote = (
             f"from transformers import {auto_class}\n\n"
-            f"model = {auto_class}.from_pretrained(FOLDER, trust_remote_code=True)  # {in_place}"
+            f"model = {auto_class}.from_pretrained(FOLDER{TRUST})  # {in_place}"
         )
-        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture"
+        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # {ORIGINAL}"
         blocks = [own, remote] if plan.structural else [own, remote, plain]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    if code == OWN:
+        text += f"\n\n`{architecture}` is code that came with the original checkpoint: read it before you trust it."
+    elif code == FOREIGN:
+        text += (
+            "\n\nWith `trust_remote_code=True` transformers would run code that came with the original checkpoint, and "
+            f"not its own `{architecture}`, which was converted."
+        )
     if any(edit["op"] == "affine" and edit["eps"] != 1.0 for edit in plan.modules):
         plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture, ε = 10¹²"
         why = "All ways give the same outputs: a LayerNorm of so large an ε divides by √ε, whatever it reads."
@@ -187,12 +203,30 @@ def _cell(value: Any) -> str:
 
 def auto_class(folder: Path, architecture: str) -> str | None:
     """The Auto class that the output's config.json maps to its architecture; AutoModel only if no other does."""
-    try:
-        auto_map: dict[str, Any] = (
-            json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
-        )
-    except (OSError, ValueError):
-        return None
+    auto_map: dict[str, Any] = _config(folder).get("auto_map") or {}
     names = [auto for auto, target in auto_map.items() if str(target).endswith(f".{architecture}")]
     # AutoModel would leave the head away.
     return min(names, key=lambda name: name == "AutoModel", default=None)
+
+
+def remote_code(folder: Path) -> str:
+    """What ``trust_remote_code`` runs: the :data:`SHIPPED` file, or code of the checkpoint.
+
+    That is its :data:`OWN` class, which was converted, or :data:`FOREIGN` where transformers' class was converted, and
+    not the checkpoint's.
+    """
+    from normconvert.runtime import CONFIG_KEY, REMOTE_FILE
+
+    config = _config(folder)
+    if (config.get(CONFIG_KEY) or {}).get("own_code"):
+        return OWN
+    models = [str(target) for auto, target in (config.get("auto_map") or {}).items() if auto.startswith("AutoModel")]
+    return SHIPPED if all(target.startswith(f"{Path(REMOTE_FILE).stem}.") for target in models) else FOREIGN
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config

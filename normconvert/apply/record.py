@@ -23,13 +23,15 @@ def loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | byt
     if source.library != "transformers":
         return {}
     from normconvert.sources.converted import huggingface_files
+    from normconvert.sources.transformers_models import own_class
 
     config = dict(source.config)
     if dtype != "auto":
         config["dtype"] = dtype
         # The same under its older name would now say something else.
         config.pop("torch_dtype", None)
-    return huggingface_files(config, replace(plan, modules=all_modules(source, plan)), source.architecture)
+    plan = replace(plan, modules=all_modules(source, plan))
+    return huggingface_files(config, plan, source.architecture, own_code=own_class(source) is not None)
 
 
 def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
@@ -69,7 +71,7 @@ def versions(library: str) -> dict[str, str]:
 
 def write_card(folder: Path, source: Source, report: Report) -> None:
     """README.md: what was done, how to load it, how faithful it is."""
-    from normconvert.apply.model_card import auto_class, model_card
+    from normconvert.apply.model_card import auto_class, model_card, remote_code
     from normconvert.wording.words import in_words
 
     existing = source.folder / "README.md" if source.folder else None
@@ -80,6 +82,7 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
         library=source.library,
         architecture=source.architecture,
         auto_class=auto_class(folder, source.architecture) or source.architecture,
+        code=remote_code(folder),
         source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

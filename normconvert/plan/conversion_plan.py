@@ -48,6 +48,8 @@ class Plan:
         notes: sentences the user should read (shifted outputs, float32 casts, ...).
         float32_norms: True if the traced model casts a norm's input to float32 whatever its dtype, so that 1e-6 is the
             best the algebra's test can show.
+        classes: other classes of the model's family as which the output may be opened: the plan is proved for them.
+        shifted_classes: classes of the family -> why the plan is not proved for them.
     """
 
     method: str
@@ -59,6 +61,8 @@ class Plan:
     removed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float32_norms: bool = False
+    classes: list[str] = field(default_factory=list)
+    shifted_classes: dict[str, str] = field(default_factory=dict)
 
     @property
     def converted(self) -> list[Verdict]:

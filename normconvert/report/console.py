@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from normconvert.apply.model_card import auto_class
+from normconvert.apply.model_card import ORIGINAL, OWN, SHIPPED, TRUST, auto_class, remote_code
 from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
 from normconvert.report.junit import PARTS
@@ -269,13 +269,17 @@ def agrees(good: bool, text: str) -> Text:
 
 def how_to_load(report: Report) -> list[str]:
     """Lines of Python that load the output: as converted, and in the library if that can."""
-    lines = [f'model = normconvert.load("{report.out}")']
-    if report.library == "timm" and report.plan.structural:
+    code = remote_code(Path(report.out or ""))
+    trust = TRUST if code == OWN else ""
+    lines = [f'model = normconvert.load("{report.out}"{trust})']
+    if report.plan.structural and (report.library == "timm" or code != SHIPPED):
         return lines
     if report.library == "timm":
         return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
     auto = auto_class(Path(report.out or ""), report.architecture)
-    remote = ", trust_remote_code=True" if auto else ""
+    if code != SHIPPED:
+        return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{trust})  # {ORIGINAL}']
+    remote = TRUST if auto else ""
     return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})']
 
 

@@ -27,27 +27,26 @@ def edits_for(model: nn.Module, section: Mapping[str, Any]) -> list[dict[str, An
     """The edits of a config's section as they apply to ``model``, which may be another head on the converted model.
 
     For another class than the converted one, paths gain or lose the base model's prefix, and norms of absent heads drop
-    out: a norm left as it was is always right. A centring without its place is not, so then nothing is edited at all.
+    out. The section's ``classes`` are those for which the conversion was proved: any other may return the stream whose
+    mean was removed, or read a table that was changed.
 
     Raises:
-        ValueError: tensors have other sizes since the conversion, which moved norms into the head that it saw.
+        ValueError: the conversion was not proved for this class.
     """
     edits = [dict(edit) for edit in section["modules"]]
-    if section.get("architecture") == type(model).__name__:
+    name, converted = type(model).__name__, section.get("architecture")
+    if converted == name:
         return edits
-    if any(edit["op"] == "resize" for edit in edits):
+    if name not in section.get("classes", ()):
         raise ValueError(
-            f"this checkpoint was converted as {section.get('architecture')} and cannot be loaded as "
-            f"{type(model).__name__}: convert the original as that"
+            f"this checkpoint was converted as {converted} and cannot be loaded as {name}, for which that was not "
+            f"proved: convert the original as {name}"
         )
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    present = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    present = {path for path, _ in model.named_modules(remove_duplicate=False) if path}
     for edit in edits:
         path = edit["path"]
-        candidates = [p for p in (path, path.removeprefix(prefix), prefix + path) if p in present]
-        edit["path"] = candidates[0] if candidates else None
-    if any(edit["path"] is None and edit["op"] == "center" for edit in edits):
-        return []
+        edit["path"] = next((p for p in (path, path.removeprefix(prefix), prefix + path) if p in present), None)
     return [edit for edit in edits if edit["path"] is not None]
 
 

@@ -9,17 +9,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import FORMAT, Plan
-from normconvert.plan.conversion_record import NotConverted, read_record
+from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record
+from normconvert.sources.families import family
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from normconvert.sources.source import Source
 
 
 def load(
@@ -62,6 +64,8 @@ def load(
             f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
         )
     model = source.load(dtype=dtype, device=device)
+    if source.folder is not None:
+        _refuse_trained(source, source.folder, model)
     try:
         # What the weights do not fit without has been applied while they were loaded.
         apply_module_edits(model, () if source.modules else record["modules"])
@@ -72,6 +76,41 @@ def load(
     if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
     return model
+
+
+def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
+    """Refuse a folder that the plain architecture has trained and saved: its norms subtract a mean that is there again.
+
+    That class writes config.json as it found it, and neither the record nor the file that the config speaks of.
+
+    Raises:
+        InputError: it was trained, or nobody can tell.
+    """
+    import torch
+
+    from normconvert.plan.edits import apply_edits
+    from normconvert.runtime import CONFIG_KEY, REMOTE_FILE
+
+    path, section, auto_map = source.reference, source.config.get(CONFIG_KEY), source.config.get("auto_map") or {}
+    ours = any(str(target).startswith(f"{Path(REMOTE_FILE).stem}.") for target in auto_map.values())
+    written = any((folder / name).is_file() for name in (RECORD_FILE, REMOTE_FILE))
+    if not isinstance(section, dict) or not ours or written:
+        return
+    if section.get("changed") is None:
+        raise InputError(f"{path}: saved by the original architecture, by which nobody can tell: convert it again")
+    state = model.state_dict()
+    for name, rows in section["changed"].items():
+        value = state[name].double()
+        distance = (apply_edits(value, rows, state.__getitem__) - value).abs().max()
+        # A mean that was removed before rounding comes back as half a unit of the largest element at most, in the dtype
+        # of the files or in the one that was asked for.
+        eps = max(torch.finfo(kind).eps for kind in (source.dtype, state[name].dtype))
+        if distance > eps * value.abs().max():
+            raise InputError(
+                f"{path}: trained and saved as the original architecture since it was converted ({name} has a mean "
+                "again): load it with transformers, without trust_remote_code, and convert what that saves without "
+                f"`auto_map` and `{CONFIG_KEY}` in its config.json"
+            )
 
 
 def load_any(
@@ -94,13 +133,16 @@ def load_any(
         return open_source(str(path), trust_remote_code=trust_remote_code).load(dtype=dtype, device=device)
 
 
-def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> dict[str, str | bytes]:
+def huggingface_files(
+    config: dict[str, Any], plan: Plan, architecture: str, *, own_code: bool = False
+) -> dict[str, str | bytes]:
     """The files that make a transformers output load by ``trust_remote_code``, and still without it.
 
     Args:
         config: the source's config.json; not changed.
         plan: the plan that was applied.
         architecture: the class of the source.
+        own_code: that class is code that comes with the checkpoint.
 
     Returns:
         File name -> content: ``config.json`` with the plan's config changes, the module edits and an ``auto_map``, and
@@ -117,16 +159,26 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
             section = section[parent]
         section[last] = value
     guard = plan.guard or (config.get(CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
+    # What is decided by the tensors' names (:mod:`normconvert.sources.unnamed_class`) cannot be told by those written.
+    if not config.get("architectures"):
+        config["architectures"] = [architecture]
     config[CONFIG_KEY] = {"format": FORMAT, "architecture": architecture, "modules": plan.modules}
+    if plan.method == "rmsnorm":
+        kept = {name: [row for row in rows if row["op"] in ("center", "fill")] for name, rows in plan.tensors.items()}
+        config[CONFIG_KEY]["changed"] = {name: rows for name, rows in kept.items() if rows}
+    if plan.classes:
+        config[CONFIG_KEY]["classes"] = plan.classes
+    if own_code:
+        config[CONFIG_KEY]["own_code"] = True
     if guard is not None:
         config[CONFIG_KEY]["guard"] = guard
     module = Path(REMOTE_FILE).stem
     auto_map = dict(config.get("auto_map") or {})
     # Two kinds of code cannot stand behind one auto_map: that of the checkpoint is what its config needs.
-    own_code = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
+    other = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
     files: dict[str, str | bytes] = {}
-    if not own_code:
-        classes = dict(_auto_classes(str(config.get("model_type")), architecture))
+    if not other:
+        classes = _auto_classes(str(config.get("model_type")), architecture, plan)
         if any(edit["op"] == "resize" for edit in plan.modules):  # for other classes of the family it does not load
             classes = {auto: name for auto, name in classes.items() if name == architecture}
         classes = classes or {"AutoModel": architecture}
@@ -136,18 +188,18 @@ def huggingface_files(config: dict[str, Any], plan: Plan, architecture: str) -> 
     return files
 
 
-def _auto_classes(model_type: str, architecture: str) -> Iterator[tuple[str, str]]:
-    """The Auto classes that may build ``architecture``, and AutoModel with the base model of that type."""
-    from transformers.models.auto import modeling_auto
+def _auto_classes(model_type: str, architecture: str, plan: Plan) -> dict[str, str]:
+    """The Auto classes that lead to the shipped file -> the class that they build.
 
-    for auto, kind in sorted(vars(modeling_auto).items()):
-        # The names behind a lazy mapping, not the mapping: that would import the module of every model it is asked for.
-        mapping = getattr(kind, "_model_mapping", None)
-        if not auto.startswith("AutoModel") or mapping is None:
-            continue
-        names = mapping._model_mapping.get(model_type, ())
-        names = (names,) if isinstance(names, str) else tuple(names)
-        if architecture in names:
-            yield auto, architecture
-        elif auto == "AutoModel" and names:
-            yield auto, names[0]
+    Those that are not proved are among them: the shipped class refuses them, where the library's own would be wrong
+    without a word.
+    """
+    others = {*plan.classes, *plan.shifted_classes}
+    found: dict[str, str] = {}
+    for name, autos in family(model_type).items():
+        for auto in autos:
+            if auto.startswith("AutoModel") and name == architecture:
+                found[auto] = name
+            elif auto == "AutoModel" or (name in others and auto not in found):
+                found.setdefault(auto, name)
+    return found

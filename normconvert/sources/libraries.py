@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,12 +11,11 @@ from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
+from normconvert.sources.tensor_names import missing_names, tied_groups
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model without them is broken
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,10 @@ def describe(source: Source) -> Source:
         from normconvert.sources import timm_models
 
         return timm_models.describe(source)
-    from normconvert.sources import transformers_models
+    from normconvert.sources import transformers_models, unnamed_class
 
+    if unnamed_class.is_unnamed(source):
+        source = unnamed_class.decide(source)
     return transformers_models.describe(source)
 
 
@@ -96,25 +95,9 @@ def map_names(source: Source) -> Mapping:
         # Ties that the class declares count as well, whether they are made on the meta device or not.
         name_map, merged, more_tied = transformers_models.rename(source, model, state)
         tied = tied_groups(state, more_tied)
-    _check_missing(source, model, state, merged.union(name_map.values()), tied, buffers)
+    _check_missing(source, model, state, merged.union(name_map.values()), tied)
     _check_shapes(source, {name: target for name, target in name_map.items() if target not in merged}, state)
     return Mapping(name_map, merged, buffers, tied)
-
-
-def tied_groups(state: dict[str, torch.Tensor], declared: dict[str, str] | None = None) -> tuple[tuple[str, ...], ...]:
-    """Groups of state dict names that are one tensor, by identity or as the library declares (target -> source)."""
-    root = {name: name for name in state}
-    first: dict[int, str] = {}
-    for name, tensor in state.items():
-        root[name] = root[first.setdefault(id(tensor), name)]
-    for target, origin in (declared or {}).items():
-        if target in root and origin in root:
-            old, new = root[target], root[origin]
-            root = {name: new if r == old else r for name, r in root.items()}
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name, r in root.items():
-        groups[r].append(name)
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _check_missing(
@@ -123,25 +106,13 @@ def _check_missing(
     state: dict[str, torch.Tensor],
     found: Iterable[str],
     tied: tuple[tuple[str, ...], ...],
-    buffers: frozenset[str],
 ) -> None:
-    present = set(found)
-    for group in tied:
-        if present.intersection(group):
-            present.update(group)
-    # transformers' own list of what may be missing: anything else it would fill at random and only warn.
-    allowed = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    missing = [
-        name for name in state
-        if name not in present
-        and (name not in buffers or name.endswith(STATISTICS))
-        and not any(pattern.search(name) for pattern in allowed)
-    ]  # fmt: skip
+    missing = missing_names(model, state, found, tied)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(
             f"{source.reference}: the weights do not fit {source.architecture}: "
-            f"tensors {', '.join(missing[:3])}{more} are missing ({len(present)} of {len(state)} found)"
+            f"tensors {', '.join(missing[:3])}{more} are missing ({len(state) - len(missing)} of {len(state)} found)"
         )
 
 

@@ -29,6 +29,17 @@ def describe(source: Source) -> Source:
         return replace(source, architecture=_model_class(source, _config(source)).__name__)
 
 
+def stated_class(source: Source) -> str | None:
+    """The class that config.json names; None if it names none."""
+    names = source.config.get("architectures") or []
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def has_own_models(source: Source) -> bool:
+    """Whether the checkpoint brings code of its own for its model."""
+    return bool(set(_remote_classes(source)) - {"AutoConfig"})
+
+
 def _remote_classes(source: Source) -> dict[str, str]:
     auto_map = source.config.get("auto_map") or {}
     return {k: v for k, v in auto_map.items() if isinstance(v, str) and not v.startswith(OWN_MODULE)}
@@ -68,31 +79,57 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     import torch
     import transformers
 
-    names = source.config.get("architectures") or []
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    # What config.json does not name may have been decided by the names of the tensors.
+    name = stated_class(source) or source.architecture or None
     remote = _remote_classes(source)
-    if name is None and not (set(remote) - {"AutoConfig"}):
+    if name is None and not has_own_models(source):
         try:
             with quiet(), torch.device("meta"):
                 # Built on the meta device for its class alone: AutoModel says it in no other way.
                 return type(transformers.AutoModel.from_config(config))
         except Exception as error:
             raise InputError(f"{source.reference}: no class for this config.json: {first_line(error)}") from error
-    found = getattr(transformers, name, None) if name else None
-    native = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    native = _native(name)
     # First the checkpoint's own class, as from_pretrained takes it; only if that was allowed.
-    if source.trust_remote_code:
-        for key, reference in remote.items():
-            if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
-                return _remote_class(source, reference)
-    if native:
-        assert isinstance(found, type)
-        return found
-    if set(remote) - {"AutoConfig"} and not source.trust_remote_code:
+    reference = own_class(source)
+    if reference is not None:
+        return _remote_class(source, reference)
+    if native is not None and not _converted_as(source).get("own_code"):
+        return native
+    if has_own_models(source) and not source.trust_remote_code:
         raise _needs_trust(source, f"the model class {name or next(iter(remote.values()))}")
     near = difflib.get_close_matches(str(name), [n for n in dir(transformers) if "For" in n or "Model" in n], 3)
     hint = f"; nearest: {', '.join(near)}" if near else ""
     raise InputError(f"{source.reference}: transformers {transformers.__version__} has no model class {name}{hint}")
+
+
+def own_class(source: Source) -> str | None:
+    """The class in code of the checkpoint, as ``module.Class``, if that is trusted and the class that is meant.
+
+    A folder that was converted as transformers' own class of the name is that for good.
+    """
+    name = stated_class(source) or source.architecture or None
+    converted = _converted_as(source)
+    if not source.trust_remote_code or (converted and not converted.get("own_code") and _native(name)):
+        return None
+    for key, reference in _remote_classes(source).items():
+        if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):
+            return reference
+    return None
+
+
+def _converted_as(source: Source) -> dict[str, Any]:
+    """What a converted folder's config.json says of its conversion; empty for any other."""
+    section = source.config.get("normconvert")
+    return section if isinstance(section, dict) else {}
+
+
+def _native(name: str | None) -> type[nn.Module] | None:
+    """transformers' own class of this name."""
+    import transformers
+
+    found = getattr(transformers, name, None) if name else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _remote_class(source: Source, reference: str) -> type[nn.Module]:
@@ -163,9 +200,15 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
 
 
 def rename(
-    source: Source, model: Any, state: dict[str, torch.Tensor]
+    source: Source, model: Any, state: dict[str, torch.Tensor], adapt_prefix: bool = True
 ) -> tuple[dict[str, str], frozenset[str], dict[str, str]]:
     """Checkpoint names -> model names, as ``convert_and_load_state_dict_in_model`` does it (transformers 5).
+
+    Args:
+        source: its names.
+        model: its class declares renamings and ties.
+        state: the model's ``state_dict``.
+        adapt_prefix: names may lose or gain the prefix of the base model.
 
     Returns:
         The map, the model names made by merging or splitting, and the declared ties (target -> source).
@@ -182,7 +225,7 @@ def rename(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix = model.base_model_prefix
+    prefix = model.base_model_prefix if adapt_prefix else None
     name_map: dict[str, str] = {}
     merged: set[str] = set()
     # The order matters: some renamings are switched on by a name seen before.

@@ -54,7 +54,7 @@ def hand_plan(model: nn.Module, writers: list[str], vectors: list[str], centers:
                  "mean_free": True}
             )  # fmt: skip
             verdicts.append(Verdict(path, "LayerNorm", True, "its stream is centred", "converted"))
-    return Plan("rmsnorm", tensors=tensors, modules=rows, verdicts=verdicts)
+    return Plan("rmsnorm", tensors=tensors, modules=rows, verdicts=verdicts, classes=["GPT2Model"])
 
 
 def write(folder: Path, model: nn.Module, plan: Plan, record: dict[str, Any], files: dict[str, str | bytes]) -> Path:

@@ -88,14 +88,6 @@ def test_base_model_class_reads_a_checkpoint_with_a_head(tmp_path: Path) -> None
     assert_maps_exactly(source, source.load())
 
 
-def test_without_architectures_the_base_model_is_taken(tmp_path: Path) -> None:
-    folder = save(gpt2(), tmp_path / "src")
-    config = json.loads((folder / "config.json").read_text())
-    del config["architectures"]
-    (folder / "config.json").write_text(json.dumps(config))
-    assert open_source(str(folder)).architecture == "GPT2Model"
-
-
 def test_gamma_and_beta_of_old_checkpoints_are_weight_and_bias(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 

@@ -1,0 +1,58 @@
+"""Which names of a model are one tensor, and which of them a checkpoint leaves without a value."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model without them is broken
+
+
+def tied_groups(
+    state: Mapping[str, torch.Tensor], declared: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of state dict names that are one tensor, by identity or as the library declares (target -> source)."""
+    root = {name: name for name in state}
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        root[name] = root[first.setdefault(id(tensor), name)]
+    for target, origin in (declared or {}).items():
+        if target in root and origin in root:
+            old, new = root[target], root[origin]
+            root = {name: new if r == old else r for name, r in root.items()}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, r in root.items():
+        groups[r].append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def missing_names(
+    model: nn.Module, state: Mapping[str, torch.Tensor], found: Iterable[str], tied: Iterable[tuple[str, ...]]
+) -> list[str]:
+    """The names of ``state`` that have no value: neither found, nor tied to one found, nor filled by the model itself.
+
+    Args:
+        model: whose ``state`` it is.
+        state: its ``state_dict``.
+        found: names that the checkpoint has.
+        tied: as :func:`tied_groups` gives them.
+    """
+    present = set(found)
+    for group in tied:
+        if present.intersection(group):
+            present.update(group)
+    buffers = {name for name, _ in model.named_buffers()}
+    # transformers' own list of what may be missing: anything else it would fill at random and only warn.
+    allowed = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    return [
+        name for name in state
+        if name not in present
+        and (name not in buffers or name.endswith(STATISTICS))
+        and not any(pattern.search(name) for pattern in allowed)
+    ]  # fmt: skip
