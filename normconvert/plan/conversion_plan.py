@@ -48,6 +48,9 @@ class Plan:
         notes: sentences the user should read (shifted outputs, float32 casts, ...).
         float32_norms: True if the traced model casts a norm's input to float32 whatever its dtype, so that 1e-6 is the
             best the algebra's test can show.
+        doors: arguments of ``forward`` other than the usual ones for which the proof holds, too.
+        untraced_doors: those for which nothing is proved.
+        shifted_doors: ways out that give a stream without its mean, rows ``{"door", "output"}``.
     """
 
     method: str
@@ -59,6 +62,9 @@ class Plan:
     removed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     float32_norms: bool = False
+    doors: list[str] = field(default_factory=list)
+    untraced_doors: list[str] = field(default_factory=list)
+    shifted_doors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def converted(self) -> list[Verdict]:

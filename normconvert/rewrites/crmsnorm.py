@@ -24,7 +24,7 @@ from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, Spot, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, survey
+from normconvert.rewrites.centring import Centring, insertion, survey
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
@@ -269,8 +269,8 @@ def _module_edits(
     """The rows for the runtime, and the tensors that are gone."""
     basis = model.options.basis
     edits: list[dict[str, Any]] = [
-        {"op": "compress", "path": path, "side": side, "key": key, "axis": axis, "basis": basis}
-        for (path, side, key), axis in draft.region.inserted.items()
+        {**insertion("compress", key, axis, model.survey), "basis": basis}
+        for key, axis in draft.region.inserted.items()
     ]
     edits += resize_edits(model.graph, compressed, remedies.attributes)
     weights = {node: reader for readers, _ in draft.folded.values() for reader in readers for node in reader.nodes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
@@ -48,7 +49,16 @@ def plan_model(
         if found:
             verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
             return Plan(method, verdicts=verdicts)
-    return plan
+    return _with_doors(plan, graph)
+
+
+def _with_doors(plan: Plan, graph: Graph) -> Plan:
+    """The plan with the ways into the model for which it is proved, and a note of those for which it is not."""
+    if not plan.converted:
+        return plan
+    notes = [f"not proved for calls with {', '.join(graph.untraced_doors)}"] if graph.untraced_doors else []
+    doors = {"doors": list(graph.doors), "untraced_doors": list(graph.untraced_doors)}
+    return replace(plan, notes=[*plan.notes, *notes], **doors)
 
 
 def _unproved(verdict: Verdict, why: str) -> Verdict:

@@ -49,12 +49,13 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Centre one input or output of a module."""
-    add_hook(model, edit, Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1))))
+    add_hook(model, edit, Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1)), bool(edit.get("optional"))))
 
 
 def _compress(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Compress one input or output of a module."""
-    add_hook(model, edit, Compress(edit["side"], str(edit.get("key", "")), int(edit["axis"]), edit["basis"]))
+    place = edit["side"], str(edit.get("key", "")), int(edit["axis"])
+    add_hook(model, edit, Compress(*place, edit["basis"], bool(edit.get("optional"))))
 
 
 def _clip(model: nn.Module, edit: Mapping[str, Any]) -> None:

@@ -58,6 +58,10 @@ class Graph:
         unreached: name -> shape of the parameters that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
+        unmarked: modules without marks in one of the calls, where a hook would act unseen.
+        outside: placeholders of embeddings that a further call is given in place of what they are made of.
+        doors: arguments that such a call was traced for.
+        untraced_doors: arguments for which none could be.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -67,6 +71,10 @@ class Graph:
     unreached: Mapping[str, tuple[int, ...]]
     constants: tuple[str, ...] = ()
     calls: tuple[tuple[Mapping[str, Any], str], ...] = ()
+    unmarked: frozenset[str] = frozenset()
+    outside: frozenset[fx.Node] = frozenset()
+    doors: tuple[str, ...] = ()
+    untraced_doors: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
@@ -85,7 +93,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, constants = on_either_device(lambda device: _export(model, inputs, entry, device))
+            program, constants, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -102,6 +110,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         unreached={n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False) if n not in reached},
         constants=constants,
         calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
+        unmarked=unmarked,
     )
 
 
@@ -136,13 +145,17 @@ def merge(first: Graph, second: Graph) -> Graph:
         unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
         constants=first.constants + second.constants,
         calls=first.calls + second.calls,
+        unmarked=first.unmarked | second.unmarked,
+        outside=first.outside | {mapping[node] for node in second.outside},
+        doors=first.doors + second.doors,
+        untraced_doors=first.untraced_doors + second.untraced_doors,
     )
 
 
 def _export(
     model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
-) -> tuple[Any, tuple[str, ...]]:
-    """Export with marks, functional in the end; and what the model made constants of.
+) -> tuple[Any, tuple[str, ...], frozenset[str]]:
+    """Export with marks, functional in the end; what the model made constants of; the modules left without marks.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
     in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
@@ -170,7 +183,7 @@ def _export(
             program = program.run_decompositions({})
         kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
         if len(kept) == len(held):
-            return program, tuple(constants.made)
+            return program, tuple(constants.made), frozenset(without)
         held = kept
 
 
