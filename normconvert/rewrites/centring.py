@@ -16,6 +16,7 @@ from torch import fx
 from normconvert.analysis.channel_axes import Place, shape_of
 from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
 from normconvert.options import Options
+from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import module_path
 from normconvert.tracing.in_place_writes import MARK
 
@@ -58,7 +59,8 @@ class Centring:
 
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
     """The leaks that forbid changing the mean of this stream."""
-    return [leak for leak in stream.leaks if not (leak.code == "returned" and options.allow_shifted_outputs)]
+    allowed = {code for code, on in (("returned", options.allow_shifted_outputs), ("features", not options.keep_features)) if on}
+    return [leak for leak in stream.leaks if leak.code not in allowed]
 
 
 def centre_streams(analysis: Analysis, options: Options) -> Centring:
@@ -219,7 +221,7 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
         if node.target is not MARK:
             continue
         key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
-        if key[0] in analysis.graph.unmarked:
+        if key[0] in analysis.graph.unmarked or key[1] == EXIT:
             continue  # a call without its mark would not show what a hook there does
         places = spots.get(node, [])
         # One hook serves all calls of a module, so one bad call spoils the place for all.

@@ -151,6 +151,7 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
         + never_called(model.graph, set(model.calls)),
         notes=notes + _notes(float32),
         float32_norms=float32,
+        shifted_doors=_exits(model, region),
     )
     heads = {other: _shape(model.graph, own) for own, other in untied.items()}
     folded_heads = {r.weight: r.place for readers, _ in draft.folded.values() for r in readers}
@@ -163,6 +164,12 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
         untied={n: narrowed(s, [folded_heads[n]]) if n in folded_heads else s for n, s in heads.items()},
     )
     return draft
+
+
+def _exits(model: _Model, region: Region) -> list[dict[str, str]]:
+    """The ways out, other than the model's outputs, that return compressed values."""
+    rows = [(name, str(s[0].args[1])) for s in region.compressed for name in model.graph.exits.get(s[0], ())]
+    return [{"door": name, "output": path} for name, path in sorted(set(rows))]
 
 
 def _verdict(model: _Model, region: Region, path: str, group: list[Norm]) -> Verdict:

@@ -56,7 +56,23 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         verdicts=verdicts,
         notes=notes + _notes(analysis, converted, where, options, float32),
         float32_norms=float32,
+        shifted_doors=shifted_doors(analysis, converted, where),
     )
+
+
+def shifted_doors(
+    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]
+) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return a stream which converted norms read."""
+    streams = {id(where[norm][0]): where[norm][0] for norm in converted}
+    nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+    rows = [(name, module_path_of(node)) for node in nodes for name in analysis.graph.exits[node]]
+    return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
+
+
+def module_path_of(mark: Any) -> str:
+    """The module at whose boundary a mark stands; empty for the model itself."""
+    return str(mark.args[1])
 
 
 def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from normconvert.errors import TraceError
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
+from normconvert.tracing.exits import exits_in, feature_modules, marked_exits
 from normconvert.tracing.in_place_writes import make_functional, mark, marks_that_lie
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.lean_export import lean_export
@@ -62,6 +63,7 @@ class Graph:
         outside: placeholders of embeddings that a further call is given in place of what they are made of.
         doors: arguments that such a call was traced for.
         untraced_doors: arguments for which none could be.
+        exits: value -> the ways out of the model, other than its outputs, that return it.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -75,6 +77,7 @@ class Graph:
     outside: frozenset[fx.Node] = frozenset()
     doors: tuple[str, ...] = ()
     untraced_doors: tuple[str, ...] = ()
+    exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
@@ -111,6 +114,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         constants=constants,
         calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
         unmarked=unmarked,
+        exits=exits_in(model, tuple(module.graph.nodes)) if entry is None else {},
     )
 
 
@@ -149,6 +153,7 @@ def merge(first: Graph, second: Graph) -> Graph:
         outside=first.outside | {mapping[node] for node in second.outside},
         doors=first.doors + second.doors,
         untraced_doors=first.untraced_doors + second.untraced_doors,
+        exits={**first.exits, **{mapping[node]: names for node, names in second.exits.items()}},
     )
 
 
@@ -258,8 +263,11 @@ def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
 def _marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
     """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
     with ExitStack() as stack:
+        features = feature_modules(model)
+        if "" not in without:
+            stack.enter_context(marked_exits(model, lambda side, key: _mark_outputs("", side, key)))
         for path, module in model.named_modules():
-            if not path or path in without or isinstance(module, _UNMARKED):
+            if not path or path in without or (isinstance(module, _UNMARKED) and path not in features):
                 continue
             pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
             stack.callback(pre.remove)
@@ -290,17 +298,20 @@ def _mark_inputs(path: str) -> Callable[..., Any]:
     return hook
 
 
-def _mark_outputs(path: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _mark_outputs(path: str, side: str = "output", name: str = "") -> Callable[..., Any]:
+    def named(key: str) -> str:
+        return f"{name}/{key}" if name and key else name or key
+
+    def hook(module: nn.Module | None, args: tuple[Any, ...], output: Any) -> Any:
         if _markable(output):
-            return mark(output, path, "output", "")
+            return mark(output, path, side, named(""))
         # Not isinstance: a named tuple cannot be made of an iterator.
         if type(output) in (tuple, list):
-            return type(output)(mark(a, path, "output", str(i)) if _markable(a) else a for i, a in enumerate(output))
+            return type(output)(mark(a, path, side, named(str(i))) if _markable(a) else a for i, a in enumerate(output))
         if isinstance(output, dict):  # transformers' ModelOutput among them
             for key, value in list(output.items()):
                 if _markable(value):
-                    output[key] = mark(value, path, "output", str(key))
+                    output[key] = mark(value, path, side, named(str(key)))
         return output
 
     return hook
