@@ -47,7 +47,8 @@ class Leak:
     Attributes:
         spot: the value that is read.
         reader: the node that reads it.
-        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached``, ``cut`` or ``features``.
+        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached``, ``cut``
+            or ``features``.
         reason: one clause in words.
     """
 
@@ -203,8 +204,8 @@ class Analysis:
         """Where each reader of the value at ``spot`` takes it."""
         node, place = spot
         # A value of parameters alone is returned in no other way than by what is made of it.
-        if (names := self.graph.exits.get(node)) and node in self.data:
-            why = f"{', '.join(f'`{n}`' for n in names)} returns it"
+        if (exits := self.graph.exits.get(node)) and node in self.data:
+            why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
             yield Onward(leak=Leak(spot, node, "features", why))
         for user in node.users:
             name = name_of(user)

@@ -59,18 +59,9 @@ class Centring:
 
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
     """The leaks that forbid changing the mean of this stream."""
-    allowed = {code for code, on in (("returned", options.allow_shifted_outputs), ("features", not options.keep_features)) if on}
+    allowed = {"returned"} if options.allow_shifted_outputs else set()
+    allowed |= {"features"} if not options.keep_features else set()
     return [leak for leak in stream.leaks if leak.code not in allowed]
-
-
-def centre_streams(analysis: Analysis, options: Options) -> Centring:
-    """Decide for all streams of the graph."""
-    from normconvert.rewrites.insertion import insert, together
-
-    result, marks = survey(analysis, options)
-    for streams in together(result.usable, marks):
-        insert(streams, result, options, marks)
-    return result
 
 
 def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey, list[Spot]]]:
@@ -120,7 +111,8 @@ def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
     heads = [u for u in readers if u not in tables]
     names = {f"{module_path(u)}.weight" for u in readers}
     # A graph may hold several calls of the model, and in one of them embeddings may come from outside.
-    one_of_each = bool(tables) and reader in heads and all(len({module_path(u) for u in us}) == 1 for us in (tables, heads))
+    alike = all(len({module_path(u) for u in side}) == 1 for side in (tables, heads))
+    one_of_each = bool(tables) and reader in heads and alike
     # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
     # again when the result is loaded.
     return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2

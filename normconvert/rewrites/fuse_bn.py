@@ -88,17 +88,17 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
         for name, (_, size) in made.items()
     ]
     verdicts += _never_called(graph, {norm.path for norm in norms})
-    shifted = _changed_exits(shut, norms, verdicts) if options.through_features else []
+    shifted = _changed_exits(shut, norms, blocks, merged, verdicts) if options.through_features else []
     return Plan("fuse-bn", tensors=tensors, modules=biases + modules, removed=removed, verdicts=verdicts,
                 shifted_doors=shifted)  # fmt: skip
 
 
-def _changed_exits(graph: Graph, norms: list[Affine], verdicts: list[Verdict]) -> list[dict[str, str]]:
-    """The ways out that return other values: all of them, if with them shut any norm would have gone elsewhere."""
-    merged: frozenset[fx.Node] = frozenset(n for v in verdicts if v.code == "merged"
-                                           for norm in norms if norm.path == v.path for c in norm.calls for n in c.nodes)
-    again = {v.path: v.code for v, _, _ in _decide(graph, norms, [], merged)}
-    if all(again.get(v.path) == v.code or v.code == "merged" for v in verdicts):
+def _changed_exits(
+    graph: Graph, norms: list[Affine], blocks: list[Block], merged: frozenset[fx.Node], verdicts: list[Verdict]
+) -> list[dict[str, str]]:
+    """The ways out that return other values: all, if with them shut any norm had gone elsewhere, or blocks merge."""
+    again = {v.path: v.code for v, _, _ in _decide(graph, norms, blocks, merged)}
+    if not blocks and all(again.get(v.path, v.code) == v.code for v in verdicts):
         return []
     names = dict.fromkeys(name for names in graph.exits.values() for name in names)
     return [{"door": name, "output": "", "why": "scaled"} for name in names]
@@ -162,11 +162,10 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: froz
             try:
                 clipping, shares = clip(graph, norm, gone, merged, passed)
             except Blocked as third:
-                if third.code == "features":
-                    second = third
+                behind = third if third.code == "features" else second
                 # An unknown operation says least, so the other side's reason is the class where there is one.
-                code = first.code if first.code != "unknown-op" and second.code != "features" else second.code
-                why = f"before it, {first}; behind it, {second}."
+                code = first.code if first.code != "unknown-op" and behind.code != "features" else behind.code
+                why = f"before it, {first}; behind it, {behind}."
                 found[at] = Verdict(norm.path, norm.kind, False, why, code), [], None
             else:
                 why = f"into {operation(clipping.clamps[0].node)} and {_named(shares)} behind it."

@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from normconvert.analysis.streams import Made, Spot, Stream
+from normconvert.analysis.streams import Analysis, Made, Spot, Stream
 from normconvert.options import Options
-from normconvert.rewrites.centring import Centring, MarkKey, embedding_marks
+from normconvert.rewrites.centring import Centring, MarkKey, embedding_marks, survey
 
 Marks = Mapping[MarkKey, list[Spot]]
+
+
+def centre_streams(analysis: Analysis, options: Options) -> Centring:
+    """Decide for all streams of the graph."""
+    result, marks = survey(analysis, options)
+    for streams in together(result.usable, marks):
+        insert(streams, result, options, marks)
+    return result
 
 
 def together(streams: Sequence[Stream], marks: Marks) -> Iterator[list[Stream]]:
@@ -135,4 +143,3 @@ def _places_of_tied_tables(
     read = [{spot for norms_at in group.norms_at for spot in norms_at if spot in group.flips(key)} for key in behind]
     read = [spots for spots in read if spots]
     return lambda new: any(spots <= set(new) for spots in read)
-

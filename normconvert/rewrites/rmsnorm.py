@@ -14,8 +14,9 @@ from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, Spot, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, centre_streams, insertion, root_of_taint
+from normconvert.rewrites.centring import Centring, MarkKey, axis_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
+from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
@@ -43,9 +44,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     tensors, aliases, config, notes = writer_edits(analysis, centring, needed, {"op": "center"})
     if options.fold:
         notes += fold_norms(analysis, [calls[v.path] for v in verdicts if v.converted], tensors)
-    modules: list[dict[str, Any]] = [
-        insertion("center", key, axis, centring) for key, axis in inserted.items()
-    ]
+    modules: list[dict[str, Any]] = [insertion("center", key, axis, centring) for key, axis in inserted.items()]
     modules += [_replacement(calls[v.path][0], tensors) for v in verdicts if v.converted]
     return Plan(
         method="rmsnorm",

@@ -30,17 +30,20 @@ class Center:
     def __call__(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """As a forward hook: (module, args, output). As a pre-hook with keywords: (module, args, kwargs)."""
         if self.side == "output":
-            return _replace_in(rest, self.key, self.change)
+            return _replace_in(rest, self.key, self._changed)
         if self.key.isdigit() and int(self.key) < len(args):
-            return _replace_in(args, self.key, self.change), rest
+            return _replace_in(args, self.key, self._changed), rest
         if self.optional and self.key not in rest:  # left out, or given by its place
             places = dict(zip(inspect.signature(module.forward).parameters, map(str, range(len(args))), strict=False))
-            return (_replace_in(args, places[self.key], self.change) if self.key in places else args), rest
-        return args, _replace_in(rest, self.key, self.change)
+            return (_replace_in(args, places[self.key], self._changed) if self.key in places else args), rest
+        return args, _replace_in(rest, self.key, self._changed)
+
+    def _changed(self, x: Any) -> Any:
+        return x if x is None and self.optional else self.change(x)
 
     def change(self, x: Tensor) -> Tensor:
         """What is done to the tensor."""
-        return x if x is None and self.optional else center(x, self.axis)
+        return center(x, self.axis)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.side!r}, key={self.key!r}, axis={self.axis})"
@@ -55,7 +58,7 @@ class Compress(Center):
 
     def change(self, x: Tensor) -> Tensor:
         """What is done to the tensor."""
-        return x if x is None and self.optional else compress(x, self.axis, self.basis)
+        return compress(x, self.axis, self.basis)
 
 
 def center(x: Tensor, axis: int = -1) -> Tensor:

@@ -18,12 +18,12 @@ from tests.support.zoo_cases import named_cases
 
 TOLERANCE = 1e-10
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32, "patch_size": 8}
-VITS = {
+VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "avg": ("vit_base_patch16_224", {**SMALL, "global_pool": "avg"}),
     "beit": ("beit_base_patch16_224", SMALL),
     "eva": ("eva02_tiny_patch14_224", {**SMALL, "depth": 2}),
 }
-CONVNETS = {
+CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
     "densenet": ("densenet121", {"block_config": (2, 2), "growth_rate": 8}),
     "resnetv2": ("resnetv2_50", {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)}),
     "resnet": ("resnet18", {}),

@@ -118,20 +118,17 @@ def census_of(library: str, name: str, method: str) -> Row:
     converted = algebra_model(truth, plan)
     worst: dict[str, float] = {}
     for door, call in calls(case.skeleton(), truth):
-        error = difference(truth, converted, call)
-        worst[door] = max(worst.get(door, -1.0), error)
+        worst[door] = max(worst.get(door, -1.0), difference(truth, converted, call))
     listed = {entry["door"] for entry in plan.shifted_doors}
     doors = {
-        door: outcome(door, error, tolerance_for(plan), set(plan.doors), listed, set(plan.untraced_doors))
-        for door, error in worst.items()
+        door: outcome(door, found, tolerance_for(plan), set(plan.doors), listed, set(plan.untraced_doors))
+        for door, found in worst.items()
     }
     doors |= {door: "not traced" for door in plan.untraced_doors if door not in doors}
     return {**row, "doors": doors, "errors": worst}
 
 
-def outcome(
-    door: str, error: float, tolerance: float, proved: set[str], shifted: set[str], untraced: set[str]
-) -> str:
+def outcome(door: str, error: float, tolerance: float, proved: set[str], shifted: set[str], untraced: set[str]) -> str:
     """What to say of one door, of which ``error`` is the worst relative difference; negative if no call ran."""
     if error < 0:
         return "not traced" if door in untraced else "not called"
@@ -185,8 +182,7 @@ def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> 
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call[1].items()}
-                results.append(flatten(getattr(model, call[0])(**inputs)))
+                results.append(flatten(getattr(model, call[0])(**_in_float64(call[1]))))
         except Exception:
             if model is truth:
                 return -1.0
@@ -200,6 +196,12 @@ def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> 
         if size > 0:
             worst = max(worst, float((other - value).double().norm()) / size)
     return worst
+
+
+def _in_float64(inputs: Mapping[str, Any]) -> Row:
+    import torch
+
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 if __name__ == "__main__":
