@@ -179,6 +179,16 @@ class Options:
         "The per-token mean of returned hidden states may change.",
         methods=("rmsnorm",), recorded=True, recipe=True,
     )  # fmt: skip
+    keep_features: bool = option(
+        False,
+        "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
+        methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+    )  # fmt: skip
+    through_features: bool = option(
+        False,
+        "Let scales move across points where features are returned, which changes those.",
+        methods=("fuse-bn",), recorded=True, recipe=True,
+    )  # fmt: skip
     fold: bool = option(
         False,
         "Move the norms' weight and bias into the linear maps that read them, where each can take them.",

@@ -133,6 +133,8 @@ def _call(
     # A module that adds nothing up itself is a container of the block. A child cannot be merged and run afterwards.
     if not any(module_path(n) == path for n in own) or working & set(keep):
         return None
+    if any(n in graph.exits for n in made.nodes - {result}):
+        return None
     # A branch that somebody reads by itself is still needed.
     halfway = (u for n in made.nodes - {result} for u in n.users if u not in made.nodes and name_of(u) not in NEUTRAL)
     return None if any(halfway) else (source, result, made, keep)

@@ -48,7 +48,8 @@ class Leak:
     Attributes:
         spot: the value that is read.
         reader: the node that reads it.
-        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached`` or ``cut``.
+        code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached``, ``cut``
+            or ``features``.
         reason: one clause in words.
     """
 
@@ -209,6 +210,10 @@ class Analysis:
     def onward(self, spot: Spot) -> Iterator[Onward]:
         """Where each reader of the value at ``spot`` takes it."""
         node, place = spot
+        # A value of parameters alone is returned in no other way than by what is made of it.
+        if (exits := self.graph.exits.get(node)) and node in self.data:
+            why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
+            yield Onward(leak=Leak(spot, node, "features", why))
         for user in node.users:
             name = name_of(user)
             if user not in self.live:

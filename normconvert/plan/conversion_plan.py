@@ -50,6 +50,9 @@ class Plan:
             best the algebra's test can show.
         classes: other classes of the model's family as which the output may be opened: the plan is proved for them.
         shifted_classes: classes of the family -> why the plan is not proved for them.
+        doors: arguments of ``forward`` other than the usual ones for which the proof holds, too.
+        untraced_doors: those for which nothing is proved.
+        shifted_doors: ways out that give a stream without its mean, rows ``{"door", "output"}``.
     """
 
     method: str
@@ -63,6 +66,9 @@ class Plan:
     float32_norms: bool = False
     classes: list[str] = field(default_factory=list)
     shifted_classes: dict[str, str] = field(default_factory=dict)
+    doors: list[str] = field(default_factory=list)
+    untraced_doors: list[str] = field(default_factory=list)
+    shifted_doors: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def converted(self) -> list[Verdict]:

@@ -16,6 +16,7 @@ from torch import fx
 from normconvert.analysis.channel_axes import Place, shape_of
 from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
 from normconvert.options import Options
+from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import module_path
 from normconvert.tracing.in_place_writes import MARK
 
@@ -33,7 +34,18 @@ class Scale:
 
 @dataclass
 class Centring:
-    """The outcome: mean-free spots, tensors to edit, layer scales to fold, centring operations to insert."""
+    """The outcome: mean-free spots, tensors to edit, layer scales to fold, centring operations to insert.
+
+    Attributes:
+        clean: values that are mean-free, given the edits.
+        usable: streams without leaks.
+        editable: tensors that may be changed.
+        untied: tied tables of which a copy may be changed.
+        blocked: tensors that may not, and who reads them.
+        scales: layer scales that fold.
+        inserted: places of centring operations, in the order of insertion.
+        optional: places at an input that holds embeddings from outside, and that a call may leave out.
+    """
 
     clean: set[Spot] = field(default_factory=set)
     usable: list[Stream] = field(default_factory=list)
@@ -42,19 +54,14 @@ class Centring:
     blocked: dict[Spot, fx.Node] = field(default_factory=dict)
     scales: dict[Spot, Scale] = field(default_factory=dict)
     inserted: list[MarkKey] = field(default_factory=list)
+    optional: set[MarkKey] = field(default_factory=set)
 
 
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
     """The leaks that forbid changing the mean of this stream."""
-    return [leak for leak in stream.leaks if not (leak.code == "returned" and options.allow_shifted_outputs)]
-
-
-def centre_streams(analysis: Analysis, options: Options) -> Centring:
-    """Decide for all streams of the graph."""
-    result, marks = survey(analysis, options)
-    for stream in result.usable:
-        _insert(analysis, stream, result, options, marks)
-    return result
+    allowed = {"returned"} if options.allow_shifted_outputs else set()
+    allowed |= {"features"} if not options.keep_features else set()
+    return [leak for leak in stream.leaks if leak.code not in allowed]
 
 
 def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey, list[Spot]]]:
@@ -83,7 +90,17 @@ def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey
     result.scales = _resolve_scales(analysis, products)
     if options.tied == "untie":
         result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
-    return result, _marks(analysis, usable)
+    marks = _marks(analysis, usable)
+    outside = analysis.graph.outside
+    result.optional = {key for key, spots in marks.items() if all(_unmarked(s[0]) in outside for s in spots)}
+    return result, marks
+
+
+def _unmarked(node: fx.Node) -> fx.Node:
+    """What a mark marks."""
+    while node.target is MARK:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
@@ -91,8 +108,11 @@ def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
     parameter = analysis.graph.parameters[spot[0]]
     readers = [u for u in spot[0].users if not u.name.startswith("_assert")]
     tables = [u for u in readers if "embedding" in str(u.target)]
+    heads = [u for u in readers if u not in tables]
     names = {f"{module_path(u)}.weight" for u in readers}
-    one_of_each = len(readers) == 2 and len(tables) == 1 and reader in readers and reader is not tables[0]
+    # A graph may hold several calls of the model, and in one of them embeddings may come from outside.
+    alike = all(len({module_path(u) for u in side}) == 1 for side in (tables, heads))
+    one_of_each = bool(tables) and reader in heads and alike
     # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
     # again when the result is loaded.
     return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
@@ -193,6 +213,8 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
         if node.target is not MARK:
             continue
         key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
+        if key[0] in analysis.graph.unmarked or key[1] == EXIT:
+            continue  # a call without its mark would not show what a hook there does
         places = spots.get(node, [])
         # One hook serves all calls of a module, so one bad call spoils the place for all.
         if len(places) != 1 or not spans((node, places[0])):
@@ -205,74 +227,18 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
     return {key: calls for key, calls in found.items() if key not in bad and len(axes[key]) == 1}
 
 
+def insertion(op: str, key: MarkKey, axis: int, centring: Centring) -> dict[str, Any]:
+    """The module edit of an operation at a place."""
+    row = {"op": op, "path": key[0], "side": key[1], "key": key[2], "axis": axis}
+    return {**row, "optional": True} if key in centring.optional else row
+
+
 def axis_of(spot: Spot) -> int:
     """The channel dimension counted from the end."""
     return spot[1].dim - len(shape_of(spot[0]))
 
 
-def _insert(
-    analysis: Analysis, stream: Stream, result: Centring, options: Options, marks: dict[MarkKey, list[Spot]]
-) -> None:
-    """Find the mean-free spots of one stream, inserting centring operations greedily where they win enough norms."""
-    key_of = {spot: key for key, calls in marks.items() for spot in calls}
-    dependents: dict[Spot, list[Spot]] = defaultdict(list)
-    for spot, made in stream.members.items():
-        for part in made.parts if made.how == "sum" else ():
-            dependents[part].append(spot)
-    clean = result.clean
-
-    def is_clean(spot: Spot, also: set[Spot]) -> bool:
-        made = stream.members[spot]
-        if made.how == "parameter":
-            return spot in result.editable or spot in result.untied
-        if made.how == "scale":
-            return spot in result.scales
-        if made.how != "sum" or made.constant:
-            return False
-        # P(a + b) = Pa + Pb: every part has to be mean-free (arXiv 2305.14858, section 3).
-        return all(part in clean or part in also for part in made.parts)
-
-    least = options.min_gain or 1
-    inserted = set(result.inserted)
-    for spot in stream.members:
-        # In execution order the parts are decided first. A hook that another stream wanted works here as well.
-        if key_of.get(spot) in inserted or is_clean(spot, set()):
-            clean.add(spot)
-    norms_at: dict[Spot, int] = defaultdict(int)
-    for norm, spot in stream.norms:
-        # A norm that cannot be replaced gains nothing from a mean-free input.
-        norms_at[spot] += norm.module is not None
-
-    def flips(key: MarkKey) -> set[Spot]:
-        """The spots that a centring operation here makes mean-free."""
-        work = [s for s in marks[key] if s in stream.members and s not in clean]
-        new = set(work)
-        while work:
-            for spot in dependents[work.pop()]:
-                if spot not in clean and spot not in new and is_clean(spot, new):
-                    new.add(spot)
-                    work.append(spot)
-        return new
-
-    while dirty := sum(count for spot, count in norms_at.items() if spot not in clean):
-        best: tuple[int, MarkKey, set[Spot]] | None = None
-        for key in dict.fromkeys(key_of[s] for s in stream.members if s in key_of and s not in clean):
-            new = flips(key)
-            gain = sum(norms_at[s] for s in new)
-            own = options.tied == "center" and any(s[0] in _embedding_marks(s, result) for s in marks[key])
-            # Of equal places the first in execution order is taken, hence >: a plan is the same every time.
-            if gain >= (1 if own else least) and gain > (best[0] if best else 0):
-                best = (gain, key, new)
-                # No place can win more.
-                if gain == dirty:
-                    break
-        if best is None:
-            return
-        result.inserted.append(best[1])
-        clean |= best[2]
-
-
-def _embedding_marks(spot: Spot, result: Centring) -> set[fx.Node]:
+def embedding_marks(spot: Spot, result: Centring) -> set[fx.Node]:
     """The mark itself, if it is the output of the module that looks up a tied embedding."""
     node = spot[0]
     if node.args[2] != "output":

@@ -81,6 +81,8 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
     """
     node = call.result
     while True:
+        if node in graph.exits:
+            raise Blocked(f"{', '.join(f'`{name}`' for name in graph.exits[node])} returns it", "features")
         users = [u for u in node.users if name_of(u) not in NEUTRAL]
         if len(users) != 1:
             raise Blocked(f"{len(users)} operations read it" if users else "nothing reads it", "unknown-op")

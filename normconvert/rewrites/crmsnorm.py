@@ -24,7 +24,7 @@ from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, Spot, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, survey
+from normconvert.rewrites.centring import Centring, insertion, survey
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
@@ -151,6 +151,7 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
         + never_called(model.graph, set(model.calls)),
         notes=notes + _notes(float32),
         float32_norms=float32,
+        shifted_doors=_exits(model, region),
     )
     heads = {other: _shape(model.graph, own) for own, other in untied.items()}
     folded_heads = {r.weight: r.place for readers, _ in draft.folded.values() for r in readers}
@@ -163,6 +164,12 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
         untied={n: narrowed(s, [folded_heads[n]]) if n in folded_heads else s for n, s in heads.items()},
     )
     return draft
+
+
+def _exits(model: _Model, region: Region) -> list[dict[str, str]]:
+    """The ways out, other than the model's outputs, that return compressed values."""
+    rows = [(name, str(s[0].args[1])) for s in region.compressed for name in model.graph.exits.get(s[0], ())]
+    return [{"door": name, "output": path} for name, path in sorted(set(rows))]
 
 
 def _verdict(model: _Model, region: Region, path: str, group: list[Norm]) -> Verdict:
@@ -269,8 +276,8 @@ def _module_edits(
     """The rows for the runtime, and the tensors that are gone."""
     basis = model.options.basis
     edits: list[dict[str, Any]] = [
-        {"op": "compress", "path": path, "side": side, "key": key, "axis": axis, "basis": basis}
-        for (path, side, key), axis in draft.region.inserted.items()
+        {**insertion("compress", key, axis, model.survey), "basis": basis}
+        for key, axis in draft.region.inserted.items()
     ]
     edits += resize_edits(model.graph, compressed, remedies.attributes)
     weights = {node: reader for readers, _ in draft.folded.values() for reader in readers for node in reader.nodes}

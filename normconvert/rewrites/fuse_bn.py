@@ -11,6 +11,7 @@ ReLU, becomes a part of it where the ReLU's readers are linear maps: `normconver
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -39,6 +40,9 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
 
     Every norm gets a verdict.
     """
+    shut = graph
+    if options.through_features:
+        graph = replace(graph, exits={})
     norms = find_affine_norms(graph)
     blocks = find_blocks(graph) if options.merge_branches else []
     merged = frozenset(n for b in blocks for _, _, nodes in b.calls for n in nodes)
@@ -84,7 +88,20 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
         for name, (_, size) in made.items()
     ]
     verdicts += _never_called(graph, {norm.path for norm in norms})
-    return Plan("fuse-bn", tensors=tensors, modules=biases + modules, removed=removed, verdicts=verdicts)
+    shifted = _changed_exits(shut, norms, blocks, merged, verdicts) if options.through_features else []
+    return Plan("fuse-bn", tensors=tensors, modules=biases + modules, removed=removed, verdicts=verdicts,
+                shifted_doors=shifted)  # fmt: skip
+
+
+def _changed_exits(
+    graph: Graph, norms: list[Affine], blocks: list[Block], merged: frozenset[fx.Node], verdicts: list[Verdict]
+) -> list[dict[str, str]]:
+    """The ways out that return other values: all, if with them shut any norm had gone elsewhere, or blocks merge."""
+    again = {v.path: v.code for v, _, _ in _decide(graph, norms, blocks, merged)}
+    if not blocks and all(again.get(v.path, v.code) == v.code for v in verdicts):
+        return []
+    names = dict.fromkeys(name for names in graph.exits.values() for name in names)
+    return [{"door": name, "output": "", "why": "scaled"} for name in names]
 
 
 def _is_inside(norm: Affine, merged: frozenset[fx.Node]) -> bool:
@@ -144,10 +161,11 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block], merged: froz
         except Blocked as second:
             try:
                 clipping, shares = clip(graph, norm, gone, merged, passed)
-            except Blocked:
+            except Blocked as third:
+                behind = third if third.code == "features" else second
                 # An unknown operation says least, so the other side's reason is the class where there is one.
-                code = first.code if first.code != "unknown-op" else second.code
-                why = f"before it, {first}; behind it, {second}."
+                code = first.code if first.code != "unknown-op" and behind.code != "features" else behind.code
+                why = f"before it, {first}; behind it, {behind}."
                 found[at] = Verdict(norm.path, norm.kind, False, why, code), [], None
             else:
                 why = f"into {operation(clipping.clamps[0].node)} and {_named(shares)} behind it."
@@ -180,6 +198,8 @@ def _backwards(graph: Graph, norm: Affine, gone: dict[fx.Node, fx.Node], merged:
             for user in node.users:
                 # The value changes for all its readers, so each has to be on the way.
                 if user not in inside and not _only_asks(user, node) and not _is_gone(user, inside, gone):
+                    if user in graph.exits:
+                        walk.stop_at_exit(user)
                     if user.op == "output":
                         raise Blocked("the model returns what it reads", "returned")
                     raise Blocked(f"{operation(user)} reads the same value", "read-elsewhere")

@@ -104,6 +104,7 @@ class Walk:
             Blocked: the value is made by what cannot take the map.
         """
         self.changed.add(node)
+        self.stop_at_exit(node)
         if node in self.merged:
             raise Blocked(f"{operation(node)} is merged with the branches beside it", "merged-branch")
         if node in self.gone:  # an affine norm that has moved before: nothing is left of it
@@ -130,6 +131,11 @@ class Walk:
         if shift and not taken:
             raise NoBias(f"nothing that {operation(node)} adds up has a bias to take the shift", "no-bias")
         return taken
+
+    def stop_at_exit(self, node: fx.Node) -> None:
+        """Raise Blocked if the value at ``node`` is returned as features."""
+        if names := self.graph.exits.get(node):
+            raise Blocked(f"{', '.join(f'`{name}`' for name in names)} returns it", "features")
 
     def _back_parts(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> bool:
         """Through a concatenation of channels: every part takes its own."""
@@ -178,6 +184,7 @@ class Walk:
             Blocked: something reads it that cannot take the map.
         """
         self.changed.add(node)
+        self.stop_at_exit(node)
         for user in node.users:
             name = name_of(user)
             if name in NEUTRAL or (name in ("aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as")
@@ -191,6 +198,7 @@ class Walk:
             if user in self.gone_inputs:
                 # Who reads the input of a norm that has moved is its result, one operation further on.
                 self.changed.add(user)
+                self.stop_at_exit(user)
                 self.ahead(self.gone_inputs[user], place, start, count, self._scaled(user, place, start, count, factor))
             elif name in LINEAR and is_input(user, node):
                 self.shares.append(replace(self._input_side(user, node, place, start, count), factor=factor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
@@ -48,7 +49,31 @@ def plan_model(
         if found:
             verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
             return Plan(method, verdicts=verdicts)
-    return plan
+    return _with_doors(plan, graph)
+
+
+def _with_doors(plan: Plan, graph: Graph) -> Plan:
+    """The plan with the ways into the model for which it is proved, and a note of those for which it is not."""
+    if not plan.converted:
+        return plan
+    untraced = [*graph.untraced_doors, *_new_table(plan, graph)]
+    notes = [f"not proved for {', '.join(untraced)}"] if untraced else []
+    if plan.shifted_doors:
+        what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
+        names = ", ".join(dict.fromkeys(row["door"] for row in plan.shifted_doors))
+        notes.append(f"forward() is exact; these return {what.get(plan.method, 'other values')}: {names}")
+    return replace(plan, notes=[*plan.notes, *notes], doors=list(graph.doors), untraced_doors=untraced)
+
+
+def _new_table(plan: Plan, graph: Graph) -> list[str]:
+    """``set_input_embeddings``, where the table itself is centred: another one would not be."""
+    try:
+        weight = graph.modules[""].get_input_embeddings().weight  # type: ignore[operator]
+    except Exception:  # a model without a table has many ways to say so
+        return []
+    names = {name for name, one in graph.modules[""].named_parameters(remove_duplicate=False) if one is weight}
+    changed = {name for name in plan.tensors if names & {name, *plan.aliases.get(name, ())}}
+    return ["set_input_embeddings"] if any(e["op"] == "center" for n in changed for e in plan.tensors[n]) else []
 
 
 def _unproved(verdict: Verdict, why: str) -> Verdict:

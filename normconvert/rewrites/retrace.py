@@ -96,7 +96,8 @@ def prove(graph: Graph, modules: Sequence[Mapping[str, Any]], meant: Meant) -> N
         _untie(model, name, shape)
     for edit in modules:
         if edit["op"] == "compress":
-            add_hook(model, edit, _Stub(edit["side"], edit["key"], edit["axis"], edit["basis"]))
+            place = edit["side"], edit["key"], edit["axis"]
+            add_hook(model, edit, _Stub(*place, edit["basis"], bool(edit.get("optional"))))
     edited: Graph | None = None
     with _running(model) as stack:
         for inputs, path in graph.calls:

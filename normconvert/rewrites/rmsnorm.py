@@ -14,8 +14,9 @@ from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, Spot, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, centre_streams, root_of_taint
+from normconvert.rewrites.centring import Centring, MarkKey, axis_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
+from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
@@ -43,10 +44,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     tensors, aliases, config, notes = writer_edits(analysis, centring, needed, {"op": "center"})
     if options.fold:
         notes += fold_norms(analysis, [calls[v.path] for v in verdicts if v.converted], tensors)
-    modules: list[dict[str, Any]] = [
-        {"op": "center", "path": path, "side": side, "key": key, "axis": axis}
-        for (path, side, key), axis in inserted.items()
-    ]
+    modules: list[dict[str, Any]] = [insertion("center", key, axis, centring) for key, axis in inserted.items()]
     modules += [_replacement(calls[v.path][0], tensors) for v in verdicts if v.converted]
     return Plan(
         method="rmsnorm",
@@ -57,7 +55,23 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         verdicts=verdicts,
         notes=notes + _notes(analysis, converted, where, options, float32),
         float32_norms=float32,
+        shifted_doors=shifted_doors(analysis, converted, where),
     )
+
+
+def shifted_doors(
+    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]
+) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return a stream which converted norms read."""
+    streams = {id(where[norm][0]): where[norm][0] for norm in converted}
+    nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+    rows = [(name, module_path_of(node)) for node in nodes for name in analysis.graph.exits[node]]
+    return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
+
+
+def module_path_of(mark: Any) -> str:
+    """The module at whose boundary a mark stands; empty for the model itself."""
+    return str(mark.args[1])
 
 
 def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
     """The most telling leak, in words."""
     # A returned stream is named only if nothing else leaks: that the user may allow.
     returned = [leak for leak in leaks if leak.code == "returned"]
-    others = [leak for leak in leaks if leak.code != "returned"]
+    features = [leak for leak in leaks if leak.code == "features"]
+    others = [leak for leak in leaks if leak.code not in ("returned", "features")]
     for leak in others:
         if leak.code == "linear" and _from_norm(leak.spot, stream):
             return "post-norm", f"{operation(leak.reader)} reads the normalised stream directly (Post-LN)."
@@ -87,6 +88,8 @@ def explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
         rest = len(others) - 1
         more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
         return leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}."
+    if not returned:
+        return "features", f"{features[0].reason}, with its mean, which --keep-features keeps."
     leak = returned[0]
     if _from_norm(leak.spot, stream):
         return "post-norm", f"its stream is the normalised value itself, and {leak.reason} (Post-LN)."

@@ -54,12 +54,14 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
 
 def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Centre one input or output of a module."""
-    add_hook(model, edit, Center(edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1))))
+    place = edit["side"], str(edit.get("key", "")), int(edit.get("axis", -1))
+    add_hook(model, edit, Center(*place, bool(edit.get("optional"))))
 
 
 def _compress(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Compress one input or output of a module."""
-    add_hook(model, edit, Compress(edit["side"], str(edit.get("key", "")), int(edit["axis"]), edit["basis"]))
+    place = edit["side"], str(edit.get("key", "")), int(edit["axis"])
+    add_hook(model, edit, Compress(*place, edit["basis"], bool(edit.get("optional"))))
 
 
 def _clip(model: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -186,9 +188,10 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
         model: the original architecture; on any device, with or without weights.
         edits: rows ``{"op": "replace", "path", "kind", "size", "eps", "axis", "weight", "bias", "offset",
             "mean_free", "folded", "channels_last"}`` and
-            ``{"op": "center", "path", "side", "key", "axis"}``, ``{"op": "absorb", "path", "keep"}``,
+            ``{"op": "center", "path", "side", "key", "axis", "optional"}``, ``{"op": "absorb", "path", "keep"}``,
             ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``,
-            ``{"op": "set", "path", "set"}``, ``{"op": "compress", "path", "side", "key", "axis", "basis"}``,
+            ``{"op": "set", "path", "set"}``,
+            ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional"}``,
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,18 +21,25 @@ class Center:
         key: where the tensor is. Output: "" the output itself, "0" an index of a tuple or list, a name of a mapping.
             Input: "0" a positional argument, a name a keyword argument.
         axis: the axis to centre.
+        optional: a call may do without this input (embeddings, where token ids are given); else that is an error.
     """
 
-    def __init__(self, side: str, key: str, axis: int) -> None:
-        self.side, self.key, self.axis = side, key, axis
+    def __init__(self, side: str, key: str, axis: int, optional: bool = False) -> None:
+        self.side, self.key, self.axis, self.optional = side, key, axis, optional
 
     def __call__(self, module: nn.Module, args: Any, rest: Any) -> Any:
         """As a forward hook: (module, args, output). As a pre-hook with keywords: (module, args, kwargs)."""
         if self.side == "output":
-            return _replace_in(rest, self.key, self.change)
+            return _replace_in(rest, self.key, self._changed)
         if self.key.isdigit() and int(self.key) < len(args):
-            return _replace_in(args, self.key, self.change), rest
-        return args, _replace_in(rest, self.key, self.change)
+            return _replace_in(args, self.key, self._changed), rest
+        if self.optional and self.key not in rest:  # left out, or given by its place
+            places = dict(zip(inspect.signature(module.forward).parameters, map(str, range(len(args))), strict=False))
+            return (_replace_in(args, places[self.key], self._changed) if self.key in places else args), rest
+        return args, _replace_in(rest, self.key, self._changed)
+
+    def _changed(self, x: Any) -> Any:
+        return x if x is None and self.optional else self.change(x)
 
     def change(self, x: Tensor) -> Tensor:
         """What is done to the tensor."""
@@ -44,8 +52,8 @@ class Center:
 class Compress(Center):
     """B x along an axis, at a place as for :class:`Center`; one channel less comes out. See :data:`BASES`."""
 
-    def __init__(self, side: str, key: str, axis: int, basis: str) -> None:
-        super().__init__(side, key, axis)
+    def __init__(self, side: str, key: str, axis: int, basis: str, optional: bool = False) -> None:
+        super().__init__(side, key, axis, optional)
         self.basis = basis
 
     def change(self, x: Tensor) -> Tensor:

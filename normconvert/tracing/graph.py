@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from torch.utils import _pytree as pytree
 
 from normconvert.errors import TraceError
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
-from normconvert.tracing.in_place_writes import make_functional, mark, marks_that_lie
+from normconvert.tracing.exits import exits_in
+from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.lean_export import lean_export
+from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
@@ -59,6 +61,11 @@ class Graph:
         unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
+        unmarked: modules without marks in one of the calls, where a hook would act unseen.
+        outside: placeholders of embeddings that a further call is given in place of what they are made of.
+        doors: arguments that such a call was traced for.
+        untraced_doors: arguments for which none could be.
+        exits: value -> the ways out of the model, other than its outputs, that return it.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -68,6 +75,11 @@ class Graph:
     unreached: Mapping[str, tuple[int, ...]]
     constants: tuple[str, ...] = ()
     calls: tuple[tuple[Mapping[str, Any], str], ...] = ()
+    unmarked: frozenset[str] = frozenset()
+    outside: frozenset[fx.Node] = frozenset()
+    doors: tuple[str, ...] = ()
+    untraced_doors: tuple[str, ...] = ()
+    exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
@@ -86,7 +98,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, constants = on_either_device(lambda device: _export(model, inputs, entry, device))
+            program, constants, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -103,6 +115,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
         unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         constants=constants,
         calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
+        unmarked=unmarked,
+        exits=exits_in(model, tuple(module.graph.nodes)) if entry is None else {},
     )
 
 
@@ -145,13 +159,18 @@ def merge(first: Graph, second: Graph) -> Graph:
         unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
         constants=first.constants + second.constants,
         calls=first.calls + second.calls,
+        unmarked=first.unmarked | second.unmarked,
+        outside=first.outside | {mapping[node] for node in second.outside},
+        doors=first.doors + second.doors,
+        untraced_doors=first.untraced_doors + second.untraced_doors,
+        exits={**first.exits, **{mapping[node]: names for node, names in second.exits.items()}},
     )
 
 
 def _export(
     model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
-) -> tuple[Any, tuple[str, ...]]:
-    """Export with marks, functional in the end; and what the model made constants of.
+) -> tuple[Any, tuple[str, ...], frozenset[str]]:
+    """Export with marks, functional in the end; what the model made constants of; the modules left without marks.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
     in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
@@ -160,9 +179,9 @@ def _export(
     without: set[str] = set()
     held = constant_buffers(model)
     while True:
-        marked = _marked(model, without), _entered(model, entry, inputs, held)
+        hooks = marked(model, without), _entered(model, entry, inputs, held)
         made = fresh_caches(model), pretending(model, device), lean_export()
-        with marked[0], marked[1], made[0], made[1], made[2], _Constants() as constants:
+        with hooks[0], hooks[1], made[0], made[1], made[2], _Constants() as constants:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         # A module without marks stays without, so the loop ends.
@@ -179,7 +198,7 @@ def _export(
             program = program.run_decompositions({})
         kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
         if len(kept) == len(held):
-            return program, tuple(constants.made)
+            return program, tuple(constants.made), frozenset(without)
         held = kept
 
 
@@ -248,58 +267,6 @@ def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
         # The innermost module comes last.
         path = str(next(reversed(stack.values()))[0]) if stack else ""
         node.meta[_PATH] = names.get(path, path)
-
-
-@contextmanager
-def _marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
-    """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
-    with ExitStack() as stack:
-        for path, module in model.named_modules():
-            if not path or path in without or isinstance(module, _UNMARKED):
-                continue
-            pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
-            stack.callback(pre.remove)
-            post = module.register_forward_hook(_mark_outputs(path))
-            stack.callback(post.remove)
-        yield
-
-
-_UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU)
-"""Modules whose boundary is never a better place than their neighbours': the graph stays small."""
-
-
-def _markable(value: object) -> bool:
-    # One number may be a constant, whose value torch computes while it traces, where a custom operation cannot run.
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
-
-
-def _mark_inputs(path: str) -> Callable[..., Any]:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
-            return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
-        new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
-        new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
-        return new_args, new_kwargs
-
-    return hook
-
-
-def _mark_outputs(path: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if _markable(output):
-            return mark(output, path, "output", "")
-        # Not isinstance: a named tuple cannot be made of an iterator.
-        if type(output) in (tuple, list):
-            return type(output)(mark(a, path, "output", str(i)) if _markable(a) else a for i, a in enumerate(output))
-        if isinstance(output, dict):  # transformers' ModelOutput among them
-            for key, value in list(output.items()):
-                if _markable(value):
-                    output[key] = mark(value, path, "output", str(key))
-        return output
-
-    return hook
 
 
 def _why(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import TraceError
+from normconvert.tracing.doors import with_entrances
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
@@ -37,14 +38,14 @@ def _trace(model: nn.Module) -> Graph:
         candidate = model if dtype is None else copy_model(model).to(dtype)
         likely = _trace_likely(candidate)
         if likely is not None:
-            return _with_further_calls(candidate, *likely)
+            return _with_all_calls(candidate, *likely)
         for inputs in trace_inputs_candidates(candidate):
             try:
                 graph = trace(candidate, inputs)
             except TraceError as error:
                 first = first or error
             else:
-                return _with_further_calls(candidate, graph, inputs)
+                return _with_all_calls(candidate, graph, inputs)
     raise first or TraceError(f"no probe inputs are known for {type(model).__name__}; it cannot be traced")
 
 
@@ -62,6 +63,10 @@ def _trace_likely(model: nn.Module) -> tuple[Graph, dict[str, Any]] | None:
     except TraceError:
         return None
     return None if any(node.meta.get("unbacked_bindings") for node in graph.nodes) else (graph, inputs)
+
+
+def _with_all_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
+    return with_entrances(model, _with_further_calls(model, graph, inputs), inputs)
 
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:

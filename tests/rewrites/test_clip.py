@@ -54,7 +54,7 @@ def densenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_densenet_has_no_norm_left(densenet: Path, tmp_path: Path) -> None:
-    report = normconvert.convert(densenet, tmp_path / "out", "fuse-bn")
+    report = normconvert.convert(densenet, tmp_path / "out", "fuse-bn", through_features=True)
     assert (report.converted, report.total) == (11, 11)
     assert sum(v.code == "clipped" for v in report.plan.verdicts) == 6
     assert report.fidelity is not None
@@ -72,7 +72,7 @@ def test_a_densenet_has_no_norm_left(densenet: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_starts_fit_the_dtype_that_they_are_stored_in(densenet: Path, tmp_path: Path, dtype: str) -> None:
-    normconvert.convert(densenet, tmp_path / "out", "fuse-bn", dtype=dtype, verify=False)
+    normconvert.convert(densenet, tmp_path / "out", "fuse-bn", through_features=True, dtype=dtype, verify=False)
     state = load_file(tmp_path / "out" / "model.safetensors")
     starts = [value for name, value in state.items() if name.endswith(".start")]
     assert len(starts) == 6

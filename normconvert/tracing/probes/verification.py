@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.tracing.probes.choose import Guess, is_timm, ranked, specs
+from normconvert.tracing.probes.choose import Guess, accepts, is_timm, ranked, specs
+from normconvert.tracing.probes.entrances import entrances
 from normconvert.tracing.probes.facts import Facts
 from normconvert.tracing.probes.specs import SIGNALS, Spec, materialise, place_tokens
 
@@ -81,7 +82,7 @@ RECIPES: tuple[Recipe, ...] = (
 
 
 def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None) -> list[Probe]:
-    """Six to ten small probes, the same for the same model and seed.
+    """Six to twelve small probes, the same for the same model and seed.
 
     Args:
         model: on any device, the meta device included; only its signature, config and shapes are read.
@@ -105,7 +106,21 @@ def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | Non
             probes.append(Probe(recipe.name, inputs))
     if tokenizer is not None and text:
         probes += _text_probes(model, guess, tokenizer, seed)
-    return probes
+    return probes + _embedding_probes(model, probes, seed)
+
+
+def _embedding_probes(model: nn.Module, probes: list[Probe], seed: int) -> list[Probe]:
+    """The first probe with embeddings in place of what they are made of, in float32; one for each such argument."""
+    found: list[Probe] = []
+    done: set[str] = set()
+    for alternatives in entrances(model, probes[0].inputs, seed=seed) if probes else ():
+        entrance = next((e for e in alternatives if accepts(model, e.inputs) in ("yes", "maybe")), None)
+        if entrance is None or done.issuperset(entrance.names):
+            continue
+        done.update(entrance.names)
+        inputs = {k: v.float() if k in entrance.names else v for k, v in entrance.inputs.items()}
+        found.append(Probe("embeds" if not found else f"embeds-{len(found)}", inputs))
+    return found
 
 
 def _recipes(text: bool, signal: bool) -> Iterator[Recipe]:

@@ -1,0 +1,145 @@
+"""Where centring operations are inserted: greedily, the place first behind which most norms read mean-free values.
+
+Several calls of a model share its modules, so a hook that one call wants acts in all of them. Streams that share such a
+place are therefore decided together: what comes from outside in one call and what comes from a table in another have
+a place behind them where both are the same value, and one operation there serves both.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+from normconvert.analysis.streams import Analysis, Made, Spot, Stream
+from normconvert.options import Options
+from normconvert.rewrites.centring import Centring, MarkKey, embedding_marks, survey
+
+Marks = Mapping[MarkKey, list[Spot]]
+
+
+def centre_streams(analysis: Analysis, options: Options) -> Centring:
+    """Decide for all streams of the graph."""
+    result, marks = survey(analysis, options)
+    for streams in together(result.usable, marks):
+        insert(streams, result, options, marks)
+    return result
+
+
+def together(streams: Sequence[Stream], marks: Marks) -> Iterator[list[Stream]]:
+    """The streams in groups that share no place for an operation, in order."""
+    stream_of = {spot: number for number, stream in enumerate(streams) for spot in stream.members}
+    group = list(range(len(streams)))
+    for spots in marks.values():
+        joined = {group[stream_of[spot]] for spot in spots if spot in stream_of}
+        group = [min(joined) if own in joined else own for own in group]
+    for first in dict.fromkeys(group):
+        yield [stream for stream, own in zip(streams, group, strict=True) if own == first]
+
+
+class _Group:
+    """Streams that are decided together."""
+
+    def __init__(self, streams: list[Stream], result: Centring, marks: Marks) -> None:
+        self.streams, self.result, self.marks = streams, result, marks
+        self.members: dict[Spot, Made] = {spot: made for stream in streams for spot, made in stream.members.items()}
+        self.key_of = {spot: key for key, calls in marks.items() for spot in calls if spot in self.members}
+        self.dependents: dict[Spot, list[Spot]] = defaultdict(list)
+        for spot, made in self.members.items():
+            for part in made.parts if made.how == "sum" else ():
+                self.dependents[part].append(spot)
+        self.norms_at: list[dict[Spot, int]] = []
+        for stream in streams:
+            norms_at: dict[Spot, int] = defaultdict(int)
+            for norm, spot in stream.norms:
+                # A norm that cannot be replaced gains nothing from a mean-free input.
+                norms_at[spot] += norm.module is not None
+            self.norms_at.append(norms_at)
+        clean, inserted = result.clean, set(result.inserted)
+        for spot in self.members:
+            # In execution order the parts are decided first. A hook that another stream wanted works here as well.
+            if self.key_of.get(spot) in inserted or self.is_clean(spot, set()):
+                clean.add(spot)
+
+    def is_clean(self, spot: Spot, also: set[Spot]) -> bool:
+        """Whether a value is mean-free, if those of ``also`` are."""
+        made, result = self.members[spot], self.result
+        if made.how == "parameter":
+            return spot in result.editable or spot in result.untied
+        if made.how == "scale":
+            return spot in result.scales
+        if made.how != "sum" or made.constant:
+            return False
+        # P(a + b) = Pa + Pb: every part has to be mean-free (arXiv 2305.14858, section 3).
+        return all(part in result.clean or part in also for part in made.parts)
+
+    def flips(self, key: MarkKey) -> set[Spot]:
+        """The values that a centring operation here makes mean-free."""
+        clean = self.result.clean
+        work = [s for s in self.marks[key] if s in self.members and s not in clean]
+        new = set(work)
+        while work:
+            for spot in self.dependents[work.pop()]:
+                if spot not in clean and spot not in new and self.is_clean(spot, new):
+                    new.add(spot)
+                    work.append(spot)
+        return new
+
+    def dirty(self) -> int:
+        """Calls of norms that read what is not mean-free."""
+        clean = self.result.clean
+        return sum(count for norms_at in self.norms_at for spot, count in norms_at.items() if spot not in clean)
+
+    def gains(self, new: Collection[Spot]) -> list[int]:
+        """For each stream how many norms would read mean-free values in addition."""
+        return [sum(norms_at.get(spot, 0) for spot in new) for norms_at in self.norms_at]
+
+    def calls(self, key: MarkKey) -> int:
+        """In how many of the streams the place is."""
+        return sum(any(spot in stream.members for spot in self.marks[key]) for stream in self.streams)
+
+
+def insert(streams: list[Stream], result: Centring, options: Options, marks: Marks) -> None:
+    """Find the mean-free values of some streams, inserting centring operations where they win enough norms.
+
+    Args:
+        streams: a group of :func:`together`.
+        result: gains mean-free values and operations.
+        options: of the conversion.
+        marks: places, and the values there.
+    """
+    group = _Group(streams, result, marks)
+    keys = dict.fromkeys(group.key_of[s] for s in group.members if s in group.key_of)
+    # What is a place of more calls serves more of them with one operation.
+    keys = dict.fromkeys(sorted(keys, key=group.calls, reverse=True))
+    own = _places_of_tied_tables(group, keys, options)
+    while dirty := group.dirty():
+        best: tuple[int, MarkKey, set[Spot]] | None = None
+        for key in keys:
+            if all(s in result.clean for s in marks[key] if s in group.members):
+                continue
+            new = group.flips(key)
+            gains = group.gains(new)
+            # On an input that a call may leave out an operation costs nothing where there is none.
+            least = 1 if key in result.optional or own(new) else options.min_gain or 1
+            # Of equal places the first is taken, hence >: a plan is the same every time.
+            if max(gains) >= least and sum(gains) > (best[0] if best else 0):
+                best = (sum(gains), key, new)
+                # No place can win more.
+                if sum(gains) == dirty:
+                    break
+        if best is None:
+            return
+        result.inserted.append(best[1])
+        result.clean |= best[2]
+
+
+def _places_of_tied_tables(
+    group: _Group, keys: Collection[MarkKey], options: Options
+) -> Callable[[Collection[Spot]], bool]:
+    """Tells whether values hold all norms that an operation behind a tied embedding would win, if there are any."""
+    if options.tied != "center":
+        return lambda new: False
+    behind = [key for key in keys if any(s[0] in embedding_marks(s, group.result) for s in group.marks[key])]
+    read = [{spot for norms_at in group.norms_at for spot in norms_at if spot in group.flips(key)} for key in behind]
+    read = [spots for spots in read if spots]
+    return lambda new: any(spots <= set(new) for spots in read)

@@ -1,0 +1,79 @@
+"""Ways out of a model other than its outputs: features, intermediate layers, hidden states.
+
+They return what ``forward`` computes on its way. So nothing further is traced: what a method of features returns is
+marked where ``forward`` calls it, and what the others return is the output of modules, which is marked anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.probes.choose import is_timm
+
+METHODS = ("forward_features",)
+"""Methods that return features, and that ``forward`` calls."""
+BY_LAYER = ("forward_intermediates", "get_intermediate_layers")
+"""Methods that return the outputs of the modules which the model names as its features."""
+SIDE = "exit"
+"""The side of a mark at what a method returns; no hook can stand there."""
+
+
+def feature_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path of a module -> the ways out that return its output."""
+    paths = dict(model.named_modules())
+    if is_timm(model):
+        names = ("features_only", *(name for name in BY_LAYER if hasattr(model, name)))
+        info = getattr(model, "feature_info", None) or ()
+        rows = info if isinstance(info, (list, tuple)) else getattr(info, "info", ())
+        found = [str(row.get("module", "")) for row in rows if isinstance(row, Mapping)]
+        return {path: names for path in found if path in paths}
+    if not hasattr(model, "main_input_name"):
+        return {}
+    lists = [path for path, module in paths.items() if isinstance(module, nn.ModuleList)]
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return {f"{path}.{name}": ("hidden_states",) for path in outermost for name, _ in paths[path].named_children()}
+
+
+@contextmanager
+def marked_exits(model: nn.Module, hook: Callable[[str, str], Callable[..., Any]]) -> Iterator[None]:
+    """Mark what the methods return.
+
+    Args:
+        model: is given its methods back at the end.
+        hook: (side, key) -> a forward hook that marks an output.
+    """
+    before = {name: model.__dict__.get(name) for name in METHODS if callable(getattr(model, name, None))}
+    for name in before:
+        model.__dict__[name] = _marking(getattr(model, name), hook(SIDE, name))
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            if own is None:
+                del model.__dict__[name]
+            else:
+                model.__dict__[name] = own
+
+
+def _marking(method: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return hook(None, args, method(*args, **kwargs))
+
+    return call
+
+
+def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tuple[str, ...]]:
+    """Value -> the ways out that return it."""
+    modules, found = feature_modules(model), dict[fx.Node, tuple[str, ...]]()
+    for node in nodes:
+        if node.target is MARK:
+            path, side, key = (str(a) for a in node.args[1:4])
+            names = modules.get(path, ()) if side == "output" else (key.partition("/")[0],) if side == SIDE else ()
+            if names:
+                found[node] = names
+    return found

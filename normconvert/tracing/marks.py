@@ -1,0 +1,70 @@
+"""Marks: identity operations at the inputs and outputs of modules, and at what methods of features return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconvert.tracing.exits import feature_modules, marked_exits
+from normconvert.tracing.in_place_writes import mark
+
+
+@contextmanager
+def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
+    """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
+    with ExitStack() as stack:
+        features = feature_modules(model)
+        if "" not in without:
+            stack.enter_context(marked_exits(model, lambda side, key: _mark_outputs("", side, key)))
+        for path, module in model.named_modules():
+            if not path or path in without or (isinstance(module, _UNMARKED) and path not in features):
+                continue
+            pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
+            stack.callback(pre.remove)
+            post = module.register_forward_hook(_mark_outputs(path))
+            stack.callback(post.remove)
+        yield
+
+
+_UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU)
+"""Modules whose boundary is never a better place than their neighbours': the graph stays small."""
+
+
+def _markable(value: object) -> bool:
+    # One number may be a constant, whose value torch computes while it traces, where a custom operation cannot run.
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
+
+
+def _mark_inputs(path: str) -> Callable[..., Any]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
+            return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
+        new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
+        return new_args, new_kwargs
+
+    return hook
+
+
+def _mark_outputs(path: str, side: str = "output", name: str = "") -> Callable[..., Any]:
+    def named(key: str) -> str:
+        return f"{name}/{key}" if name and key else name or key
+
+    def hook(module: nn.Module | None, args: tuple[Any, ...], output: Any) -> Any:
+        if _markable(output):
+            return mark(output, path, side, named(""))
+        # Not isinstance: a named tuple cannot be made of an iterator.
+        if type(output) in (tuple, list):
+            return type(output)(mark(a, path, side, named(str(i))) if _markable(a) else a for i, a in enumerate(output))
+        if isinstance(output, dict):  # transformers' ModelOutput among them
+            for key, value in list(output.items()):
+                if _markable(value):
+                    output[key] = mark(value, path, side, named(str(key)))
+        return output
+
+    return hook

@@ -1,0 +1,209 @@
+"""The census of doors: is a converted model the original in each way that it is entered and left?
+
+Each model is built small, planned, and the plan applied to perturbed float64 weights. Then every way in (embeddings in
+place of ids, with two sizes and a padding mask) and every way out (features, intermediate layers, hidden states) is
+called on both. A difference that the plan does not list is silent, and must not be.
+
+    python tools/census/doors.py --library transformers --minutes 30     # goes on where it stopped
+    python tools/census/doors.py --library timm --only vit_base_patch16_224
+    python tools/census/doors.py --section                               # of docs/coverage.md, to standard output
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORK = ROOT / "build" / "doors.jsonl"
+OUTCOMES = ("proved", "exact", "shifted", "not traced", "not called", "SILENT DIFFERENCE")
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep what is left, then print the summary. Returns 1 if there is a silent difference."""
+    from tools.census.coverage import _keys, _read
+    from tools.census.one_model import first_line
+
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--library", action="append", choices=("transformers", "timm"), help="default: both")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
+    parser.add_argument("--method", default="rmsnorm", choices=("rmsnorm", "crmsnorm", "fuse-bn"))
+    parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
+    parser.add_argument("--most", type=int, default=10**6, help="at most so many models")
+    parser.add_argument("--work", type=Path, default=WORK, help="results so far")
+    parser.add_argument("--section", action="store_true", help="sweep nothing; print the page's section")
+    arguments = parser.parse_args(argv)
+    rows = _read(arguments.work)
+    if arguments.section:
+        print("\n".join(section(list(rows.values()))))
+        return 0
+    norm = "BatchNorm" if arguments.method == "fuse-bn" else "LayerNorm"
+    keys = list(_keys(arguments.library or ("transformers", "timm"), set(arguments.only), norm))
+    end = time.monotonic() + 60 * arguments.minutes
+    arguments.work.parent.mkdir(parents=True, exist_ok=True)
+    with arguments.work.open("a") as work:
+        for library, name in [key for key in keys if key not in rows][: arguments.most]:
+            if time.monotonic() > end:
+                break
+            try:
+                row = census_of(library, name, arguments.method)
+            except Exception as error:  # whatever one model raises, the others are still to be looked at
+                row = {"failure": first_line(error)}
+            row = {"library": library, "name": name, "method": arguments.method, **row}
+            rows[library, name] = row
+            work.write(json.dumps(row) + "\n")
+            work.flush()
+            print(f"{library} {name}: {row.get('failure') or row.get('skipped') or row.get('doors')}", flush=True)
+    print(summary(list(rows.values())))
+    return int(any("SILENT DIFFERENCE" in (row.get("doors") or {}).values() for row in rows.values()))
+
+
+def summary(rows: list[Row]) -> str:
+    """One line: models, and how many doors have which outcome."""
+    converted = [row for row in rows if row.get("converted")]
+    found = Counter(outcome for row in converted for outcome in row["doors"].values())
+    counts = ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES)
+    return f"{len(rows)} models, {len(converted)} converted: {sum(found.values())} doors, {counts}"
+
+
+def section(rows: list[Row]) -> list[str]:
+    """The section of docs/coverage.md."""
+    lines = ["## Doors", "", f"{summary(rows)}.", "", "| model | doors |", "| --- | --- |"]
+    for row in sorted(rows, key=lambda row: (row["library"], row["name"])):
+        if row.get("converted"):
+            told = "; ".join(f"`{door}` {outcome}" for door, outcome in row["doors"].items())
+            lines.append(f"| {row['name']} | {told or 'none but `forward`'} |")
+    return lines
+
+
+def census_of(library: str, name: str, method: str) -> Row:
+    """Convert one model and call its doors."""
+    from normconvert.errors import TraceError
+    from normconvert.rewrites.planning import plan_model
+    from normconvert.verification.equivalence import algebra_model, tolerance_for
+    from tools.census.zoo.case import Skipped
+    from tools.census.zoo.fidelity import in_float64
+    from tools.census.zoo.timm_zoo import timm_case
+    from tools.census.zoo.transformers_zoo import transformers_case
+
+    make, level = transformers_case if library == "transformers" else timm_case, 0
+    while True:
+        try:
+            case, level = make(name, level)
+            if not (case.batchnorms if method == "fuse-bn" else case.layernorms):
+                return {"skipped": "no norms"}
+            plan = plan_model(case.skeleton(), method=method)
+        except Skipped as error:
+            return {"skipped": str(error)}
+        except TraceError as error:
+            if (level := level + 1) > 2:
+                return {"failure": str(error)[:200]}
+        else:
+            break
+    row: Row = {"model_class": case.model_class, "converted": len(plan.converted), "norms": len(plan.verdicts)}
+    if not plan.converted:
+        return {**row, "doors": {}}
+    truth = in_float64(case.build())
+    converted = algebra_model(truth, plan)
+    worst: dict[str, float] = {}
+    for door, call in calls(case.skeleton(), truth):
+        worst[door] = max(worst.get(door, -1.0), difference(truth, converted, call))
+    listed = {entry["door"] for entry in plan.shifted_doors}
+    doors = {
+        door: outcome(door, found, tolerance_for(plan), set(plan.doors), listed, set(plan.untraced_doors))
+        for door, found in worst.items()
+    }
+    doors |= {door: "not traced" for door in plan.untraced_doors if door not in doors}
+    return {**row, "doors": doors, "errors": worst}
+
+
+def outcome(door: str, error: float, tolerance: float, proved: set[str], shifted: set[str], untraced: set[str]) -> str:
+    """What to say of one door, of which ``error`` is the worst relative difference; negative if no call ran."""
+    if error < 0:
+        return "not traced" if door in untraced else "not called"
+    if error <= tolerance:
+        return "proved" if door in proved else "exact"
+    return "shifted" if door in shifted else "not traced" if door in untraced else "SILENT DIFFERENCE"
+
+
+def calls(skeleton: Any, model: Any) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    """(door, (method of the model, keyword arguments)): each door with inputs of several sizes."""
+    import torch
+
+    from normconvert.tracing.probes import verification_inputs
+    from normconvert.tracing.probes.choose import is_timm
+    from normconvert.tracing.probes.entrances import entrances
+
+    probes = [p for p in verification_inputs(skeleton) if not p.name.startswith("embeds")]
+    sizes = [probe.inputs for probe in probes if probe.name in ("random", "single", "one-token", "padded-right")]
+    for inputs in sizes:
+        for alternatives in entrances(skeleton, inputs, seed=1):
+            for entrance in alternatives[:1]:
+                for door in entrance.names:
+                    yield door, ("__call__", entrance.inputs)
+        if is_timm(skeleton):
+            for door in ("forward_features", "forward_intermediates"):
+                if hasattr(model, door):
+                    yield door, (door, inputs)
+        else:
+            yield "hidden_states", ("__call__", {**inputs, "output_hidden_states": True, "return_dict": True})
+            for door in (name for name in dir(type(model)) if name.startswith("get_") and name.endswith("_features")):
+                signals = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and _is_for(door, k)}
+                yield door, (door, signals)
+
+
+def _is_for(method: str, name: str) -> bool:
+    kinds: Mapping[str, tuple[str, ...]] = {
+        "get_image_features": ("pixel_values", "image"), "get_text_features": ("input_ids", "attention_mask"),
+        "get_audio_features": ("input_features", "input_values"), "get_video_features": ("pixel_values_videos",),
+    }  # fmt: skip
+    return name.startswith(kinds.get(method, ()))
+
+
+def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> float:
+    """The worst relative difference of a call's results; -1 if the original does not take the call."""
+    import torch
+
+    from normconvert.verification.fidelity import flatten
+
+    results = []
+    for model in (truth, converted):
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                results.append(flatten(getattr(model, call[0])(**_in_float64(call[1]))))
+        except Exception:
+            if model is truth:
+                return -1.0
+            return float("inf")
+    worst = 0.0
+    for name, value in results[0].items():
+        other = results[1].get(name)
+        if other is None or other.shape != value.shape:
+            return float("inf")
+        size = float(value.double().norm())
+        if size > 0:
+            worst = max(worst, float((other - value).double().norm()) / size)
+    return worst
+
+
+def _in_float64(inputs: Mapping[str, Any]) -> Row:
+    import torch
+
+    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
