@@ -24,7 +24,7 @@ from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, Spot, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, insertion, survey
+from normconvert.rewrites.centring import Centring, MarkKey, insertion, survey
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
@@ -34,6 +34,7 @@ from normconvert.rewrites.sizes import Remedies, resize_edits
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import MARK
 from normconvert.tracing.probes import quiet
 
 
@@ -270,15 +271,21 @@ def _carried(node: fx.Node, place: Place, until: frozenset[fx.Node]) -> set[Spot
     return found
 
 
+def _width(graph: Graph, key: MarkKey, axis: int) -> int:
+    """The number of channels at a module's boundary, in the original."""
+    return int(next(shape_of(n)[axis] for n in graph.nodes if n.target is MARK and tuple(n.args[1:4]) == key))
+
+
 def _module_edits(
     model: _Model, draft: _Draft, compressed: set[Spot], biases: dict[fx.Node, str], remedies: Remedies
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows for the runtime, and the tensors that are gone."""
     basis = model.options.basis
-    edits: list[dict[str, Any]] = [
-        {**insertion("compress", key, axis, model.survey), "basis": basis}
-        for key, axis in draft.region.inserted.items()
-    ]
+    edits: list[dict[str, Any]] = []
+    for key, axis in draft.region.inserted.items():
+        row = {**insertion("compress", key, axis, model.survey), "basis": basis}
+        # Embeddings from outside may be rows of the table itself, which has been compressed: their size tells.
+        edits.append({**row, "size": _width(model.graph, key, axis)} if row.get("optional") else row)
     edits += resize_edits(model.graph, compressed, remedies.attributes)
     weights = {node: reader for readers, _ in draft.folded.values() for reader in readers for node in reader.nodes}
     sizes = {}

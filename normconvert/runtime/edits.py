@@ -61,7 +61,7 @@ def _center(model: nn.Module, edit: Mapping[str, Any]) -> None:
 def _compress(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Compress one input or output of a module."""
     place = edit["side"], str(edit.get("key", "")), int(edit["axis"])
-    add_hook(model, edit, Compress(*place, edit["basis"], bool(edit.get("optional"))))
+    add_hook(model, edit, Compress(*place, edit["basis"], bool(edit.get("optional")), edit.get("size")))
 
 
 def _clip(model: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -191,7 +191,7 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "center", "path", "side", "key", "axis", "optional"}``, ``{"op": "absorb", "path", "keep"}``,
             ``{"op": "bias", "path", "name", "size"}``, ``{"op": "resize", "path", "name", "shape", "set"}``,
             ``{"op": "set", "path", "set"}``,
-            ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional"}``,
+            ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional", "size"}``,
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.

@@ -50,14 +50,27 @@ class Center:
 
 
 class Compress(Center):
-    """B x along an axis, at a place as for :class:`Center`; one channel less comes out. See :data:`BASES`."""
+    """B x along an axis, at a place as for :class:`Center`; one channel less comes out. See :data:`BASES`.
 
-    def __init__(self, side: str, key: str, axis: int, basis: str, optional: bool = False) -> None:
+    Args:
+        side: as there.
+        key: as there.
+        axis: as there.
+        basis: one of :data:`BASES`.
+        optional: as there.
+        size: the channels of what is compressed; what has one less is compressed already. None: all is compressed.
+    """
+
+    def __init__(
+        self, side: str, key: str, axis: int, basis: str, optional: bool = False, size: int | None = None
+    ) -> None:
         super().__init__(side, key, axis, optional)
-        self.basis = basis
+        self.basis, self.size = basis, size
 
     def change(self, x: Tensor) -> Tensor:
         """What is done to the tensor."""
+        if self.size is not None and x.shape[self.axis] == self.size - 1:
+            return x
         return compress(x, self.axis, self.basis)
 
 

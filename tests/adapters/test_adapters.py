@@ -46,7 +46,13 @@ def lora(*targets: str, **settings: Any) -> Any:
 
 
 def check(
-    original: Path, converted: Path, config: Any, where: Path, by_stock: bool = True, limit: float = EXACT
+    original: Path,
+    converted: Path,
+    config: Any,
+    where: Path,
+    by_stock: bool = True,
+    limit: float = EXACT,
+    needed: bool = True,
 ) -> None:
     """Convert an adapter, and run it by PEFT in the stock class and as normconvert loads the checkpoint."""
     adapter = train(original, where / "adapter", config)
@@ -59,7 +65,7 @@ def check(
         unconverted = off(logits(normconvert.load(converted), adapter), expected)
     except (RuntimeError, KeyError):  # other shapes, another tensor
         return
-    assert unconverted > 1e-6, "nothing needed to be converted"
+    assert unconverted > 1e-6 or not needed, "nothing needed to be converted"
 
 
 @pytest.mark.parametrize("way", ["rmsnorm", "untied"])
@@ -150,8 +156,9 @@ def test_dora_on_a_centred_writer_is_refused(original: Path, conversions: dict[s
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_prompts_are_centred(original: Path, conversions: dict[str, Path], way: str, kind: str, tmp_path: Path) -> None:
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    # PEFT keeps prompts in float32, whatever the model and the file are in.
-    check(original, conversions[way], config, tmp_path, by_stock=way != "crmsnorm", limit=1e-7)
+    # PEFT keeps prompts in float32, whatever the model and the file are in. Centring stands where prompts and ids have
+    # joined, so that rmsnorm's output takes a prompt of the original as well.
+    check(original, conversions[way], config, tmp_path, way != "crmsnorm", limit=1e-7, needed=way == "crmsnorm")
 
 
 def test_a_prefix_stays_as_it_is(original: Path, conversions: dict[str, Path], tmp_path: Path) -> None:
