@@ -149,7 +149,8 @@ class Analysis:
         if name := self._unreached_that_fits(stream.size):
             why = f"`{name}` fits this stream, and no traced input makes the model use it"
             leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
-        stream.leaks = sorted(leaks.values(), key=lambda leak: self._order[leak.reader])
+        # What does read the stream is the better reason, and comes before what merely could write into it.
+        stream.leaks = sorted(leaks.values(), key=lambda leak: (leak.code == "unreached", self._order[leak.reader]))
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
 
