@@ -7,12 +7,16 @@ takes it, and a layer scale gamma * (Wx + b) = (diag(gamma) W)x + gamma b moves 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
+from normconvert.analysis.norms import find_norms
 from normconvert.analysis.streams import Analysis, Spot
-from normconvert.rewrites.centring import Centring
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.centring import Centring, survey
 from normconvert.rewrites.fold import along
-from normconvert.tracing.graph import module_path
+from normconvert.tracing.graph import Graph, module_path
 
 Edits = dict[str, list[dict[str, Any]]]
 
@@ -59,10 +63,7 @@ def writer_edits(
             edit(scale.factor, by, op="drop", **along(scale.factor[1]))
     for spot in (s for stream in centring.usable for s in stream.members if s in needed):
         if spot in centring.untied:
-            parameter = analysis.graph.parameters[spot[0]]
-            table = next(u for u in spot[0].users if "embedding" in str(u.target))
-            own = f"{module_path(table)}.weight"
-            other = next(n for n in parameter.aliases if n != own)
+            own, other = _table_and_head(analysis.graph, spot)
             # The head keeps the table as it was: edits read the values of the source, whatever their order.
             tensors[other] = [{"op": "copy", "from": own}]
             edit(spot, own, **change, **along(spot[1]))
@@ -71,3 +72,22 @@ def writer_edits(
         elif spot in centring.editable:
             edit(spot, analysis.graph.parameters[spot[0]].name, **change, **along(spot[1]))
     return tensors, aliases, config, notes
+
+
+def _table_and_head(graph: Graph, spot: Spot) -> tuple[str, str]:
+    """The two names of a tied table: as the embedding, and as the output head."""
+    table = next(u for u in spot[0].users if "embedding" in str(u.target))
+    own = f"{module_path(table)}.weight"
+    return own, next(n for n in graph.parameters[spot[0]].aliases if n != own)
+
+
+def with_untied_heads(graph: Graph, plan: Plan) -> Plan:
+    """A plan whose tied tables are two tensors, for whoever is to change the head and not the embedding."""
+    centring, _ = survey(Analysis(graph, find_norms(graph)), Options(tied="untie"))
+    tensors, config = dict(plan.tensors), dict(plan.config)
+    for spot in centring.untied:
+        own, other = _table_and_head(graph, spot)
+        if other not in tensors and own not in tensors:
+            tensors[other] = [{"op": "copy", "from": own}]
+            config["tie_word_embeddings"] = False
+    return replace(plan, tensors=tensors, config=config)

@@ -61,7 +61,8 @@ def fuse_folder(
 
     arch = f"timm:{original.architecture}" if not (tuned / "config.json").is_file() else None
     source = open_source(str(tuned), arch=arch, trust_remote_code=original.trust_remote_code)
-    plan = plan_model(source.skeleton(), Options(), "fuse-bn")
+    # A swap has changed the features anyway: its last norm may go into the head.
+    plan = plan_model(source.skeleton(), Options(through_features=True), "fuse-bn")
     swapped = [edit["path"] for edit in tuned_plan.modules if edit["op"] == "affine"]
     absorbed = tuple(edit["path"] for edit in plan.modules if edit["op"] == "absorb" and edit["path"] in swapped)
     if not absorbed:

@@ -41,6 +41,7 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
     """
     clock("trace")
     from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.rewrites.writers import with_untied_heads
     from normconvert.tracing.model_graph import trace_model
 
     if source.modules:
@@ -57,4 +58,6 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
     # The last norm stays, so nothing moves into the head, and two tables would be one too many.
     if fuse and not any(seat.role == "final" for seat in chosen):
         plan = plan_rmsnorm(graph, Options(tied="center"))
+    elif fuse:
+        plan = with_untied_heads(graph, plan)
     return Subject(source, plan, chosen, len(plan.verdicts), wanted_by(source, source.skeleton()))

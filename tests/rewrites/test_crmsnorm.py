@@ -26,6 +26,8 @@ COMPLETE = [
     *["vit", "deit", "dinov2", "clip_text", "siglip_text", "timm_vit_token", "timm_vit_layer_scale", "timm_deit3"],
     *["timm_cait", "timm_mlp_mixer"],
 ]
+BEFORE_THE_STREAM = {"bloom": {"transformer.word_embeddings_layernorm"}}
+"""A norm of the embeddings alone: what comes from outside would need an operation for this one."""
 BASES = ("isometric", "paper")
 
 
@@ -39,7 +41,7 @@ def test_the_architecture_converts_completely_and_computes_the_same(name: str) -
     for basis in BASES:
         plan = plan_crmsnorm(graph, Options(basis=basis))
         assert plan.converted
-        assert not plan.kept, {v.path: v.reason for v in plan.kept}
+        assert {v.path for v in plan.kept} == BEFORE_THE_STREAM.get(name, set()), {v.path: v.reason for v in plan.kept}
         converted = algebra_model(truth, plan)
         modules, paths = dict(converted.named_modules()), [v.path for v in plan.converted]
         assert all(type(modules[path]) is CRMSNorm for path in paths)

@@ -358,7 +358,7 @@ def test_a_converted_checkpoint_is_held_to_its_plan(tmp_path: Path) -> None:
             "transformer.wpe.weight": [center],
         },
         modules=[
-            {"op": "center", "path": "transformer.wte", "side": "output", "key": "", "axis": -1},
+            {"op": "center", "path": "transformer.h.0", "side": "input", "key": "0", "axis": -1},
             *({**row, "path": path, "weight": "weight", "bias": "bias"} for path in norms),
         ],
         verdicts=[Verdict(path, "LayerNorm", True, "", "converted") for path in norms],
