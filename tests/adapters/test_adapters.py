@@ -68,7 +68,7 @@ def check(
     assert unconverted > 1e-6 or not needed, "nothing needed to be converted"
 
 
-@pytest.mark.parametrize("way", ["rmsnorm", "untied"])
+@pytest.mark.parametrize("way", ["rmsnorm", pytest.param("untied", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "config",
     [

@@ -91,8 +91,19 @@ ENTERED: dict[str, Calls] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"tied": "untie"}, {"min_gain": 1}], ids=["default", "untie", "min-gain-1"])
-@pytest.mark.parametrize("name", ENTERED)
+WAYS: dict[str, dict[str, Any]] = {"default": {}, "untie": {"tied": "untie"}, "min-gain-1": {"min_gain": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(
+            name, options, id=f"{name}-{way}", marks=[] if way == "default" or name == "gpt2" else pytest.mark.slow
+        )
+        for name in ENTERED
+        for way, options in WAYS.items()
+    ],
+)
 def test_embeddings_from_outside_are_as_good_as_token_ids(name: str, options: dict[str, Any]) -> None:
     case: NamedCase = CASES[name]
     plan = plan_model(case.skeleton(), Options(**options))
