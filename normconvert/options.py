@@ -123,7 +123,10 @@ def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
-            signature.bind(*args, **kwargs)  # a wrong name is told as of this function, not of the request
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:  # told as of this function, not of the request
+                raise TypeError(f"{function.__name__}() {error}") from None
             return function(kind(*args, **kwargs))
 
         call.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
