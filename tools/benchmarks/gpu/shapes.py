@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -19,7 +18,7 @@ from normconvert.plan.edits import apply_edits
 from normconvert.rewrites.planning import plan_model
 from normconvert.runtime import apply_module_edits
 from normconvert.tracing.model_graph import trace_model
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.probe_runs import default_dtype, named_tensors
 
 RMSNORM, FOLDED, CRMSNORM = "rmsnorm", "rmsnorm --fold", "crmsnorm"
 CONVERSIONS: dict[str, tuple[str, Options]] = {
@@ -102,7 +101,7 @@ def build(
     """
     shape = SHAPES[name]
     sizes = {**shape.sizes, **(shape.toy if small else {}), **(changes or {})}
-    with _default_dtype(dtype), device, NoRandomInit():
+    with default_dtype(dtype), device, NoRandomInit():
         model = _made(shape, sizes)
     model.eval().requires_grad_(False)
     return model if device.type == "meta" else randomise(model)
@@ -120,16 +119,6 @@ def _made(shape: Shape, sizes: Mapping[str, Any]) -> nn.Module:
     head = "GPT2LMHeadModel" if shape.kind == "GPT2" else f"{shape.kind}ForCausalLM"
     made: nn.Module = getattr(transformers, head)(config)
     return made
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
