@@ -1,14 +1,16 @@
-"""Following a * x + b through a module's operations: the affine form of each value that has one, as expressions.
+"""Following a module's operations with its input x in hand: what each value is as sum_i a_i * (W_i x) + b.
 
-The coefficients are made of stored tensors alone (:class:`Vectors`). What is not understood has no form.
+Such a *form* has taps: convolutions of the input, or the input itself. The a_i and b are vectors along the channels,
+made of stored tensors alone (:class:`Vectors`). An affine norm is a form with one tap, the input itself; parallel
+branches are one with several. What is not understood has no form.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
@@ -19,104 +21,163 @@ from normconvert.tracing.graph import Graph
 SAME = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"}
 """Operations that change no value."""
 
+_RESHAPED = SAME | {"aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten"}
+
+CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
+"""Convolution -> its number of dimensions."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The input itself or, with a ``weight``, a convolution of it without bias; times ``scale``, by output channel."""
+
+    scale: Expression = 1
+    weight: str | None = None
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 0
+    outputs: int = 0
+
 
 @dataclass(frozen=True)
 class Form:
-    """a * x + b of the module's input x, along dimension ``dim`` (None: the same for all channels so far)."""
+    """The sum of ``taps``, and ``shift``.
 
-    scale: Expression
-    shift: Expression
-    dim: int | None
-    size: int
-    nodes: frozenset[fx.Node]
+    Attributes:
+        taps: what is added up; multiples of the input alone are one tap.
+        shift: one number a channel.
+        dim: the dimension that scales and shift lie along; None: they are the same for all channels so far.
+        nodes: the operations that have made it.
+    """
+
+    taps: tuple[Tap, ...] = (Tap(),)
+    shift: Expression = 0
+    dim: int | None = None
+    nodes: frozenset[fx.Node] = frozenset()
+
+    @property
+    def scale(self) -> Expression | None:
+        """a, if the form is a * x + b."""
+        return self.taps[0].scale if len(self.taps) == 1 and self.taps[0].weight is None else None
 
 
-def forms_from(source: fx.Node, nodes: list[fx.Node], vectors: Vectors) -> dict[fx.Node, Form]:
-    """The affine forms of one call of the module, from the mark of its input on."""
-    forms = {source: Form(1, 0, None, 1, frozenset())}
+def forms_from(graph: Graph, source: fx.Node, nodes: list[fx.Node], vectors: Vectors) -> dict[fx.Node, Form]:
+    """The forms among ``nodes`` of the value ``source``."""
+    forms = {source: Form()}
     for node in nodes:
-        if any(n in forms for n in node.all_input_nodes) and (form := _step(node, forms, vectors)) is not None:
-            forms[node] = form
+        if any(n in forms for n in node.all_input_nodes) and (form := _step(graph, node, forms, vectors)) is not None:
+            forms[node] = replace(form, nodes=form.nodes | {node})
     return forms
 
 
-def _step(node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
-    """The form of a node, if its operands' forms give one."""
-    name = name_of(node)
-    first = node.args[0] if node.args else None
-    # is_float: a cast to integers rounds.
-    if name in SAME and isinstance(first, fx.Node) and first in forms and is_float(node):
-        return _with(forms[first], node)
-    if "batch_norm" in name and first in forms:
-        return normalise(node, forms[first], vectors)  # type: ignore[index]
-    # This kind of batch norm returns statistics beside the normalised value, which is the first.
-    if "getitem" in name and first in forms and node.args[1] == 0 and "batch_norm" in name_of(first):  # type: ignore[arg-type]
-        return _with(forms[first], node)  # type: ignore[index]
-    if name in ("aten.mul", "aten.add", "aten.sub", "aten.div") and node.kwargs.get("alpha", 1) == 1:
-        return _arithmetic(name.removeprefix("aten."), node, forms, vectors)
-    return None
-
-
-def _with(form: Form, node: fx.Node) -> Form:
-    return Form(form.scale, form.shift, form.dim, form.size, form.nodes | {node})
-
-
-def normalise(node: fx.Node, form: Form, vectors: Vectors) -> Form | None:
-    """BN(x) = w (x - m) / sqrt(v + eps) + b with stored m and v; dimension 1 of the input."""
-    args = list(node.args)
-    frozen = name_of(node) == "aten._native_batch_norm_legit_no_training"
-    # args[5] is true in training and where there are no running statistics: then those of the batch are used.
-    if not frozen and (name_of(node) != "aten.batch_norm" or args[5] is not False):
-        return None
-    weight, bias, mean, variance = (vectors.stored(a) if a is not None else None for a in args[1:5])
-    eps = args[6] if frozen else args[7]
-    # An operand that is there but not stored may be anything, which None would hide.
-    missing = [a for a, v in zip(args[1:5], (weight, bias, mean, variance), strict=True) if a is not None and v is None]
-    if missing or mean is None or variance is None or form.dim not in (None, 1) or form.shift != 0 or form.scale != 1:
-        return None
-    scale = times(1 if weight is None else weight, ["rsqrt", ["add", variance, float(eps)]])  # type: ignore[arg-type]
-    shift = minus(0 if bias is None else bias, times(mean, scale))
-    return Form(scale, shift, 1, int(shape_of(args[0])[1]), form.nodes | {node})
-
-
-def is_data_batch_norm(node: fx.Node) -> bool:
+def is_batch_norm(node: Any) -> bool:
     """Whether a node is a batch norm of some kind."""
     return node.op == "call_function" and "batch_norm" in name_of(node)
 
 
-def _arithmetic(op: str, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
-    a, b = node.args[:2]
-    left = forms.get(a) if isinstance(a, fx.Node) else None
-    right = forms.get(b) if isinstance(b, fx.Node) else None
-    if left is not None and right is not None:
-        if op not in ("add", "sub") or (left.dim is not None and right.dim is not None and left.dim != right.dim):
-            return None
-        # Then one is stretched, and the sum is not one of an input's elements with itself.
-        if shape_of(a) != shape_of(b):
-            return None
-        join = plus if op == "add" else minus
-        dim, size = (left.dim, left.size) if left.dim is not None else (right.dim, right.size)
-        nodes = left.nodes | right.nodes | {node}
-        return Form(join(left.scale, right.scale), join(left.shift, right.shift), dim, size, nodes)
-    form, other = (left, b) if left is not None else (right, a)
-    # v / y is not affine in y, and in v - y the sign of the form would turn.
-    if form is None or (left is None and op in ("div", "sub")):
+def _step(graph: Graph, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
+    """The form of a node, if its operands' forms give one."""
+    name = name_of(node)
+    first, second = [*node.args, None, None][:2]
+    left, right = (forms.get(a) if isinstance(a, fx.Node) else None for a in (first, second))
+    if name in ("aten.mul", "aten.add", "aten.sub", "aten.div") and node.kwargs.get("alpha", 1) == 1:
+        op = name.removeprefix("aten.")
+        if left is not None and right is not None:
+            # Of different shapes one is stretched, and the sum is not one of an input's elements with itself.
+            return _joined(op, left, right) if shape_of(first) == shape_of(second) else None
+        if left is not None:
+            return _combined(op, left, vectors.along(second, node))
+        # v / y is not affine in y, and in v - y the sign of the form would turn.
+        return _combined(op, right, vectors.along(first, node)) if right is not None and op in ("add", "mul") else None
+    if left is None:
         return None
-    along = vectors.along(other, node)
+    # This kind of batch norm returns statistics beside the normalised value, which is the first.
+    if "getitem" in name and second == 0 and is_batch_norm(first):
+        return left
+    if is_batch_norm(node):
+        return _normalised(node, left, vectors)
+    if name in CONVOLUTIONS:
+        return _convolved(graph, node, left)
+    # is_float: a cast to integers rounds.
+    return left if name in SAME and is_float(node) else None
+
+
+def _joined(op: str, left: Form, right: Form) -> Form | None:
+    """The sum or difference of two forms."""
+    dims = {left.dim, right.dim} - {None}
+    if op not in ("add", "sub") or len(dims) > 1:
+        return None
+    join = plus if op == "add" else minus
+    if left.scale is not None and right.scale is not None:
+        taps: tuple[Tap, ...] = (Tap(join(left.scale, right.scale)),)
+    else:
+        taps = left.taps + tuple(replace(t, scale=t.scale if op == "add" else ["neg", t.scale]) for t in right.taps)
+    return Form(taps, join(left.shift, right.shift), next(iter(dims), None), left.nodes | right.nodes)
+
+
+def _combined(op: str, form: Form, along: tuple[Expression, int | None] | None) -> Form | None:
+    """A form and a vector, added or multiplied."""
     if along is None:
         return None
     vector, dim = along
+    if op in ("mul", "div"):
+        return _scaled(form, vector if op == "mul" else ["reciprocal", vector], 0, dim)
+    shift = plus(form.shift, vector) if op == "add" else minus(form.shift, vector)
+    return _scaled(replace(form, shift=shift), 1, 0, dim)
+
+
+def _scaled(form: Form, scale: Expression, shift: Expression, dim: int | None) -> Form | None:
+    """The form times ``scale``, plus ``shift``, if all lie along one dimension."""
     if dim is not None and form.dim is not None and dim != form.dim:
         return None
-    size = form.size if dim is None else int(shape_of(node)[dim])
-    dim = form.dim if dim is None else dim
-    nodes = form.nodes | {node}
-    if op == "add":
-        return Form(form.scale, plus(form.shift, vector), dim, size, nodes)
-    if op == "sub":
-        return Form(form.scale, minus(form.shift, vector), dim, size, nodes)
-    factor = vector if op == "mul" else ["reciprocal", vector]
-    return Form(times(form.scale, factor), times(form.shift, factor), dim, size, nodes)
+    taps = tuple(replace(t, scale=times(t.scale, scale)) for t in form.taps)
+    return Form(taps, plus(times(form.shift, scale), shift), form.dim if dim is None else dim, form.nodes)
+
+
+def _normalised(node: fx.Node, form: Form, vectors: Vectors) -> Form | None:
+    """BN(x) = w (x - m) / sqrt(v + eps) + b with stored m and v; dimension 1 of the input."""
+    args: list[Any] = list(node.args)
+    frozen = name_of(node) == "aten._native_batch_norm_legit_no_training"
+    # args[5] is true in training and where there are no running statistics: then those of the batch are used.
+    if not frozen and (name_of(node) != "aten.batch_norm" or args[5] is not False):
+        return None
+    # Without weight and bias they are one and zero. One that is there but not stored may be anything.
+    weight, bias = (default if a is None else vectors.stored(a) for a, default in zip(args[1:3], (1, 0), strict=True))
+    mean, variance = vectors.stored(args[3]), vectors.stored(args[4])
+    if weight is None or bias is None or mean is None or variance is None:
+        return None
+    scale = times(weight, ["rsqrt", ["add", variance, float(args[6] if frozen else args[7])]])
+    return _scaled(form, scale, minus(bias, times(mean, scale)), 1)
+
+
+def _convolved(graph: Graph, node: fx.Node, form: Form) -> Form | None:
+    """A convolution of the input, with the weight and bias of a checkpoint."""
+    # Of the input itself only: taps of taps are another kernel, and a shift would not reach into the zero padding.
+    if form.taps != (Tap(),) or form.shift != 0:
+        return None
+    count = CONVOLUTIONS[name_of(node)]
+    args: list[Any] = [*node.args, *[None] * 7]
+    weight, bias, stride, padding, dilation, groups = args[1:7]
+    # "same" pads one side more where the kernel is even, and without a batch the channels are dimension 0.
+    if node.kwargs or isinstance(padding, str) or len(shape_of(node)) != count + 2:
+        return None
+    names = []
+    for operand in (weight, bias):
+        parameter = graph.parameters.get(operand) if isinstance(operand, fx.Node) else None
+        # A computed weight has no name to read it by, and a tied one is needed elsewhere as it is.
+        if operand is not None and (parameter is None or not parameter.stored or len(parameter.aliases) > 1):
+            return None
+        names.append(parameter.name if parameter is not None else None)
+
+    def each(value: Any, default: int) -> tuple[int, ...]:
+        values = [default] if value is None else value if isinstance(value, (list, tuple)) else [value]
+        return tuple(int(v) for v in (list(values) * count)[:count])
+
+    outputs, _, *kernel = (int(n) for n in shape_of(weight))
+    settings = (each(stride, 1), each(padding, 0), each(dilation, 1), int(groups or 1))
+    return Form((Tap(1, names[0], tuple(kernel), *settings, outputs),), names[1] or 0, 1, form.nodes)
 
 
 class Vectors:
@@ -138,17 +199,16 @@ class Vectors:
 
     def _expression(self, node: fx.Node) -> Expression | None:
         shape = shape_of(node)
-        if not isinstance(node.meta.get("val"), Tensor) or sum(n != 1 for n in shape) > 1:
+        # A cast to integers rounds.
+        if not is_float(node) or sum(n != 1 for n in shape) > 1:
             return None
         if node.op == "placeholder":
             parameter = self._graph.parameters.get(node)
             # What no checkpoint holds has no value when a plan is applied.
-            return parameter.name if parameter is not None and parameter.stored and is_float(node) else None
-        name = name_of(node).removeprefix("aten.")
-        if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "_to_copy", "to", "detach", "clone", "mark"):
-            return self.stored(node.args[0]) if is_float(node.args[0]) and is_float(node) else None  # type: ignore[arg-type]
-        if name_of(node) == "normconvert.mark" or name == "type_as":
+            return parameter.name if parameter is not None and parameter.stored else None
+        if name_of(node) in _RESHAPED:
             return self.stored(node.args[0])
+        name = name_of(node).removeprefix("aten.")
         operands = [self.stored(a) for a in node.args]
         if name in ("add", "sub", "mul", "div") and node.kwargs.get("alpha", 1) == 1 and len(operands) == 2:
             sizes = {max(shape_of(a), default=1) for a in node.args if isinstance(a, fx.Node)} - {1}

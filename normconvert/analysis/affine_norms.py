@@ -1,43 +1,69 @@
-"""Finding the norms that are affine maps at inference: y = a * x + b, channel by channel.
+"""Modules that return a form of their input, and those among them that are affine norms: y = a * x + b.
 
 BatchNorm, frozen BatchNorm, RepBN (``BN(x) + eta * x``), Unified Normalization, PowerNorm: in eval mode all of them
-multiply by one stored vector and add another. No class is looked for. A module is such a norm if what it returns is an
-affine form of its input whose coefficients are made of stored tensors, a stored statistic (a buffer) among them; the
-form is found by following the module's operations with (a, b) in hand.
+multiply by one stored vector and add another, channel by channel. No class is looked for. A module is such a norm if
+what it returns, before children that run last, is an affine form of its input whose coefficients are made of stored
+tensors, a stored statistic (a buffer) among them. See `normconvert.analysis.affine_forms`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from
-from normconvert.analysis.channel_axes import Place
+from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from, is_batch_norm
+from normconvert.analysis.channel_axes import Place, shape_of
 from normconvert.analysis.op_table import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARK
 
+LARGEST = 256
+"""Operations, marks included, in the largest module that is looked at."""
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of an affine norm.
+    """One call of a module that returns a form of its input.
 
     Attributes:
         source: the value it reads: the mark of the module's input.
-        result: the affine form of it, before any activation that the module applies.
-        place: where both carry the channels.
-        nodes: the operations in between.
+        result: the form of it, before any activation that the module applies.
+        form: what the result is of the source.
+        keep: names of the module's children that run afterwards (its activation), in order.
     """
 
     source: fx.Node
     result: fx.Node
-    place: Place
-    nodes: frozenset[fx.Node]
+    form: Form
+    keep: tuple[str, ...]
+
+    @property
+    def nodes(self) -> frozenset[fx.Node]:
+        """The operations between source and result, and the result."""
+        return self.form.nodes
+
+    @property
+    def place(self) -> Place:
+        """Where source and result carry the channels, if the form tells."""
+        assert self.form.dim is not None
+        return Place(self.form.dim, int(shape_of(self.result)[self.form.dim]))
+
+    @property
+    def effect(self) -> tuple[Any, ...]:
+        """What has to be the same in all calls of a module."""
+        return self.form.taps, self.form.shift, self.keep
+
+    def seen_halfway(self, graph: Graph) -> bool:
+        """Whether anybody sees a step between source and result."""
+        steps = self.nodes - {self.result}
+        readers = (u for n in steps for u in n.users if u not in self.nodes)
+        return any(n in graph.exits for n in steps) or any(name_of(u) not in NEUTRAL for u in readers)
 
 
 @dataclass(frozen=True)
@@ -71,17 +97,12 @@ def find_affine_norms(graph: Graph) -> list[Affine]:
     A norm that uses the batch's own statistics is among them with an obstacle, since a user expects a word about it.
     """
     statistics = {n for n, p in graph.parameters.items() if p.stored and _is_buffer(graph, p.name)}
-    vectors = Vectors(graph)
-    calls: dict[str, list[tuple[fx.Node, dict[fx.Node, Form]]]] = defaultdict(list)
-    inside = _nodes_by_module(graph)
-    for node in graph.nodes:
-        if node.target is MARK and node.args[2:4] == ("input", "0"):
-            path = str(node.args[1])
-            if _may_be_norm(inside.get(path, ()), graph, statistics):
-                calls[path].append((node, forms_from(node, inside[path], vectors)))
+    calls = calls_with_forms(graph, lambda nodes: any(n in statistics for node in nodes for n in node.all_input_nodes))
     found = {path: affine for path, group in calls.items() if (affine := _affine(graph, path, group)) is not None}
     found |= {a.path: a for a in _batch_statistics(graph, found)}
-    return [affine for path, affine in found.items() if not _is_part(path, found)]
+    # A norm that is one term of a larger one is no norm by itself.
+    larger = [path for path, affine in found.items() if affine.calls]
+    return [a for path, a in found.items() if not any(path.startswith(f"{other}.") for other in larger)]
 
 
 def _is_buffer(graph: Graph, name: str) -> bool:
@@ -91,109 +112,91 @@ def _is_buffer(graph: Graph, name: str) -> bool:
     return module is not None and (leaf in module._buffers or isinstance(module, AffineNorm))
 
 
-def _nodes_by_module(graph: Graph) -> dict[str, list[fx.Node]]:
-    """The operations of each module, those of its children included, in execution order."""
-    found: dict[str, list[fx.Node]] = defaultdict(list)
+def calls_with_forms(graph: Graph, wanted: Callable[[list[fx.Node]], bool]) -> dict[str, list[Call]]:
+    """Module -> its calls, in execution order, of the modules that in every call return a form of their input.
+
+    Args:
+        graph: the model's.
+        wanted: asked of a module's operations, whether it is looked at.
+    """
+    inside: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "call_function":
-            # A mark belongs to the module whose boundary it marks.
-            path = str(node.args[1]) if node.target is MARK else module_path(node)
-            while path:
-                found[path].append(node)
-                path = path.rpartition(".")[0]
-    return found
+        # A mark belongs to the module whose boundary it marks.
+        path = str(node.args[1]) if node.target is MARK else module_path(node)
+        while node.op == "call_function" and path:
+            inside[path].append(node)
+            path = path.rpartition(".")[0]
+    looked_at = {path for path, nodes in inside.items() if len(nodes) <= LARGEST and wanted(nodes)}
+    vectors = Vectors(graph)
+    calls: dict[str, list[Call | None]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target is MARK and node.args[2:4] == ("input", "0") and (path := str(node.args[1])) in looked_at:
+            calls[path].append(_call(path, node, forms_from(graph, node, inside[path], vectors)))
+    return {path: [c for c in group if c is not None] for path, group in calls.items() if None not in group}
 
 
-LARGEST = 64
-"""Operations in the largest module that is looked at: a norm is small."""
-
-
-def _may_be_norm(nodes: Any, graph: Graph, statistics: set[fx.Node]) -> bool:
-    return len(nodes) <= LARGEST * 4 and any(n in statistics for node in nodes for n in node.all_input_nodes)
-
-
-def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, Form]]]) -> Affine | None:
-    """The norm at ``path``, if every call of it ends in the same affine form of its input."""
-    calls: list[Call] = []
-    forms: list[Form] = []
-    keeps: list[tuple[str, ...]] = []
-    for source, known in group:
-        found = _result(graph, path, known)
-        if found is None:
-            return None
-        result, keep = found
-        form = known[result]
-        # Without a statistic among them this is a layer scale or the like, and no norm that a user asks about.
-        if form.dim is None or not any(_is_buffer(graph, n) for n in (*names_in(form.scale), *names_in(form.shift))):
-            return None
-        if not any(module_path(n) == path and n.target is not MARK for n in form.nodes):
-            return None  # a container that does nothing itself: the norm is one of its children
-        calls.append(Call(source, result, Place(form.dim, form.size), form.nodes))
-        forms.append(form)
-        keeps.append(keep)
-    first = forms[0]
-    obstacle, code = _obstacle(graph, path, calls)
-    if any((f.scale, f.shift) != (first.scale, first.shift) for f in forms) or len(set(keeps)) > 1:
-        obstacle, code = "it is called in different ways", "not-a-module"
-    kind = type(graph.modules[path]).__name__
-    return Affine(path, kind, tuple(calls), first.scale, first.shift, keeps[0], obstacle, code)
-
-
-def _result(graph: Graph, path: str, forms: dict[fx.Node, Form]) -> tuple[fx.Node, tuple[str, ...]] | None:
-    """The last affine value of a call and the children that run after it; None if more than children runs there."""
-    last = [n for n in forms if forms[n].nodes and _leaves(n, path, forms)]
+def _call(path: str, source: fx.Node, forms: dict[fx.Node, Form]) -> Call | None:
+    """One call of the module at ``path``, if what leaves its forms is one of them, and nothing but children follows."""
+    last = [n for n, form in forms.items() if form.nodes and (_is_output(n, path) or _read_by_others(n, forms))]
     if len(last) != 1:
         return None
-    result = last[0]
-    if result.target is MARK and result.args[1:4] == (path, "output", ""):
-        return result, ()
-    keep = children_after(result, path)
-    own = {
-        module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in forms[result].nodes if n.target is not MARK
-    }
-    # A child that is a part of the norm and runs again behind it can neither go nor stay.
-    return None if keep is None or own & set(keep) else (result, keep)
+    (result,) = last
+    keep = () if _is_output(result, path) else _children_after(result, path)
+    own = [module_path(n) for n in forms[result].nodes if n.target is not MARK]
+    # A module that does nothing itself is a container of the norm or block. A child that is a part of it and runs again
+    # behind it can neither go nor stay.
+    if keep is None or path not in own or {_child(path, inner) for inner in own} & set(keep):
+        return None
+    return Call(source, result, forms[result], keep)
 
 
-def children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
+def _is_output(node: fx.Node, path: str) -> bool:
+    return node.target is MARK and node.args[1:4] == (path, "output", "")
+
+
+def _read_by_others(node: fx.Node, forms: dict[fx.Node, Form]) -> bool:
+    return any(u not in forms and name_of(u) not in NEUTRAL for u in node.users)
+
+
+def _child(path: str, inner: str) -> str | None:
+    """The name of the child of the module at ``path`` that holds the module at ``inner``; None for others."""
+    return inner.removeprefix(f"{path}.").partition(".")[0] if inner.startswith(f"{path}.") else None
+
+
+def _children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
     """The children of a module that run after ``result``, in order; None if more than children runs there."""
     keep: dict[str, None] = {}
     seen, work = {result}, [result]
     while work:
         for user in work.pop().users:
-            if user in seen or name_of(user) in NEUTRAL:
+            if user in seen or name_of(user) in NEUTRAL or _is_output(user, path):
                 continue
             seen.add(user)
-            if user.target is MARK and user.args[1:4] == (path, "output", ""):
-                continue
+            work.append(user)
             inner = module_path(user) if user.target is not MARK else str(user.args[1])
             if inner == path and name_of(user) in SAME:
-                work.append(user)
                 continue
-            if not inner.startswith(f"{path}."):
+            if (child := _child(path, inner)) is None:
                 return None
-            keep[inner.removeprefix(f"{path}.").partition(".")[0]] = None
-            work.append(user)
+            keep[child] = None
     return tuple(keep)
 
 
-def _leaves(node: fx.Node, path: str, forms: dict[fx.Node, Form]) -> bool:
-    """Whether an affine value is read by what is not one, or is the module's output."""
-    if node.target is MARK and node.args[1:4] == (path, "output", ""):
-        return True
-    return any(u not in forms and name_of(u) not in NEUTRAL for u in node.users)
-
-
-def _obstacle(graph: Graph, path: str, calls: list[Call]) -> tuple[str, str]:
-    """Who uses the module in another way than by calling it; empty if nobody does."""
-    if outside := uses_outside(graph, path):
-        return outside, "not-a-module"
-    for call in calls:
-        # Only the result is given a place elsewhere; who reads a step in between would miss it.
-        leaving = [u for n in call.nodes - {call.result} for u in n.users if u not in call.nodes]
-        if any(name_of(u) not in NEUTRAL for u in leaving):
-            return "something reads it half-way", "not-a-module"
-    return "", ""
+def _affine(graph: Graph, path: str, calls: list[Call]) -> Affine | None:
+    """The norm at ``path``, if all calls of it are affine, and of statistics."""
+    for form in (call.form for call in calls):
+        # Without a statistic among them this is a layer scale or the like, and no norm that a user asks about.
+        names = [] if form.scale is None or form.dim is None else [*names_in(form.scale), *names_in(form.shift)]
+        if not any(_is_buffer(graph, name) for name in names):
+            return None
+    first = calls[0]
+    obstacle = uses_outside(graph, path)
+    if not obstacle and any(call.seen_halfway(graph) for call in calls):
+        obstacle = "something reads it half-way"
+    if any(call.effect != first.effect for call in calls):
+        obstacle = "it is called in different ways"
+    kind, code = type(graph.modules[path]).__name__, "not-a-module" if obstacle else ""
+    return Affine(path, kind, tuple(calls), first.form.scale, first.form.shift, first.keep, obstacle, code)
 
 
 def uses_outside(graph: Graph, path: str) -> str:
@@ -220,7 +223,7 @@ def _batch_statistics(graph: Graph, found: dict[str, Affine]) -> list[Affine]:
     rest: dict[str, Affine] = {}
     for node in graph.nodes:
         path = module_path(node)
-        if node.op != "call_function" or "batch_norm" not in name_of(node) or path in found or path in rest:
+        if not is_batch_norm(node) or path in found or path in rest:
             continue
         if not any(i not in graph.parameters and i.op != "placeholder" for i in node.all_input_nodes[:1]):
             continue  # of a weight, as weight standardisation does: no norm of the model's values
@@ -246,8 +249,3 @@ def _reads_data(node: Any) -> bool:
             return True  # marks are put at data only
         work += at.all_input_nodes
     return False
-
-
-def _is_part(path: str, found: dict[str, Affine]) -> bool:
-    """Whether the module is one term of a larger affine norm that holds it."""
-    return any(path.startswith(f"{p}.") and a.calls for p, a in found.items())

@@ -45,7 +45,7 @@ def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
         graph = replace(graph, exits={})
     norms = find_affine_norms(graph)
     blocks = find_blocks(graph) if options.merge_branches else []
-    merged = frozenset(n for b in blocks for _, _, nodes in b.calls for n in nodes)
+    merged = frozenset(n for b in blocks for call in b.calls for n in call.nodes)
     before: Edits = defaultdict(list)
     behind: Edits = defaultdict(list)
     made: dict[str, tuple[str, int]] = {}
@@ -121,7 +121,8 @@ def _merge(block: Block, edits: Edits) -> dict[str, Any]:
         {"op": "new", "shape": [block.outputs], "like": like},
         {"op": "shift", "by": block.shift, "axis": 0},
     ]
-    settings = {k: list(getattr(block, k)) for k in ("kernel", "stride", "padding", "dilation", "keep")}
+    settings = {k: list(getattr(block, k)) for k in ("kernel", "stride", "padding", "keep")}
+    settings["dilation"] = [1] * len(block.kernel)
     return {"op": "merge", "path": block.path, "inputs": block.inputs, "outputs": block.outputs,
             "groups": block.groups, **settings}  # fmt: skip
 

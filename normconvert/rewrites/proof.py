@@ -107,9 +107,9 @@ def _labels(graph: Graph, plan: Plan) -> _Labels:
         for norm in norms if norm.path in clips for call in norm.calls
     }  # fmt: skip
     calls = [(block.path, call) for block in find_blocks(graph) if block.path in edits for call in block.calls]
-    merged = {_through(result): _Merged(source, edits[path]) for path, (source, result, _) in calls}
+    merged = {_through(call.result): _Merged(call.source, edits[path]) for path, call in calls}
     inside = {n for norm in norms if norm.path in taken for call in norm.calls for n in call.nodes}
-    inside |= {n for _, (_, _, nodes) in calls for n in nodes}
+    inside |= {n for _, call in calls for n in call.nodes}
     skipped = inside | _made_of(graph, set(plan.removed)) | {clamp.activation for clamp in clamps.values()}
     gone = {call.result: call.source for norm in norms if norm.path in alone for call in norm.calls}
     return _Labels(gone, {**merged, **clamps}, skipped - merged.keys() - clamps.keys())
