@@ -16,12 +16,12 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
-from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.channel_axes import shape_of
 from normconvert.analysis.op_table import NEUTRAL, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
-from normconvert.rewrites.linear_maps import Blocked
-from normconvert.rewrites.moving import Share, Walk, agreed
+from normconvert.rewrites.linear_maps import Blocked, Share
+from normconvert.rewrites.moving import Settled, into_consumers, stop_at_exit
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARK
 
@@ -81,8 +81,7 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
     """
     node = call.result
     while True:
-        if node in graph.exits:
-            raise Blocked(f"{', '.join(f'`{name}`' for name in graph.exits[node])} returns it", "features")
+        stop_at_exit(graph, node)
         users = [u for u in node.users if name_of(u) not in NEUTRAL]
         if len(users) != 1:
             raise Blocked(f"{len(users)} operations read it" if users else "nothing reads it", "unknown-op")
@@ -102,34 +101,24 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
     return Clamp(node, None if inside else path)
 
 
-def clip(
-    graph: Graph, norm: Affine, gone: Mapping[fx.Node, fx.Node], merged: frozenset[fx.Node],
-    passed: Mapping[fx.Node, tuple[Place, Expression]],
-) -> tuple[Clipping, list[Share]]:  # fmt: skip
+def clip(norm: Affine, settled: Settled) -> tuple[Clipping, list[Share]]:
     """What a norm becomes if it becomes a clamp, and the linear maps that take what is left.
 
     Raises:
         Blocked: it cannot.
     """
+    graph = settled.graph
     clamps = tuple(clamp_behind(graph, norm, call) for call in norm.calls)
     if len({c.path for c in clamps}) > 1:
         raise Blocked("its calls end in different activations", "not-a-module")
     if clamps[0].path is not None:
         _check_module(graph, clamps[0].path, {c.node for c in clamps})
-    walks, shapes = [], set()
-    for call, clamp in zip(norm.calls, clamps, strict=True):
-        if call.place.outer != 1 or call.place.inner != 1:
-            raise Blocked("its channels are a part of a dimension", "axes")
-        shapes.add((call.place.size, *[1] * (len(shape_of(call.result)) - 1 - call.place.dim)))
-        # The shift stays in the clamp, so what is behind may pad with zeros.
-        walk = Walk(graph, gone, merged, passed, shifts=False)
-        walk.ahead(clamp.node, call.place, 0, call.place.size)
-        if not walk.shares:
-            raise Blocked("nothing reads it", "unused")
-        walks.append(walk)
+    shapes = {(c.place.size, *[1] * (len(shape_of(c.result)) - 1 - c.place.dim)) for c in norm.calls}
     if len(shapes) > 1:
         raise Blocked("its calls have different dimensions", "axes")
-    shares = agreed(walks)
+    # The shift stays in the clamp, so what is behind may pad with zeros.
+    starts = [(clamp.node, call.place) for call, clamp in zip(norm.calls, clamps, strict=True)]
+    shares = into_consumers(settled, starts, shifts=False)
     like = shares[0].weight
     operands: list[Any] = [norm.scale, norm.shift, ["limit", like]]
     vectors = {key: [f"clip_{key}", *operands] for key in ("scale", *TENSORS)}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.channel_axes import shape_of
+from normconvert.analysis.axis_rules import argument
+from normconvert.analysis.channel_axes import Place, carry_back, shape_of
 from normconvert.analysis.norms import COPIES, MOVES
-from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of
 from normconvert.analysis.streams import operation
+from normconvert.plan.vectors import Expression
+from normconvert.tracing.graph import Graph
 
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
 TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
@@ -32,6 +37,13 @@ CONSTANT_KEPT = {
 }
 """Operations that map values which are all c to values which are all c."""
 
+MOVED = (
+    MOVES
+    | COPIES
+    | {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
+)
+"""What may stand between a stored weight and the linear map that uses it."""
+
 POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
 
 
@@ -43,8 +55,43 @@ class Blocked(Exception):
         self.code = code
 
 
-class NoBias(Blocked):
-    """A linear map could take the scale, and has no bias for the shift."""
+@dataclass(frozen=True)
+class Share:
+    """One linear map's part of a move.
+
+    Attributes:
+        node: the linear map.
+        weight: name of its weight.
+        axis: dimension of the weight that holds the channels.
+        outer: further factors of that dimension (see `Place`), as ``inner``.
+        start: to consumers, the first of its channels that is scaled.
+        channels: to producers, which of the affine map's channels it takes: (start, stop).
+        groups: as in `normconvert.plan.edits`, where dimension 1 continues dimension 0.
+        bias: name of its bias; None if it has none.
+        outputs: length of the bias.
+        shifted: whether it takes the shift, too.
+        calls: all nodes that read the weight or the bias.
+        factor: to consumers, what norms on the way multiply the affine map's channels by.
+    """
+
+    node: fx.Node
+    weight: str
+    axis: int
+    outer: int
+    inner: int
+    start: int
+    channels: tuple[int, int]
+    groups: int
+    bias: str | None
+    outputs: int
+    shifted: bool
+    calls: frozenset[fx.Node]
+    factor: Expression = 1
+
+    @property
+    def recipe(self) -> tuple[Any, ...]:
+        """All but the node: equal for two calls that ask the same of the weight."""
+        return tuple(v for k, v in self.__dict__.items() if k != "node")
 
 
 def weight_and_bias(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
@@ -72,9 +119,10 @@ def is_input(node: fx.Node, value: fx.Node) -> bool:
     return node.args[position] is value and sum(a is value for a in node.all_input_nodes) == 1
 
 
-def argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    """An argument by its position or its name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+def asks_only(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a reader of ``node`` asks for its shape or dtype alone."""
+    like = name_of(user) in ("aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as")
+    return name_of(user) in NEUTRAL or (like and user.args[0] is not node)
 
 
 def groups_of(node: fx.Node) -> int:
@@ -117,3 +165,89 @@ def keeps_constants(node: fx.Node) -> bool:
     if name == "aten.add" or name not in CONSTANT_KEPT:
         return False
     return not any(o.node for t in terms_of(node) or () for o in t[1:] if o.linear)
+
+
+def without_bias(node: fx.Node) -> str:
+    """Why a linear map cannot take a shift."""
+    return f"{operation(node)} has no bias to take the shift, and none can be added"
+
+
+def share_of(
+    graph: Graph, node: fx.Node, value: fx.Node, place: Place, start: int, channels: tuple[int, int], shift: bool
+) -> Share:
+    """The part of a linear map whose results (``value`` is the node itself) or inputs (``value``) are scaled.
+
+    Args:
+        graph: the model's.
+        node: the linear map.
+        value: what is scaled.
+        place: where the value carries the channels.
+        start: the first of its channels that is scaled.
+        channels: which of the affine map's channels they are: (start, stop).
+        shift: there is a shift, too. If the map cannot take it the share is not ``shifted``: see `without_bias`.
+
+    Raises:
+        Blocked: the map cannot take the scale.
+    """
+    name, of_results = name_of(node), value is node
+    weight, bias = weight_and_bias(node)
+    convolves = name in CONVOLUTIONS | TRANSPOSED
+    rank, weight_rank = len(shape_of(value)), len(shape_of(weight))
+    # Without a batch, dimension 0 is a convolution's channels.
+    dim = (1 if rank == weight_rank else 0) if convolves else rank - 1
+    if place.dim != dim or not (convolves or weight_rank == 2):
+        where = f"it lies across the channels of {operation(node)}"
+        raise Blocked(where if of_results else f"{operation(node)} reads it along other axes", "axes")
+    if shift and convolves and not of_results:
+        check_borders(node, weight)
+    # Dimension 0 of a plain convolution's weight has the results of all groups, dimension 1 of a transposed one's
+    # those of one group only, and the inputs of one group are all that any of them has.
+    groups = groups_of(node) if convolves and not (of_results and name in CONVOLUTIONS) else 1
+    # A group's channels are numbered from the group's first, which only a whole axis tells.
+    if groups > 1 and (not place.whole or channels[1] - channels[0] != place.size):
+        raise Blocked(f"{operation(node)} has groups", "cut")
+    results_first = name in CONVOLUTIONS or name == "aten.linear"
+    weight_name, axis, readers = _parameter(graph, weight, 0 if results_first is of_results else 1, node)
+    bias_name = None
+    if bias is not None:
+        bias_name, _, more = _parameter(graph, bias, 0, node)
+        readers = readers | more
+        if len(shape_of(bias)) != 1:
+            raise Blocked(f"{operation(node)} has a bias that is no vector", "not-a-module")
+    return Share(
+        node=node, weight=weight_name, axis=axis, outer=int(place.outer), inner=int(place.inner), start=start,
+        channels=channels, groups=groups, bias=bias_name, outputs=int(shape_of(node)[dim if convolves else -1]),
+        shifted=shift and (bias is not None or _can_gain_bias(graph, weight_name)), calls=readers,
+    )  # fmt: skip
+
+
+def _can_gain_bias(graph: Graph, weight: str) -> bool:
+    """Whether the weight is a module's, built without a bias; that the module adds one is proved afterwards."""
+    owner, _, leaf = weight.rpartition(".")
+    module = graph.modules.get(owner)
+    return module is not None and leaf == "weight" and "bias" in module._parameters and module.bias is None
+
+
+def _parameter(graph: Graph, node: fx.Node, axis: int, reader: fx.Node) -> tuple[str, int, frozenset[fx.Node]]:
+    """The stored parameter behind an operand: its name, the dimension that ``axis`` is there, all its readers."""
+    place = Place(axis, int(shape_of(node)[axis]))
+    while (parameter := graph.parameters.get(node)) is None:
+        terms = terms_of(node)
+        plain = terms is not None and len(terms) == 1 and len(terms[0]) == 1
+        back = carry_back(terms[0][0], place, node) if terms is not None and plain else None
+        if terms is None or back is None or not back.whole or name_of(node) not in MOVED:
+            raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
+        node, place = terms[0][0].node, back
+    # The plan names no aliases: an edit by one name would leave the tensor as it was under the others.
+    if not parameter.stored or len(parameter.aliases) > 1:
+        raise Blocked(f"the weight of {operation(reader)} is tied or not stored", "tied")
+    return parameter.name, place.dim, frozenset(_linear_readers(node))
+
+
+def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a parameter, through moves and copies."""
+    for user in node.users:
+        if name_of(user) in MOVED:
+            yield from _linear_readers(user)
+        elif name_of(user) not in NEUTRAL:
+            yield user

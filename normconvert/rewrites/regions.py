@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from normconvert.analysis.streams import Analysis, Spot, Stream, operation
@@ -20,6 +20,7 @@ from normconvert.rewrites.centring import Centring, MarkKey, axis_of
 
 if TYPE_CHECKING:
     import networkx as nx
+    from networkx.utils import UnionFind
 
 Marks = Mapping[MarkKey, list[Spot]]
 
@@ -51,24 +52,6 @@ class Region:
     reasons: dict[Spot, tuple[str, str]]
 
 
-@dataclass
-class _Sets:
-    """Values that are compressed together or not: disjoint sets."""
-
-    parent: dict[Spot, Spot] = field(default_factory=dict)
-
-    def find(self, spot: Spot) -> Spot:
-        root = spot
-        while (up := self.parent.get(root, root)) != root:
-            root = up
-        while spot != root:
-            self.parent[spot], spot = root, self.parent.get(spot, spot)
-        return root
-
-    def union(self, a: Spot, b: Spot) -> None:
-        self.parent[self.find(a)] = self.find(b)
-
-
 def choose_region(
     analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], min_gain: int
 ) -> Region:
@@ -83,25 +66,13 @@ def choose_region(
     """
     forbidden: set[MarkKey] = set()
     while True:
-        region, halfway = _cut(analysis, survey, marks, stay, min_gain, forbidden)
+        problem = _build(analysis, survey, marks, stay, forbidden)
+        graph, staying = _solve(_capacities(problem, survey, marks, min_gain))
+        region, halfway = _read(problem, survey, marks, graph, staying)
         if not halfway:
             return region
         # A hook runs in every call of its module, so it cannot compress in one and not in another.
         forbidden |= halfway
-
-
-def _cut(
-    analysis: Analysis,
-    survey: Centring,
-    marks: Marks,
-    stay: Mapping[Spot, Stays],
-    min_gain: int,
-    forbidden: set[MarkKey],
-) -> tuple[Region, set[MarkKey]]:
-    """One minimum cut: the region, and the places that have to be forbidden before the next."""
-    problem = _build(analysis, survey, marks, stay, forbidden)
-    graph, staying = _solve(_capacities(problem, survey, marks, min_gain))
-    return _read(problem, survey, marks, graph, staying)
 
 
 @dataclass
@@ -114,7 +85,7 @@ class _Problem:
         steps: (value before, value behind, place) of each operation that there may be.
     """
 
-    sets: _Sets
+    sets: UnionFind
     seeds: dict[Spot, Stays]
     steps: list[tuple[Spot, Spot, MarkKey]]
 
@@ -123,8 +94,10 @@ def _build(
     analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], forbidden: set[MarkKey]
 ) -> _Problem:
     """Join what can only be compressed together."""
+    from networkx.utils import UnionFind  # takes a while, and other conversions need no cut
+
     key_of = {spot: key for key, calls in marks.items() if key not in forbidden for spot in calls}
-    problem = _Problem(_Sets(), dict(stay), [])
+    problem = _Problem(UnionFind(), dict(stay), [])
     calls: dict[Hashable, Spot] = {}  # a norm or a layer scale that is used several times
     for stream in survey.usable:
         for spot, made in stream.members.items():
@@ -146,18 +119,18 @@ def _capacities(
     problem: _Problem, survey: Centring, marks: Marks, min_gain: int
 ) -> dict[tuple[Hashable, Hashable], float]:
     """The edges of the network, with what it costs to cut each."""
-    find = problem.sets.find
+    sets = problem.sets
     norms: dict[Spot, set[str]] = defaultdict(set)
     for stream in survey.usable:
         for norm, spot in stream.norms:
-            norms[find(spot)].add(norm.path)
+            norms[sets[spot]].add(norm.path)
     capacity: dict[tuple[Hashable, Hashable], float] = defaultdict(float)
     for spot in problem.seeds:
-        capacity["stay", find(spot)] = math.inf
+        capacity["stay", sets[spot]] = math.inf
     for root, paths in norms.items():
         capacity[root, "norms"] = UNIT * len(paths)
     for part, spot, key in problem.steps:
-        a, b = find(part), find(spot)
+        a, b = sets[part], sets[spot]
         if a != b:
             capacity[a, b] += -(-UNIT * min_gain // len(marks[key]))
             capacity[b, a] = math.inf  # what stays as it is is made of what stays as it is
@@ -166,7 +139,7 @@ def _capacities(
 
 def _solve(capacity: Mapping[tuple[Hashable, Hashable], float]) -> tuple[nx.DiGraph, set[Hashable]]:
     """The network, and the sets that stay as they are."""
-    import networkx as nx  # takes a while, and other conversions need no cut
+    import networkx as nx
 
     graph = nx.DiGraph()
     graph.add_nodes_from(["stay", "norms"])
@@ -181,7 +154,7 @@ def _read(
 ) -> tuple[Region, set[MarkKey]]:
     """The region that a cut means, and the places at which some calls would compress and others not."""
     spots = [spot for stream in survey.usable for spot in stream.members]
-    compressed = {spot for spot in spots if problem.sets.find(spot) not in staying}
+    compressed = {spot for spot in spots if problem.sets[spot] not in staying}
     inserted, halfway = {}, set()
     cuts: dict[MarkKey, set[tuple[bool, bool]]] = defaultdict(set)
     for part, spot, key in problem.steps:
@@ -211,12 +184,12 @@ def _obstacle(analysis: Analysis, stream: Stream, spot: Spot, survey: Centring) 
 
 
 def _reasons(
-    graph: nx.DiGraph, sets: _Sets, spots: list[Spot], compressed: set[Spot], seeds: Mapping[Spot, Stays]
+    graph: nx.DiGraph, sets: UnionFind, spots: list[Spot], compressed: set[Spot], seeds: Mapping[Spot, Stays]
 ) -> dict[Spot, tuple[str, str]]:
     """For each value that stays the nearest one that cannot be compressed, as a sentence, and the class of reason."""
     nearest: dict[Spot, Stays] = {}
     for spot, reason in seeds.items():
-        nearest.setdefault(sets.find(spot), reason)
+        nearest.setdefault(sets[spot], reason)
     work = list(nearest)
     for root in work:  # breadth first; the list grows
         for other in (*graph.successors(root), *graph.predecessors(root)):
@@ -225,7 +198,7 @@ def _reasons(
                 work.append(other)
     found: dict[Spot, tuple[str, str]] = {}
     for spot in spots:
-        stays = nearest.get(sets.find(spot)) if spot not in compressed else None
+        stays = nearest.get(sets[spot]) if spot not in compressed else None
         if stays is not None:
             text = f"its stream cannot be stored in fewer channels, or not with gain: it contains {stays.what}"
             found[spot] = (stays.whole or text, stays.code)
