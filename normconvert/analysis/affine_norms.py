@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from, is_batch_norm
-from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.op_table import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
@@ -49,10 +49,10 @@ class Call:
         return self.form.nodes
 
     @property
-    def place(self) -> Place:
+    def axis(self) -> ChannelAxis:
         """Where source and result carry the channels, if the form tells."""
         assert self.form.dim is not None
-        return Place(self.form.dim, int(shape_of(self.result)[self.form.dim]))
+        return ChannelAxis(self.form.dim, int(shape_of(self.result)[self.form.dim]))
 
     @property
     def effect(self) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """Where a value carries the channels of a stream, and how an operand hands them to a result.
 
 A value carries the channels on one factor of one dimension: dimension ``dim`` has ``outer * size * inner`` elements
-and the middle factor is the channel (`Place`). So a channel axis that a view merges into ``batch * channels * height``
-and splits again later is still the same axis.
+and the middle factor is the channel (`ChannelAxis`). So a channel axis that a view merges into ``batch * channels *
+height`` and splits again later is still the same axis.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Dims = Mapping[int, int]
 
 
 @dataclass(frozen=True)
-class Place:
+class ChannelAxis:
     """Where a value carries the channels: dimension ``dim`` is ``outer * size * inner``, the channel in the middle."""
 
     dim: int
@@ -87,46 +87,46 @@ def _quotient(a: Any, b: Any) -> Any | None:
     return numerator if denominator == 1 else None
 
 
-def reshaped(place: Place, old: Sequence[Any], new: Sequence[Any]) -> Place | None:
-    """The place after a row-major reshape, or None if the channel axis is cut."""
+def reshaped(axis: ChannelAxis, old: Sequence[Any], new: Sequence[Any]) -> ChannelAxis | None:
+    """The channel axis after a row-major reshape, or None if it is cut."""
     # Row-major order is kept, so the axis is known by the number of elements before it and behind it.
-    before = _product(old[: place.dim]) * place.outer
-    after = place.inner * _product(old[place.dim + 1 :])
+    before = _product(old[: axis.dim]) * axis.outer
+    after = axis.inner * _product(old[axis.dim + 1 :])
     for dim in range(len(new)):
         outer = _quotient(before, _product(new[:dim]))
         inner = _quotient(after, _product(new[dim + 1 :]))
-        if outer is not None and inner is not None and outer * place.size * inner == new[dim]:
-            return Place(dim, place.size, outer, inner)
+        if outer is not None and inner is not None and outer * axis.size * inner == new[dim]:
+            return ChannelAxis(dim, axis.size, outer, inner)
     return None
 
 
-def carry_forward(operand: Operand, place: Place, result: fx.Node) -> Place | None:
-    """Where the channels of ``operand`` at ``place`` are in ``result``; None if they do not arrive."""
+def carry_forward(operand: Operand, axis: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
+    """Where the channels of ``operand`` at ``axis`` are in ``result``; None if they do not arrive."""
     old, new = shape_of(operand.node), shape_of(result)
     if operand.view:
-        return reshaped(place, old, new)
-    if operand.regroup is not None and place.dim == operand.regroup:
-        return _regrouped(place, new[operand.regroup])
-    target = operand.dims.get(place.dim)
+        return reshaped(axis, old, new)
+    if operand.regroup is not None and axis.dim == operand.regroup:
+        return _regrouped(axis, new[operand.regroup])
+    target = operand.dims.get(axis.dim)
     # A row may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
-    return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
+    return None if target is None or old[axis.dim] != new[target] else replace(axis, dim=target)
 
 
-def carry_back(operand: Operand, place: Place, result: fx.Node) -> Place | None:
-    """Where ``operand`` carries the channels that ``result`` has at ``place``; None if it is constant along them."""
+def carry_back(operand: Operand, axis: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
+    """Where ``operand`` carries the channels that ``result`` has at ``axis``; None if it is constant along them."""
     old, new = shape_of(operand.node), shape_of(result)
     # None means here that the axis is cut. Such an operand is alone in its term, so that who takes it for a constant
     # term taints the result, and never drops a factor.
     if operand.view:
-        return reshaped(place, new, old)
-    if operand.regroup is not None and place.dim == operand.regroup:
-        return _regrouped(place, old[operand.regroup])
+        return reshaped(axis, new, old)
+    if operand.regroup is not None and axis.dim == operand.regroup:
+        return _regrouped(axis, old[operand.regroup])
     for source, target in operand.dims.items():
-        if target == place.dim:
-            return replace(place, dim=source) if old[source] == new[target] else None
+        if target == axis.dim:
+            return replace(axis, dim=source) if old[source] == new[target] else None
     return None
 
 
-def _regrouped(place: Place, size: Any) -> Place | None:
-    outer = _quotient(size, place.size * place.inner)
-    return None if outer is None else replace(place, outer=outer)
+def _regrouped(axis: ChannelAxis, size: Any) -> ChannelAxis | None:
+    outer = _quotient(size, axis.size * axis.inner)
+    return None if outer is None else replace(axis, outer=outer)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from normconvert.analysis.axis_rules import broadcast
-from normconvert.analysis.channel_axes import Operand, Place, carry_back, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, shape_of
 from normconvert.analysis.op_table import name_of, terms_of
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
@@ -44,7 +44,7 @@ class Norm:
     read: fx.Node
     result: fx.Node
     output: fx.Node
-    place: Place | None
+    place: ChannelAxis | None
     module: dict[str, Any] | None
     obstacle: str
     float32: bool
@@ -74,7 +74,7 @@ def _called(graph: Graph, node: fx.Node) -> Norm:
     assert isinstance(source, fx.Node)
     axes = list(node.args[1])  # type: ignore[arg-type]
     shape = shape_of(source)
-    place = Place(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
+    place = ChannelAxis(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
     weight, bias = (_get(node, 2, "weight"), _get(node, 3, "bias"))
     eps = _get(node, 4, "eps")
     return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
@@ -101,7 +101,7 @@ def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
     return _norm(graph, node, at, source.x, source.place, weight, bias, source.eps, read=source.read)
 
 
-def _aligned(vector: fx.Node, user: fx.Node, place: Place) -> bool:
+def _aligned(vector: fx.Node, user: fx.Node, place: ChannelAxis) -> bool:
     """Whether an affine operand lies along the norm's channels and is the same everywhere else."""
     at = carry_back(Operand(vector, broadcast(vector, user)), place, user)
     shape = shape_of(vector)
@@ -118,7 +118,7 @@ def _norm(
     result: fx.Node,
     end: fx.Node,
     source: fx.Node,
-    place: Place | None,
+    place: ChannelAxis | None,
     weight: Any,
     bias: Any,
     eps: float,
@@ -147,7 +147,7 @@ def _norm(
         else:
             axis = entry[place.dim] - len(entry)
             # A replacement for layer_norm has the channels innermost whatever the module's input.
-            at = Place(-1 if called else axis, place.size)
+            at = ChannelAxis(-1 if called else axis, place.size)
             obstacle = _not_taken_over(graph.modules[path], path, {n for n in (w, b) if n is not None}, at, len(entry))
             if w is not None and w == b:
                 obstacle = f"`{path}` has one parameter for weight and bias"
@@ -171,7 +171,7 @@ def _norm(
     return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
 
 
-def _not_taken_over(module: nn.Module, path: str, names: set[str], at: Place, rank: int) -> str:
+def _not_taken_over(module: nn.Module, path: str, names: set[str], at: ChannelAxis, rank: int) -> str:
     """Why a replacement that has parameters alone cannot stand in for a norm's module; empty if it can.
 
     Args:
@@ -292,7 +292,7 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
 @dataclass(frozen=True)
 class _Handwritten:
     x: fx.Node
-    place: Place
+    place: ChannelAxis
     eps: float
     read: fx.Node
 
@@ -316,7 +316,7 @@ def _centred(node: Any) -> tuple[fx.Node, int] | None:
     return mean if mean is not None and mean[0] is node.args[0] else None
 
 
-def reads_centred(user: fx.Node, x: fx.Node, place: Place) -> bool:
+def reads_centred(user: fx.Node, x: fx.Node, place: ChannelAxis) -> bool:
     """Whether ``user`` sees x at ``place`` through P only: x - mean(x), or a mean that goes nowhere else."""
     centred = _centred(user)
     # Where a dimension holds more than the channels, its mean is not theirs.
@@ -369,5 +369,5 @@ def _handwritten(node: fx.Node) -> _Handwritten | None:
             continue
         x, dim = centred
         assert isinstance(top, fx.Node)
-        return _Handwritten(x, Place(dim, int(shape_of(x)[dim])), inside[1], top)
+        return _Handwritten(x, ChannelAxis(dim, int(shape_of(x)[dim])), inside[1], top)
     return None

@@ -13,7 +13,7 @@ from torch import fx
 
 from normconvert.analysis import axis_rules as rows
 from normconvert.analysis import moving_rules as moves
-from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, Operand, Term, carry_back, shape_of
 
 TABLE: dict[str, rows.Row] = {
     # the same values
@@ -132,7 +132,7 @@ def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     return None if row is None else row(node)
 
 
-def varies(node: fx.Node, place: Place) -> bool:
+def varies(node: fx.Node, place: ChannelAxis) -> bool:
     """Whether a value may differ along the channels at ``place``. True when in doubt."""
     shape = shape_of(node)
     if place.dim >= len(shape) or shape[place.dim] == 1:

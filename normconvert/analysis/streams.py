@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, carry_forward, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, Operand, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.norms import Norm, reads_centred
 from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
 from normconvert.tracing.graph import Graph, module_path
 
-Spot = tuple[fx.Node, Place]
+Spot = tuple[fx.Node, ChannelAxis]
 """A value and where it carries the channels."""
 
 
@@ -195,7 +195,7 @@ class Analysis:
         return Made("sum", tuple(parts), constant)
 
     def _layer_scale(
-        self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]
+        self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, ChannelAxis]]
     ) -> Made | None:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):

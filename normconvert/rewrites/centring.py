@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
 from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
@@ -73,7 +73,7 @@ def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey
     """
     result = Centring(usable=[s for s in analysis.streams if not leaks_of(s, options)])
     usable = {spot for stream in result.usable for spot in stream.members}
-    places: dict[fx.Node, set[Place]] = defaultdict(set)
+    places: dict[fx.Node, set[ChannelAxis]] = defaultdict(set)
     for node, place in usable:
         places[node].add(place)
     for stream in result.usable:
@@ -203,7 +203,7 @@ def _is_move(node: fx.Node, source: fx.Node) -> bool:
 
 def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
     """Places where a centring operation may stand: at every call the value is a usable stream's, on the same axis."""
-    spots: dict[fx.Node, list[Place]] = defaultdict(list)
+    spots: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
     for node, place in usable:
         if node.target is MARK:
             spots[node].append(place)

@@ -113,11 +113,11 @@ def clip(norm: Affine, settled: Settled) -> tuple[Clipping, list[Share]]:
         raise Blocked("its calls end in different activations", "not-a-module")
     if clamps[0].path is not None:
         _check_module(graph, clamps[0].path, {c.node for c in clamps})
-    shapes = {(c.place.size, *[1] * (len(shape_of(c.result)) - 1 - c.place.dim)) for c in norm.calls}
+    shapes = {(c.axis.size, *[1] * (len(shape_of(c.result)) - 1 - c.axis.dim)) for c in norm.calls}
     if len(shapes) > 1:
         raise Blocked("its calls have different dimensions", "axes")
     # The shift stays in the clamp, so what is behind may pad with zeros.
-    starts = [(clamp.node, call.place) for call, clamp in zip(norm.calls, clamps, strict=True)]
+    starts = [(clamp.node, call.axis) for call, clamp in zip(norm.calls, clamps, strict=True)]
     shares = into_consumers(settled, starts, shifts=False)
     like = shares[0].weight
     operands: list[Any] = [norm.scale, norm.shift, ["limit", like]]

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.channel_axes import Place, carry_forward, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, Spot, Stream, described
@@ -259,7 +259,7 @@ def _places(model: _Model, draft: _Draft) -> set[Spot]:
     return found
 
 
-def _carried(node: fx.Node, place: Place, until: frozenset[fx.Node]) -> set[Spot]:
+def _carried(node: fx.Node, place: ChannelAxis, until: frozenset[fx.Node]) -> set[Spot]:
     """A weight, and what it becomes on its way to the maps that use it."""
     found: set[Spot] = {(node, place)}
     for user in node.users:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normconvert.analysis.channel_axes import Place
+from normconvert.analysis.channel_axes import ChannelAxis
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.streams import Analysis, described
 from normconvert.rewrites.readers import Unfoldable, readers_of
@@ -50,7 +50,7 @@ def fold_norms(analysis: Analysis, groups: list[list[Norm]], tensors: Edits) -> 
     return notes
 
 
-def along(place: Place) -> dict[str, Any]:
+def along(place: ChannelAxis) -> dict[str, Any]:
     """The keys of an edit that say where the channels are."""
     row: dict[str, Any] = {"axis": place.dim}
     return row if place.whole else row | {"outer": int(place.outer), "inner": int(place.inner)}

@@ -132,7 +132,7 @@ def _behind(norm: Affine, settled: Settled) -> list[Share]:
     """The linear maps that read what every call makes."""
     if norm.keep:  # see clipping
         raise Blocked(f"`{norm.path}.{norm.keep[0]}` reads it", "unknown-op")
-    return into_consumers(settled, [(call.result, call.place) for call in norm.calls])
+    return into_consumers(settled, [(call.result, call.axis) for call in norm.calls])
 
 
 def _named(shares: Sequence[Share]) -> str:
@@ -175,7 +175,7 @@ class _Draft:
                                  "owned": clipping.owned})  # fmt: skip
         else:
             self.modules.append({"op": "absorb", "path": norm.path, "keep": list(norm.keep)})
-        size = norm.calls[0].place.size
+        size = norm.calls[0].axis.size
         for share in decision.shares:
             scale_here, shift_here = (part(vector, *share.channels, size) for vector in (scale, shift))
             bias = share.bias or f"{share.weight.rpartition('.')[0]}.bias"

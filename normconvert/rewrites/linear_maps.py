@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.axis_rules import argument
-from normconvert.analysis.channel_axes import Place, carry_back, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
 from normconvert.analysis.norms import COPIES, MOVES
 from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of
 from normconvert.analysis.streams import operation
@@ -37,11 +37,8 @@ CONSTANT_KEPT = {
 }
 """Operations that map values which are all c to values which are all c."""
 
-MOVED = (
-    MOVES
-    | COPIES
-    | {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
-)
+VIEWS = {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
+MOVED = MOVES | COPIES | VIEWS
 """What may stand between a stored weight and the linear map that uses it."""
 
 POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
@@ -63,7 +60,7 @@ class Share:
         node: the linear map.
         weight: name of its weight.
         axis: dimension of the weight that holds the channels.
-        outer: further factors of that dimension (see `Place`), as ``inner``.
+        outer: further factors of that dimension (see `ChannelAxis`), as ``inner``.
         start: to consumers, the first of its channels that is scaled.
         channels: to producers, which of the affine map's channels it takes: (start, stop).
         groups: as in `normconvert.plan.edits`, where dimension 1 continues dimension 0.
@@ -173,7 +170,7 @@ def without_bias(node: fx.Node) -> str:
 
 
 def share_of(
-    graph: Graph, node: fx.Node, value: fx.Node, place: Place, start: int, channels: tuple[int, int], shift: bool
+    graph: Graph, node: fx.Node, value: fx.Node, axis: ChannelAxis, start: int, channels: tuple[int, int], shift: bool
 ) -> Share:
     """The part of a linear map whose results (``value`` is the node itself) or inputs (``value``) are scaled.
 
@@ -181,7 +178,7 @@ def share_of(
         graph: the model's.
         node: the linear map.
         value: what is scaled.
-        place: where the value carries the channels.
+        axis: where the value carries the channels.
         start: the first of its channels that is scaled.
         channels: which of the affine map's channels they are: (start, stop).
         shift: there is a shift, too. If the map cannot take it the share is not ``shifted``: see `without_bias`.
@@ -195,7 +192,7 @@ def share_of(
     rank, weight_rank = len(shape_of(value)), len(shape_of(weight))
     # Without a batch, dimension 0 is a convolution's channels.
     dim = (1 if rank == weight_rank else 0) if convolves else rank - 1
-    if place.dim != dim or not (convolves or weight_rank == 2):
+    if axis.dim != dim or not (convolves or weight_rank == 2):
         where = f"it lies across the channels of {operation(node)}"
         raise Blocked(where if of_results else f"{operation(node)} reads it along other axes", "axes")
     if shift and convolves and not of_results:
@@ -204,10 +201,10 @@ def share_of(
     # those of one group only, and the inputs of one group are all that any of them has.
     groups = groups_of(node) if convolves and not (of_results and name in CONVOLUTIONS) else 1
     # A group's channels are numbered from the group's first, which only a whole axis tells.
-    if groups > 1 and (not place.whole or channels[1] - channels[0] != place.size):
+    if groups > 1 and (not axis.whole or channels[1] - channels[0] != axis.size):
         raise Blocked(f"{operation(node)} has groups", "cut")
     results_first = name in CONVOLUTIONS or name == "aten.linear"
-    weight_name, axis, readers = _parameter(graph, weight, 0 if results_first is of_results else 1, node)
+    weight_name, weight_axis, readers = _parameter(graph, weight, 0 if results_first is of_results else 1, node)
     bias_name = None
     if bias is not None:
         bias_name, _, more = _parameter(graph, bias, 0, node)
@@ -215,7 +212,7 @@ def share_of(
         if len(shape_of(bias)) != 1:
             raise Blocked(f"{operation(node)} has a bias that is no vector", "not-a-module")
     return Share(
-        node=node, weight=weight_name, axis=axis, outer=int(place.outer), inner=int(place.inner), start=start,
+        node=node, weight=weight_name, axis=weight_axis, outer=int(axis.outer), inner=int(axis.inner), start=start,
         channels=channels, groups=groups, bias=bias_name, outputs=int(shape_of(node)[dim if convolves else -1]),
         shifted=shift and (bias is not None or _can_gain_bias(graph, weight_name)), calls=readers,
     )  # fmt: skip
@@ -228,20 +225,20 @@ def _can_gain_bias(graph: Graph, weight: str) -> bool:
     return module is not None and leaf == "weight" and "bias" in module._parameters and module.bias is None
 
 
-def _parameter(graph: Graph, node: fx.Node, axis: int, reader: fx.Node) -> tuple[str, int, frozenset[fx.Node]]:
-    """The stored parameter behind an operand: its name, the dimension that ``axis`` is there, all its readers."""
-    place = Place(axis, int(shape_of(node)[axis]))
+def _parameter(graph: Graph, node: fx.Node, dim: int, reader: fx.Node) -> tuple[str, int, frozenset[fx.Node]]:
+    """The stored parameter behind an operand: its name, the dimension that ``dim`` is there, all its readers."""
+    axis = ChannelAxis(dim, int(shape_of(node)[dim]))
     while (parameter := graph.parameters.get(node)) is None:
         terms = terms_of(node)
         plain = terms is not None and len(terms) == 1 and len(terms[0]) == 1
-        back = carry_back(terms[0][0], place, node) if terms is not None and plain else None
+        back = carry_back(terms[0][0], axis, node) if terms is not None and plain else None
         if terms is None or back is None or not back.whole or name_of(node) not in MOVED:
             raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
-        node, place = terms[0][0].node, back
+        node, axis = terms[0][0].node, back
     # The plan names no aliases: an edit by one name would leave the tensor as it was under the others.
     if not parameter.stored or len(parameter.aliases) > 1:
         raise Blocked(f"the weight of {operation(reader)} is tied or not stored", "tied")
-    return parameter.name, place.dim, frozenset(_linear_readers(node))
+    return parameter.name, axis.dim, frozenset(_linear_readers(node))
 
 
 def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.axis_rules import argument
-from normconvert.analysis.channel_axes import Place, carry_back, carry_forward, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, carry_back, carry_forward, shape_of
 from normconvert.analysis.op_table import name_of, terms_of, varies
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression, part, times
@@ -51,7 +51,7 @@ class Settled:
     merged: frozenset[fx.Node] = frozenset()
     gone: dict[fx.Node, Call] = field(default_factory=dict)
     results: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    passed: dict[fx.Node, tuple[Place, Expression]] = field(default_factory=dict)
+    passed: dict[fx.Node, tuple[ChannelAxis, Expression]] = field(default_factory=dict)
 
     def take_away(self, norm: Affine, behind: bool) -> None:
         """Note that a norm has moved."""
@@ -59,7 +59,7 @@ class Settled:
             self.gone[call.result] = call
             self.results[call.source] = call.result
             if behind:
-                self.passed[call.source] = call.place, norm.scale
+                self.passed[call.source] = call.axis, norm.scale
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Walk:
     shares: list[Share] = field(default_factory=list)
     changed: set[fx.Node] = field(default_factory=set)
 
-    def to_producers(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> str:
+    def to_producers(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool) -> str:
         """Move the scale, and the shift if ``shift``, into what makes the value at ``node``.
 
         Returns:
@@ -90,50 +90,50 @@ class Walk:
         self._enter(node)
         self._stop_at_merged(node)
         if node in self.settled.gone:  # nothing is left of a norm that has moved
-            return self.to_producers(self.settled.gone[node].source, place, channels, shift)
+            return self.to_producers(self.settled.gone[node].source, axis, channels, shift)
         if name_of(node) in LINEAR:
-            share = share_of(self.settled.graph, node, node, place, 0, channels, shift)
+            share = share_of(self.settled.graph, node, node, axis, 0, channels, shift)
             self.shares.append(share)
             return without_bias(node) if shift and not share.shifted else ""
-        if _joins(node, place):
-            return self._to_parts(node, place, channels, shift)
+        if _joins(node, axis):
+            return self._to_parts(node, axis, channels, shift)
         placed = not shift
-        for operand, at, positive in self._operands(node, place, shift):
+        for operand, at, positive in self._operands(node, axis, shift):
             # A sum needs the shift once.
             wanted = positive and not placed
             refused = self.to_producers(operand, at, channels, wanted)
             placed = placed or (wanted and not refused)
         return "" if placed else f"nothing that {operation(node)} adds up has a bias to take the shift"
 
-    def _to_parts(self, node: fx.Node, place: Place, channels: tuple[int, int], shift: bool) -> str:
+    def _to_parts(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool) -> str:
         """Through a concatenation of channels: every part takes its own."""
-        if place.outer != 1:
+        if axis.outer != 1:
             raise Blocked(f"{operation(node)} interleaves channels", "cut")
         start, known, refused = channels[0], len(self.shares), ""
         parts: Any = node.args[0]
         for piece in parts:
-            length = shape_of(piece)[place.dim]
-            if length % place.inner:
+            length = shape_of(piece)[axis.dim]
+            if length % axis.inner:
                 raise Blocked(f"{operation(node)} cuts a channel", "cut")
-            size = length // place.inner
-            at = replace(place, size=size)
+            size = length // axis.inner
+            at = replace(axis, size=size)
             refused = self.to_producers(piece, at, (start, start + size), shift and not refused) or refused
             start += size
         if refused:  # the shift goes into all parts or elsewhere
             self.shares[known:] = [replace(share, shifted=False) for share in self.shares[known:]]
         return refused
 
-    def _operands(self, node: fx.Node, place: Place, shift: bool) -> list[tuple[fx.Node, Place, bool]]:
-        """What a value is made of, if the map passes through: (value, place, whether it enters with weight one)."""
+    def _operands(self, node: fx.Node, axis: ChannelAxis, shift: bool) -> list[tuple[fx.Node, ChannelAxis, bool]]:
+        """What a value is made of, if the map passes through: (value, axis, whether it enters with weight one)."""
         terms = terms_of(node)
         if node.op != "call_function":
             raise Blocked(f"it reads {operation(node)}", "input")
         between = f"{operation(node)} stands between it and a linear map"
         if terms is None:
             raise Blocked(between, "unknown-op")
-        found: list[tuple[fx.Node, Place, bool]] = []
+        found: list[tuple[fx.Node, ChannelAxis, bool]] = []
         for term in terms:
-            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            carriers = [(o, p) for o in term if (p := carry_back(o, axis, node)) is not None and varies(o.node, p)]
             if len(carriers) != 1 or not carriers[0][0].linear:
                 raise Blocked(between, "product")
             # The second operand may have a sign or a factor (sub, alpha): a scale passes it, a shift would be
@@ -146,8 +146,8 @@ class Walk:
             raise Blocked(between, "unknown-op")
         return found
 
-    def to_consumers(self, node: fx.Node, place: Place, start: int, count: int, factor: Expression = 1) -> None:
-        """Move into all that reads the value at ``node``: channels ``start`` to ``start + count`` at ``place``.
+    def to_consumers(self, node: fx.Node, axis: ChannelAxis, start: int, count: int, factor: Expression = 1) -> None:
+        """Move into all that reads the value at ``node``: channels ``start`` to ``start + count`` at ``axis``.
 
         ``factor`` is what norms that have moved behind, on the way here, multiply those channels by.
 
@@ -165,15 +165,15 @@ class Walk:
             if user in self.settled.results:
                 # Who reads the input of a norm that has moved is its result, one operation further on.
                 self._enter(user)
-                behind = self._scaled(user, place, start, count, factor)
-                self.to_consumers(self.settled.results[user], place, start, count, behind)
+                behind = self._scaled(user, axis, start, count, factor)
+                self.to_consumers(self.settled.results[user], axis, start, count, behind)
             elif name_of(user) in LINEAR and is_input(user, node):
-                share = share_of(self.settled.graph, user, node, place, start, (0, count), self.shifts)
+                share = share_of(self.settled.graph, user, node, axis, start, (0, count), self.shifts)
                 if self.shifts and not share.shifted:
                     raise Blocked(without_bias(user), "no-bias")
                 self.shares.append(replace(share, factor=factor))
             else:
-                at, offset = self._passes(user, node, place, start)
+                at, offset = self._passes(user, node, axis, start)
                 self.to_consumers(user, at, offset, count, factor)
 
     def _enter(self, node: fx.Node) -> None:
@@ -185,27 +185,27 @@ class Walk:
         if node in self.settled.merged:
             raise Blocked(f"{operation(node)} is merged with the branches beside it", "merged-branch")
 
-    def _scaled(self, source: fx.Node, place: Place, start: int, count: int, factor: Expression) -> Expression:
+    def _scaled(self, source: fx.Node, axis: ChannelAxis, start: int, count: int, factor: Expression) -> Expression:
         """The factor behind a norm that has moved behind."""
         if source not in self.settled.passed:
             raise Blocked(f"{operation(source)} has moved before what makes it", "unknown-op")
         along, scale = self.settled.passed[source]
-        if along != place:
+        if along != axis:
             raise Blocked(f"{operation(source)} scales it along other axes", "axes")
-        return times(factor, part(scale, start, start + count, place.size))
+        return times(factor, part(scale, start, start + count, axis.size))
 
-    def _passes(self, user: fx.Node, node: fx.Node, place: Place, start: int) -> tuple[Place, int]:
+    def _passes(self, user: fx.Node, node: fx.Node, axis: ChannelAxis, start: int) -> tuple[ChannelAxis, int]:
         """Where a reader that treats every channel alike takes the channels, and the first of them."""
         stop = Blocked(f"{operation(user)} reads it", "unknown-op")
         if name_of(user) in CONCATENATIONS:
             parts: Any = user.args[0]
-            if not _joins(user, place) or place.outer != 1 or sum(p is node for p in parts) != 1:
+            if not _joins(user, axis) or axis.outer != 1 or sum(p is node for p in parts) != 1:
                 raise stop
-            before: Any = sum(shape_of(p)[place.dim] for p in parts[: list(parts).index(node)])
-            total = shape_of(user)[place.dim]
-            if before % place.inner or total % place.inner:
+            before: Any = sum(shape_of(p)[axis.dim] for p in parts[: list(parts).index(node)])
+            total = shape_of(user)[axis.dim]
+            if before % axis.inner or total % axis.inner:
                 raise Blocked(str(stop), "cut")
-            return replace(place, size=total // place.inner), start + before // place.inner
+            return replace(axis, size=total // axis.inner), start + before // axis.inner
         terms = terms_of(user)
         # More than one term is a sum, whose other part would have to be scaled as well.
         if terms is None or (self.shifts and not keeps_constants(user)) or len(terms) != 1:
@@ -213,7 +213,7 @@ class Walk:
         operands = [o for o in terms[0] if o.node is node]
         if len(operands) != 1 or not operands[0].linear:
             raise stop
-        at = carry_forward(operands[0], place, user)
+        at = carry_forward(operands[0], axis, user)
         if at is None:
             raise Blocked(f"{operation(user)} takes its channels apart", "cut")
         for other in terms[0]:
@@ -229,9 +229,9 @@ def stop_at_exit(graph: Graph, node: fx.Node) -> None:
         raise Blocked(f"{', '.join(f'`{name}`' for name in names)} returns it", "features")
 
 
-def _joins(node: fx.Node, place: Place) -> bool:
+def _joins(node: fx.Node, axis: ChannelAxis) -> bool:
     """Whether a value is a concatenation of channels."""
-    return name_of(node) in CONCATENATIONS and int(argument(node, 1, "dim", 0)) % len(shape_of(node)) == place.dim
+    return name_of(node) in CONCATENATIONS and int(argument(node, 1, "dim", 0)) % len(shape_of(node)) == axis.dim
 
 
 def into_producers(norm: Affine, settled: Settled) -> list[Share]:
@@ -242,7 +242,7 @@ def into_producers(norm: Affine, settled: Settled) -> list[Share]:
     """
     walks = [Walk(settled) for _ in norm.calls]
     for walk, call in zip(walks, norm.calls, strict=True):
-        if refused := walk.to_producers(call.source, call.place, (0, call.place.size), True):
+        if refused := walk.to_producers(call.source, call.axis, (0, call.axis.size), True):
             raise Blocked(refused, "no-bias")
     changed = {n for walk in walks for n in walk.changed}
     # What a norm computes on the way is not used once it has moved.
@@ -259,16 +259,16 @@ def into_producers(norm: Affine, settled: Settled) -> list[Share]:
     return _agreed(walks)
 
 
-def into_consumers(settled: Settled, starts: Iterable[tuple[fx.Node, Place]], shifts: bool = True) -> list[Share]:
-    """The linear maps that read values, one of every call, which carry the channels at the given places.
+def into_consumers(settled: Settled, starts: Iterable[tuple[fx.Node, ChannelAxis]], shifts: bool = True) -> list[Share]:
+    """The linear maps that read values, one of every call, with the axes that carry the channels.
 
     Raises:
         Blocked: something else reads them.
     """
     walks = []
-    for node, place in starts:
+    for node, axis in starts:
         walk = Walk(settled, shifts)
-        walk.to_consumers(node, place, 0, place.size)
+        walk.to_consumers(node, axis, 0, axis.size)
         if not walk.shares:
             raise Blocked("nothing reads it", "unused")
         walks.append(walk)

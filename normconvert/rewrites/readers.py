@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normconvert.analysis.channel_axes import Place, carry_back, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
 from normconvert.analysis.norms import COPIES, MOVES, Norm
 from normconvert.analysis.op_table import name_of, terms_of
 from normconvert.analysis.streams import Analysis, Leak, Spot, described, operation
@@ -35,7 +35,7 @@ class Reader:
 
     nodes: frozenset[fx.Node]
     weight: str
-    place: Place
+    place: ChannelAxis
     out: int
     bias: str | None
     module: str = ""
@@ -169,7 +169,7 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
         raise Unfoldable(f"{operation(node)} is no plain linear map")
     if has_bias and convolution and not _unpadded(node):
         raise Unfoldable(f"{operation(node)} pads with zeros, which a bias moved behind it would not be")
-    at = Place(form.dim, place.size, place.outer, place.inner)
+    at = ChannelAxis(form.dim, place.size, place.outer, place.inner)
     name, stored, out = _stored(analysis, weight, at, form.out, node)
     name = untied.get(name, name)
     if not has_bias:
@@ -177,7 +177,7 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     if isinstance(bias, fx.Node):
         if len(shape_of(bias)) != 1:
             raise Unfoldable(f"{operation(node)} has a bias that is no vector")
-        bias_name, _, _ = _stored(analysis, bias, Place(0, int(shape_of(bias)[0])), 0, node)
+        bias_name, _, _ = _stored(analysis, bias, ChannelAxis(0, int(shape_of(bias)[0])), 0, node)
         return Reader(frozenset([node]), name, stored, out, bias_name)
     path = module_path(node)
     module = analysis.graph.modules.get(path)
@@ -193,7 +193,9 @@ def _unpadded(node: fx.Node) -> bool:
     return padding in ("valid", 0) or (isinstance(padding, (list, tuple)) and not any(padding))
 
 
-def _stored(analysis: Analysis, node: fx.Node, place: Place, out: int, reader: fx.Node) -> tuple[str, Place, int]:
+def _stored(
+    analysis: Analysis, node: fx.Node, place: ChannelAxis, out: int, reader: fx.Node
+) -> tuple[str, ChannelAxis, int]:
     """The stored tensor behind an operand, where ``place`` and dimension ``out`` are there."""
     while True:
         parameter = analysis.graph.parameters.get(node)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.op_table import NEUTRAL, POINTWISE, name_of, varies
 from normconvert.analysis.streams import Spot, operation
 from normconvert.errors import TraceError
@@ -162,7 +162,7 @@ class _Comparison:
 
     def __init__(self, old: Graph, new: Graph, meant: Meant) -> None:
         self.old, self.new, self.meant = old, new, meant
-        self.places: dict[fx.Node, set[Place]] = defaultdict(set)
+        self.places: dict[fx.Node, set[ChannelAxis]] = defaultdict(set)
         for node, place in meant.compressed:
             self.places[node].add(place)
         self.image: dict[fx.Node, fx.Node] = {}
@@ -301,7 +301,7 @@ class _Comparison:
         if len(old) != len(new) or len(dims) != 1 or self.places.get(a) or isinstance(a.meta.get("val"), (list, tuple)):
             return False
         (dim,) = dims
-        if new[dim] != old[dim] - 1 or varies(a, Place(dim, old[dim])):
+        if new[dim] != old[dim] - 1 or varies(a, ChannelAxis(dim, old[dim])):
             return False
         # Counted from the end, as broadcasting does: `_aligned` looks for it in a value of another rank.
         self.constant[a] = dim - len(old)
@@ -325,7 +325,7 @@ def _sizes(x: Tensor) -> tuple[Any, ...]:
     return tuple(s if isinstance(s, int) else s.node.expr for s in x.shape)
 
 
-def narrowed(shape: tuple[Any, ...], places: Collection[Place]) -> tuple[Any, ...]:
+def narrowed(shape: tuple[Any, ...], places: Collection[ChannelAxis]) -> tuple[Any, ...]:
     """The shape with one channel less at each place."""
     sizes = list(shape)
     for place in places:

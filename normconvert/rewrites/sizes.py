@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.streams import Spot, Stream
 from normconvert.rewrites.regions import Stays
 from normconvert.rewrites.retrace import Differs, narrowed
@@ -35,7 +35,7 @@ Attributes = Mapping[str, Mapping[str, int]]
 
 def resize_edits(graph: Graph, compressed: Collection[Spot], attributes: Attributes) -> list[dict[str, Any]]:
     """Rows that give the stored tensors among ``compressed`` their new shapes, and modules their new attributes."""
-    places: dict[fx.Node, list[Place]] = defaultdict(list)
+    places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
     for node, place in compressed:
         if node in graph.parameters:
             places[node].append(place)

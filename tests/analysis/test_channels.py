@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from normconvert.analysis.channel_axes import Operand, Place, carry_back, carry_forward, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, carry_forward, shape_of
 from normconvert.analysis.op_table import TABLE, name_of, terms_of
 from tests.support.op_examples import EXAMPLES, Example
 
@@ -60,7 +60,7 @@ def parts_of(value: Any) -> tuple[Tensor, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def along(value: Any, place: Place, change: Any) -> Any:
+def along(value: Any, place: ChannelAxis, change: Any) -> Any:
     """``change`` applied to the channels of a tensor, brought to its last axis, or to those of each part."""
     if isinstance(value, (tuple, list)):
         return tuple(along(part, place, change) for part in value)
@@ -75,20 +75,20 @@ def along(value: Any, place: Place, change: Any) -> Any:
     )
 
 
-def flattened(value: Any, place: Place) -> Any:
+def flattened(value: Any, place: ChannelAxis) -> Any:
     """The same value in all channels: the first channel's."""
     return along(value, place, lambda x: x[..., :1].expand(x.shape))
 
 
-def places(shape: tuple[int, ...]) -> Iterator[Place]:
+def places(shape: tuple[int, ...]) -> Iterator[ChannelAxis]:
     """Every factor of every dimension."""
     for dim, count in enumerate(shape):
         for outer, size in itertools.product(range(1, count + 1), range(2, count + 1)):
             if count % (outer * size) == 0:
-                yield Place(dim, size, outer, count // (outer * size))
+                yield ChannelAxis(dim, size, outer, count // (outer * size))
 
 
-def places_to_test(node: fx.Node, terms: tuple[tuple[Operand, ...], ...]) -> set[Place]:
+def places_to_test(node: fx.Node, terms: tuple[tuple[Operand, ...], ...]) -> set[ChannelAxis]:
     """Places of the result that some operand's channels arrive at, or that some operand is asked for."""
     found = {place for place in places(shape_of(node)) for o in itertools.chain(*terms) if carry_back(o, place, node)}
     for operand in itertools.chain(*terms):
@@ -101,10 +101,12 @@ def places_to_test(node: fx.Node, terms: tuple[tuple[Operand, ...], ...]) -> set
     return found
 
 
-def holds(node: fx.Node, values: Values, terms: tuple[tuple[Operand, ...], ...], place: Place, choice: int) -> bool:
+def holds(
+    node: fx.Node, values: Values, terms: tuple[tuple[Operand, ...], ...], place: ChannelAxis, choice: int
+) -> bool:
     """Whether the claim of a row at one place of the result is true; ``choice`` of the factors varies by channel."""
     values = dict(values)
-    kept: dict[fx.Node, Place] = {}
+    kept: dict[fx.Node, ChannelAxis] = {}
     constant = False
     for term in terms:
         carriers = [(o, at) for o in term if (at := carry_back(o, place, node)) is not None]

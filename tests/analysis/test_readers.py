@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from normconvert.analysis.channel_axes import Place
+from normconvert.analysis.channel_axes import ChannelAxis
 from normconvert.analysis.streams import Analysis
 from normconvert.tracing.graph import Graph
 from tests.support.equivalence import check
@@ -26,9 +26,9 @@ def test_an_operand_that_its_row_does_not_name_is_a_leak() -> None:
     filled.meta["val"] = torch.rand(2, D)
     graph.output(filled)
     analysis = Analysis(Graph(tuple(graph.nodes), {}, {filled: ("output",)}, {}, {}), [])
-    (named,) = analysis.onward((nodes[0], Place(1, D)))
-    assert named.to == (filled, Place(1, D))
-    (unnamed,) = analysis.onward((nodes[2], Place(0, D)))
+    (named,) = analysis.onward((nodes[0], ChannelAxis(1, D)))
+    assert named.to == (filled, ChannelAxis(1, D))
+    (unnamed,) = analysis.onward((nodes[2], ChannelAxis(0, D)))
     assert unnamed.to is None
     assert unnamed.leak is not None
     assert unnamed.leak.code == "unknown-op"
