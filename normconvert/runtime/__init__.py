@@ -8,7 +8,7 @@ transformers outputs.
 
 from __future__ import annotations
 
-from normconvert.runtime.affine import Absorbed, Affine, Clip
+from normconvert.runtime.affine import Affine, Clip, PostActivation
 from normconvert.runtime.bases import BASES, compress, lift
 from normconvert.runtime.classes import ADAPTER_RECORD, CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
 from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
@@ -27,13 +27,13 @@ __all__ = [
     "PADDED_FROM",
     "REMOTE_FILE",
     "STRUCTURAL",
-    "Absorbed",
     "Affine",
     "CRMSNorm",
     "Center",
     "Clip",
     "Compress",
     "Padded",
+    "PostActivation",
     "RMSNorm",
     "add_hook",
     "apply_module_edits",

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from normconvert.runtime.kernels import is_plain
 
 
-class Absorbed(nn.Sequential):
+class PostActivation(nn.Sequential):
     """What is left of a norm that has moved into its neighbours: the activation that it applied.
 
     The children that stay keep their names, so that their parameters do, too.

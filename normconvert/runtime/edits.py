@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.runtime.affine import Absorbed, Affine, Clip
+from normconvert.runtime.affine import Affine, Clip, PostActivation
 from normconvert.runtime.hooks import Center, Compress, add_hook
 from normconvert.runtime.modules import get_module, stand_in
 from normconvert.runtime.norms import NORMS
@@ -77,7 +77,7 @@ def _absorb(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Take away a norm that has moved into its neighbours; ``keep`` names its children that still run, in order."""
     old = get_module(model, edit["path"])
     children = dict(old.named_children())
-    new = Absorbed()
+    new = PostActivation()
     for name in edit.get("keep", ()):
         if name not in children:
             raise ValueError(f"module edit: {edit['path']!r} ({type(old).__name__}) has no child {name!r}")
@@ -130,7 +130,7 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
         edit["inputs"], edit["outputs"], tuple(edit["kernel"]), **settings, groups=edit["groups"], device="meta"
     )
     conv = conv.to_empty(device=sample.device).to(sample.dtype)
-    new = Absorbed()
+    new = PostActivation()
     new.add_module("merged", conv)
     for name in edit.get("keep", ()):
         if name not in children:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.errors import InputError
-from normconvert.runtime import Absorbed
+from normconvert.runtime import PostActivation
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import Call, apart, channel_axis, comparable, mean_over_rms, watch_leaves
 from normconvert.verification.equivalence import recorded_plan
@@ -264,7 +264,7 @@ def _norm_inputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, t
     try:
         for path in paths:
             module = modules.get(path)
-            if module is not None and not isinstance(module, (Absorbed, nn.Identity)):  # gone: it was fused
+            if module is not None and not isinstance(module, (PostActivation, nn.Identity)):  # gone: it was fused
                 watch(path, module)
         yield read
     finally:
