@@ -164,11 +164,6 @@ def keeps_constants(node: fx.Node) -> bool:
     return not any(o.node for t in terms_of(node) or () for o in t[1:] if o.linear)
 
 
-def without_bias(node: fx.Node) -> str:
-    """Why a linear map cannot take a shift."""
-    return f"{operation(node)} has no bias to take the shift, and none can be added"
-
-
 def share_of(
     graph: Graph, node: fx.Node, value: fx.Node, axis: ChannelAxis, start: int, channels: tuple[int, int], shift: bool
 ) -> Share:
@@ -181,10 +176,10 @@ def share_of(
         axis: where the value carries the channels.
         start: the first of its channels that is scaled.
         channels: which of the affine map's channels they are: (start, stop).
-        shift: there is a shift, too. If the map cannot take it the share is not ``shifted``: see `without_bias`.
+        shift: there is a shift, too.
 
     Raises:
-        Blocked: the map cannot take the scale.
+        Blocked: the map cannot take it.
     """
     name, of_results = name_of(node), value is node
     weight, bias = weight_and_bias(node)
@@ -211,10 +206,12 @@ def share_of(
         readers = readers | more
         if len(shape_of(bias)) != 1:
             raise Blocked(f"{operation(node)} has a bias that is no vector", "not-a-module")
+    elif shift and not _can_gain_bias(graph, weight_name):
+        raise Blocked(f"{operation(node)} has no bias to take the shift, and none can be added", "no-bias")
     return Share(
         node=node, weight=weight_name, axis=weight_axis, outer=int(axis.outer), inner=int(axis.inner), start=start,
         channels=channels, groups=groups, bias=bias_name, outputs=int(shape_of(node)[dim if convolves else -1]),
-        shifted=shift and (bias is not None or _can_gain_bias(graph, weight_name)), calls=readers,
+        shifted=shift, calls=readers,
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from normconvert.rewrites.linear_maps import (
     is_input,
     keeps_constants,
     share_of,
-    without_bias,
 )
 from normconvert.tracing.graph import Graph
 
@@ -70,75 +69,63 @@ class Walk:
         settled: the graph.
         shifts: to consumers, there is a shift to be moved, too.
         shares: what is found.
-        changed: what is found.
+        changed: what is found, in order: the first that stands in the way is the reason that a user reads.
     """
 
     settled: Settled
     shifts: bool = True
     shares: list[Share] = field(default_factory=list)
-    changed: set[fx.Node] = field(default_factory=set)
+    changed: dict[fx.Node, None] = field(default_factory=dict)
 
-    def to_producers(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool) -> str:
+    def to_producers(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool = True) -> None:
         """Move the scale, and the shift if ``shift``, into what makes the value at ``node``.
 
-        Returns:
-            Why the shift has found no place, and no share has it; empty if it has found one, or was not asked for.
-
         Raises:
-            Blocked: the value is made by what cannot take the scale, or let the shift pass.
+            Blocked: the value is made by what cannot take the map.
         """
         self._enter(node)
         self._stop_at_merged(node)
         if node in self.settled.gone:  # nothing is left of a norm that has moved
-            return self.to_producers(self.settled.gone[node].source, axis, channels, shift)
-        if name_of(node) in LINEAR:
-            share = share_of(self.settled.graph, node, node, axis, 0, channels, shift)
-            self.shares.append(share)
-            return without_bias(node) if shift and not share.shifted else ""
-        if _joins(node, axis):
-            return self._to_parts(node, axis, channels, shift)
-        placed = not shift
-        for operand, at, positive in self._operands(node, axis, shift):
-            # A sum needs the shift once.
-            wanted = positive and not placed
-            refused = self.to_producers(operand, at, channels, wanted)
-            placed = placed or (wanted and not refused)
-        return "" if placed else f"nothing that {operation(node)} adds up has a bias to take the shift"
+            self.to_producers(self.settled.gone[node].source, axis, channels, shift)
+        elif name_of(node) in LINEAR:
+            self.shares.append(share_of(self.settled.graph, node, node, axis, 0, channels, shift))
+        elif _joins(node, axis):
+            self._to_parts(node, axis, channels, shift)
+        else:
+            for operand, at in self._operands(node, axis, shift):
+                self.to_producers(operand, at, channels, shift)
+                # A sum needs the shift once. The second operand may have a sign or a factor (sub, alpha): a scale
+                # passes it, a shift would be multiplied.
+                shift = False
 
-    def _to_parts(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool) -> str:
+    def _to_parts(self, node: fx.Node, axis: ChannelAxis, channels: tuple[int, int], shift: bool) -> None:
         """Through a concatenation of channels: every part takes its own."""
         if axis.outer != 1:
             raise Blocked(f"{operation(node)} interleaves channels", "cut")
-        start, known, refused = channels[0], len(self.shares), ""
+        start = channels[0]
         parts: Any = node.args[0]
         for piece in parts:
             length = shape_of(piece)[axis.dim]
             if length % axis.inner:
                 raise Blocked(f"{operation(node)} cuts a channel", "cut")
             size = length // axis.inner
-            at = replace(axis, size=size)
-            refused = self.to_producers(piece, at, (start, start + size), shift and not refused) or refused
+            self.to_producers(piece, replace(axis, size=size), (start, start + size), shift)
             start += size
-        if refused:  # the shift goes into all parts or elsewhere
-            self.shares[known:] = [replace(share, shifted=False) for share in self.shares[known:]]
-        return refused
 
-    def _operands(self, node: fx.Node, axis: ChannelAxis, shift: bool) -> list[tuple[fx.Node, ChannelAxis, bool]]:
-        """What a value is made of, if the map passes through: (value, axis, whether it enters with weight one)."""
-        terms = terms_of(node)
+    def _operands(self, node: fx.Node, axis: ChannelAxis, shift: bool) -> list[tuple[fx.Node, ChannelAxis]]:
+        """What a value is made of, if the map passes through: values, and where they carry the channels."""
         if node.op != "call_function":
             raise Blocked(f"it reads {operation(node)}", "input")
+        terms = terms_of(node)
         between = f"{operation(node)} stands between it and a linear map"
         if terms is None:
             raise Blocked(between, "unknown-op")
-        found: list[tuple[fx.Node, ChannelAxis, bool]] = []
+        found: list[tuple[fx.Node, ChannelAxis]] = []
         for term in terms:
             carriers = [(o, p) for o in term if (p := carry_back(o, axis, node)) is not None and varies(o.node, p)]
             if len(carriers) != 1 or not carriers[0][0].linear:
                 raise Blocked(between, "product")
-            # The second operand may have a sign or a factor (sub, alpha): a scale passes it, a shift would be
-            # multiplied.
-            found.append((carriers[0][0].node, carriers[0][1], len(found) == 0))
+            found.append((carriers[0][0].node, carriers[0][1]))
         is_sum = name_of(node) in ("aten.add", "aten.sub")
         if shift and not (is_sum or keeps_constants(node)):
             raise Blocked(f"{operation(node)} does not leave a constant as it is", "not-constant")
@@ -169,8 +156,6 @@ class Walk:
                 self.to_consumers(self.settled.results[user], axis, start, count, behind)
             elif name_of(user) in LINEAR and is_input(user, node):
                 share = share_of(self.settled.graph, user, node, axis, start, (0, count), self.shifts)
-                if self.shifts and not share.shifted:
-                    raise Blocked(without_bias(user), "no-bias")
                 self.shares.append(replace(share, factor=factor))
             else:
                 at, offset = self._passes(user, node, axis, start)
@@ -178,7 +163,7 @@ class Walk:
 
     def _enter(self, node: fx.Node) -> None:
         """Note that a value changes."""
-        self.changed.add(node)
+        self.changed[node] = None
         stop_at_exit(self.settled.graph, node)
 
     def _stop_at_merged(self, node: fx.Node) -> None:
@@ -242,8 +227,7 @@ def into_producers(norm: Affine, settled: Settled) -> list[Share]:
     """
     walks = [Walk(settled) for _ in norm.calls]
     for walk, call in zip(walks, norm.calls, strict=True):
-        if refused := walk.to_producers(call.source, call.axis, (0, call.axis.size), True):
-            raise Blocked(refused, "no-bias")
+        walk.to_producers(call.source, call.axis, (0, call.axis.size))
     changed = {n for walk in walks for n in walk.changed}
     # What a norm computes on the way is not used once it has moved.
     unused = [*norm.calls, *(call for result, call in settled.gone.items() if result in changed)]
