@@ -17,6 +17,30 @@ from normconvert.verification.probe_runs import algebra_model
 from tests.support.fused_networks import Branches, Chain, bn, fused
 from tests.support.perturb import perturb
 
+
+class Bare(nn.Module):
+    """A product with a matrix that is no module's weight, so that nothing can be given a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.movedim(1, -1) @ self.matrix).movedim(-1, 1)
+
+
+class Nested(nn.Module):
+    """Norms of a norm, and what they read: one affine map of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = bn(6), bn(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = (self.second(self.first(x) * 0.5) - x) / 3.0
+        return result
+
+
 COMPLETE: dict[str, Callable[[], nn.Module]] = {
     "conv without bias": lambda: Chain(nn.Conv2d(6, 8, 3, padding=1, bias=False), bn(8), nn.ReLU()),
     "conv with bias, own eps": lambda: Chain(nn.Conv2d(6, 8, 3), bn(8, eps=0.1), nn.ReLU()),
@@ -57,6 +81,9 @@ COMPLETE: dict[str, Callable[[], nn.Module]] = {
     ),
     "a sum of two convs": lambda: Chain(
         Branches(lambda x: x[0] + x[1], nn.Conv2d(6, 8, 1, bias=False), nn.Conv2d(6, 8, 1)), bn(8), nn.ReLU()
+    ),
+    "a sum that takes the shift once": lambda: Chain(
+        Branches(lambda x: x[0] - x[1], nn.Conv2d(6, 6, 1), Bare()), bn(6), nn.ReLU()
     ),
     "a concatenation before it": lambda: Chain(
         Branches(lambda x: torch.cat(list(x), 1), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 3, 1, bias=False)), bn(8)
@@ -230,6 +257,11 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "the norm is shared": (_shared_norm, "unknown-op", "relu"),
     "a computed weight": (lambda: Chain(Standardised(6, 6, 1), bn(6), nn.ReLU()), "computed-weight", "computed"),
     "no bias could be added": (lambda: Chain(Deaf(6, 6, 1, bias=False), bn(6), nn.ReLU()), "unproved", "bias"),
+    "no bias can be added": (
+        lambda: Chain(Branches(lambda x: torch.cat(list(x), 1), nn.Conv2d(6, 6, 1), Bare()), bn(12), nn.ReLU()),
+        "no-bias",
+        "no bias to take the shift",
+    ),
     "returned": (lambda: Chain(nn.ReLU(), bn(6)), "returned", "returns"),
 }
 
@@ -278,6 +310,11 @@ def test_repbn_is_one_affine_norm() -> None:
     assert [(v.path, v.kind, v.converted) for v in plan.verdicts] == [("1", "RepBN", True)]
     with torch.no_grad():
         assert torch.allclose(algebra_model(model, plan)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_norms_inside_a_norm_are_one_affine_norm() -> None:
+    plan, _ = fused(lambda: Chain(nn.Conv2d(6, 6, 1), Nested(), nn.ReLU()))
+    assert [(v.path, v.kind, v.code) for v in plan.verdicts] == [("1", "Nested", "fused-before")]
 
 
 def test_sync_batch_norm_is_one() -> None:
