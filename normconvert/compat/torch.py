@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -33,10 +32,7 @@ NAMES = (
     PrivateName("torch.fx.GraphModule._in_spec", "the same", SEEN, _SLOWER),
     PrivateName("torch.fx.GraphModule._out_spec", "the same", SEEN, _SLOWER),
     PrivateName("torch.fx.config.do_not_emit_stack_traces", "no stacks are noted with nodes", "2.14.1", _SLOWER),
-    PrivateName(
-        "torch._export.utils._compiling_state_context", "model code is asked for its inputs as if it were traced", SEEN,
-        "`torch.compiler.is_compiling` and `is_exporting` are replaced meanwhile",
-    ),
+    PrivateName("torch._export.utils._compiling_state_context", "model code is called as if it were traced", SEEN),
 )  # fmt: skip
 
 with needed(NAMES):
@@ -61,13 +57,13 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",
-    "compiling_state",
+    "as_exported",
     "pytree",
     "schema",
     "version",
     "without_modes",
     "wrapper",
-]
+]  # fmt: skip
 
 Wrapper = TypeVar("Wrapper", bound=torch.Tensor)
 HIDDEN_ATTRIBUTES = ("_version", "_grad_fn")
@@ -104,24 +100,15 @@ def wrapper(kind: type[Wrapper], shape: Sequence[int], dtype: torch.dtype, devic
     return found
 
 
-def compiling_state() -> AbstractContextManager[None]:
-    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are true within, as they are while torch exports."""
-    try:
-        context: Any = importlib.import_module("torch._export.utils")._compiling_state_context
-    except (ImportError, AttributeError):
-        context = _answering
-    found: AbstractContextManager[None] = context()
-    return found
+def as_exported() -> AbstractContextManager[None]:
+    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are true within, as they are while torch exports.
 
+    Models ask whether they are traced, and choose other operations then.
 
-@contextmanager
-def _answering() -> Iterator[None]:
-    asked = [name for name in ("is_compiling", "is_exporting") if hasattr(torch.compiler, name)]
-    before = {name: getattr(torch.compiler, name) for name in asked}
-    try:
-        for name in asked:
-            setattr(torch.compiler, name, lambda: True)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(torch.compiler, name, function)
+    Raises:
+        UnsupportedVersion: torch cannot be told so.
+    """
+    with needed(NAMES):
+        from torch._export.utils import _compiling_state_context
+    told: AbstractContextManager[None] = _compiling_state_context()
+    return told

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode, compiling_state, pytree
+from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode, pytree
 
 Result = TypeVar("Result")
 
@@ -50,16 +50,6 @@ def pretending(model: nn.Module, device: str = "cpu") -> Iterator[FakeTensorMode
         finally:
             for table, name, tensor in held:
                 table[name] = tensor
-
-
-@contextmanager
-def as_exported() -> Iterator[None]:
-    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are true within, as they are while torch exports.
-
-    Models ask whether they are traced, and choose other operations then.
-    """
-    with compiling_state():
-        yield
 
 
 def _fake(tensor: Tensor, device: str) -> Tensor:

@@ -26,6 +26,7 @@ class Lacking:
 USES: dict[str, Callable[[], Any]] = {
     "_schema": lambda: compat.schema(compat.OpOverload.__new__(compat.OpOverload)),
     "_version": lambda: compat.version(Lacking()),  # type: ignore[arg-type]
+    "_compiling_state_context": lambda: compat.as_exported(),
     "_make_wrapper_subclass": lambda: compat.wrapper(Lacking, (2,), torch.float32, "cpu"),  # type: ignore
     "_from_config": lambda: transformers.builder(Lacking),
     "_get_dtype_plan": lambda: transformers.kept_dtypes(Lacking(), torch.float16),
@@ -68,16 +69,6 @@ def test_a_name_that_has_gone_is_told(name: PrivateName, monkeypatch: pytest.Mon
     assert text.endswith(f"known to work with {name.library} {name.seen}")
     assert "\n" not in text
     assert isinstance(error.value, NormConvertError)
-
-
-def test_model_code_is_told_that_it_is_traced_one_way_or_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    for taken in (False, True):
-        if taken:
-            monkeypatch.delattr("torch._export.utils._compiling_state_context")
-        with compat.compiling_state():
-            assert torch.compiler.is_compiling()
-            assert torch.compiler.is_exporting()
-        assert not torch.compiler.is_compiling()
 
 
 def test_without_lists_of_what_may_differ_nothing_may() -> None:
