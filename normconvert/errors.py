@@ -19,6 +19,12 @@ class Unfinished(InputError):
     """Something outside is in the way, such as the network or a full disk: the same again may succeed later."""
 
 
+class UnsupportedVersion(NormConvertError):
+    """A library has another form than the releases that this package was written for (exit status 2)."""
+
+    exit_status = 2
+
+
 class FidelityError(NormConvertError):
     """The converted checkpoint does not compute what the original computes (exit status 1)."""
 

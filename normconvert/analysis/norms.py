@@ -50,14 +50,6 @@ class Norm:
     float32: bool
 
 
-OTHER_NORMS = {
-    "aten.rms_norm": "rms_norm",
-    "aten.group_norm": "group_norm",
-    "aten.instance_norm": "instance_norm",
-    "aten.batch_norm": "batch_norm",
-}
-
-
 def find_norms(graph: Graph) -> list[Norm]:
     """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand."""
     found = []

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 
-from normconvert.benchmark.lockstep import lockstep
-from normconvert.benchmark.memory import parameter_bytes, peak_bytes
+from normconvert.benchmark.memory import peak_bytes
 from normconvert.benchmark.result import ORIGINAL, Row, row_of
 from normconvert.benchmark.steps import make_step
 from normconvert.benchmark.timing import Step, interleave, warm_up
-from normconvert.benchmark.versions import own_memory
 from normconvert.benchmark.workloads import Workload
 
-MOVED = 1 << 32
-"""Bytes of a model up to which its weights are moved: with more it takes long, and places matter less."""
+Turns = Callable[[Mapping[str, nn.Module], Mapping[str, Step], float, float], tuple[dict[str, list[float]], int]]
+"""(models, their steps, seconds to spend, seconds of the quickest call) -> times, and calls a sample."""
 
 
 def compare(
@@ -28,6 +25,7 @@ def compare(
     dtype: torch.dtype,
     device: torch.device,
     seconds: float,
+    turns: Turns | None = None,
 ) -> Row:
     """Times of all versions, interleaved.
 
@@ -38,6 +36,7 @@ def compare(
         dtype: of their parameters.
         device: where they are.
         seconds: to spend after the warm-up.
+        turns: how the versions take turns in eager mode on a CPU; None: call by call.
 
     Returns:
         A row; without times if the original cannot do this, with the reason.
@@ -64,21 +63,11 @@ def compare(
         # Every other figure is a ratio to the original: without it a row says nothing.
         if ORIGINAL not in steps:
             return Row(mode, work.kind, work.batch, work.length, failures=failures)
-        chosen = {name: models[name] for name in steps}
-        # Without greenlet rounds of whole calls are as fair, but noisier. On a GPU a call returns before its work is
-        # done, and compiled code has no places to leave it at.
-        if mode == "eager" and device.type == "cpu" and find_spec("greenlet") is not None:
-            times, calls = lockstep(chosen, steps, seconds, quickest, lambda: _move(chosen))
+        if turns is not None and mode == "eager" and device.type == "cpu":
+            times, calls = turns({name: models[name] for name in steps}, steps, seconds, quickest)
         else:
             times, calls = interleave(steps, device, seconds, quickest)
     return row_of(mode, work.kind, work.batch, work.length, times, calls, peaks, failures)
-
-
-def _move(models: Mapping[str, nn.Module]) -> None:
-    """Put all weights elsewhere in memory: where they happen to lie makes a call up to a hundredth slower or faster."""
-    for model in models.values():
-        if parameter_bytes(model) < MOVED:
-            own_memory(model)
 
 
 def why(error: Exception) -> str:

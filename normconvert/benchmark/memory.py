@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from normconvert.compat.torch import TorchDispatchMode, pytree
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -48,9 +48,11 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        held = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        held = {
+            StorageWeakRef(t.untyped_storage()) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
-        for tensor in tree_leaves(result):
+        for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = StorageWeakRef(tensor.untyped_storage())
                 if storage not in held:  # no view of what was there, nor written in place

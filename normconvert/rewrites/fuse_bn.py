@@ -249,13 +249,16 @@ def _unless(default: int, share: Share, *names: str) -> dict[str, int]:
     return {name: getattr(share, name) for name in names if getattr(share, name) != default}
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def _never_called(graph: Graph, called: set[str]) -> list[Verdict]:
     """Verdicts for the BatchNorms, and other modules with a running variance, that were not found in any call."""
     seen = {id(graph.modules[path]) for path in called if path in graph.modules}
     run = {module_path(node) for node in graph.nodes}
     found: dict[int, Verdict] = {}
     for path, module in graph.modules.items():
-        known = isinstance(module, nn.modules.batchnorm._BatchNorm) or "running_var" in module._buffers
+        known = isinstance(module, _BATCH_NORMS) or "running_var" in module._buffers
         part = any(path == p or path.startswith(f"{p}.") for p in called)
         if not known or part or id(module) in seen | set(found):
             continue

@@ -60,7 +60,10 @@ def warn_of_adapter(model: Any, reference: Any) -> None:
     from transformers.utils import cached_file
 
     def file(name: str) -> Any:
-        return cached_file(reference, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            return cached_file(reference, name)
+        except OSError:  # there is none
+            return None
 
     if reference is None or file(ADAPTER_RECORD) is not None or (found := file("adapter_config.json")) is None:
         return

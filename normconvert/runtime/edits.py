@@ -113,7 +113,7 @@ def _affine(model: nn.Module, edit: Mapping[str, Any]) -> None:
 def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give a linear map or convolution the bias that it was built without; zeros until weights are loaded."""
     module, name = get_module(model, edit["path"]), edit.get("name", "bias")
-    if module._parameters.get(name, 0) is not None:
+    if name in vars(module) or getattr(module, name, 0) is not None:  # registered, and None
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) is not without a {name}")
     weight: Tensor = module.get_parameter("weight")
     module.register_parameter(name, nn.Parameter(weight.new_zeros(int(edit["size"])), weight.requires_grad))
@@ -142,8 +142,8 @@ def _merge(model: nn.Module, edit: Mapping[str, Any]) -> None:
 def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give a parameter another shape, zeros until weights are loaded; ``set`` gives attributes of the module."""
     module, name = get_module(model, edit["path"]), edit["name"]
-    old: Any = module._parameters.get(name, module._buffers.get(name))
-    if old is None:
+    old = getattr(module, name, None)
+    if not isinstance(old, Tensor):
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
     before = tuple(old.shape)
     if old.shape != tuple(edit["shape"]):  # tied parameters stay one

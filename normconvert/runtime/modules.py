@@ -23,7 +23,7 @@ def stand_in(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name in vars(old).keys() & vars(nn.Identity()).keys():
         if "_hook" in name:
             new.__dict__[name] = old.__dict__[name]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old and path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
+from normconvert.compat.transformers import auto_tables, tied_keys
 from normconvert.sources.source import Source
 
 
@@ -14,15 +15,9 @@ def family(model_type: str) -> dict[str, list[str]]:
     >>> family("opt")["OPTForCausalLM"]
     ['AutoModelForCausalLM']
     """
-    from transformers.models.auto import modeling_auto
-
     found: dict[str, list[str]] = defaultdict(list)
-    for auto, kind in sorted(vars(modeling_auto).items()):
-        # The names behind a lazy mapping, not the mapping: that would import the module of every model it is asked for.
-        mapping = getattr(kind, "_model_mapping", None)
-        if not auto.startswith("Auto") or mapping is None:
-            continue
-        names = mapping._model_mapping.get(model_type, ())
+    for auto, table in auto_tables().items():
+        names = table.get(model_type, ())
         for name in (names,) if isinstance(names, str) else names:
             found[name].append(auto)
     return dict(found)
@@ -47,12 +42,13 @@ def tied_to(source: Source, tensors: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in family(str(source.config.get("model_type"))):
         kind = getattr(transformers, name, None)
-        ties = getattr(kind, "_tied_weights_keys", None)
-        if name == source.architecture or not isinstance(ties, dict):
+        if name == source.architecture:
             continue
         prefix = f"{getattr(kind, 'base_model_prefix', '')}."
         bare = {tensor.removeprefix(prefix) for tensor in tensors}
-        table = next((str(table) for table in ties.values() if str(table).removeprefix(prefix) in bare), None)
+        table = next(
+            (str(table) for table in tied_keys(kind).values() if str(table).removeprefix(prefix) in bare), None
+        )
         if table is not None:
             found[name] = table
     return found

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from normconvert.compat.transformers import may_be_missing
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -48,8 +50,7 @@ def missing_names(
         if present.intersection(group):
             present.update(group)
     buffers = {name for name, _ in model.named_buffers()}
-    # transformers' own list of what may be missing: anything else it would fill at random and only warn.
-    allowed = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    allowed = [re.compile(pattern) for pattern in may_be_missing(model)]
     return [
         name for name in state
         if name not in present

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from normconvert.compat.timm import written_config
 from normconvert.errors import InputError
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.sources.converted_form import apply_modules
@@ -44,13 +47,11 @@ def describe(source: Source) -> Source:
 def _bare_config(source: Source) -> dict[str, Any]:
     """A config.json as timm writes it, with the number of classes, the image size and the channels of the weights."""
     import timm
-    from timm.models import filter_pretrained_cfg
 
     name = source.architecture.split(".")[0]
     with torch.device("meta"):
         model = timm.create_model(source.architecture, pretrained=False)
-    known = dict(getattr(model, "pretrained_cfg", {}))
-    pretrained = filter_pretrained_cfg(known, remove_source=True, remove_null=True)
+    pretrained = written_config(dict(getattr(model, "pretrained_cfg", {})))
     pretrained.pop("architecture", None)
     classifier = pretrained.get("classifier") or ()
     classifiers = [classifier] if isinstance(classifier, str) else list(classifier)
@@ -139,20 +140,26 @@ def rename(source: Source, state: dict[str, torch.Tensor]) -> tuple[dict[str, st
 @contextmanager
 def _nothing_missing() -> Iterator[None]:
     """timm loads some models leniently, and leaves what is missing as it was: here that is an error."""
-    lenient = nn.Module.load_state_dict
 
-    def load(self: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        result = lenient(self, state, strict, assign)
-        if result.missing_keys:
-            raise RuntimeError(f"tensors {', '.join(result.missing_keys[:3])} are missing")
-        return result
+    def loaded(module: nn.Module, keys: Any) -> None:
+        if keys.missing_keys:
+            raise RuntimeError(f"tensors {', '.join(keys.missing_keys[:3])} are missing")
 
-    # For all modules: timm's loaders call it on whatever they build.
-    nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+    hooked: set[nn.Module] = set()
+    thread = threading.get_ident()
+
+    def child_added(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if threading.get_ident() == thread and module not in hooked:  # the hook is asked for all threads' modules
+            hooked.add(module)
+            handles.append(module.register_load_state_dict_post_hook(loaded))
+
+    # The model is made and loaded in one call of timm: it is met when it is given its parts.
+    handles = [register_module_module_registration_hook(child_added)]
     try:
         yield
     finally:
-        nn.Module.load_state_dict = lenient  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
 
 
 def _load_filtered(source: Source) -> nn.Module:

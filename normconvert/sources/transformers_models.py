@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from normconvert.compat.transformers import builder, kept_dtypes, renaming
 from normconvert.errors import InputError
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
@@ -152,12 +153,11 @@ def build_meta(source: Source) -> nn.Module:
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
 
     config = _config(source)
-    model_class: Any = _model_class(source, config)
+    model_class = _model_class(source, config)
+    make = builder(model_class)
     try:
         with quiet(), torch.device("meta"), safe_creation():
-            # Private, but what from_pretrained builds with: the constructor alone would leave out the choice of
-            # attention and the dtype of every part.
-            model: Any = model_class._from_config(config, dtype=source.dtype)
+            model: Any = make(config, dtype=source.dtype)
             if any(not p.is_meta for p in model.parameters()):  # torch.FloatTensor(n) heeds no device in force
                 model.to("meta").tie_weights()
     except Exception as error:
@@ -175,28 +175,17 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
         The model, and a function that gives the dtype of a parameter that is not to have that of the model's own
         parameter (norms that are kept in float32), else None.
     """
-    from transformers.core_model_loading import build_glob_alternation
-
     config = _config(source)
-    model_class: Any = _model_class(source, config)
+    model_class = _model_class(source, config)
+    make = builder(model_class)
     try:
         with quiet():
-            model: Any = model_class._from_config(config, dtype=dtype)
-            # Private as well: nothing public says which parameters from_pretrained keeps in float32.
-            exceptions = model._get_dtype_plan(dtype)
+            model: Any = make(config, dtype=dtype)
     except Exception as error:
         raise InputError(
             f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
         ) from error
-    if not exceptions:
-        return model, lambda name: None
-    pattern, by_group, _ = build_glob_alternation(list(exceptions))
-
-    def other(name: str) -> torch.dtype | None:
-        match = pattern.search(name)
-        return exceptions[by_group[match.lastgroup]] if match is not None else None
-
-    return model, other
+    return model, kept_dtypes(model, dtype)
 
 
 def rename(
@@ -213,27 +202,20 @@ def rename(
     Returns:
         The map, the model names made by merging or splitting, and the declared ties (target -> source).
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    library = renaming()
+    transforms = library.mapping(model)
+    renamings = [t for t in transforms if isinstance(t, library.renaming)]
+    converters: list[Any] = [t for t in transforms if isinstance(t, library.converter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     prefix = model.base_model_prefix if adapt_prefix else None
     name_map: dict[str, str] = {}
     merged: set[str] = set()
     # The order matters: some renamings are switched on by a name seen before.
-    for name in sorted(source.tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+    for name in sorted(source.tensors, key=library.order):
+        target, pattern = library.rename(name, renamings, converters, prefix, state)
         # A renaming for older files can hit a name that is right already.
         if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], prefix, state)
+            target, pattern = library.rename(name, [], [], prefix, state)
         if target not in state:
             continue  # a stray tensor: unused by the model
         if pattern is not None:

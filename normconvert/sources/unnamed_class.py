@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from normconvert.compat.transformers import may_be_unexpected
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.identification.words import few
@@ -90,7 +91,7 @@ def _fit(source: Source, name: str) -> Fit | None:
 
 def _strays(source: Source, model: nn.Module, used: set[str]) -> list[str]:
     """Tensors that the class neither uses, nor makes itself, nor is known to leave alone."""
-    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    ignored = [re.compile(pattern) for pattern in may_be_unexpected(model)]
     buffers = [name for name, _ in model.named_buffers()]
     return [
         name for name, info in source.tensors.items()

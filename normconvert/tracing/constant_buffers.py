@@ -27,15 +27,16 @@ def following_integers() -> Iterator[Callable[[nn.Module], None]]:
 
     def fill(model: nn.Module) -> None:
         memory: dict[int, set[int]] = {}
-        known = [(m, n, b, v) for m, n, b in _unstored(model) if (v := values.value(b)) is not None]
-        for _, _, buffer, value in known:
+        known = [(path, b, v) for path, b in _unstored(model) if (v := values.value(b)) is not None]
+        for _, buffer, value in known:
             memory.setdefault(value.untyped_storage().data_ptr(), set()).add(id(buffer))
         made: dict[int, Tensor] = {}
-        for module, name, buffer, value in known:
+        for path, buffer, value in known:
             alone = len(memory[value.untyped_storage().data_ptr()]) == 1  # no other buffer is a view of it
             if alone and value.shape == buffer.shape and value.dtype == buffer.dtype:
                 # By identity, so that a buffer of two modules stays one.
-                module._buffers[name] = made.setdefault(id(buffer), value.clone())
+                holder, _, name = path.rpartition(".")
+                setattr(model.get_submodule(holder), name, made.setdefault(id(buffer), value.clone()))
 
     with values:
         yield fill
@@ -43,12 +44,7 @@ def following_integers() -> Iterator[Callable[[nn.Module], None]]:
 
 def constant_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Name -> values of the buffers of ``model`` that are constants and have values."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    return {
-        f"{paths[id(module)]}.{name}".lstrip("."): buffer
-        for module, name, buffer in _unstored(model)
-        if not buffer.is_meta and buffer.numel() <= LARGEST
-    }
+    return {path: b for path, b in _unstored(model) if not b.is_meta and b.numel() <= LARGEST}
 
 
 def in_place(model: nn.Module, constants: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,11 +59,9 @@ def without_changed(model: nn.Module, constants: Mapping[str, Tensor], names: It
     return {name: value for name, value in constants.items() if id(value) not in changed}
 
 
-def _unstored(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Buffers of integers that no checkpoint holds."""
-    for module in model.modules():
-        # Private; a state dict shows the same only after all its tensors have been gathered.
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(name)
-            if buffer is not None and not buffer.is_floating_point() and not buffer.is_complex():
-                yield module, name, buffer
+def _unstored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the buffers of integers that no checkpoint holds; a shared one has several names."""
+    stored = model.state_dict(keep_vars=True)
+    for path, buffer in model.named_buffers(remove_duplicate=False):
+        if path not in stored and not buffer.is_floating_point() and not buffer.is_complex():
+            yield path, buffer

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from normconvert.compat.lean_export import lean_export
+from normconvert.compat.torch import pytree
 from normconvert.errors import TraceError
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in
 from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
-from normconvert.tracing.lean_export import lean_export
 from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.pretend_cpu import on_either_device, pretending

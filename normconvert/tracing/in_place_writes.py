@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from normconvert.compat.torch import OpOverload, pytree, schema
 
 
 @torch.library.custom_op("normconvert::mark", mutates_args=())
@@ -33,8 +35,8 @@ MARK = torch.ops.normconvert.mark.default
 
 def mutates(node: fx.Node) -> bool:
     """Whether an operation writes to one of its operands."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+    declared = schema(node.target)
+    return bool(declared is not None and declared.is_mutable)
 
 
 _MAY_RETURN_ITS_INPUT = (
@@ -112,25 +114,26 @@ def make_functional(graph: fx.Graph) -> bool:
     return not remaining
 
 
-def _returning(write: fx.Node) -> torch._ops.OpOverload | None:
+def _returning(write: fx.Node) -> OpOverload | None:
     """The operation that returns what ``write`` writes to its first operand; None if it is not known to be the same."""
     target: Any = write.target
     packet, _, overload = str(target).removeprefix("aten.").partition(".")
-    arguments = target._schema.arguments
+    arguments = schema(target).arguments
     first = arguments[0].alias_info
     if not packet.endswith("_") or first is None or not first.is_write or any(a.alias_info for a in arguments[1:]):
         return None
     same: Any = getattr(getattr(torch.ops.aten, packet[:-1], None), overload, None)
-    if same is None or [a.name for a in same._schema.arguments] != [a.name for a in arguments]:
+    declared = schema(same)
+    if declared is None or [a.name for a in declared.arguments] != [a.name for a in arguments]:
         return None
-    if same._schema.is_mutable or len(same._schema.returns) != 1 or same._schema.returns[0].alias_info is not None:
+    if declared.is_mutable or len(declared.returns) != 1 or declared.returns[0].alias_info is not None:
         return None
     values = [node.meta.get("val") for node in write.all_input_nodes]
     mine = write.meta.get("val")
     # A write keeps the dtype and the shape of what it writes to; an operation that returns promotes and broadcasts.
     if not isinstance(mine, Tensor) or any(not isinstance(v, Tensor) or v.dtype != mine.dtype for v in values):
         return None
-    found: torch._ops.OpOverload = same
+    found: OpOverload = same
     return found
 
 
@@ -165,7 +168,7 @@ def _storages(node: fx.Node) -> Iterator[int]:
     for value in pytree.tree_leaves(node.meta.get("val")):
         # Sparse tensors have none.
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            yield value.untyped_storage()._cdata
+            yield int(StorageWeakRef(value.untyped_storage()).cdata)
 
 
 def _named_again(node: fx.Node) -> list[fx.Node]:
@@ -173,16 +176,16 @@ def _named_again(node: fx.Node) -> list[fx.Node]:
 
     ``x.add_(y)`` is x and not y.
     """
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or str(node.target).split(".")[1] in _MAY_RETURN_ITS_INPUT:
+    declared = schema(node.target)
+    if declared is None or str(node.target).split(".")[1] in _MAY_RETURN_ITS_INPUT:
         return node.all_input_nodes
-    if not any(r.alias_info for r in schema.returns):
+    if not any(r.alias_info for r in declared.returns):
         return []
-    named = [a.alias_info is not None or "List" in str(a.type) for a in schema.arguments]
+    named = [a.alias_info is not None or "List" in str(a.type) for a in declared.arguments]
     # An alias, but not said of what: then of anything.
     if not any(named):
         return node.all_input_nodes
     values = [v for v, alias in zip(node.args, named, strict=False) if alias]
-    values += [node.kwargs[a.name] for a, alias in zip(schema.arguments, named, strict=True)
+    values += [node.kwargs[a.name] for a, alias in zip(declared.arguments, named, strict=True)
                if alias and a.name in node.kwargs]  # fmt: skip
     return [n for v in values for n in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(n, fx.Node)]

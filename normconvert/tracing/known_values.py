@@ -20,12 +20,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from normconvert.compat.torch import (
+    DataDependentOutputException,
+    DisableTorchFunction,
+    DynamicOutputShapeException,
+    TorchDispatchMode,
+    pytree,
+    version,
+    without_modes,
+)
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What is raised where a model goes on by a value that nobody knows, such as one that weights give."""
@@ -320,17 +328,17 @@ class _Known(NamedTuple):
 
 def _version(tensor: Tensor) -> int:
     """How often a tensor's memory was written to; -1 if that is not counted."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         # Tensors made in inference mode count nothing, and raise an error when asked.
-        return -1 if tensor.is_inference() else tensor._version
+        return -1 if tensor.is_inference() else version(tensor)
 
 
 def _memory(tensor: Tensor) -> int:
     """Which memory a tensor's values are in; 0 if it has none of its own, as one that ``vmap`` maps over."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         try:
             # The storage's own address: fake tensors have no data to point to.
-            return int(tensor.untyped_storage()._cdata)
+            return int(StorageWeakRef(tensor.untyped_storage()).cdata)
         except NotImplementedError:
             return 0
 
@@ -370,8 +378,7 @@ _UNKNOWN = object()
 @contextmanager
 def _real() -> Iterator[None]:
     """Compute with real values, whatever traces the model."""
-    # Private, as there is no public way out of the modes in which torch exports.
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+    with without_modes(), DisableTorchFunction(), torch.no_grad():
         yield
 
 

@@ -29,7 +29,11 @@ def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
         yield
 
 
-_UNMARKED = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.dropout._DropoutNd, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU)
+_UNMARKED = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.Linear, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU),
+)
 """Modules whose boundary is never a better place than their neighbours': the graph stays small."""
 
 

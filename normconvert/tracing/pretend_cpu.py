@@ -7,17 +7,16 @@ verification runs. So the tensors are fake ones on the CPU meanwhile: shapes, dt
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode, pytree
 
 Result = TypeVar("Result")
 
@@ -51,34 +50,6 @@ def pretending(model: nn.Module, device: str = "cpu") -> Iterator[FakeTensorMode
         finally:
             for table, name, tensor in held:
                 table[name] = tensor
-
-
-@contextmanager
-def as_exported() -> Iterator[None]:
-    """``torch.compiler.is_compiling()`` and ``is_exporting()`` are true within, as they are while torch exports.
-
-    Models ask whether they are traced, and choose other operations then. What torch itself does is no public name;
-    where a release lacks it, the public functions answer so.
-    """
-    try:
-        theirs: Any = importlib.import_module("torch._export.utils")._compiling_state_context
-    except (ImportError, AttributeError):
-        theirs = _answering
-    with theirs():
-        yield
-
-
-@contextmanager
-def _answering() -> Iterator[None]:
-    asked = [name for name in ("is_compiling", "is_exporting") if hasattr(torch.compiler, name)]
-    before = {name: getattr(torch.compiler, name) for name in asked}
-    try:
-        for name in asked:
-            setattr(torch.compiler, name, lambda: True)
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(torch.compiler, name, function)
 
 
 def _fake(tensor: Tensor, device: str) -> Tensor:
@@ -116,7 +87,7 @@ class _Meetings(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not self.seen:
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 leaves = pytree.tree_leaves((args, kwargs))
                 devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
             self.seen = len(devices) > 1 and "meta" in devices

@@ -75,7 +75,7 @@ def _plan(method: str, subject: Subject, student: Student, target: Target) -> Pl
     """What the record of the unfused folder says."""
     # float16 cannot hold weights that are 10⁶ times as large, so there is no such ε; fusing takes the norms away.
     plain = target.fuse or subject.source.dtype == torch.float16
-    key = None if plain else eps_key(subject.source, subject.seats, subject.norms)
+    key = None if plain else eps_key(subject.source, subject.sites, subject.norms)
     eps = LARGE_EPS if key else 1.0
     return plan_of(student, subject.plan, method, eps=eps, config_key=key, guarded=not target.fuse and key is None)
 

@@ -22,7 +22,7 @@ from normconvert.tracing.model_copy import copy_model
 from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
 from normconvert.tuning.norms.frozen import first_tokens
 from normconvert.tuning.norms.tokens import Moments, rows, summed, weights_of
-from normconvert.tuning.seats import Seat
+from normconvert.tuning.sites import NormSite
 from normconvert.verification.probe_runs import algebra_model, named_tensors
 
 Batch = Mapping[str, Tensor]
@@ -35,13 +35,13 @@ class Student:
     Attributes:
         model: in train mode where its training norms are concerned, in eval mode otherwise (no dropout).
         norms: path -> the training norm there, in execution order.
-        seats: what they replace.
+        sites: what they replace.
         writers: name -> the edits that centre it.
     """
 
     model: nn.Module
     norms: dict[str, SwapNorm]
-    seats: tuple[Seat, ...]
+    sites: tuple[NormSite, ...]
     writers: dict[str, list[dict[str, Any]]]
 
     def project(self) -> None:
@@ -96,25 +96,25 @@ def make_teacher(original: nn.Module, plan: Plan, dtype: torch.dtype) -> nn.Modu
 
 
 def make_student(
-    teacher: nn.Module, plan: Plan, seats: Sequence[Seat], method: str, options: Mapping[str, Any] | None = None
+    teacher: nn.Module, plan: Plan, sites: Sequence[NormSite], method: str, options: Mapping[str, Any] | None = None
 ) -> Student:
-    """A copy of the teacher with training norms at ``seats``, which start with the parameters of the norms there.
+    """A copy of the teacher with training norms at ``sites``, which start with the parameters of the norms there.
 
     Args:
         teacher: see :func:`make_teacher`.
         plan: the same.
-        seats: the norms to swap.
+        sites: the norms to swap.
         method: a row of :data:`normconvert.tuning.norms.TRAINING_NORMS`.
         options: further arguments of the training norm.
     """
     model = copy_model(teacher)
     norms: dict[str, SwapNorm] = {}
-    for seat in seats:
-        old = model.get_submodule(seat.path)
+    for site in sites:
+        old = model.get_submodule(site.path)
         more = {"centred": True} if method in ("repbn", "ln-free") else {}
-        norm = TRAINING_NORMS[method](seat.size, seat.eps, axis=seat.axis, **more, **(options or {}))
-        weight = getattr(old, seat.weight) + seat.offset if seat.weight else torch.ones(seat.size)
-        bias = getattr(old, seat.bias) if seat.bias else torch.zeros(seat.size)
+        norm = TRAINING_NORMS[method](site.size, site.eps, axis=site.axis, **more, **(options or {}))
+        weight = getattr(old, site.weight) + site.offset if site.weight else torch.ones(site.size)
+        bias = getattr(old, site.bias) if site.bias else torch.zeros(site.size)
         with torch.no_grad():
             norm.weight.copy_(weight.reshape(-1))
             norm.bias.copy_(bias.reshape(-1))
@@ -122,7 +122,7 @@ def make_student(
                 norm.old_weight.copy_(norm.weight)
                 norm.old_bias.copy_(norm.bias)
         _put(model, old, norm.to(next(model.parameters()).device))
-        norms[seat.path] = norm
+        norms[site.path] = norm
     centred = {
         name: [edit for edit in edits if edit["op"] == "center"]
         for name, edits in plan.tensors.items()
@@ -135,7 +135,7 @@ def make_student(
             # again.
             fixed = any(edit["op"] == "fill" for edit in plan.tensors.get(name, ()))
             tensor.requires_grad_(tensor.is_floating_point() and not fixed)
-    student = Student(model, norms, tuple(seats), centred)
+    student = Student(model, norms, tuple(sites), centred)
     student.train()
     return student
 
@@ -148,12 +148,12 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def measure(teacher: nn.Module, seats: Sequence[Seat], batches: Iterator[Batch]) -> dict[str, Moments]:
-    """One pass over ``batches``: what the norms at ``seats`` read and make, over all processes.
+def measure(teacher: nn.Module, sites: Sequence[NormSite], batches: Iterator[Batch]) -> dict[str, Moments]:
+    """One pass over ``batches``: what the norms at ``sites`` read and make, over all processes.
 
     Args:
         teacher: with its own norms.
-        seats: the norms to measure.
+        sites: the norms to measure.
         batches: inputs.
 
     Returns:
@@ -162,8 +162,8 @@ def measure(teacher: nn.Module, seats: Sequence[Seat], batches: Iterator[Batch])
     found: dict[str, Moments] = {}
     mask: list[Tensor | None] = [None]
     hooks = [
-        teacher.get_submodule(seat.path).register_forward_hook(_Measure(seat, found, mask), with_kwargs=True)
-        for seat in seats
+        teacher.get_submodule(site.path).register_forward_hook(_Measure(site, found, mask), with_kwargs=True)
+        for site in sites
     ]
     try:
         with torch.no_grad():
@@ -174,28 +174,28 @@ def measure(teacher: nn.Module, seats: Sequence[Seat], batches: Iterator[Batch])
     finally:
         for hook in hooks:
             hook.remove()
-    for seat in seats:
-        if seat.path in found:
-            _sum_over_processes(found[seat.path])
+    for site in sites:
+        if site.path in found:
+            _sum_over_processes(found[site.path])
     return found
 
 
 class _Measure:
     """A forward hook that adds a norm's input and output to its moments."""
 
-    def __init__(self, seat: Seat, found: dict[str, Moments], mask: list[Tensor | None]) -> None:
-        self.seat, self.found, self.mask = seat, found, mask
+    def __init__(self, site: NormSite, found: dict[str, Moments], mask: list[Tensor | None]) -> None:
+        self.site, self.found, self.mask = site, found, mask
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         input = args[0] if args else next(iter(kwargs.values()))
-        axis = self.seat.axis
+        axis = self.site.axis
         # Sums over all tokens, and a variance that is the difference of two: float32 would leave little of it.
         x, y = rows(input, axis).double(), rows(output, axis).double()
         weight = weights_of(self.mask[0], input, axis)
         weight = x.new_ones(x.shape[0], 1) if weight is None else weight.double()
         beginning = first_tokens(input, axis, self.mask[0])
         first = torch.zeros_like(weight) if beginning is None else weight * beginning
-        sigma = (x.var(-1, unbiased=False, keepdim=True) + self.seat.eps).sqrt()
+        sigma = (x.var(-1, unbiased=False, keepdim=True) + self.site.eps).sqrt()
         new = Moments(
             n=float(weight.sum()),
             x=(x * weight).sum(0),
@@ -208,9 +208,9 @@ class _Measure:
             n_rest=float((weight - first).sum()),
             n_first=float(first.sum()),
         )
-        old = self.found.get(self.seat.path)
+        old = self.found.get(self.site.path)
         values = {k: getattr(old, k) + v for k, v in vars(new).items()} if old is not None else vars(new)
-        self.found[self.seat.path] = Moments(**values)
+        self.found[self.site.path] = Moments(**values)
 
 
 def _sum_over_processes(moments: Moments) -> None:

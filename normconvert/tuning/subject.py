@@ -10,8 +10,8 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import Source
 from normconvert.tuning.data import Wanted, wanted_by
-from normconvert.tuning.seats import Seat, choose, find_seats
 from normconvert.tuning.settings import Settings
+from normconvert.tuning.sites import NormSite, choose, find_sites
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Subject:
     Attributes:
         source: the original.
         plan: of the ``rmsnorm`` rewrite.
-        seats: the norms to swap.
+        sites: the norms to swap.
         norms: how many the model has.
         wanted: the inputs that the model takes.
     """
 
     source: Source
     plan: Plan
-    seats: tuple[Seat, ...]
+    sites: tuple[NormSite, ...]
     norms: int
     wanted: Wanted
 
@@ -50,13 +50,13 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
     graph = trace_model(model)
     # an embedding that is the head, too, cannot hold what the last norm leaves behind
     plan = plan_rmsnorm(graph, Options(tied="untie" if fuse else "center"))
-    seats = find_seats(graph, plan)
-    if not seats:
+    sites = find_sites(graph, plan)
+    if not sites:
         reasons = "; ".join(dict.fromkeys(v.reason for v in plan.verdicts)) or "it has no LayerNorm"
         raise NothingToConvert(f"{source.reference}: no norm can be swapped: {reasons}")
-    chosen = tuple(choose(seats, settings.norms))
+    chosen = tuple(choose(sites, settings.norms))
     # The last norm stays, so nothing moves into the head, and two tables would be one too many.
-    if fuse and not any(seat.role == "final" for seat in chosen):
+    if fuse and not any(site.role == "final" for site in chosen):
         plan = plan_rmsnorm(graph, Options(tied="center"))
     elif fuse:
         plan = with_untied_heads(graph, plan)

@@ -149,11 +149,11 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     """The student, whose norms start from the statistics of one pass through the teacher."""
     run.clock("calibrate")
     settings, processes, subject = run.settings, run.processes, lesson.subject
-    student = make_student(lesson.teacher, subject.plan, subject.seats, settings.method, settings.norm_options())
+    student = make_student(lesson.teacher, subject.plan, subject.sites, settings.method, settings.norm_options())
     batches = all_batches(
         lesson.examples.learnt, settings.batch_size, settings.calibration, processes.rank, processes.world
     )
-    moments = measure(lesson.teacher, subject.seats, (move(batch, processes.device) for batch in batches))
+    moments = measure(lesson.teacher, subject.sites, (move(batch, processes.device) for batch in batches))
     for path, found in moments.items():
         student.norms[path].calibrate(found)
     return student

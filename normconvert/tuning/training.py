@@ -28,8 +28,8 @@ from normconvert.tuning.data.batches import Data, training_batch
 from normconvert.tuning.guard import Guard, worst_norm
 from normconvert.tuning.norms import FrozenNorm, RepBatchNorm
 from normconvert.tuning.processes import Processes
-from normconvert.tuning.seats import ROLES
 from normconvert.tuning.settings import Settings, share_left
+from normconvert.tuning.sites import ROLES
 from normconvert.tuning.student import Batch, Student, call, move
 
 WARM_UP = 0.05
@@ -62,10 +62,10 @@ class Trace:
 def apply_schedule(student: Student, settings: Settings, progress: float) -> float:
     """Let the old norms fade or go, as ``progress`` (0 to 1) says; returns the share that is left."""
     left = share_left(settings.schedule, progress, REMOVED)
-    going = sorted(student.seats, key=lambda seat: ROLES.index(seat.role))
+    going = sorted(student.sites, key=lambda site: ROLES.index(site.role))
     gone = len(going) - math.ceil(left * len(going) - 1e-9)
-    for i, seat in enumerate(going):
-        norm = student.norms[seat.path]
+    for i, site in enumerate(going):
+        norm = student.norms[site.path]
         if isinstance(norm, RepBatchNorm):
             norm.set_mix(left)
         if isinstance(norm, FrozenNorm):
@@ -73,7 +73,7 @@ def apply_schedule(student: Student, settings: Settings, progress: float) -> flo
                 norm.freeze()
             if norm.apart and (progress >= MERGED or settings.schedule == "none"):
                 norm.merge_first()
-            norm.keep_spread = seat.role == "final" and settings.spread_weight > 0
+            norm.keep_spread = site.role == "final" and settings.spread_weight > 0
     return left
 
 
@@ -136,7 +136,7 @@ def train(
         Diverged: the loss is not finite, or the agreement collapses; names the norm that went first.
         InputError: the state cannot be written or read.
     """
-    blocks = blocks_of(teacher, [seat.path for seat in student.seats])
+    blocks = blocks_of(teacher, [site.path for site in student.sites])
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     lesson = Lesson(student, teacher, data, settings, processes, blocks, parameters)
     run = _Run(lesson, folder)

@@ -25,8 +25,8 @@ from normconvert.errors import InputError, NormConvertError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.runtime import STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
-from normconvert.tuning.seats import Seat
 from normconvert.tuning.settings import SWAPS
+from normconvert.tuning.sites import NormSite
 from normconvert.tuning.student import Student
 from normconvert.verification.probe_runs import named_tensors
 
@@ -46,12 +46,12 @@ def plan_of(
         config_key: where config.json holds it; None: nowhere.
         guarded: the plain architecture shall refuse the weights, since it would take them for something else.
     """
-    swapped = {seat.path for seat in student.seats}
+    swapped = {site.path for site in student.sites}
     modules = [edit for edit in plan.modules if edit["op"] == "center" or edit["path"] not in swapped]
     modules += [
-        {"op": "affine", "path": seat.path, "size": seat.size, "eps": eps, "axis": seat.axis,
-         "weight": seat.weight or "weight", "bias": seat.bias or "bias", **({"guarded": True} if guarded else {})}
-        for seat in student.seats
+        {"op": "affine", "path": site.path, "size": site.size, "eps": eps, "axis": site.axis,
+         "weight": site.weight or "weight", "bias": site.bias or "bias", **({"guarded": True} if guarded else {})}
+        for site in student.sites
     ]  # fmt: skip
     verdicts = [
         Verdict(v.path, v.kind, True, f"its statistics are learnt ({SWAPS[method]}).", "swapped")
@@ -80,7 +80,7 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
     model = source.load(dtype=torch.float32)
     apply_module_edits(model, [edit for edit in plan.modules if edit["op"] in STRUCTURAL])
     trained = named_tensors(student.model)
-    affine = {seat.path: student.norms[seat.path].affine() for seat in student.seats}
+    affine = {site.path: student.norms[site.path].affine() for site in student.sites}
     rows = {edit["path"]: edit for edit in plan.modules if edit["op"] == "affine"}
     if "tie_word_embeddings" in plan.config:
         _untie(model, trained)
@@ -117,24 +117,24 @@ def _untie(model: nn.Module, trained: dict[str, Tensor]) -> None:
             model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
 
 
-def eps_key(source: Source, seats: Sequence[Seat], norms: int) -> str | None:
+def eps_key(source: Source, sites: Sequence[NormSite], norms: int) -> str | None:
     """The key of config.json that holds the ε of the swapped norms, of all norms and of nothing else; None if none.
 
     Args:
         source: the original.
-        seats: the norms that are swapped.
+        sites: the norms that are swapped.
         norms: how many norms the model has.
     """
-    plain = all(seat.mean_free and seat.weight and seat.bias and not seat.offset for seat in seats)
-    if source.library != "transformers" or not seats or not plain or len(seats) != norms:
+    plain = all(site.mean_free and site.weight and site.bias and not site.offset for site in sites)
+    if source.library != "transformers" or not sites or not plain or len(sites) != norms:
         return None
     before = _epsilons(source.skeleton())
     for key, value in source.config.items():
-        if isinstance(value, float) and value == seats[0].eps:
+        if isinstance(value, float) and value == sites[0].eps:
             after = _epsilons_with(source, {**source.config, key: LARGE_EPS})
             changed = {path for path in after if after[path] != before.get(path)}
             # Of exactly the swapped norms: any other that reads the key would divide by 10⁶ as well.
-            if changed == {seat.path for seat in seats} and all(after[p] == LARGE_EPS for p in changed):
+            if changed == {site.path for site in sites} and all(after[p] == LARGE_EPS for p in changed):
                 return key
     return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from normconvert.apply.blocks import block_dimension, blocks, edit_whole
 from normconvert.errors import InputError
@@ -177,19 +178,15 @@ def _build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str
 @contextmanager
 def meta_parameters() -> Iterator[None]:
     """Modules that are built meanwhile keep no memory for parameters; buffers are as ever."""
-    register = nn.Module.register_parameter
 
-    def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            made = nn.Parameter(param.data.to("meta"), requires_grad=False)
-            self._parameters[name] = made
+    def empty(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+        return None if param.is_meta else nn.Parameter(param.data.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = empty  # type: ignore[method-assign]
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # its stub says None
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        handle.remove()
 
 
 class _Files:

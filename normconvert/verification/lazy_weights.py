@@ -18,7 +18,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from normconvert.compat.torch import HIDDEN_ATTRIBUTES, DisableTorchFunctionSubclass, pytree, wrapper
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ _KNOWN = frozenset(
             for name in (
                 "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu",
                 "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mps", "is_xpu", "is_mkldnn", "is_nested",
-                "itemsize", "nbytes", "names", "_version", "_grad_fn",
+                "itemsize", "nbytes", "names", *HIDDEN_ATTRIBUTES,
             )
             if hasattr(Tensor, name)
         ),
@@ -71,15 +72,14 @@ class LazyWeight(Tensor):
     """
 
     origin: Values
-    _is_param: bool
 
     @staticmethod
     def __new__(
         cls: type[LazyWeight], values: Values, shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> LazyWeight:
         """The stand-in."""
-        lazy: LazyWeight = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
-        lazy.origin, lazy._is_param = values, True  # isinstance(lazy, nn.Parameter) holds
+        lazy = wrapper(cls, shape, dtype, device)
+        lazy.origin = values
         return lazy
 
     def value(self) -> Tensor:
@@ -105,7 +105,7 @@ class LazyWeight(Tensor):
         """Every operation of torch that is given such a weight comes here first."""
         kwargs = kwargs or {}
         if func in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is Tensor.detach:
             return args[0]
@@ -129,7 +129,7 @@ class LazyWeight(Tensor):
 
 
 def _materialise(tree: Any) -> Any:
-    return tree_map(lambda x: x.value() if isinstance(x, LazyWeight) else x, tree)
+    return pytree.tree_map(lambda x: x.value() if isinstance(x, LazyWeight) else x, tree)
 
 
 def _embedding(

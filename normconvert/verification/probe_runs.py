@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconvert.compat import transformers as compat
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
@@ -172,9 +173,7 @@ def plain_experts(model: nn.Module) -> None:
     if next((p.dtype for p in model.parameters() if p.is_floating_point()), None) != torch.float64:
         return
     for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) == "grouped_mm":
-            config._experts_implementation = "batched_mm"
+        compat.plain_experts(getattr(module, "config", None))
 
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:

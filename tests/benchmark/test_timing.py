@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import normconvert
 from normconvert.benchmark.compare import compare
-from normconvert.benchmark.lockstep import lockstep, parts
 from normconvert.benchmark.memory import peak_bytes
 from normconvert.benchmark.result import Row, row_of, share_of
 from normconvert.benchmark.timing import LONG, ROUNDS, Step, interleave, spread, warm_up
-from normconvert.benchmark.workloads import Workload, grid
-from normconvert.sources import open_source
+from normconvert.benchmark.workloads import Workload
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
@@ -54,87 +50,17 @@ def test_what_takes_long_is_warmed_up_less() -> None:
     assert (log.count("quick"), log.count("slow")) == (3, 1)
 
 
-class Layered(nn.Module):
-    """Layers that note when they run; the last of them may sleep."""
-
-    def __init__(self, name: str, log: list[str], seconds: float = 0.0) -> None:
-        super().__init__()
-        self.name, self.log, self.seconds = name, log, seconds
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            self.log.append(f"{self.name}{i}")
-        time.sleep(self.seconds)
-        return x
-
-
-def test_versions_take_turns_within_a_call() -> None:
-    log: list[str] = []
-    models = {name: Layered(name, log) for name in "ab"}
-    x, results = torch.randn(2, 4), dict[str, list[Tensor]](a=[], b=[])
-    expected = {name: model(x) for name, model in models.items()}
-    log.clear()
-    steps = {n: Step(lambda n=n: results[n].append(models[n](x)), most=1) for n in "ab"}  # type: ignore[misc]
-    times, calls = lockstep(models, steps, 1e-9, 1e-3)
-    assert calls == 1
-    assert log[:6] == ["a0", "b0", "b1", "a1", "a2", "b2"] or log[:6] == ["b0", "a0", "a1", "b1", "b2", "a2"]
-    assert len(log) == 6 * ROUNDS[0]
-    assert {name: len(values) for name, values in times.items()} == {"a": ROUNDS[0], "b": ROUNDS[0]}
-    assert all(torch.equal(result, expected[name]) for name in "ab" for result in results[name])
-    assert not any(module._forward_pre_hooks for model in models.values() for module in model.modules())
-
-
-def test_time_within_a_call_is_counted_where_it_is_spent() -> None:
-    models = {"quick": Layered("q", []), "slow": Layered("s", [], seconds=0.02)}
-    steps = {name: Step(lambda m=model: m(torch.zeros(1, 4))) for name, model in models.items()}  # type: ignore[misc]
-    moved: list[int] = []
-    times, calls = lockstep(models, steps, 0.5, 0.005, lambda: moved.append(1), laps=3)
-    assert calls == 2
-    assert all(0.02 <= t < 0.04 for t in times["slow"][1:4])
-    assert max(times["quick"][1:4]) < 0.01
-    assert len(moved) == 2
-
-
-def test_an_error_within_a_call_leaves_no_hooks() -> None:
-    models = {name: Layered(name, []) for name in "ab"}
-    bad = models["b"].layers[1]
-    bad.register_forward_hook(lambda *_: 1 / 0)
-    steps = {name: Step(lambda m=model: m(torch.zeros(1, 4))) for name, model in models.items()}  # type: ignore[misc]
-    with pytest.raises(ZeroDivisionError):
-        lockstep(models, steps, 0.1, 1e-3)
-    assert not any(module._forward_pre_hooks for model in models.values() for module in model.modules())
-
-
-def test_long_layers_are_left_at_their_linear_maps() -> None:
-    model = Layered("a", [])
-    assert parts(model, 0.01) == list(model.layers)
-    assert [type(part) for part in parts(model, 1.0)] == 3 * [nn.Sequential] + 3 * [nn.Linear]
-    assert parts(nn.Linear(2, 2), 1.0) == []
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_without_greenlet_calls_follow_each_other(
-    pair: tuple[Path, Path], installed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from normconvert.benchmark import compare as module
-
+def test_in_eager_mode_versions_take_the_turns_that_are_given() -> None:
+    work = Workload("forward", 2, None, {"input": torch.ones(2, 3)})
     used: list[str] = []
 
-    def noted(*arguments: Any) -> Any:
-        used.append("lockstep")
-        return lockstep(*arguments)
+    def turns(models: Any, steps: Any, seconds: float, quickest: float) -> Any:
+        used.extend(models)
+        return {name: [quickest] for name in steps}, 1
 
-    monkeypatch.setattr(module, "lockstep", noted)
-    if not installed:
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
-    source = open_source(str(pair[0]))
-    work = grid(source.skeleton(), [1], [8])[0]
-    models = {"original": source.load(dtype=FLOAT).eval(), "converted": normconvert.load(pair[1]).eval()}
-    row = compare(models, work, "eager", FLOAT, CPU, 0.01)
-    assert row.rounds >= ROUNDS[0]
-    assert used == ["lockstep"] * installed
+    models = {"original": nn.ReLU(), "bound": nn.ReLU()}
+    assert compare(models, work, "eager", FLOAT, CPU, 1e-9, turns).rounds == 1
+    assert used == ["original", "bound"]
 
 
 def test_ratios_are_taken_round_by_round() -> None:

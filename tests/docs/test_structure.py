@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from normconvert.compat import timm, torch, transformers
+from normconvert.compat.private_names import rows
 
 ROOT = Path(__file__).parents[2]
 LONGEST_FUNCTION = 60
@@ -65,3 +69,63 @@ def test_a_docstring_does_not_count(tmp_path: Path) -> None:
     assert long_functions(file) == []
     file.write_text("\n".join(["def f():", '    """One."""', "    x = 1", *lines]))
     assert long_functions(file) == [f"a.py: f ({LONGEST_FUNCTION + 1})"]
+
+
+LIBRARIES = ("torch", "transformers", "timm", "huggingface_hub", "safetensors", "onnx", "peft", "datasets")
+TABLES = {"_parameters", "_buffers", "_modules"}
+"""Of a module, what it holds by name: as old as torch, and what its own documentation works with."""
+STANDARD_LIBRARY = {"_exit", "_run_exitfuncs", "_fields", "_lru_cache_wrapper"}
+PARTS = {"_to_copy", "_assert", "_embeds", "_hook"}
+"""Of the names of ATen operations, arguments and attributes."""
+
+
+def private_names(file: Path) -> Iterator[str]:
+    """What a file asks of others under a name with an underscore, its own such names left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    own = {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    own |= {
+        n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and _is_self(n.value)
+    }
+    for node in nodes:
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for a in node.names if a.name.split(".")[0] in LIBRARIES for part in a.name.split(".")]
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            names = [node.value]
+        elif isinstance(node, ast.keyword):
+            names = [node.arg or ""]
+        yield from (n for n in names if re.match("_[A-Za-z]", n) and n not in own)
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_private_names_of_libraries_stand_in_compat_alone() -> None:
+    shipped = {n.path.rpartition(".")[2] for n in transformers.NAMES if "shipped file" in n.use or "same" in n.use}
+    allowed = TABLES | STANDARD_LIBRARY | PARTS
+    found = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in python_files("normconvert")
+        for name in private_names(file)
+        if "compat" not in file.parts and name not in allowed | (shipped if "runtime" in file.parts else set())
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize("text", ["from torch._C import x", "import torch._ops", "m._version", "getattr(m, '_schema')"])
+def test_private_names_are_seen(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(text, encoding="utf-8")
+    assert list(private_names(tmp_path / "a.py"))
+
+
+def test_the_design_lists_what_compat_uses() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for library in (torch, transformers, timm):
+        assert "\n".join(rows(library.NAMES)) in text, "write what `rows` gives into docs/design.md"

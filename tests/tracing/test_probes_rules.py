@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from normconvert.compat.torch import as_exported
 from normconvert.errors import TraceError
 from normconvert.tracing.graph import trace
-from normconvert.tracing.pretend_cpu import as_exported
 from normconvert.tracing.probes import trace_inputs
 from normconvert.tracing.probes.builders import call_fake
 
@@ -198,12 +198,7 @@ class Asks(nn.Module):
         return input_ids.float()
 
 
-@pytest.mark.parametrize("has", [True, False], ids=["torch-has-it", "torch-lacks-it"])
-def test_models_are_told_that_they_are_exported(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._export.utils
-
-    if not has:
-        monkeypatch.delattr(torch._export.utils, "_compiling_state_context")
+def test_models_are_told_that_they_are_exported() -> None:
     assert not torch.compiler.is_exporting()
     with as_exported():
         assert torch.compiler.is_compiling()

@@ -22,7 +22,7 @@ from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import Affine
 from normconvert.sources import open_source
 from normconvert.tracing.model_graph import trace_model
-from normconvert.tuning.seats import choose, find_seats
+from normconvert.tuning.sites import choose, find_sites
 from normconvert.tuning.student import make_student, make_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,30 +150,30 @@ def test_some_norms_only(tmp_path: Path) -> None:
 def seats_of(demo: str) -> list[Any]:
     source = open_source(demo)
     graph = trace_model(source.skeleton())
-    return find_seats(graph, plan_rmsnorm(graph, Options()))
+    return find_sites(graph, plan_rmsnorm(graph, Options()))
 
 
 def test_the_analysis_says_what_each_norm_feeds() -> None:
     for demo, first, second, last in (("demo:vit", "norm1", "norm2", "norm"), ("demo:gpt2", "ln_1", "ln_2", "ln_f")):
-        roles = {seat.path: seat.role for seat in seats_of(demo)}
+        roles = {site.path: site.role for site in seats_of(demo)}
         assert {r for p, r in roles.items() if p.endswith(first)} == {"attention"}
         assert {r for p, r in roles.items() if p.endswith(second)} == {"mlp"}
         assert {r for p, r in roles.items() if p.rpartition(".")[2] == last} == {"final"}
-        assert all(seat.mean_free for seat in seats_of(demo))
+        assert all(site.mean_free for site in seats_of(demo))
 
 
 def test_globs_that_match_nothing_name_the_nearest() -> None:
-    seats = seats_of("demo:vit")
+    sites = seats_of("demo:vit")
     with pytest.raises(InputError, match=r"blocks\.0\.norms.*matches no norm; the nearest are blocks\.0\.norm"):
-        choose(seats, ["blocks.0.norms"])
+        choose(sites, ["blocks.0.norms"])
 
 
 def test_streams_stay_centred_while_the_weights_move() -> None:
     source = open_source("demo:vit")
     plan = plan_rmsnorm(trace_model(source.skeleton()), Options())
     teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
-    seats = seats_of("demo:vit")
-    student = make_student(teacher, plan, seats, "un")
+    sites = seats_of("demo:vit")
+    student = make_student(teacher, plan, sites, "un")
     for parameter in student.model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

@@ -21,7 +21,7 @@ from normconvert.tracing.model_graph import trace_model
 from normconvert.tuning import guard
 from normconvert.tuning.guard import Guard, worst_norm
 from normconvert.tuning.norms import TRAINING_NORMS
-from normconvert.tuning.seats import find_seats
+from normconvert.tuning.sites import find_sites
 from normconvert.tuning.student import Student, make_student, make_teacher, measure
 
 METHODS = tuple(TRAINING_NORMS)
@@ -33,7 +33,7 @@ def student_of(demo: str, method: str) -> tuple[Student, nn.Module]:
     graph = trace_model(source.skeleton())
     plan = plan_rmsnorm(graph, Options())
     teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
-    return make_student(teacher, plan, find_seats(graph, plan), method), teacher
+    return make_student(teacher, plan, find_sites(graph, plan), method), teacher
 
 
 def padded(file: Path, garbage: int, left: bool = False) -> str:
@@ -71,8 +71,8 @@ def test_calibration_leaves_padding_out(left: bool, tmp_path: Path) -> None:
     columns = load_file(tmp_path / "a.safetensors")
     ids, mask = columns["input_ids"], columns["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    whole = measure(teacher, student.seats, iter([{**columns, "position_ids": positions}]))
-    alone = measure(teacher, student.seats, ({"input_ids": i[m.bool()][None]} for i, m in zip(ids, mask, strict=True)))
+    whole = measure(teacher, student.sites, iter([{**columns, "position_ids": positions}]))
+    alone = measure(teacher, student.sites, ({"input_ids": i[m.bool()][None]} for i, m in zip(ids, mask, strict=True)))
     for path in whole:
         a, b = vars(whole[path]), vars(alone[path])
         for key in a:
@@ -131,7 +131,7 @@ def test_the_guard_lets_the_loss_rise_from_nothing() -> None:
 def test_the_norm_that_went_first_is_named(method: str, value: float) -> None:
     student, teacher = student_of("demo:vit", method)
     batch = {"x": torch.randn(4, 1, 8, 8, dtype=torch.float64)}
-    moments = measure(teacher, student.seats, iter([batch]))
+    moments = measure(teacher, student.sites, iter([batch]))
     student.model.double()
     for path, norm in student.norms.items():
         norm.calibrate(moments[path])

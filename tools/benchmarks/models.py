@@ -4,7 +4,7 @@
 
 The checkpoints are made here: the shapes of well-known models with random, perturbed weights. Each is converted by
 ``rmsnorm`` and by ``crmsnorm``, and all versions take turns in one process, on a CPU layer by layer
-(normconvert/benchmark/lockstep.py). On two idle cores everything takes half an hour; ``--small`` tries it in
+(tools/benchmarks/lockstep.py). On two idle cores everything takes half an hour; ``--small`` tries it in
 three. ``--write`` writes docs/performance.md and docs/results/models-DEVICE.json: a run on a GPU leaves the rows of the
 CPU as they are.
 """
@@ -35,6 +35,7 @@ from normconvert.files.uninitialised import NoRandomInit
 from normconvert.sources import open_source
 from normconvert.sources.converted import load
 from tests.support.perturb import perturb
+from tools.benchmarks.lockstep import lockstep
 from tools.docs.pages import write_section
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -136,7 +137,7 @@ def measure(
             chosen = models if mode != "compiled" or device.type != "cpu" else _without(models, CRMSNORM)
             long = work.batch * (work.length or 197) >= LONG
             share = seconds * (3 if long else 1)
-            yield str(dtype).removeprefix("torch."), compare(chosen, work, mode, dtype, device, share)
+            yield str(dtype).removeprefix("torch."), compare(chosen, work, mode, dtype, device, share, lockstep)
         del models
 
 

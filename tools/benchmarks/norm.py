@@ -32,12 +32,7 @@ from normconvert.runtime import RMSNorm, kernels
 from tools.benchmarks.fuse import SECTIONS
 from tools.docs.pages import write_section
 
-KERNELS: dict[str, kernels.Kernel] = {
-    "in_place": kernels.in_place,
-    "fused_rms": kernels.fused_rms,
-    "formula": kernels.formula,
-}
-FORWARD_ONLY = ("in_place",)
+KERNELS: dict[str, kernels.Kernel] = {"fused_rms": kernels.fused_rms, "formula": kernels.formula}
 SIZES = (192, 384, 768, 2048)
 TOKENS = (1, 8, 32, 197, 512, 2048)
 AFFINE = {"none": (False, False), "weight": (True, False), "weight+bias": (True, True)}
@@ -189,8 +184,7 @@ def _runners(
     for name, module in modules.items():
         yield name, timed(of_module(module.eval()), [x, *module.parameters()])
     for name, kernel in KERNELS.items():
-        if not (options.backward and name in FORWARD_ONLY):
-            yield name, timed(of_kernel(kernel), [x, *(p for p in (weight, bias) if p is not None)])
+        yield name, timed(of_kernel(kernel), [x, *(p for p in (weight, bias) if p is not None)])
 
 
 def clock(run: Callable[[], object], repeats: int, device: torch.device) -> float:

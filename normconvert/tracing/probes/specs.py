@@ -76,8 +76,3 @@ SIGNALS = frozenset({"image", "audio", "float"})
 def materialise(spec: Spec, generator: torch.Generator) -> Tensor:
     """The input's values on the CPU (integers int64, signals float32)."""
     return FILLS[spec.kind](spec, generator)
-
-
-def is_spec(value: Any) -> bool:
-    """Whether an argument still has to be made into a tensor."""
-    return isinstance(value, Spec)

@@ -18,7 +18,7 @@ from normconvert.rewrites.planning import plan_model
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import apply_module_edits
 from normconvert.tracing.model_graph import trace_model
-from normconvert.tuning.seats import find_seats
+from normconvert.tuning.sites import find_sites
 from normconvert.tuning.student import Student, finish, make_student, make_teacher
 from normconvert.tuning.student import measure as moments_of
 from normconvert.tuning.writing import plan_of
@@ -65,14 +65,14 @@ def make(task: Task, setting: Setting) -> Versions:
     traced = skeleton()
     graph = trace_model(traced)
     plan = plan_rmsnorm(graph, Options())
-    seats = find_seats(graph, plan)
+    sites = find_sites(graph, plan)
     work = grid(traced, [2], None, decode=False)[0]
     models = {ORIGINAL: original}
     teacher = make_teacher(copy.deepcopy(original).double(), plan, torch.float32)
-    moments = moments_of(teacher, seats, iter([on_device(work.inputs, torch.float32, setting.device)]))
+    moments = moments_of(teacher, sites, iter([on_device(work.inputs, torch.float32, setting.device)]))
     fusing: Plan | None = None
     for method in METHODS:
-        student = make_student(teacher, plan, seats, method)
+        student = make_student(teacher, plan, sites, method)
         for path, found in moments.items():
             student.norms[path].calibrate(found)
         finish(student)
@@ -83,7 +83,7 @@ def make(task: Task, setting: Setting) -> Versions:
             fusing = plan_model(shape, Options(), "fuse-bn")
         models[method] = edited(_as_affine(student, edits), fusing).to(dtype)
     inputs = on_device(work.inputs, dtype, setting.device)
-    models[BOUND] = without_norms(original, [seat.path for seat in seats], (), lambda model: model(**inputs))
+    models[BOUND] = without_norms(original, [site.path for site in sites], (), lambda model: model(**inputs))
     return Versions(models, traced)
 
 
@@ -91,14 +91,14 @@ def _as_affine(student: Student, edits: Sequence[Mapping[str, Any]]) -> nn.Modul
     """The finished student with an affine map at each of its norms."""
     model = student.model
     maps = {path: norm.affine() for path, norm in student.norms.items()}
-    for path, seat in zip(student.norms, student.seats, strict=True):
+    for path, site in zip(student.norms, student.sites, strict=True):
         parent, _, leaf = path.rpartition(".")
         device = next(model.parameters()).device
-        setattr(model.get_submodule(parent), leaf, nn.LayerNorm(seat.size, device=device))
+        setattr(model.get_submodule(parent), leaf, nn.LayerNorm(site.size, device=device))
     apply_module_edits(model, [edit for edit in edits if edit["op"] == "affine"])
-    for path, seat in zip(student.norms, student.seats, strict=True):
+    for path, site in zip(student.norms, student.sites, strict=True):
         module: Any = model.get_submodule(path)
-        for name, value in zip((seat.weight or "weight", seat.bias or "bias"), maps[path], strict=True):
+        for name, value in zip((site.weight or "weight", site.bias or "bias"), maps[path], strict=True):
             getattr(module, name).data = value.float()
     return model.requires_grad_(False)
 

@@ -2,7 +2,8 @@
 
 A machine that others use as well changes its speed by several hundredths from second to second. Calls that follow each
 other meet different speeds; parts of calls that do, a few milliseconds each, meet the same. Measured with copies of one
-model (GPT-2, 2 cores), medians differ by 0.5% instead of 1.4% in the same time.
+model (GPT-2, 2 cores), medians differ by 0.5% instead of 1.4% in the same time. On a GPU a call returns before its
+work is done, and compiled code has no places to leave it at.
 
 The calls run as greenlets: functions that are left in the middle and gone on with later, within one thread, so that all
 use the same pool of workers.
@@ -17,10 +18,14 @@ from typing import Any
 
 from torch import nn
 
+from normconvert.benchmark.memory import parameter_bytes
 from normconvert.benchmark.timing import ROUNDS, Step, calls_a_sample
+from normconvert.benchmark.versions import own_memory
 
 LONG_PART = 0.02
 """Seconds of a layer from which its linear maps begin parts of their own."""
+MOVED = 1 << 32
+"""Bytes of a model up to which its weights are moved: with more it takes long, and places matter less."""
 
 
 def parts(model: nn.Module, seconds: float) -> list[nn.Module]:
@@ -44,7 +49,7 @@ def lockstep(
     steps: Mapping[str, Step],
     seconds: float,
     quickest: float,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[], None] | None = None,
     laps: int = 4,
 ) -> tuple[dict[str, list[float]], int]:
     """As :func:`normconvert.benchmark.timing.interleave`, on the CPU, with turns within a call.
@@ -54,11 +59,11 @@ def lockstep(
         steps: warm.
         seconds: to spend; there are five rounds at least.
         quickest: seconds that the quickest call takes.
-        between: called after equal shares of the rounds.
+        between: called after equal shares of the rounds; None moves the weights.
         laps: how many shares.
 
     Raises:
-        ImportError: greenlet is not installed.
+        ImportError: greenlet (of the development tools) is not installed.
     """
     from greenlet import getcurrent, greenlet
 
@@ -85,7 +90,7 @@ def lockstep(
             # By time or by rounds, whichever ends first: each place in memory is to get its share of what is measured.
             if lap < laps and max(spent / seconds, turn / ROUNDS[1]) * laps >= lap:
                 lap += 1
-                between()
+                between() if between is not None else _move(models)
             # Everybody begins equally often: what the first call of a round finds (idle cores, cold caches) is no one's
             # alone.
             first = turn % len(names)
@@ -107,6 +112,13 @@ def lockstep(
             for name in names:
                 times[name].append(took[name] / calls)
     return times, calls
+
+
+def _move(models: Mapping[str, nn.Module]) -> None:
+    """Put all weights elsewhere in memory: where they happen to lie makes a call up to a hundredth slower or faster."""
+    for model in models.values():
+        if parameter_bytes(model) < MOVED:
+            own_memory(model)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ ROLES = ("mlp", "attention", "final")
 
 
 @dataclass(frozen=True)
-class Seat:
+class NormSite:
     """A norm that may be swapped.
 
     Attributes:
@@ -53,7 +53,7 @@ class Seat:
     mean_free: bool
 
 
-def find_seats(graph: Graph, plan: Plan) -> list[Seat]:
+def find_sites(graph: Graph, plan: Plan) -> list[NormSite]:
     """All norms of the graph that are modules of their own, in execution order.
 
     Args:
@@ -66,14 +66,14 @@ def find_seats(graph: Graph, plan: Plan) -> list[Seat]:
         calls[norm.path].append(norm)
     converted = {v.path for v in plan.converted}
     sources = {norm.source for norm in norms}
-    seats = []
+    sites = []
     for path, group in calls.items():
         row = group[0].module
         if row is None or any(norm.module != row for norm in group):
             continue
         roles = {_role(norm, sources) for norm in group}
-        seats.append(
-            Seat(
+        sites.append(
+            NormSite(
                 path=path,
                 kind=group[0].kind,
                 size=int(row["size"]),
@@ -86,7 +86,7 @@ def find_seats(graph: Graph, plan: Plan) -> list[Seat]:
                 mean_free=path in converted,
             )
         )
-    return seats
+    return sites
 
 
 def _role(norm: Norm, sources: set[fx.Node]) -> str:
@@ -110,17 +110,17 @@ def _role(norm: Norm, sources: set[fx.Node]) -> str:
     return "mlp" if further else "final"
 
 
-def choose(seats: Sequence[Seat], patterns: Sequence[str]) -> list[Seat]:
-    """The seats whose paths match one of the globs; all, if there are none.
+def choose(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[NormSite]:
+    """The sites whose paths match one of the globs; all, if there are none.
 
     Raises:
         InputError: a glob matches nothing; the message lists the nearest paths.
     """
     if not patterns:
-        return list(seats)
-    paths = [seat.path for seat in seats]
+        return list(sites)
+    paths = [site.path for site in sites]
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
             near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
             raise InputError(f"--norms {pattern!r} matches no norm; the nearest are {', '.join(near) or '(none)'}")
-    return [seat for seat in seats if any(fnmatchcase(seat.path, p) for p in patterns)]
+    return [site for site in sites if any(fnmatchcase(site.path, p) for p in patterns)]

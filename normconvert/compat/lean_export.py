@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import fx
-from torch.fx.graph import CodeGen, _PyTreeCodeGen
+from torch.fx.graph import CodeGen
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def lean_export() -> Iterator[None]:
 @contextmanager
 def _without_stacks() -> Iterator[None]:
     config: Any = importlib.import_module("torch.fx.config")
-    # A private switch: where a release lacks it, setting it does nothing.
+    # Where a release lacks the switch, setting it does nothing.
     before = getattr(config, "do_not_emit_stack_traces", False)
     config.do_not_emit_stack_traces = True
     try:
@@ -39,15 +39,16 @@ def _without_stacks() -> Iterator[None]:
 @contextmanager
 def _without_code() -> Iterator[None]:
     graph_module: Any = fx.GraphModule
+    with_trees = getattr(fx.graph, "_PyTreeCodeGen", CodeGen)
     made: Any = graph_module.recompile
     thread = threading.get_ident()
 
     def recompile(module: fx.GraphModule) -> Any:
-        codegen: Any = module.graph._codegen
+        codegen: Any = getattr(module.graph, "_codegen", None)
         # The patch is seen by all threads, and only graphs as export makes them are known to do without code.
-        if threading.get_ident() != thread or type(codegen) not in (CodeGen, _PyTreeCodeGen):
+        if threading.get_ident() != thread or type(codegen) not in (CodeGen, with_trees):
             return made(module)
-        if isinstance(codegen, _PyTreeCodeGen):
+        if type(codegen) is not CodeGen:
             # recompile sets these as well, and they are asked for without a call.
             module._in_spec = codegen.pytree_info.in_spec
             module._out_spec = codegen.pytree_info.out_spec
