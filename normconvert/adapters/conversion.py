@@ -21,7 +21,8 @@ from normconvert.adapters.changes import convert_changes
 from normconvert.adapters.merging import merge
 from normconvert.adapters.prompts import Prompted, convert_prompt
 from normconvert.adapters.request import AdapterConversion
-from normconvert.apply.output_folder import check_output, copy_other_files, staged_output, write_json
+from normconvert.apply.other_files import copy_other_files
+from normconvert.apply.output_folder import check_output, staged_output, write_json
 from normconvert.errors import FidelityError, InputError
 from normconvert.options import METHODS, taking
 from normconvert.plan.conversion_plan import Plan

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
+from normconvert.files.weight_files import leads_inside
 from normconvert.result import Report
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
     from normconvert.wording.words import in_words
 
     existing = source.folder / "README.md" if source.folder else None
+    # The same that is copied: a link could have any file of this machine published.
+    if existing and not (existing.is_file() and leads_inside(existing.parent, existing)):
+        existing = None
     text = model_card(
         report.source,
         report.plan,
@@ -83,6 +87,6 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
         architecture=source.architecture,
         auto_class=auto_class(folder, source.architecture) or source.architecture,
         code=remote_code(folder),
-        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
+        source_readme=existing.read_text(encoding="utf-8", errors="replace") if existing else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -11,10 +11,11 @@ from normconvert.errors import InputError
 from normconvert.files.embedded import demo_folder
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.weight_files import (
+    LARGEST_TEXT,
     PICKLES,
     Checkpoint,
     find_weights,
-    in_hub_cache,
+    inside,
     load_json,
     majority_dtype,
     read_checkpoint,
@@ -116,8 +117,9 @@ def open_folder(
     """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
     config_file = folder / "config.json"
     # Whoever names an architecture means it, whatever a config.json says.
-    config = load_json(config_file) if config_file.is_file() and arch is None else {}
-    record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
+    config = load_json(inside(folder, config_file.name)) if config_file.is_file() and arch is None else {}
+    record = load_json(inside(folder, RECORD_FILE)) if (folder / RECORD_FILE).is_file() else None
+    _refuse_large(folder)
     _refuse_quantised(folder, config)
     bare = arch is None and not config_file.is_file()
     if bare and not any(path.name.endswith(WEIGHT_SUFFIXES) for path in folder.iterdir()):
@@ -125,6 +127,13 @@ def open_folder(
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
     weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
     return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
+
+
+def _refuse_large(folder: Path) -> None:
+    """Refuse files that the libraries would read whole, and that nobody writes so large."""
+    for path in folder.glob("*.json"):
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            raise InputError(f"{path}: {path.stat().st_size} bytes: no such file is so large; refused")
 
 
 def _finish(
@@ -142,7 +151,7 @@ def _finish(
 
     bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, arch)
-    checkpoint = read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent))
+    checkpoint = read_checkpoint(weights)
     if found is not None:
         found(checkpoint.tensors.values(), folder)
     try:

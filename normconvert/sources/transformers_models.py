@@ -9,14 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.files.code_references import OWN_MODULE
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-OWN_MODULE = "modeling_normconvert."  # the runtime file shipped with outputs: not foreign code
 
 
 def describe(source: Source) -> Source:
@@ -110,7 +109,9 @@ def own_class(source: Source) -> str | None:
     """
     name = stated_class(source) or source.architecture or None
     converted = _converted_as(source)
-    if not source.trust_remote_code or (converted and not converted.get("own_code") and _native(name)):
+    if source.library != "transformers" or not source.trust_remote_code:
+        return None
+    if converted and not converted.get("own_code") and _native(name):
         return None
     for key, reference in _remote_classes(source).items():
         if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):

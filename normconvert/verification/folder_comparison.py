@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.apply.output_folder import SKIPPED_FOLDERS, WEIGHT_PATTERNS
+from normconvert.apply.other_files import SKIPPED_FOLDERS, WEIGHT_PATTERNS
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, Header, map_tensor, read_header
 

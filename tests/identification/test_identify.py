@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from normconvert.files.pickle_names import Unreadable, read_pickle_names
 from safetensors.torch import save_file, save_model
 
 import normconvert
 from normconvert.errors import InputError
 from normconvert.files.pickle_file import read_pickle
-from normconvert.files.pickle_names import Unreadable, read_pickle_names
 from normconvert.identification import identify_names
 from normconvert.identification.building import build, shapes, timm_print
 from normconvert.identification.prints import (
