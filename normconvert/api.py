@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from normconvert.verification.fidelity import Fidelity
 
 SHIFTED = "shifted outputs: "
-SHIFTED_CLASS = "not proved if opened as "
-FAMILY = 2
-"""So many other classes of a family are traced: each takes as long as the model itself."""
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 Failure = TypeVar("Failure", bound=NormConvertError)
@@ -250,30 +247,11 @@ def _with_statistics(source: Source, report: Report) -> Report:
 
 def _with_family(source: Source, report: Report, request: Conversion) -> Report:
     """The report with the classes of the model's family for which the plan is proved too, and those where it is not."""
-    from normconvert.sources.families import as_class, opened_otherwise, tied_to
-    from normconvert.sources.transformers_models import own_class
-
-    plan = report.plan
-    # Of other shapes no class but the converted one can be made at all.
-    resized = any(edit["op"] == "resize" for edit in plan.modules)
-    if source.library != "transformers" or source.modules or resized or own_class(source) is not None:
-        return report
-    from normconvert.rewrites.families import obstacle_in
+    from normconvert.rewrites.family_plan import with_family
 
     start = time.perf_counter()
-    refused = {name: f"its head reads `{table}`" for name, table in tied_to(source, set(plan.tensors)).items()}
-    proved = []
-    for name in opened_otherwise(source)[:FAMILY]:
-        try:
-            why = obstacle_in(as_class(source, name).skeleton(), plan, request.allowed)
-        except NormConvertError as error:
-            why = str(error)
-        if why:
-            refused[name] = why
-        else:
-            proved.append(name)
-    notes = [f"{SHIFTED_CLASS}{name} ({why}): convert the original as that" for name, why in refused.items()]
-    plan = replace(plan, classes=proved, shifted_classes=refused, notes=[*plan.notes, *notes])
+    plan = with_family(source, report.plan, request.allowed)
+    notes = plan.notes[len(report.plan.notes) :]
     seconds = {**report.seconds, "trace": report.seconds["trace"] + time.perf_counter() - start}
     return replace(report, plan=plan, notes=(*report.notes, *notes), seconds=seconds)
 

@@ -80,9 +80,10 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
         FidelityError: the result computes something else; nothing was written.
     """
     folder, out, target = (Path(p).expanduser() for p in (request.adapter, request.out, request.converted))
-    from normconvert.verification.record_check import read_conversion, source_reference
+    from normconvert.plan.conversion_record import read_whole_record
+    from normconvert.verification.record_check import source_reference
 
-    record = read_conversion(target)
+    record = read_whole_record(target)
     for read in (folder, target):
         check_output(out, read, request.overwrite)
     adapter = read_adapter(folder)

@@ -42,7 +42,13 @@ def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
 
 def write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
     """normconvert.json: all that is needed to load the output, and to make it again."""
-    record = {
+    text = json.dumps(record_of(source, report, hashes), indent=1, ensure_ascii=False, default=str) + "\n"
+    (folder / "normconvert.json").write_text(text, encoding="utf-8")
+
+
+def record_of(source: Source, report: Report, hashes: dict[str, str]) -> dict[str, Any]:
+    """What :func:`write_record` writes."""
+    return {
         "format": RECORD_FORMAT,
         "normconvert": __version__,
         "method": report.method,
@@ -56,8 +62,6 @@ def write_record(folder: Path, source: Source, report: Report, hashes: dict[str,
         **({"modules": all_modules(source, report.plan)} if source.modules else {}),
         "verification": report.fidelity.to_json() if report.fidelity else None,
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
-    (folder / "normconvert.json").write_text(text, encoding="utf-8")
 
 
 def public_reference(reference: str, source: Source) -> str:
