@@ -23,6 +23,7 @@ from normconvert.files.weight_files import (
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import check_stated_sizes
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
@@ -152,6 +153,7 @@ def _finish(
     bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, arch)
     checkpoint = read_checkpoint(weights)
+    check_stated_sizes(str(folder or weights), config, checkpoint.tensors)
     if found is not None:
         found(checkpoint.tensors.values(), folder)
     try:

@@ -7,6 +7,7 @@ asks for a tensor before it is read, and a file is read only between :meth:`Remo
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import threading
@@ -243,7 +244,9 @@ def open_remote(
         raise InputError(f"{reference}: no safetensors files on the hub, which --stream needs; convert it without")
     small = [name for name in wanted if name not in weights]
     with explained(repo, commit):
-        cached = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=small))
+        cached = Path(
+            huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=[*map(glob.escape, small)])
+        )
     for name in small:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         # Copies: links into the cache would lead out of this folder and be refused as such.

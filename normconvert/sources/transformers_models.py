@@ -12,6 +12,7 @@ from normconvert.errors import InputError
 from normconvert.files.code_references import OWN_MODULE
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import in_proportion
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     remote = _remote_classes(source)
     if name is None and not has_own_models(source):
         try:
-            with quiet(), torch.device("meta"):
+            with quiet(), torch.device("meta"), in_proportion(source.reference, source.tensors):
                 # Built on the meta device for its class alone: AutoModel says it in no other way.
                 return type(transformers.AutoModel.from_config(config))
         except Exception as error:

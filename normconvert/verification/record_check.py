@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError
-from normconvert.options import DTYPES, Options, taking
+from normconvert.options import DTYPES, Conversion, Options, about, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
 from normconvert.result import Report
@@ -318,7 +318,7 @@ def _report(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) ->
     """
     from normconvert.verification.fidelity import Fidelity
 
-    found, fidelity = record.get("verification"), None
+    found, fidelity, said = record.get("verification"), None, record["options"]
     if found is not None:
         values = {key: float(value) if value in ("inf", "-inf", "nan") else value for key, value in found.items()}
         try:
@@ -328,7 +328,7 @@ def _report(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) ->
     named = record["source"]["reference"] if record["source"].get("revision") else source.reference
     return Report(
         named, source.library, source.architecture, plan.method, str(folder), plan,
-        fidelity=fidelity, options=record["options"],
+        fidelity=fidelity, options={name: said[name] for name, _, known in about(Conversion) if known.recorded},
     )  # fmt: skip
 
 
