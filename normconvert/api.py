@@ -106,6 +106,8 @@ def convert(request: Conversion) -> Report:
                 report = replace(report, notes=(*report.notes, NO_ROOM))
             write_record(folder, source, report, hashes)
             write_card(folder, source, report)
+            # Again: the verification has read the source once more.
+            place.reader.check_unchanged()
     return report
 
 

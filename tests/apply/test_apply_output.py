@@ -227,3 +227,12 @@ def test_an_output_that_stepped_aside_for_one_that_never_came_is_put_back(folder
         _write_and_fail(staging)
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(folder: Path, tmp_path: Path) -> None:
+    def written_to(name: str, done: int, total: int) -> None:
+        os.utime(folder / "model.safetensors")
+
+    with pytest.raises(InputError, match="changed while it was converted"):
+        apply_plan(open_source(str(folder)), PLAN, tmp_path / "out", progress=written_to)
+    assert leftovers(tmp_path) == []

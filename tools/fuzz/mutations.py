@@ -1,4 +1,4 @@
-"""One input -> another one that is slightly, or badly, wrong; drawn by hypothesis, so that what fails is found again."""
+"""One input -> another one that is slightly, or badly, wrong; drawn by hypothesis, so that failures are found again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DEEP: Any = json.loads("[" * 900 + "]" * 900)
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 1.5, float("nan"), float("inf"), "", "x", "..",
     "../../etc/passwd", "/etc/passwd", "~nosuchuser/x", "a\0b", "a\n::error::b", "\x1b[2J", "\ud800", "é" * 300, [], {},
-    [None], [[]], [7], {"a": {}}, {"": 1}, DEEP, "center", "float99", "F64", "timm", [10**9], {"op": "set"}, "mine.Mine",
-    "os.system", "model.safetensors", "${HOME}", "{name}", "1e400", "1GB", "demo:gpt2",
+    [None], [[]], [7], {"a": {}}, {"": 1}, DEEP, "center", "float99", "F64", "timm", [10**9], {"op": "set"},
+    "mine.Mine", "os.system", "model.safetensors", "${HOME}", "{name}", "1e400", "1GB", "demo:gpt2",
 )  # fmt: skip
 """Values that somebody was surprised by."""
 KEYS = (
@@ -21,9 +21,10 @@ KEYS = (
     "weight_map", "__metadata__", "set", "op", "path", "", "\n", "dtype", "transformers_weights", "id2label",
 )  # fmt: skip
 TEXTS = (
-    b"", b"\0", b"{", b"]", b"\xff\xfe", b"\n", b": ", b"- ", b"&a [", b"*a", b"<<: *a\n", b"!!timestamp x", b"!!binary 1",
-    b"!!python/object/apply:os.system [x]", b"!!set {a}", b"? [a]\n: b\n", b"${", b"${X}", b"%YAML 9.9\n", b"---\n",
-    b"1e400", b"9" * 5000, b"[" * 3000, b'"\\ud800"', b"Infinity", b"NaN", b"../", b"\r", b"\t", b"\x85", b"\xe2\x80\xa8",
+    b"", b"\0", b"{", b"]", b"\xff\xfe", b"\n", b": ", b"- ", b"&a [", b"*a", b"<<: *a\n", b"!!timestamp x",
+    b"!!binary 1", b"!!python/object/apply:os.system [x]", b"!!set {a}", b"? [a]\n: b\n", b"${", b"${X}",
+    b"%YAML 9.9\n", b"---\n", b"1e400", b"9" * 5000, b"[" * 3000, b'"\\ud800"', b"Infinity", b"NaN", b"../", b"\r",
+    b"\t", b"\x85", b"\xe2\x80\xa8",
 )  # fmt: skip
 BOMB = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (letter, letter, b",".join([b"*%c" % (letter - 1)] * 9)) for letter in range(98, 107)
