@@ -29,6 +29,7 @@ from normconvert.cli import (  # noqa: F401
     verify,
 )
 from normconvert.cli.app import ARGUMENTS, app
+from normconvert.errors import InputError
 from normconvert.report.screen import give_up_printing
 from normconvert.tracing.garbage import collecting
 
@@ -60,7 +61,10 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> int:
     message = f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
     screen = Screen(json_file=_json_argument(arguments), arguments=arguments)
     screen.error(message)
-    screen.document(error_document(message, 2))
+    try:
+        screen.document(error_document(message, 2))
+    except InputError as another:
+        screen.error(str(another))
     return 2
 
 
