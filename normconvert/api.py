@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.files.user_paths import user_path
 from normconvert.options import (
     METHODS,
     Conversion,
@@ -125,8 +126,8 @@ def _check(request: Conversion) -> dict[str, float]:
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
     if not request.dry_run:
-        local = Path(request.src).expanduser()
-        check_output(Path(request.out).expanduser(), local if local.exists() else None, request.overwrite)
+        local = user_path(request.src)
+        check_output(user_path(request.out), local if local.exists() else None, request.overwrite)
         if request.verify:
             check_device(request.device)
     return limits
@@ -169,7 +170,7 @@ def _workplace(request: Conversion) -> Iterator[_Workplace]:
     from normconvert.apply.shard_stream import streamed
     from normconvert.apply.source_reader import SourceReader
 
-    out = Path(request.out).expanduser()
+    out = user_path(request.out)
     with ExitStack() as staged, ExitStack() as stack:
         # Two stacks: what reads and copies must have ended before the output moves into place.
         stream = None
@@ -273,7 +274,7 @@ def _write(
     )  # fmt: skip
     report = replace(
         report,
-        out=str(Path(request.out).expanduser()),
+        out=str(user_path(request.out)),
         bytes_written=written.bytes_written,
         tensors_edited=len(written.edited),
         tensors_copied=written.copied,

@@ -232,7 +232,7 @@ class Stream:
             # Whatever cannot be read counts as nothing done: that costs time and no more.
             state = json.loads(self._state.read_text(encoding="utf-8"))
             return str(state["key"]), {str(name): str(digest) for name, digest in state["done"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "", {}
 
     def _write_state(self) -> None:

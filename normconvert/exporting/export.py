@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError
 from normconvert.exporting.request import Export
+from normconvert.files.user_paths import user_path
 from normconvert.interrupts import held as uninterrupted
 from normconvert.options import taking
 
@@ -71,7 +72,7 @@ def export(request: Export) -> ExportReport:
         FidelityError: the exported file computes something else; nothing was written.
     """
     src, against, trust_remote_code = request.src, request.against, request.trust_remote_code
-    file = Path(request.file).expanduser()
+    file = user_path(request.file)
     # Before torch is imported: a wrong name is told at once.
     check_file(file, request.overwrite)
     from normconvert.sources.converted import load_any

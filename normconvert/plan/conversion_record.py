@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from normconvert.errors import InputError
 from normconvert.files.weight_files import inside, load_json
-from normconvert.plan.conversion_plan import FORMAT
+from normconvert.plan.conversion_plan import FORMAT, Plan
 from normconvert.runtime import STRUCTURAL, check_module_edits
 
 RECORD_FILE = "normconvert.json"
@@ -114,6 +114,11 @@ def read_whole_record(folder: Path) -> dict[str, Any]:
         raise NotConverted(f"{folder}: {what}: nothing to check")
     data = load_json(inside(folder, RECORD_FILE))
     _checked(file, data, _Whole)
+    try:
+        Plan.from_json(data["plan"])
+        check_module_edits(data.get("modules") or data["plan"]["modules"])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a conversion record ({str(error).splitlines()[0]}): convert again") from error
     return data
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, read_header
+from normconvert.files.user_paths import user_path
 from normconvert.files.weight_files import find_weights, inside, load_json, shards_of
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
@@ -100,7 +101,7 @@ def _local(reference: Reference) -> Origin | None:
 
         path = demo_folder(text.removeprefix("demo:"))
         return Origin(text, path.name, "", path, None, None, *_weigh(path, arch))
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not text or not path.exists():
         return None
     if reference.revision is not None:
@@ -191,7 +192,7 @@ def local_checkpoints(pattern: str, arch: str | None, exclude: Iterable[str]) ->
         InputError: there are none.
     """
     found = []
-    for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
+    for name in sorted(glob.glob(str(user_path(pattern)), recursive=True)):
         path = Path(name)
         is_checkpoint = (path / "config.json").is_file() or (
             arch is not None and (path.name.endswith(WEIGHT_SUFFIXES) or any(path.glob("*.safetensors")))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
+from normconvert.files.user_paths import user_path
 from normconvert.files.weight_files import read_text
 
 Document = dict[str, Any]
@@ -40,7 +41,7 @@ class FileOutput:
         Raises:
             InputError: its folder does not exist or is not writable, or it is a folder itself.
         """
-        path = Path(self.path).expanduser()
+        path = user_path(self.path)
         problem = None
         if path.is_dir():
             problem = "is a folder"
@@ -56,8 +57,8 @@ class FileOutput:
         """Why nothing may be written there: it would be a source, another input, or what no command has written."""
         own, target = 0, path.resolve()
         for word in self.arguments:
-            named = Path(word.partition("=")[2] if word.startswith("--") else word).expanduser()
-            with suppress(OSError, ValueError):  # what is no name of a file
+            with suppress(OSError, InputError):  # what is no name of a file
+                named = user_path(word.partition("=")[2] if word.startswith("--") else word)
                 own += named.name != "" and named.resolve() == target
                 if named.name and named.is_dir() and target.is_relative_to(named.resolve()):
                     return f"it lies inside {named}, which is only read"
@@ -78,7 +79,7 @@ class FileOutput:
         """
         self.check()
         try:
-            write_whole(Path(self.path).expanduser(), self.render(document))
+            write_whole(user_path(self.path), self.render(document))
         except OSError as error:
             raise InputError(f"{self.option} {self.path}: cannot be written: {error.strerror or error}") from error
 

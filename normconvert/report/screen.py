@@ -17,10 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.user_paths import user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
@@ -100,7 +100,7 @@ class Screen:
             "verify": "verifying",
         }
         # While the hub downloads, its own bars are on the screen.
-        downloads = not src.startswith("demo:") and not Path(src).expanduser().exists()
+        downloads = not src.startswith("demo:") and not user_path(src).exists()
 
         def begin(stage: str) -> None:
             if stage == self._stage:

@@ -166,8 +166,7 @@ def _set(model: nn.Module, edit: Mapping[str, Any]) -> None:
         sizes = [(old, new)] if not isinstance(new, tuple) else list(zip(old or (), new, strict=True))
         if not sizes or any(type(a) is not int or b > a for a, b in sizes):
             raise ValueError(
-                f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}, a size of {new} "
-                "or more"
+                f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}, a size of {new} or more"
             )
         setattr(module, attribute, new)
 

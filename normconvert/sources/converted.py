@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
+from normconvert.files.user_paths import user_path
 from normconvert.plan.conversion_plan import FORMAT, Plan
 from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record
 from normconvert.sources.families import family
@@ -50,7 +51,7 @@ def load(
     from normconvert.runtime import REMOTE_FILE, apply_module_edits, converted_class
     from normconvert.sources import open_source
 
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     arch = None
     if folder.is_dir():
         record = read_record(folder)

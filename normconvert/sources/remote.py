@@ -20,6 +20,7 @@ from typing import Any
 from normconvert.errors import InputError, Unfinished
 from normconvert.files.safetensors_file import MAX_HEADER
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.user_paths import user_path
 from normconvert.sources.hub import explained, wanted_files
 from normconvert.sources.opening import hub_id, open_folder
 from normconvert.sources.source import Source
@@ -231,7 +232,7 @@ def open_remote(
     """
     import huggingface_hub
 
-    if reference.startswith("demo:") or Path(reference).expanduser().exists():
+    if reference.startswith("demo:") or user_path(reference).exists():
         raise InputError(f"{reference}: --stream is for models on the hub, and this one is here: convert it without")
     repo, revision = hub_id(reference, revision)
     with explained(repo, revision):

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.user_paths import user_path
 from normconvert.options import DTYPES, Conversion, Options, about, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
@@ -96,7 +97,7 @@ def check(request: Checking) -> CheckReport:
     """
     from normconvert.sources import open_source
 
-    folder = Path(request.out).expanduser()
+    folder = user_path(request.out)
     folder = folder.parent if folder.name == RECORD_FILE else folder
     say = _Clock(request.stage)
     record = read_whole_record(folder)
