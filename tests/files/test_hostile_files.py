@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.files.pickle_file import read_pickle
 from normconvert.files.safetensors_file import read_header
 from normconvert.files.weight_files import find_weights, load_json, read_checkpoint
 from normconvert.files.yaml_file import read_yaml
+from normconvert.options import parse_size
 from normconvert.recipes.origins import Reference, look_up
+from normconvert.sources import open_source
 from tools.fuzz.mutations import BOMB
 
 
@@ -137,3 +140,31 @@ def test_yaml_of_small_files_costs_little(tmp_path: Path, text: bytes) -> None:
     with suppress(InputError):
         read_yaml(tmp_path / "x.yaml")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "a\0b", "loop", "x" * 5000])
+def test_what_is_no_path_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    report = ["inspect", "demo:vit", "--json", text]
+    for command in (["inspect", text], ["rmsnorm", "demo:vit", text], ["identify", text], report):
+        assert run(command) == 2
+        assert "a bug in" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "GB", "9" * 30 + "GB", "1e3GB", "-1", "0", "NaN"])
+def test_what_is_no_size_is_said(text: str) -> None:
+    with pytest.raises(InputError, match="expected a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": "A"}, {"auto_map": [1]}, {"auto_map": 1}, {"model_type": []}], ids=str
+)
+def test_a_config_of_other_types_is_said(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **change}))
+    safetensors(tmp_path / "model.safetensors", f'{{"a": {ENTRY}}}')
+    with pytest.raises(InputError, match=r"config.json: not a model's"):
+        open_source(str(tmp_path))
