@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.files.user_paths import user_path
 from normconvert.options import (
     METHODS,
     Conversion,
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from normconvert.verification.fidelity import Fidelity
 
 SHIFTED = "shifted outputs: "
-SHIFTED_CLASS = "not proved if opened as "
-FAMILY = 2
-"""So many other classes of a family are traced: each takes as long as the model itself."""
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 Failure = TypeVar("Failure", bound=NormConvertError)
@@ -109,6 +107,8 @@ def convert(request: Conversion) -> Report:
                 report = replace(report, notes=(*report.notes, NO_ROOM))
             write_record(folder, source, report, hashes)
             write_card(folder, source, report)
+            # Again: the verification has read the source once more.
+            place.reader.check_unchanged()
     return report
 
 
@@ -126,8 +126,8 @@ def _check(request: Conversion) -> dict[str, float]:
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
     if not request.dry_run:
-        local = Path(request.src).expanduser()
-        check_output(Path(request.out).expanduser(), local if local.exists() else None, request.overwrite)
+        local = user_path(request.src)
+        check_output(user_path(request.out), local if local.exists() else None, request.overwrite)
         if request.verify:
             check_device(request.device)
     return limits
@@ -170,7 +170,7 @@ def _workplace(request: Conversion) -> Iterator[_Workplace]:
     from normconvert.apply.shard_stream import streamed
     from normconvert.apply.source_reader import SourceReader
 
-    out = Path(request.out).expanduser()
+    out = user_path(request.out)
     with ExitStack() as staged, ExitStack() as stack:
         # Two stacks: what reads and copies must have ended before the output moves into place.
         stream = None
@@ -250,30 +250,11 @@ def _with_statistics(source: Source, report: Report) -> Report:
 
 def _with_family(source: Source, report: Report, request: Conversion) -> Report:
     """The report with the classes of the model's family for which the plan is proved too, and those where it is not."""
-    from normconvert.sources.families import as_class, opened_otherwise, tied_to
-    from normconvert.sources.transformers_models import own_class
-
-    plan = report.plan
-    # Of other shapes no class but the converted one can be made at all.
-    resized = any(edit["op"] == "resize" for edit in plan.modules)
-    if source.library != "transformers" or source.modules or resized or own_class(source) is not None:
-        return report
-    from normconvert.rewrites.families import obstacle_in
+    from normconvert.rewrites.family_plan import with_family
 
     start = time.perf_counter()
-    refused = {name: f"its head reads `{table}`" for name, table in tied_to(source, set(plan.tensors)).items()}
-    proved = []
-    for name in opened_otherwise(source)[:FAMILY]:
-        try:
-            why = obstacle_in(as_class(source, name).skeleton(), plan, request.allowed)
-        except NormConvertError as error:
-            why = str(error)
-        if why:
-            refused[name] = why
-        else:
-            proved.append(name)
-    notes = [f"{SHIFTED_CLASS}{name} ({why}): convert the original as that" for name, why in refused.items()]
-    plan = replace(plan, classes=proved, shifted_classes=refused, notes=[*plan.notes, *notes])
+    plan = with_family(source, report.plan, request.allowed)
+    notes = plan.notes[len(report.plan.notes) :]
     seconds = {**report.seconds, "trace": report.seconds["trace"] + time.perf_counter() - start}
     return replace(report, plan=plan, notes=(*report.notes, *notes), seconds=seconds)
 
@@ -293,7 +274,7 @@ def _write(
     )  # fmt: skip
     report = replace(
         report,
-        out=str(Path(request.out).expanduser()),
+        out=str(user_path(request.out)),
         bytes_written=written.bytes_written,
         tensors_edited=len(written.edited),
         tensors_copied=written.copied,

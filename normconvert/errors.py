@@ -47,3 +47,9 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: it ends a command as Ctrl-C does, with nothing half-way left."""
 
     exit_status = 143
+
+
+class HungUp(Terminated):
+    """SIGHUP: the terminal is gone."""
+
+    exit_status = 129

@@ -155,10 +155,10 @@ def parse_size(text: str, what: str = "--max-shard-size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?\s*", text.upper())
     size = 0
-    if match:
+    if match and len(text) < 40:
         number, letter, binary = match.groups()
         size = int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter) + 1 if letter else 0))
-    if size < 1:
+    if not 1 <= size < 1 << 60:
         raise InputError(f"{what} {text}: expected a size such as 5GB, 500MB or 2GiB")
     return size
 

@@ -21,8 +21,10 @@ from normconvert.adapters.changes import convert_changes
 from normconvert.adapters.merging import merge
 from normconvert.adapters.prompts import Prompted, convert_prompt
 from normconvert.adapters.request import AdapterConversion
-from normconvert.apply.output_folder import check_output, copy_other_files, staged_output, write_json
+from normconvert.apply.other_files import copy_other_files
+from normconvert.apply.output_folder import check_output, staged_output, write_json
 from normconvert.errors import FidelityError, InputError
+from normconvert.files.user_paths import user_path
 from normconvert.options import METHODS, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.runtime import ADAPTER_RECORD
@@ -78,10 +80,11 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
             be expressed for the converted checkpoint. The message says why.
         FidelityError: the result computes something else; nothing was written.
     """
-    folder, out, target = (Path(p).expanduser() for p in (request.adapter, request.out, request.converted))
-    from normconvert.verification.record_check import read_conversion, source_reference
+    folder, out, target = (user_path(p) for p in (request.adapter, request.out, request.converted))
+    from normconvert.plan.conversion_record import read_whole_record
+    from normconvert.verification.record_check import source_reference
 
-    record = read_conversion(target)
+    record = read_whole_record(target)
     for read in (folder, target):
         check_output(out, read, request.overwrite)
     adapter = read_adapter(folder)
@@ -91,7 +94,7 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
         )
     reference, revision = source_reference(target, record, request.source, None)
     if request.source is not None:
-        check_output(out, Path(request.source).expanduser(), request.overwrite)
+        check_output(out, user_path(request.source), request.overwrite)
     result, fidelity, notes = _convert(
         adapter, Plan.from_json(record["plan"]), _loader(reference, revision, request.trust_remote_code),
         _loader(str(target), None, request.trust_remote_code),

@@ -16,12 +16,15 @@ import torch
 
 from normconvert.apply.layout import can_stream, index_bytes, make_layout
 from normconvert.apply.loaded_model import save_loaded
-from normconvert.apply.output_folder import copy_other_files, edit_config, set_dtype, staged_output, write_json
+from normconvert.apply.other_files import copy_other_files
+from normconvert.apply.output_folder import edit_config, set_dtype, staged_output, write_json
 from normconvert.apply.source_reader import SourceReader
 from normconvert.apply.writer import Progress, Writer
 from normconvert.errors import InputError, Unfinished
+from normconvert.files.code_references import without_code
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import Source
+from normconvert.sources.transformers_models import own_class
 
 if TYPE_CHECKING:
     from normconvert.apply.shard_stream import Stream
@@ -106,8 +109,12 @@ def write_checkpoint(
     try:
         if source.folder is not None:
             # First: config.json comes along as the source's bytes and is written over below if the plan changes it.
-            _, refused = copy_other_files(source.folder, folder)
-            notes += [f"{name} is a link that leads out of the source and was not copied" for name in refused]
+            own = own_class(source) is not None
+            notes += copy_other_files(source.folder, folder, with_code=own).notes
+            if own:
+                notes.append(
+                    "the output holds code that came with the source, and cannot be loaded without running it: read it"
+                )
         # A reader that was given belongs to the caller, who leaves its context.
         with SourceReader(hash_source) if reader is None else nullcontext(reader) as pass_over_files:
             if reader is None:
@@ -182,7 +189,7 @@ def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype |
     # A model that the library saved came with a config.json of the library's: the source's takes its place.
     if not source.config or not (plan.config or dtype or source.described or not can_stream(source, plan)):
         return
-    config: Mapping[str, Any] = source.config
+    config: Mapping[str, Any] = without_code(source.config)
     if dtype is not None:
         config = set_dtype(config, str(dtype).removeprefix("torch."))
     write_json(folder / "config.json", edit_config(config, plan.config))

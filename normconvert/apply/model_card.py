@@ -44,7 +44,7 @@ METHODS |= {
 }
 TRUST = ", trust_remote_code=True"
 ORIGINAL = "the original architecture"
-SHIPPED, OWN, FOREIGN = "shipped", "own", "foreign"
+SHIPPED, OWN = "shipped", "own"
 # No name begins with a dot: ./folder is a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Only at the very beginning: further down three dashes are a rule.
@@ -160,11 +160,6 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
     if code == OWN:
         text += f"\n\n`{architecture}` is code that came with the original checkpoint: read it before you trust it."
-    elif code == FOREIGN:
-        text += (
-            "\n\nWith `trust_remote_code=True` transformers would run code that came with the original checkpoint, and "
-            f"not its own `{architecture}`, which was converted."
-        )
     if any(edit["op"] == "affine" and edit["eps"] != 1.0 for edit in plan.modules):
         plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture, ε = 10¹²"
         why = "All ways give the same outputs: a LayerNorm of so large an ε divides by √ε, whatever it reads."
@@ -210,18 +205,10 @@ def auto_class(folder: Path, architecture: str) -> str | None:
 
 
 def remote_code(folder: Path) -> str:
-    """What ``trust_remote_code`` runs: the :data:`SHIPPED` file, or code of the checkpoint.
+    """What ``trust_remote_code`` runs: the :data:`SHIPPED` file, or the checkpoint's :data:`OWN` class."""
+    from normconvert.runtime import CONFIG_KEY
 
-    That is its :data:`OWN` class, which was converted, or :data:`FOREIGN` where transformers' class was converted, and
-    not the checkpoint's.
-    """
-    from normconvert.runtime import CONFIG_KEY, REMOTE_FILE
-
-    config = _config(folder)
-    if (config.get(CONFIG_KEY) or {}).get("own_code"):
-        return OWN
-    models = [str(target) for auto, target in (config.get("auto_map") or {}).items() if auto.startswith("AutoModel")]
-    return SHIPPED if all(target.startswith(f"{Path(REMOTE_FILE).stem}.") for target in models) else FOREIGN
+    return OWN if (_config(folder).get(CONFIG_KEY) or {}).get("own_code") else SHIPPED
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import glob
-import importlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from normconvert.apply.folder_lock import locked, remove
 from normconvert.errors import InputError
+from normconvert.files.weight_files import load_json
+from normconvert.interrupts import held as uninterrupted
 
-# Not a plain import: the module does not exist on every system, and type checkers know it on some only.
-_FCNTL: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-"""Locks; elsewhere there are none, and leftovers stay."""
-
-# Weights in any format: the converted ones replace them, the others would be stale.
-WEIGHT_PATTERNS = (
-    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
-    "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index.json", "*.bin.index.json",
-)  # fmt: skip
-SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+MADE_BY = ("normconvert.json", "normconvert_adapter.json")
+"""The records of conversions: a folder with one of them may be made again."""
 
 
 @contextmanager
@@ -34,7 +29,7 @@ def staged_output(out: Path, source: Path | None, overwrite: bool = False) -> It
     Args:
         out: the folder to be.
         source: the folder or file being read, which ``out`` must not touch.
-        overwrite: an ``out`` that exists may be replaced, but only after the new one is complete.
+        overwrite: an ``out`` that a conversion made may be replaced, but only after the new one is complete.
 
     Raises:
         InputError: ``out`` exists, or overlaps with the source, or cannot be made.
@@ -65,6 +60,9 @@ def check_output(out: Path, source: Path | None, overwrite: bool = False) -> Non
         InputError: see :func:`staged_output`.
     """
     target = out.resolve()
+    # An empty name is the current folder, too: that of a variable that was never set.
+    if Path.cwd().is_relative_to(target):
+        raise InputError(f"OUT ({str(out)!r}) is empty, or the current folder, or one around it; name another folder")
     if source is not None:
         origin = source.resolve()
         if target == origin:
@@ -79,6 +77,22 @@ def check_output(out: Path, source: Path | None, overwrite: bool = False) -> Non
         raise InputError(f"{out}: exists and is a file; name a folder")
     if target.is_dir() and not overwrite and any(target.iterdir()):
         raise InputError(f"{out}: exists and is not empty; name another folder or pass --overwrite")
+    if not may_be_replaced(target):
+        raise InputError(
+            f"{out}: exists and was not made by normconvert, and --overwrite replaces nothing else: remove it or name "
+            "another folder"
+        )
+
+
+def may_be_replaced(folder: Path) -> bool:
+    """Whether nothing is lost with a folder: it is empty, not there, or an output, which can be made again."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return True
+    for name in MADE_BY:
+        with suppress(InputError):
+            if "format" in load_json(folder / name):
+                return True
+    return False
 
 
 def make_parents(folder: Path) -> list[Path]:
@@ -92,21 +106,56 @@ def make_parents(folder: Path) -> list[Path]:
 
 
 def replace(staging: Path, target: Path) -> None:
-    """Rename into place; an old output steps aside first and comes back if that fails."""
-    if not target.exists():
-        os.rename(staging, target)
-        return
+    """Put a folder in the place of another, in one step where the system can; what was there before is removed.
+
+    Raises:
+        InputError: what is there now was not made by a conversion: somebody has just put it there.
+        OSError: it cannot be renamed.
+    """
+    with uninterrupted(), locked(target):  # a lock goes along: to another conversion's sweep this is one in use
+        if not target.exists():
+            os.rename(staging, target)  # which fails if a folder with files in it appears now
+        elif _exchange(staging, target):
+            # The names have changed places: what was looked at before may be another folder than what was there then.
+            if not may_be_replaced(staging):
+                _exchange(staging, target)
+                raise InputError(f"{target}: something else was put there meanwhile; it was left as it is")
+            remove(staging)
+        else:
+            _step_aside(staging, target)
+
+
+def _step_aside(staging: Path, target: Path) -> None:
+    """Two renames, where the system has no better way; killed between them, :func:`sweep` brings the old one back."""
     aside = target.parent / f".{target.name}.old-{os.getpid()}"
-    # The lock goes along when the folder is renamed: another conversion's sweep then takes it for one in use.
-    with locked(target):
-        os.rename(target, aside)
-        try:
-            os.rename(staging, target)
-        except BaseException:
-            os.rename(aside, target)
-            raise
-        # The new output is in place: what cannot be deleted now is a leftover, no failure.
-        shutil.rmtree(aside, ignore_errors=True)
+    os.rename(target, aside)
+    try:
+        if not may_be_replaced(aside):
+            raise InputError(f"{target}: something else was put there meanwhile; it was left as it is")
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    remove(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; False where the system or the file system cannot.
+
+    Raises:
+        OSError: it can, and failed.
+    """
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2  # Linux: not in Python's os
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if call(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 @contextmanager
@@ -131,32 +180,8 @@ def claimed_folder(parent: Path, name: str) -> Iterator[Path]:
                     yield folder
                     return
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
     raise InputError(f"{parent / name}: cannot be made: too many of them, or something removes it")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool | None]:
-    """Hold the lock of a folder, which ends with the process however it ends.
-
-    Yields whether it was to be had; None where there are no locks.
-    """
-    handle = None
-    try:
-        held: bool | None = None
-        with suppress(OSError):  # a file system without locks
-            if _FCNTL is not None:
-                handle = os.open(folder, os.O_RDONLY)
-                try:
-                    # On the folder itself: a lock file would be one more thing to be left behind.
-                    _FCNTL.flock(handle, _FCNTL.LOCK_EX | _FCNTL.LOCK_NB)
-                    held = True
-                except BlockingIOError:
-                    held = False
-        yield held
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def sweep(target: Path) -> None:
@@ -171,32 +196,6 @@ def sweep(target: Path) -> None:
                     os.rename(folder, target)
                 else:
                     shutil.rmtree(folder)
-
-
-def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:
-    """Copy every file that is not weights: contents only, no times or permissions.
-
-    Returns:
-        Names copied, and names left out because they are links that lead out of the folder.
-    """
-    in_cache = folder.parent.name == "snapshots"  # the hub's cache, where every file is a link
-    copied, refused = [], []
-    for root, folders, names in os.walk(folder):
-        # In place: os.walk goes down into what is left of the list.
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        for name in sorted(names):
-            path = Path(root) / name
-            relative = path.relative_to(folder)
-            if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
-                continue
-            # Somebody else's checkpoint could have any file of this machine copied into what is published then.
-            if not in_cache and not path.resolve().is_relative_to(folder.resolve()):
-                refused.append(str(relative))
-                continue
-            (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out / relative)
-            copied.append(str(relative))
-    return copied, refused
 
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
+from normconvert.files.weight_files import leads_inside
 from normconvert.result import Report
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
 
 def write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
     """normconvert.json: all that is needed to load the output, and to make it again."""
-    record = {
+    text = json.dumps(record_of(source, report, hashes), indent=1, ensure_ascii=False, default=str) + "\n"
+    (folder / "normconvert.json").write_text(text, encoding="utf-8")
+
+
+def record_of(source: Source, report: Report, hashes: dict[str, str]) -> dict[str, Any]:
+    """What :func:`write_record` writes."""
+    return {
         "format": RECORD_FORMAT,
         "normconvert": __version__,
         "method": report.method,
@@ -55,8 +62,6 @@ def write_record(folder: Path, source: Source, report: Report, hashes: dict[str,
         **({"modules": all_modules(source, report.plan)} if source.modules else {}),
         "verification": report.fidelity.to_json() if report.fidelity else None,
     }
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
-    (folder / "normconvert.json").write_text(text, encoding="utf-8")
 
 
 def public_reference(reference: str, source: Source) -> str:
@@ -75,6 +80,9 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
     from normconvert.wording.words import in_words
 
     existing = source.folder / "README.md" if source.folder else None
+    # The same that is copied: a link could have any file of this machine published.
+    if existing and not (existing.is_file() and leads_inside(existing.parent, existing)):
+        existing = None
     text = model_card(
         report.source,
         report.plan,
@@ -83,6 +91,6 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
         architecture=source.architecture,
         auto_class=auto_class(folder, source.architecture) or source.architecture,
         code=remote_code(folder),
-        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
+        source_readme=existing.read_text(encoding="utf-8", errors="replace") if existing else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

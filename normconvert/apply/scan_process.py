@@ -19,11 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from normconvert.apply.scan import Scan, Span, Tell
-
-# The other process imports from where this one does; it is not to run the program's main module again.
-_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.stdin.readline()); from normconvert.apply.scan_process import serve"
-)
+from normconvert.files.child_interpreter import child_interpreter
 
 
 class ProcessGone(Exception):
@@ -45,11 +41,11 @@ class ScanProcess:
         self._tell = tell
         self._kept: SimpleQueue[dict[str, int]] = SimpleQueue()
         self._stopped = False
+        # Not by multiprocessing, which would run the program's main module again.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"{_CODE}; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        # An empty entry means the current folder: said in full, so that it means the same over there.
-        self._say([path or os.getcwd() for path in sys.path])
+            child_interpreter("from normconvert.apply.scan_process import serve; serve()"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
         self._say([{path: list(spans) for path, spans in files.items()}, hashing, copies])
 
     def run(self) -> None:

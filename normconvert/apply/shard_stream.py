@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
-from normconvert.apply.output_folder import check_output, locked, make_parents, replace
+from normconvert.apply.folder_lock import workplace
+from normconvert.apply.output_folder import check_output, make_parents, replace, sweep
 from normconvert.apply.source_reader import SourceReader
-from normconvert.errors import FidelityError, InputError, NormConvertError, Unfinished
+from normconvert.errors import FidelityError, NormConvertError, Unfinished
 
 if TYPE_CHECKING:
     from normconvert.apply.writer import Task, Writer
@@ -57,14 +58,8 @@ def streamed(
     target = out.resolve()
     made = make_parents(target.parent)
     folder = target.parent / f".{target.name}.stream"
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made: {error.strerror or error}") from error
-    # None (no locks on this file system) goes on: two conversions at a time are the user's to avoid there.
-    with locked(folder) as held:
-        if held is False:
-            raise InputError(f"{out}: another conversion to it is running")
+    with workplace(folder, out):
+        sweep(target)
         stream = Stream(folder, target, overwrite, verify, say)
         keep = False
         try:
@@ -237,7 +232,7 @@ class Stream:
             # Whatever cannot be read counts as nothing done: that costs time and no more.
             state = json.loads(self._state.read_text(encoding="utf-8"))
             return str(state["key"]), {str(name): str(digest) for name, digest in state["done"].items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "", {}
 
     def _write_state(self) -> None:

@@ -49,6 +49,15 @@ def is_finite(values: Tensor) -> bool:
     return bool(low.isfinite()) and bool(high.isfinite())
 
 
+def _mark(file: str) -> tuple[int, int, int, int]:
+    """What is another number once a file was written to or replaced; zeros if it is gone."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return 0, 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 class SourceReader:
     """One pass over the weight files in the background, begun as soon as the files are known.
 
@@ -70,6 +79,7 @@ class SourceReader:
         self._scan: Scan | ScanProcess | None = None
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self._marks: dict[str, tuple[int, int, int, int]] = {}
 
     def begin(self, tensors: Iterable[TensorInfo], folder: Path | None = None, copies: Path | None = None) -> None:
         """Start to read the files that hold ``tensors``, and the config.json of ``folder``.
@@ -91,6 +101,7 @@ class SourceReader:
         if folder is not None and (folder / "config.json").is_file():
             # After the copies were settled: it is hashed for the record, and copied with the other small files.
             files[str(folder / "config.json")] = []
+        self._marks = {file: _mark(file) for file in files}
         where = None if self._copies is None else str(self._copies)
         if sum(span.end - span.start for spans in files.values() for span in spans) >= APART:
             with suppress(OSError):  # none may be started here
@@ -159,6 +170,17 @@ class SourceReader:
         if self._thread is not None:
             self._thread.join()
         self.check()
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Refuse a source that was written to since :meth:`begin`: what was made of it is of two states.
+
+        Raises:
+            InputError: names the file.
+        """
+        for file, mark in self._marks.items():
+            if _mark(file) != mark:
+                raise InputError(f"{file}: changed while it was converted: run again when it is complete")
 
     def __enter__(self) -> SourceReader:
         return self

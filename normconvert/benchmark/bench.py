@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from normconvert.benchmark.request import Benchmarking
 from normconvert.errors import InputError, NothingToConvert
+from normconvert.files.user_paths import user_path
 from normconvert.options import METHODS, Options, check_device, check_options, taking
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _recorded_plan(source: Source, out: str | Path) -> Plan:
     from normconvert.plan.conversion_plan import Plan
     from normconvert.plan.conversion_record import RECORD_FILE, read_record
 
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     if not folder.is_dir():
         raise InputError(f"{out}: no such folder; expected one that normconvert wrote from {source.reference}")
     record = read_record(folder)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+from normconvert import interrupts
 from normconvert.cli import (  # noqa: F401
     adapter,
     bench,
@@ -29,7 +29,8 @@ from normconvert.cli import (  # noqa: F401
     verify,
 )
 from normconvert.cli.app import ARGUMENTS, app
-from normconvert.errors import Terminated
+from normconvert.errors import InputError
+from normconvert.report.screen import give_up_printing
 from normconvert.tracing.garbage import collecting
 
 __all__ = ["app", "main", "run"]
@@ -58,9 +59,12 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> int:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "normconvert"
     message = f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
-    screen = Screen(json_file=_json_argument(arguments))
+    screen = Screen(json_file=_json_argument(arguments), arguments=arguments)
     screen.error(message)
-    screen.document(error_document(message, 2))
+    try:
+        screen.document(error_document(message, 2))
+    except InputError as another:
+        screen.error(str(another))
     return 2
 
 
@@ -74,18 +78,14 @@ def _json_argument(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
-    raise Terminated
-
-
 def main() -> None:
-    """The entry point: ends the process with the exit status."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    """Run the command line and end the process with the exit status."""
+    interrupts.install()
     converting = sys.argv[1:2] in (["rmsnorm"], ["crmsnorm"])
     with collecting(not converting):  # they switch it on where it is of use
         status = run(sys.argv[1:])
+        interrupts.ignore()
+        give_up_printing()
         gc.freeze()  # else Python looks through all objects once more before it ends: more than a second
     if converting:
         _leave(status)
@@ -96,10 +96,5 @@ def _leave(status: int) -> None:
     """End the process without taking its modules apart, which takes a quarter of a second with torch."""
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         return
-    try:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more: Python has its own way to say so
-        return
+    atexit._run_exitfuncs()
     os._exit(status)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from normconvert.cli.app import app
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
+from normconvert.files.user_paths import user_path
 from normconvert.options import Conversion
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def beside(src: str) -> Path:
     """
     from normconvert.errors import InputError
 
-    path = Path(src).expanduser()
+    path = user_path(src)
     if not path.is_file():
         raise InputError(f"OUT is missing: only for a weight file is it made up; try `normconvert fuse-bn {src} OUT`")
     return path.with_name(f"{path.stem}-fused")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,7 @@ class Output:
         from normconvert.cli.app import ARGUMENTS
         from normconvert.report.screen import Screen
 
-        command = shlex.join(["normconvert", *ARGUMENTS.get()])
-        screen = Screen(json_file=self.json, verbose=self.verbose, quiet=self.quiet, command_line=command)
+        screen = Screen(json_file=self.json, verbose=self.verbose, quiet=self.quiet, arguments=ARGUMENTS.get())
         screen.hush()
         return screen
 
@@ -57,7 +55,7 @@ class View(Output):
         if self.report_file is not None:
             from normconvert.report.outputs import FileOutput
 
-            screen.outputs.append(FileOutput("--report", self.report_file, _html))
+            screen.outputs.append(FileOutput("--report", self.report_file, _html, "<!doctype html>", screen.arguments))
         return screen
 
     def measured(self, screen: Screen, a: str, b: str | None, **options: Any) -> dict[str, Any]:
@@ -98,9 +96,10 @@ class CiView(View):
         from normconvert.report.outputs import FileOutput
 
         screen = super().screen()
-        for name, file, render in (("--junit", self.junit, junit), ("--markdown", self.markdown, markdown)):
+        kinds = (("--junit", self.junit, junit, "<testsuite"), ("--markdown", self.markdown, markdown, "### "))
+        for name, file, render, mark in kinds:
             if file is not None:
-                screen.outputs.append(FileOutput(name, file, render))
+                screen.outputs.append(FileOutput(name, file, render, mark, screen.arguments))
         screen.annotate = github if self.github else None
         return screen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normconvert.files.user_paths import user_path
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -66,7 +67,7 @@ def run_demo(
     screen.begin("converting demo:gpt2 and demo:vit")  # before anything heavy is imported
     screen.stages("demo:gpt2")("open")
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory(prefix="normconvert-") as folder:
-        place = Path(folder).expanduser()
+        place = user_path(folder)
         language = _convert(screen, "gpt2", place, overwrite)
         screen.say("generating text")
         continuation = continue_text(place / "gpt2")

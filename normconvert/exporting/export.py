@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError
 from normconvert.exporting.request import Export
+from normconvert.files.user_paths import user_path
+from normconvert.interrupts import held as uninterrupted
 from normconvert.options import taking
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def export(request: Export) -> ExportReport:
         FidelityError: the exported file computes something else; nothing was written.
     """
     src, against, trust_remote_code = request.src, request.against, request.trust_remote_code
-    file = Path(request.file).expanduser()
+    file = user_path(request.file)
     # Before torch is imported: a wrong name is told at once.
     check_file(file, request.overwrite)
     from normconvert.sources.converted import load_any
@@ -103,8 +105,7 @@ def export(request: Export) -> ExportReport:
                 f"{src}: the exported model is {worst:.2g} off (allowed {TOLERANCE:g}); nothing was written"
             )
         size = sum(path.stat().st_size for path in beside.iterdir())
-        for path in sorted(beside.iterdir()):
-            os.replace(path, file.with_name(path.name))
+        _put_in_place(beside, file)
     except OSError as failure:
         raise InputError(f"cannot write {file}: {failure.strerror or failure}; nothing was kept") from failure
     finally:
@@ -112,6 +113,20 @@ def export(request: Export) -> ExportReport:
             path.unlink()
         beside.rmdir()
     return ExportReport(str(src), str(file), dynamic, call.names, error, distance, size, tuple(notes))
+
+
+def _put_in_place(beside: Path, file: Path) -> None:
+    """Move what was exported to where it belongs: at no moment is there one model's file with another's weights."""
+    data = file.with_name(f"{file.name}.data")
+    names = [path.name for path in beside.iterdir()]
+    with uninterrupted():
+        if data.exists() or len(names) > 1:
+            file.unlink(missing_ok=True)
+        # The file that names the other comes last.
+        for name in sorted(names, key=lambda name: name == file.name):
+            os.replace(beside / name, file.with_name(name))
+        if data.name not in names:
+            data.unlink(missing_ok=True)
 
 
 def check_file(file: Path, overwrite: bool) -> None:
@@ -124,8 +139,9 @@ def check_file(file: Path, overwrite: bool) -> None:
         raise InputError(f"{file}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if not file.parent.is_dir():
         raise InputError(f"{file}: the folder {file.parent} does not exist: make it first")
-    if file.exists() and not overwrite:
-        raise InputError(f"{file} exists: choose another name, or pass --overwrite")
+    for path in (file, file.with_name(f"{file.name}.data")):
+        if path.exists() and not (overwrite and file.exists()):
+            raise InputError(f"{path} exists: choose another name, or pass --overwrite")
     if file.suffix == ".onnx":
         from importlib.util import find_spec
 

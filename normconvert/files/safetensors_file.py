@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normconvert.errors import InputError
-from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.tensor_info import TensorInfo, check_name
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +100,11 @@ def read_header(path: Path) -> Header:
         if not isinstance(header, dict):
             raise ValueError("the header is not an object")
         metadata = header.pop("__metadata__", {}) or {}
+        if not isinstance(metadata, dict):
+            raise ValueError("__metadata__ is not an object")
         tensors = [_entry(path, name, entry, len(raw), size) for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    # RecursionError: of lists in lists, without end.
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: corrupt safetensors header: {_short(error)}; download it again") from error
     # By both ends: a tensor without elements begins where the next one does, and comes before it.
     tensors.sort(key=lambda info: (info.start, info.end))
@@ -118,11 +121,14 @@ def read_header(path: Path) -> Header:
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data: int, size: int) -> TensorInfo:
-    start, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(n) for n in entry["shape"])
-    dtype = entry["dtype"]
+    check_name(path, name)
+    start, end = entry["data_offsets"]
+    shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    # Exactly: 1.0 is not the number of a byte, nor is `true`, and 1e400 is no number at all.
+    if not all(type(n) is int for n in (start, end, *shape)) or not isinstance(dtype, str):
+        raise ValueError(f"tensor {name}: offsets and shape have to be whole numbers, dtype a text")
     if dtype not in DTYPES:
-        raise InputError(f"{path}: tensor {name} has dtype {dtype}: quantised checkpoints are not supported")
+        raise InputError(f"{path}: tensor {name} has dtype {dtype[:20]!r}: quantised checkpoints are not supported")
     expected = math.prod(shape) * DTYPES[dtype][0]
     # Each dimension for itself: the product of two negative ones looks like a size.
     if min(shape, default=0) < 0 or start < 0 or end - start != expected:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from normconvert.errors import InputError
+
+LONGEST = 1000
+"""Characters of a tensor's name."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -25,3 +30,13 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int = -1
     end: int = -1
+
+
+def check_name(path: Path, name: str) -> None:
+    """Refuse a tensor's name that would spoil a message: with line breaks and the like it could forge one.
+
+    Raises:
+        InputError: it is not printable, or longer than any module path.
+    """
+    if not name.isprintable() or len(name) > LONGEST:
+        raise InputError(f"{path}: a tensor's name is no name: {name[:LONGEST]!r}; refused")

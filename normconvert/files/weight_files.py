@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ TIMM_FILES = (
 )
 OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.npz", "*.ot", "adapter_model.*")
 
+LARGEST_TEXT = 100_000_000
+"""Bytes of a config, an index, a record, a model card, a tokenizer's table: the largest known have a third of it."""
+
 # Names that only quantised checkpoints hold: GPTQ/AWQ (packed rows, zero points), bitsandbytes, compressed-tensors.
 QUANTISED = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|SCB|weight_packed|weight_scale|weight_scale_inv|input_scale)$"
@@ -62,14 +66,17 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
         return inside(folder, named, "config.json")
     names = WEIGHT_FILES + (TIMM_FILES if library == "timm" else ())
     for name in names:
-        if (folder / name).is_file():
-            return folder / name
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: a link that leads nowhere ({os.readlink(path)!r}); download it again")
+        if path.is_file():
+            return inside(folder, name)
     if library == "timm":
         for suffix in (".safetensors", *PICKLES):
             found = sorted(folder.glob(f"*{suffix}"))
             # As timm does it: a file of any name, as long as there is no choice.
             if len(found) == 1:
-                return found[0]
+                return inside(folder, found[0].name)
             if found and not any("-of-" in path.name for path in found):
                 listed = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
                 raise InputError(f"{folder}: {len(found)} weight files, {listed}: pass one of them")
@@ -82,18 +89,17 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
     raise InputError(f"{folder}: no weights: expected model.safetensors, pytorch_model.bin or an index of shards{hint}")
 
 
-def read_checkpoint(weights: Path, *, trusted_links: bool) -> Checkpoint:
+def read_checkpoint(weights: Path) -> Checkpoint:
     """List the tensors of a weight file or of all the shards of an index.
 
     Args:
         weights: a .safetensors file, a pickle, or an ``*.index.json``.
-        trusted_links: the folder is the hub's cache, where every file is a link.
 
     Raises:
         InputError: a file is missing, corrupt, quantised, or lies outside the folder.
     """
     is_index = weights.name.endswith(".index.json")
-    checkpoint = _read_index(weights, trusted_links) if is_index else _read_file(weights)
+    checkpoint = _read_index(weights) if is_index else _read_file(weights)
     if not checkpoint.tensors:
         raise InputError(f"{weights}: holds no tensors")
     if quantised := next((name for name in checkpoint.tensors if QUANTISED.search(name)), None):
@@ -114,15 +120,27 @@ def _read_file(path: Path) -> Checkpoint:
     )
 
 
-def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor -> name of its shard; none of these leads out of the folder.
+
+    Raises:
+        InputError: it is no index of shards, or names files elsewhere.
+    """
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise InputError(f"{index}: not an index of shards: expected an object 'weight_map' of file names")
+    for name in sorted(set(weight_map.values())):
+        inside(index.parent, name, index.name)
+    return weight_map
+
+
+def _read_index(index: Path) -> Checkpoint:
+    weight_map = shards_of(index)
     tensors: dict[str, TensorInfo] = {}
     pickled: dict[str, torch.Tensor] = {}
     # Sorted: the order of an index's entries is nobody's promise, and decides that of the tensors here.
     for name in sorted(set(weight_map.values())):
-        shard = inside(index.parent, name, index.name, trusted_links)
+        shard = index.parent / name
         if not shard.is_file():
             raise InputError(f"{index.parent}: shard {name} is missing (named by {index.name}); download it again")
         found = _read_file(shard)
@@ -138,34 +156,67 @@ def _read_index(index: Path, trusted_links: bool) -> Checkpoint:
     return Checkpoint(tensors, pickled)
 
 
-def inside(folder: Path, name: str, said_by: str, trusted_links: bool = False) -> Path:
-    """``folder / name``, refused if it leaves the folder by name or by link."""
+def inside(folder: Path, name: str, said_by: str = "a link") -> Path:
+    """``folder / name``.
+
+    Raises:
+        InputError: it leaves the folder by name or by link.
+    """
     path = folder / name
     # Windows' separator is refused everywhere: a checkpoint is to mean the same on every system.
-    escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or "\0" in name
-    # By where links lead: the hub's cache keeps all files elsewhere and is trusted, a folder from anywhere is not.
-    if not escapes and not trusted_links:
-        escapes = not path.resolve().is_relative_to(folder.resolve())
-    if escapes:
+    escapes = Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name or not name.isprintable()
+    if escapes or not leads_inside(folder, path):
         raise InputError(f"{folder}: {said_by} names a file outside the folder: {name!r}; refused")
     return path
+
+
+def leads_inside(folder: Path, path: Path) -> bool:
+    """Whether what ``path`` leads to belongs to the checkpoint in ``folder``, by all links on the way.
+
+    That is the folder itself, or what the hub's cache keeps of this model: there every file is a link.
+    """
+    try:
+        home = folder.resolve(strict=True)
+        # By the form of the cache, and no further than it: a folder from anywhere may call itself `snapshots`.
+        if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+            home = home.parent.parent
+        return path.resolve().is_relative_to(home)
+    except (OSError, RuntimeError, ValueError):  # a circle of links; a name that no file can have
+        return False
 
 
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        InputError: not readable, not JSON, or not an object.
+        InputError: not readable, far larger than such files are, not JSON, or not an object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        data = json.loads(read_text(path))
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that describes a checkpoint.
+
+    Raises:
+        InputError: it cannot be read, is no text, or is far larger than such files are.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_TEXT:
+            raise InputError(f"{path}: {size} bytes, more than {LARGEST_TEXT}: no such file is so large; refused")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file (expected UTF-8)") from error
 
 
 def majority_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
@@ -186,8 +237,3 @@ def majority_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
         raise InputError(f"no floating tensors (found {found}): quantised checkpoints are not supported")
     # By elements, not by tensors: norms in float32 do not make a half-precision model one of float32.
     return torch_dtype(counts.most_common(1)[0][0])
-
-
-def in_hub_cache(folder: Path) -> bool:
-    """Whether this is a snapshot folder of the hub's cache, whose files are links made by huggingface_hub."""
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

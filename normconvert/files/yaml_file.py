@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
+from normconvert.files.weight_files import read_text
 
 Key = tuple[str | int, ...]
 """Where an entry is: keys of mappings and indices of lists, from the root."""
 
+LARGEST = 1_000_000
+"""Characters of a file."""
+MOST_ENTRIES = 20_000
+"""Of a file, with what aliases repeat."""
 # YAML 1.1, which PyYAML reads, takes 1e-10 for a word; YAML 1.2 and everybody who writes it mean the number.
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -73,6 +78,9 @@ def read_yaml(path: str | Path) -> YamlFile:
     import yaml
 
     path = Path(path)
+    text = read_text(path)
+    if len(text) > LARGEST:
+        raise InputError(f"{path}: {len(text)} characters, more than {LARGEST}: too large for what people write")
 
     # A class of its own: resolvers are added to a class, and the whole program shares yaml.SafeLoader.
     class Loader(yaml.SafeLoader):
@@ -82,23 +90,23 @@ def read_yaml(path: str | Path) -> YamlFile:
         "tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$"), list("-+.0123456789")
     )
     try:
-        loader = Loader(path.read_text(encoding="utf-8"))
+        loader = Loader(text)
         node = loader.get_single_node()
         places: dict[Key, tuple[int, int]] = {}
         # Before the values are made: of a key that is there twice PyYAML silently takes the last.
         _walk(path, loader, node, (), places)
         data = loader.construct_document(node) if node is not None else None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file (expected UTF-8)") from error
+    except InputError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise InputError(f"{path}{at}: not valid YAML: {error.problem or error.context}") from error
-    # An anchor may hold itself, and a date that does not exist is a ValueError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    # An anchor may hold itself, a date may not exist, a tag may stand before what it does not fit: the text decides
+    # what PyYAML runs into, and no list of exceptions would be complete.
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not valid YAML: {first}") from error
     return YamlFile(path, data, places)
 
 
@@ -106,6 +114,9 @@ def _walk(path: Path, loader: Any, node: Any, at: Key, places: dict[Key, tuple[i
     """Note the places of all entries under ``node``."""
     import yaml
 
+    # Counted where it stands for what it means: aliases of aliases make millions of a few lines.
+    if len(places) > MOST_ENTRIES:
+        raise InputError(f"{path}: more than {MOST_ENTRIES} entries, counting what aliases repeat")
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             name = loader.construct_object(key_node, deep=True)

@@ -1,13 +1,14 @@
-"""What an identification reads of a checkpoint: names, shapes, and what it states of itself. No torch, no values."""
+"""What an identification reads of a checkpoint: names, shapes, and what it states of itself. No values."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
-from normconvert.files.pickle_names import Unreadable, read_pickle_names
+from normconvert.files.pickle_file import read_pickle_entries
 from normconvert.files.safetensors_file import FLOATING, read_header
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.weight_files import (
@@ -15,7 +16,6 @@ from normconvert.files.weight_files import (
     TIMM_FILES,
     WEIGHT_FILES,
     find_weights,
-    in_hub_cache,
     inside,
     load_json,
     read_checkpoint,
@@ -52,10 +52,10 @@ def read_names(path: Path) -> Names:
     """
     weights = path
     if path.is_dir():
-        config = load_json(path / "config.json") if (path / "config.json").is_file() else {}
+        config = load_json(inside(path, "config.json")) if (path / "config.json").is_file() else {}
         library = "transformers" if "model_type" in config or "architectures" in config else "timm"
         weights = find_weights(path, config, library)
-    return names_of(_tensors(weights), stated(weights, path if path.is_dir() else None))
+    return names_of(read_checkpoint(weights).tensors, stated(weights, path if path.is_dir() else None))
 
 
 def names_of(tensors: dict[str, TensorInfo], said: tuple[Stated, ...]) -> Names:
@@ -67,43 +67,18 @@ def names_of(tensors: dict[str, TensorInfo], said: tuple[Stated, ...]) -> Names:
     )
 
 
-def _tensors(weights: Path) -> dict[str, TensorInfo]:
-    """Without torch where that can be, with all of the checks where it cannot."""
-    files = [weights]
-    if weights.name.endswith(".index.json"):
-        weight_map = load_json(weights).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{weights}: not an index of shards: expected an object 'weight_map' of file names")
-        trusted = in_hub_cache(weights.parent)
-        # The same refusal as when it is converted: identification is what one does with files from anywhere.
-        files = [inside(weights.parent, str(n), weights.name, trusted) for n in sorted(set(weight_map.values()))]
-    if not any(file.name.endswith(PICKLES) for file in files):
-        return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
-    tensors: dict[str, TensorInfo] = {}
-    try:
-        for file in files:
-            tensors.update(read_pickle_names(file).tensors)
-    # Whatever the quick reader does not take, torch reads or refuses, with its reason.
-    except (Unreadable, OSError):
-        return read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent)).tensors
-    return tensors
-
-
 def stated(weights: Path, folder: Path | None) -> tuple[Stated, ...]:
     """What a checkpoint's metadata, entries, file name or folder say of its architecture, the clearest first."""
     said: list[Stated] = []
     for file in (RECORD_FILE, "config.json"):
         if folder is not None and (folder / file).is_file():
-            said += [Stated(file, name) for name in _in_json(load_json(folder / file))]
+            said += [Stated(file, name) for name in _in_json(load_json(inside(folder, file)))]
     if weights.suffix == ".safetensors":
         said += [Stated(f"metadata {key}", value) for key, value in _keys(read_header(weights).metadata)]
     elif weights.name.endswith(PICKLES):
-        try:
-            entries = read_pickle_names(weights).entries
         # It only breaks ties: a file that states nothing is still identified.
-        except (Unreadable, InputError, OSError):
-            entries = {}
-        said += [Stated(f"entry {key}", value) for key, value in _keys(entries)]
+        with suppress(InputError, OSError):
+            said += [Stated(f"entry {key}", value) for key, value in _keys(read_pickle_entries(weights))]
     first = weights.name.partition(".")[0]
     if first not in GENERAL:
         said.append(Stated("file name", weights.stem))

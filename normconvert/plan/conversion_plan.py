@@ -6,8 +6,10 @@ writer (`apply`), the verification and the loader (`runtime`). It can be printed
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from pydantic import TypeAdapter
 
 FORMAT = 1
 
@@ -107,7 +109,7 @@ class Plan:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: the data was written by another plan format.
+            ValueError: the data was written by another plan format, or is none of a plan.
         """
         data = dict(data)
         found = data.pop("format", None)
@@ -116,5 +118,7 @@ class Plan:
             raise ValueError(
                 f"plan format {found!r}, expected {FORMAT}: convert again with this version of normconvert"
             )
-        data["verdicts"] = [Verdict(**v) for v in data.get("verdicts", [])]
-        return cls(**data)
+        if unknown := set(data) - {one.name for one in fields(cls)}:
+            raise ValueError(f"plan: unknown entry {min(unknown)[:40]!r}")
+        # A ValidationError is a ValueError.
+        return TypeAdapter(cls).validate_python(data)

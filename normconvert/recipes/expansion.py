@@ -31,11 +31,11 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class ResolvedEntry:
     """An entry of a recipe's sources, with its patterns resolved to one reference."""
 
     recipe: RecipeFile
-    entry: Source
+    said: Source
     key: Key
     reference: Reference
 
@@ -52,22 +52,24 @@ def expand(recipes: Iterable[RecipeFile]) -> list[Job]:
         InputError: sources are missing, outputs clash, or a name cannot be filled in: one line for each.
     """
     problems: list[InputError] = []
-    wishes = [wish for recipe in recipes for wish in _wishes(recipe, problems)]
-    origins = look_up(wish.reference for wish in wishes)
+    entries = [entry for recipe in recipes for entry in _resolved_entries(recipe, problems)]
+    origins = look_up(entry.reference for entry in entries)
     missing = dict.fromkeys(
-        f"{wish.where}: {origins[wish.reference]}" for wish in wishes if isinstance(origins[wish.reference], InputError)
+        f"{entry.where}: {origins[entry.reference]}"
+        for entry in entries
+        if isinstance(origins[entry.reference], InputError)
     )
     problems += [InputError(line) for line in missing]
     if problems:
         raise _missing(problems)
     jobs: list[Job] = []
-    for wish in wishes:
-        origin = origins[wish.reference]
+    for entry in entries:
+        origin = origins[entry.reference]
         assert isinstance(origin, Origin)
-        variants = wish.recipe.recipe.matrix or (None,)
+        variants = entry.recipe.recipe.matrix or (None,)
         for variant in variants:
             try:
-                jobs.append(_job(wish, origin, variant))
+                jobs.append(_job(entry, origin, variant))
             except InputError as error:
                 problems.append(error)
     problems += clashes(jobs)
@@ -82,8 +84,8 @@ def _missing(problems: list[InputError]) -> InputError:
     return InputError("\n  ".join([f"{len(problems)} sources cannot be had; nothing was run:", *map(str, problems)]))
 
 
-def _wishes(recipe: RecipeFile, problems: list[InputError]) -> list[Wish]:
-    wishes = []
+def _resolved_entries(recipe: RecipeFile, problems: list[InputError]) -> list[ResolvedEntry]:
+    entries = []
     for index, entry in enumerate(recipe.recipe.sources):
         key = ("sources", index)
         try:
@@ -91,8 +93,8 @@ def _wishes(recipe: RecipeFile, problems: list[InputError]) -> list[Wish]:
         except InputError as error:
             problems.append(recipe.file.error(key, str(error)))
             continue
-        wishes += [Wish(recipe, entry, key, Reference(text, entry.revision, entry.arch)) for text in texts]
-    return wishes
+        entries += [ResolvedEntry(recipe, entry, key, Reference(text, entry.revision, entry.arch)) for text in texts]
+    return entries
 
 
 def _resolve(entry: Source) -> list[str]:
@@ -104,32 +106,32 @@ def _resolve(entry: Source) -> list[str]:
     return [entry.source]
 
 
-def _job(wish: Wish, origin: Origin, variant: Variant | None) -> Job:
-    parts = [wish.recipe.recipe.defaults, *([variant] if variant is not None else []), wish.entry]
+def _job(entry: ResolvedEntry, origin: Origin, variant: Variant | None) -> Job:
+    parts = [entry.recipe.recipe.defaults, *([variant] if variant is not None else []), entry.said]
     said = merge(parts)
     if said["limits"] and not said["verify"]:
-        raise wish.recipe.file.error(
-            wish.key, "limits are held against the verification, which verify: false leaves out"
+        raise entry.recipe.file.error(
+            entry.key, "limits are held against the verification, which verify: false leaves out"
         )
-    name = wish.entry.name or origin.name
+    name = entry.said.name or origin.name
     label = (variant.name if variant is not None and "name" in variant.model_fields_set else None) or said["method"]
     words = {
         "name": name, "variant": label, "method": said["method"], "author": origin.author, "dtype": said["dtype"],
-        "recipe": wish.recipe.name,
+        "recipe": entry.recipe.name,
     }  # fmt: skip
-    key: Key = (*wish.key, "output") if wish.entry.output is not None else ("output",)
-    output = _fill(wish.recipe, key, wish.entry.output or wish.recipe.recipe.output, words)
+    key: Key = (*entry.key, "output") if entry.said.output is not None else ("output",)
+    output = _fill(entry.recipe, key, entry.said.output or entry.recipe.recipe.output, words)
     resources = Resources(
         cpus=said["resources"].get("cpus", 1.0),
         gpus=said["resources"].get("gpus", 1.0 if str(said["device"]).startswith("cuda") else 0.0),
         memory=said["resources"].get("memory", origin.memory(said["verify"])),
     )
     return Job(
-        source=origin.source, name=name, variant=label, output=_place(output), where=wish.where,
+        source=origin.source, name=name, variant=label, output=_place(output), where=entry.where,
         method=said["method"], options={**asdict(Options()), **said["options"]}, revision=origin.commit,
-        branch=origin.branch, arch=wish.entry.arch, dtype=said["dtype"], max_shard_size=said["max_shard_size"],
+        branch=origin.branch, arch=entry.said.arch, dtype=said["dtype"], max_shard_size=said["max_shard_size"],
         require_all=said["require_all"], trust_remote_code=said["trust_remote_code"], verify=said["verify"],
-        device=said["device"], limits=said["limits"], resources=resources, upload=_upload(wish, said["upload"], words),
+        device=said["device"], limits=said["limits"], resources=resources, upload=_upload(entry, said["upload"], words),
         size=origin.size,
     )  # fmt: skip
 
@@ -143,14 +145,14 @@ def merge(parts: Iterable[Settings]) -> dict[str, Any]:
     return merged
 
 
-def _upload(wish: Wish, said: Mapping[str, Any], words: Mapping[str, str]) -> Upload | None:
+def _upload(entry: ResolvedEntry, said: Mapping[str, Any], words: Mapping[str, str]) -> Upload | None:
     if not said.get("enabled"):
         return None
     if not said.get("repo"):
-        raise wish.recipe.file.error(wish.key, "upload is enabled without a repo: give upload: {repo: me/{name}}")
-    repo = _fill(wish.recipe, wish.key, said["repo"], words)
+        raise entry.recipe.file.error(entry.key, "upload is enabled without a repo: give upload: {repo: me/{name}}")
+    repo = _fill(entry.recipe, entry.key, said["repo"], words)
     if not hub.HUB_ID.fullmatch(repo):
-        raise wish.recipe.file.error(wish.key, f"upload to {repo!r}: not a hub id (name or org/name)")
+        raise entry.recipe.file.error(entry.key, f"upload to {repo!r}: not a hub id (name or org/name)")
     return Upload(repo, said.get("private", True))
 
 
@@ -167,8 +169,10 @@ def _fill(recipe: RecipeFile, key: Key, template: str, words: Mapping[str, str])
             continue
         if name not in words or spec or conversion:
             raise recipe.file.error(key, f"{template!r}: unknown placeholder {{{name}}}{nearest(name, PLACEHOLDERS)}")
-        if words[name] in (".", ".."):
-            raise recipe.file.error(key, f"{template!r}: {{{name}}} is {words[name]!r}, which is no name: give one")
+        word = words[name]
+        # A name is one part of a path: what it stands for may come from anywhere.
+        if word in ("", ".", "..") or "/" in word or "\\" in word or not word.isprintable():
+            raise recipe.file.error(key, f"{template!r}: {{{name}}} is {word!r}, which is no name: give one")
         filled += words[name]
     return filled
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.apply.output_folder import SKIPPED_FOLDERS
+from normconvert.apply.other_files import SKIPPED_FOLDERS
 
 TICK = 2_000_000_000
 """Nanoseconds that the slowest clock of a file system takes for a step."""

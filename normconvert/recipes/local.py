@@ -7,14 +7,15 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from normconvert.files.child_interpreter import child_interpreter
 from normconvert.recipes import machine
 from normconvert.recipes.claim import discard
 from normconvert.recipes.job import Event, Job, Result
@@ -121,7 +122,7 @@ class _Pool:
         self.running: dict[_Worker, int] = {}
         self._idle: list[_Worker] = []
         self._said: queue.Queue[tuple[_Worker, dict[str, Any] | None]] = queue.Queue()
-        self._environment = {**os.environ, **thread_share(cores, size), "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **thread_share(cores, size)}
 
     def start(self, index: int, job: Job) -> str:
         """Give a job to a process; returns what to call that."""
@@ -168,7 +169,7 @@ class _Pool:
 
     def _spawn(self) -> _Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", "normconvert.recipes.worker"],
+            child_interpreter("from normconvert.recipes.worker import main; main()"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self._environment,
             start_new_session=True,  # Ctrl-C is for this process, which then ends the others
         )  # fmt: skip
@@ -179,10 +180,15 @@ class _Pool:
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            self._said.put((worker, json.loads(line)))
-        # In any case the last: it is what next() knows a death by.
-        self._said.put((worker, None))
+        try:
+            for line in worker.process.stdout:
+                with suppress(ValueError):  # a process that was killed may leave half a line
+                    said = json.loads(line)
+                    if isinstance(said, dict) and {"kind", "data"} <= set(said):
+                        self._said.put((worker, said))
+        finally:
+            # In any case, and the last: it is what next() knows a death by.
+            self._said.put((worker, None))
 
     def _overhear(self, worker: _Worker) -> None:
         assert worker.process.stderr is not None

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, read_header
-from normconvert.files.weight_files import find_weights, load_json
+from normconvert.files.user_paths import user_path
+from normconvert.files.weight_files import find_weights, inside, load_json, shards_of
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
 from normconvert.sources.opening import WEIGHT_SUFFIXES, library_of
@@ -100,7 +101,7 @@ def _local(reference: Reference) -> Origin | None:
 
         path = demo_folder(text.removeprefix("demo:"))
         return Origin(text, path.name, "", path, None, None, *_weigh(path, arch))
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not text or not path.exists():
         return None
     if reference.revision is not None:
@@ -126,7 +127,7 @@ def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
     else:
         if not (path / "config.json").is_file():
             arch = arch or _identified(path)
-        config = load_json(path / "config.json") if arch is None else {}
+        config = load_json(inside(path, "config.json")) if arch is None else {}
         weights = find_weights(path, config, library_of(config, arch))
     try:
         return _sum_up(list(_files(weights)))
@@ -151,8 +152,7 @@ def _identified(path: Path) -> str:
 
 def _files(weights: Path) -> Iterator[Path]:
     if weights.name.endswith(".index.json"):
-        names = load_json(weights).get("weight_map") or {}
-        yield from (weights.parent / name for name in sorted(set(names.values())))
+        yield from (weights.parent / name for name in sorted(set(shards_of(weights).values())))
     else:
         yield weights
 
@@ -192,7 +192,7 @@ def local_checkpoints(pattern: str, arch: str | None, exclude: Iterable[str]) ->
         InputError: there are none.
     """
     found = []
-    for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True)):
+    for name in sorted(glob.glob(str(user_path(pattern)), recursive=True)):
         path = Path(name)
         is_checkpoint = (path / "config.json").is_file() or (
             arch is not None and (path.name.endswith(WEIGHT_SUFFIXES) or any(path.glob("*.safetensors")))

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any
 
 from normconvert import __version__
 from normconvert.errors import InputError
+from normconvert.files.child_interpreter import child_interpreter
 from normconvert.recipes.claim import discard
 from normconvert.recipes.job import Event, Job, Result
 from normconvert.recipes.state import read_state
@@ -114,11 +114,11 @@ def reach(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise _unreachable(address, str(getattr(error, "strerror", None) or error)) from error
     code = (
-        "import logging, ray, sys; print('ready', flush=True); "
+        "import logging, ray; print('ready', flush=True); "
         "ray.init(address=sys.argv[1], logging_level=logging.CRITICAL, log_to_driver=False); print('connected')"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        child_interpreter(code, address), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     process.stdout.readline()  # the import is not the cluster's fault

@@ -81,7 +81,7 @@ class State:
             data["norms"] = tuple(data["norms"]) if data["norms"] else None
             data["stored"] = {name: (size, version) for name, (size, version) in data["stored"].items()}
             return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.apply.output_folder import check_output
+from normconvert.apply.output_folder import replace as put_in_place
 from normconvert.errors import InputError, NormConvertError
 from normconvert.plan.conversion_record import RECORD_FILE
-from normconvert.recipes.claim import NEW, claim, publish
+from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
 from normconvert.recipes.job import Job, Result
 from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
@@ -67,7 +68,7 @@ def _perform(job: Job, say: Say) -> Result:
             report, state = _convert(job, folder / NEW, say)
             # Before it is published: an output without its state would count as somebody else's.
             write_state(folder / NEW, state)
-            publish(folder, out)
+            put_in_place(folder / NEW, out.resolve())
             done = _result(job, report)
     # Without the claim: an upload takes long, and the output is complete.
     return _upload(job, out, done, say)

@@ -67,7 +67,3 @@ def hush() -> None:
         warnings.simplefilter("ignore")
     for library in ("transformers", "timm", "torch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,19 +9,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.user_paths import user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
+from normconvert.wording.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,20 +57,21 @@ class Screen:
         json_file: where the JSON document goes: a file, ``-`` for stdout, None for none.
         verbose: 1 lists everything and lets the libraries speak, 2 adds tracebacks.
         quiet: only errors (and the JSON document).
-        command_line: what the user typed, for whoever wants to do it again; becomes a part of the document.
+        arguments: what the user typed behind ``normconvert``, for whoever wants to do it again; becomes a part of the
+            document.
     """
 
     def __init__(
-        self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False, command_line: str | None = None
+        self, *, json_file: str | None = None, verbose: int = 0, quiet: bool = False, arguments: Sequence[str] = ()
     ) -> None:
-        self.command_line = command_line
+        self.arguments = arguments
         self.json_file = json_file
         self.outputs: list[FileOutput] = []
         """Files to be made from the command's document."""
         self.annotate: Callable[[dict[str, Any], Callable[[str], None]], None] | None = None
         """Called with the document and a function that prints, at the end of the command, however it ends."""
         if json_file is not None and json_file != STDOUT:
-            self.outputs.append(FileOutput("--json", json_file, _json))
+            self.outputs.append(FileOutput("--json", json_file, _json, '"exit_status"', arguments))
         self.verbose = verbose
         self.quiet = quiet
         for stream in (sys.stdout, sys.stderr):
@@ -97,7 +100,7 @@ class Screen:
             "verify": "verifying",
         }
         # While the hub downloads, its own bars are on the screen.
-        downloads = not src.startswith("demo:") and not Path(src).expanduser().exists()
+        downloads = not src.startswith("demo:") and not user_path(src).exists()
 
         def begin(stage: str) -> None:
             if stage == self._stage:
@@ -115,10 +118,10 @@ class Screen:
         if self.quiet:
             return
         if self.live and spin:
-            self._display = self.err.status(f"{text} …", spinner="dots", spinner_style="cyan")
+            self._display = self.err.status(f"{printable(text)} …", spinner="dots", spinner_style="cyan")
             self._display.start()
         else:
-            self.err.print(f"{text} ...", style="dim", soft_wrap=True)
+            self.err.print(f"{printable(text)} ...", style="dim", soft_wrap=True)
 
     def begin(self, text: str) -> None:
         """What the command does: a line that stays, in a terminal too, with the seconds since the process began."""
@@ -178,15 +181,17 @@ class Screen:
     def error(self, message: str) -> None:
         """``error: ...`` on stderr: one line, and below it whatever else the message holds."""
         self.clear()
-        first, *rest = message.splitlines() or [""]
+        first, *rest = printable(message).split("\n")
         # Not by rich, which folds lines: an error is to be found by a search for its text.
-        print(f"error: {first}", *rest, sep="\n", file=sys.stderr)
+        with suppress(OSError):
+            print(f"error: {first}", *rest, sep="\n", file=sys.stderr, flush=True)
 
     def show(self, show: Callable[[Console], None]) -> None:
         """Print a result, without the blanks that fill rich's lines."""
         with self.out.capture() as captured:
             show(self.out)
-        self.out.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        lines = printable(captured.get()).rstrip("\n").split("\n")
+        self.out.file.write("".join(f"{line.rstrip()}\n" for line in lines))
         self.out.file.flush()
 
     def document(self, data: dict[str, Any]) -> None:
@@ -195,7 +200,8 @@ class Screen:
         Raises:
             InputError: a file cannot be written.
         """
-        document = plain(data if self.command_line is None else {**data, "command_line": self.command_line})
+        command = {"command_line": shlex.join(["normconvert", *self.arguments])} if self.arguments else {}
+        document = plain({**data, **command})
         if self.json_file == STDOUT:
             sys.stdout.write(_json(document))
             sys.stdout.flush()
@@ -232,6 +238,7 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         0 done; 1 fidelity failed; 2 bad input, or an exception nobody expected; 3 nothing converted; 130 interrupted,
         143 terminated.
     """
+    done: Done | None = None
     try:
         # A report that cannot be written is to be known before the work that it tells of.
         screen.check()
@@ -249,11 +256,15 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
         message = "; ".join(["interrupted", left, *map(str, error.args)])
         return _fail(screen, error, message, getattr(error, "exit_status", INTERRUPTED))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain at exit about what it cannot flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     except (OSError, MemoryError) as error:
+        # What was asked for is done, and only the telling failed: nobody reads, or a log's disk is full.
+        if done is not None and screen.written:
+            give_up_printing()
+            return done.exit_status
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has seen enough.
+            give_up_printing()
+            return BROKEN_PIPE
         return _fail(screen, error, " ".join(str(error).split()) or "out of memory", 2)
     except Exception as error:
         name = type(error).__name__
@@ -262,12 +273,22 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         return _fail(screen, error, f"{name}: {first} (a bug in normconvert: please report it{hint})", 2)
 
 
+def give_up_printing() -> None:
+    """Let what cannot be printed vanish: Python would complain at exit about what it cannot flush."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(screen: Screen, error: BaseException, message: str, status: int) -> int:
     screen.clear()
     if screen.verbose > 1:
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt):
-        print(message, file=sys.stderr)
+        with suppress(OSError):
+            print(printable(message), file=sys.stderr, flush=True)
     else:
         screen.error(message)
     try:

@@ -16,6 +16,7 @@ from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edi
 from normconvert.runtime.hooks import Center, Compress, add_hook, center
 from normconvert.runtime.norms import NORMS, CRMSNorm, RMSNorm
 from normconvert.runtime.padding import PADDED_FROM, Padded
+from normconvert.runtime.schema import check_module_edits
 from normconvert.runtime.shipping import shipped_source
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "add_hook",
     "apply_module_edits",
     "center",
+    "check_module_edits",
     "compress",
     "contents",
     "converted_class",

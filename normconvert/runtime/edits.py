@@ -13,6 +13,7 @@ from normconvert.runtime.hooks import Center, Compress, add_hook
 from normconvert.runtime.modules import get_module, stand_in
 from normconvert.runtime.norms import NORMS
 from normconvert.runtime.padding import pad
+from normconvert.runtime.schema import check_module_edits, check_sizes
 
 
 def contents(module: nn.Module) -> set[str]:
@@ -146,6 +147,8 @@ def _resize(model: nn.Module, edit: Mapping[str, Any]) -> None:
     if not isinstance(old, Tensor):
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
     before = tuple(old.shape)
+    if len(before) != len(edit["shape"]) or any(new > was for was, new in zip(before, edit["shape"], strict=True)):
+        raise ValueError(f"module edit: {edit['path']!r} has no {name!r} of {edit['shape']} or more, but {before}")
     if old.shape != tuple(edit["shape"]):  # tied parameters stay one
         old.data = old.new_zeros(tuple(edit["shape"]))
     _set(model, edit)
@@ -157,9 +160,15 @@ def _set(model: nn.Module, edit: Mapping[str, Any]) -> None:
     """Give attributes of a module other values: sizes that follow those of its parameters."""
     module = get_module(model, edit["path"])
     for attribute, value in edit.get("set", {}).items():
-        if not hasattr(module, attribute):
-            raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}")
-        setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+        old = getattr(module, attribute, None)
+        new = tuple(value) if isinstance(value, list) else value
+        # Sizes only, and none larger than it was: no row may switch anything on or put another thing in place.
+        sizes = [(old, new)] if not isinstance(new, tuple) else list(zip(old or (), new, strict=True))
+        if not sizes or any(type(a) is not int or b > a for a, b in sizes):
+            raise ValueError(
+                f"module edit: {edit['path']!r} ({type(module).__name__}) has no {attribute!r}, a size of {new} or more"
+            )
+        setattr(module, attribute, new)
 
 
 MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
@@ -199,7 +208,13 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
     Raises:
         ValueError: a row names a module the model lacks, a module that is more than a norm, or an unknown operation.
     """
-    for edit in edits:
-        if edit["op"] not in MODULE_EDITS:
-            raise ValueError(f"module edit: unknown operation {edit['op']!r}; this file is older than the checkpoint")
-        MODULE_EDITS[edit["op"]](model, edit)
+    rows = list(edits)
+    check_module_edits(rows)
+    check_sizes(model, rows)
+    for edit in rows:
+        try:
+            MODULE_EDITS[edit["op"]](model, edit)
+        # A row may be of the right form and still say what this module does not allow.
+        except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, StopIteration) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"module edit: {edit['op']} does not fit {edit['path']!r}: {first}") from error

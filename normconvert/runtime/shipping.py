@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-PARTS = ("kernels", "bases", "norms", "affine", "modules", "hooks", "padding", "edits", "own_file", "classes")
+PARTS = ("kernels", "bases", "norms", "affine", "modules", "hooks", "padding", "schema", "edits", "own_file", "classes")
 """In the order of the file: each uses those before it. ``own_file`` stands for this module."""
 
 TITLE = '''\

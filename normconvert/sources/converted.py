@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.files.code_references import without_code
+from normconvert.files.user_paths import user_path
 from normconvert.plan.conversion_plan import FORMAT, Plan
 from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record
 from normconvert.sources.families import family
@@ -49,7 +51,7 @@ def load(
     from normconvert.runtime import REMOTE_FILE, apply_module_edits, converted_class
     from normconvert.sources import open_source
 
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     arch = None
     if folder.is_dir():
         record = read_record(folder)
@@ -146,7 +148,8 @@ def huggingface_files(
 
     Returns:
         File name -> content: ``config.json`` with the plan's config changes, the module edits and an ``auto_map``, and
-        ``modeling_normconvert.py``. A checkpoint with model code of its own keeps its ``auto_map`` and gains no file.
+        ``modeling_normconvert.py``, and no other code. A checkpoint whose model is code of its own keeps its
+        ``auto_map`` and gains no file.
     """
     from normconvert.runtime import CONFIG_KEY, REMOTE_FILE, shipped_source
 
@@ -173,11 +176,11 @@ def huggingface_files(
     if guard is not None:
         config[CONFIG_KEY]["guard"] = guard
     module = Path(REMOTE_FILE).stem
-    auto_map = dict(config.get("auto_map") or {})
-    # Two kinds of code cannot stand behind one auto_map: that of the checkpoint is what its config needs.
-    other = [k for k, v in auto_map.items() if k.startswith("AutoModel") and not str(v).startswith(f"{module}.")]
     files: dict[str, str | bytes] = {}
-    if not other:
+    # Two kinds of code cannot stand behind one auto_map: that of the checkpoint stays where it is the model itself.
+    if not own_code:
+        config = without_code(config)
+        auto_map = dict(config.get("auto_map") or {})
         classes = _auto_classes(str(config.get("model_type")), architecture, plan)
         if any(edit["op"] == "resize" for edit in plan.modules):  # for other classes of the family it does not load
             classes = {auto: name for auto, name in classes.items() if name == architecture}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ def wanted_files(names: list[str]) -> list[str]:
 
     Only weights in the root are taken: those in subfolders are other variants of the model.
     """
+    # What a server calls a file is no path out of a folder.
+    names = [n for n in names if n.isprintable() and not n.startswith("/") and not {"..", ""} & {*n.split("/")}]
     safe = [n for n in names if n.endswith(".safetensors") and "/" not in n]
     # training_args.bin is a pickle of settings, not of weights.
     pickles = [n for n in names if n.endswith((".bin", ".pth", ".pt")) and "/" not in n and "training" not in n]
@@ -116,7 +119,7 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
     with explained(repo, revision):
         names = _list_files(repo, revision)
         # Without a listing (offline, or cached by another tool) whatever is cached is taken and checked later.
-        patterns = wanted_files(names) if names else None
+        patterns = [glob.escape(name) for name in wanted_files(names)] if names else None
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, local_files_only=names is None
         )

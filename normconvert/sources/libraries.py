@@ -11,6 +11,7 @@ from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import in_proportion
 from normconvert.sources.tensor_names import missing_names, tied_groups
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def build_skeleton(source: Source) -> nn.Module:
 
     from normconvert.tracing.constant_buffers import following_integers
 
-    with following_integers() as fill:
+    with in_proportion(source.reference, source.tensors), following_integers() as fill:
         if source.library == "timm":
             from normconvert.sources import timm_models
 

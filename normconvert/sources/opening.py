@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from normconvert.errors import InputError
 from normconvert.files.embedded import demo_folder
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.user_paths import user_path
 from normconvert.files.weight_files import (
+    LARGEST_TEXT,
     PICKLES,
     Checkpoint,
     find_weights,
-    in_hub_cache,
+    inside,
     load_json,
     majority_dtype,
     read_checkpoint,
@@ -22,6 +26,7 @@ from normconvert.files.weight_files import (
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import check_stated_sizes
 
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
@@ -76,7 +81,7 @@ def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Sourc
 
 def _is_bare(reference: str) -> bool:
     """Whether this is a weight file or folder of this machine that no config.json describes."""
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     return path.is_file() or (path.is_dir() and not (path / "config.json").is_file())
 
 
@@ -84,7 +89,7 @@ def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
     """The folder or file that ``reference`` means, and its commit if it comes from the hub."""
     if reference.startswith("demo:"):
         return demo_folder(reference.removeprefix("demo:")), None
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     # Before the hub is asked: what is here is meant. An empty reference would be the current folder.
     if reference and path.exists():
         if revision is not None:
@@ -116,8 +121,9 @@ def open_folder(
     """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
     config_file = folder / "config.json"
     # Whoever names an architecture means it, whatever a config.json says.
-    config = load_json(config_file) if config_file.is_file() and arch is None else {}
-    record = load_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else None
+    config = _read_config(folder) if config_file.is_file() and arch is None else {}
+    record = load_json(inside(folder, RECORD_FILE)) if (folder / RECORD_FILE).is_file() else None
+    _refuse_large(folder)
     _refuse_quantised(folder, config)
     bare = arch is None and not config_file.is_file()
     if bare and not any(path.name.endswith(WEIGHT_SUFFIXES) for path in folder.iterdir()):
@@ -125,6 +131,38 @@ def open_folder(
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
     weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
     return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
+
+
+class _Config(BaseModel):
+    """What is relied upon of a config.json; everything else is the library's to judge."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    architecture: str | None = None
+    auto_map: dict[str, Any] | None = None
+    normconvert: dict[str, Any] | None = None
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: dict[str, Any] | None = None
+    transformers_weights: str | None = None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = load_json(inside(folder, "config.json"))
+    try:
+        _Config.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{folder / 'config.json'}: not a model's: {place}: {first['msg']}") from error
+    return config
+
+
+def _refuse_large(folder: Path) -> None:
+    """Refuse files that the libraries would read whole, and that nobody writes so large."""
+    for path in folder.glob("*.json"):
+        if path.is_file() and path.stat().st_size > LARGEST_TEXT:
+            raise InputError(f"{path}: {path.stat().st_size} bytes: no such file is so large; refused")
 
 
 def _finish(
@@ -142,7 +180,8 @@ def _finish(
 
     bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, arch)
-    checkpoint = read_checkpoint(weights, trusted_links=in_hub_cache(weights.parent))
+    checkpoint = read_checkpoint(weights)
+    check_stated_sizes(str(folder or weights), config, checkpoint.tensors)
     if found is not None:
         found(checkpoint.tensors.values(), folder)
     try:

@@ -7,6 +7,7 @@ asks for a tensor before it is read, and a file is read only between :meth:`Remo
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 from normconvert.errors import InputError, Unfinished
 from normconvert.files.safetensors_file import MAX_HEADER
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.user_paths import user_path
 from normconvert.sources.hub import explained, wanted_files
 from normconvert.sources.opening import hub_id, open_folder
 from normconvert.sources.source import Source
@@ -230,7 +232,7 @@ def open_remote(
     """
     import huggingface_hub
 
-    if reference.startswith("demo:") or Path(reference).expanduser().exists():
+    if reference.startswith("demo:") or user_path(reference).exists():
         raise InputError(f"{reference}: --stream is for models on the hub, and this one is here: convert it without")
     repo, revision = hub_id(reference, revision)
     with explained(repo, revision):
@@ -243,7 +245,9 @@ def open_remote(
         raise InputError(f"{reference}: no safetensors files on the hub, which --stream needs; convert it without")
     small = [name for name in wanted if name not in weights]
     with explained(repo, commit):
-        cached = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=small))
+        cached = Path(
+            huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=[*map(glob.escape, small)])
+        )
     for name in small:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         # Copies: links into the cache would lead out of this folder and be refused as such.

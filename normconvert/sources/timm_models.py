@@ -46,11 +46,8 @@ def describe(source: Source) -> Source:
 
 def _bare_config(source: Source) -> dict[str, Any]:
     """A config.json as timm writes it, with the number of classes, the image size and the channels of the weights."""
-    import timm
-
     name = source.architecture.split(".")[0]
-    with torch.device("meta"):
-        model = timm.create_model(source.architecture, pretrained=False)
+    model = _plain(source)
     pretrained = written_config(dict(getattr(model, "pretrained_cfg", {})))
     pretrained.pop("architecture", None)
     classifier = pretrained.get("classifier") or ()
@@ -68,6 +65,23 @@ def _bare_config(source: Source) -> dict[str, Any]:
         side = [arguments["img_size"]] * 2 if "img_size" in arguments else side
         pretrained["input_size"] = [arguments.get("in_chans", channels), *side]
     return {k: v for k, v in config.items() if v is not None} | {"pretrained_cfg": pretrained}
+
+
+def _plain(source: Source) -> nn.Module:
+    """The model with its default arguments, on the meta device where it can be made there."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            return timm.create_model(source.architecture, pretrained=False)
+    except Exception:  # models that compute on tensors while they are built
+        pass
+    try:
+        with NoRandomInit():
+            return timm.create_model(source.architecture, pretrained=False)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
 
 
 def _arguments(source: Source, name: str, model: nn.Module, classifiers: list[str]) -> dict[str, int] | None:

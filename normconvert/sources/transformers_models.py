@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.compat.transformers import builder, kept_dtypes, renaming
 from normconvert.errors import InputError
+from normconvert.files.code_references import OWN_MODULE
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import in_proportion
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-OWN_MODULE = "modeling_normconvert."  # the runtime file shipped with outputs: not foreign code
 
 
 def describe(source: Source) -> Source:
@@ -85,7 +85,7 @@ def _model_class(source: Source, config: Any) -> type[nn.Module]:
     remote = _remote_classes(source)
     if name is None and not has_own_models(source):
         try:
-            with quiet(), torch.device("meta"):
+            with quiet(), torch.device("meta"), in_proportion(source.reference, source.tensors):
                 # Built on the meta device for its class alone: AutoModel says it in no other way.
                 return type(transformers.AutoModel.from_config(config))
         except Exception as error:
@@ -111,7 +111,9 @@ def own_class(source: Source) -> str | None:
     """
     name = stated_class(source) or source.architecture or None
     converted = _converted_as(source)
-    if not source.trust_remote_code or (converted and not converted.get("own_code") and _native(name)):
+    if source.library != "transformers" or not source.trust_remote_code:
+        return None
+    if converted and not converted.get("own_code") and _native(name):
         return None
     for key, reference in _remote_classes(source).items():
         if key != "AutoConfig" and (reference.split(".")[-1] == name or (name is None and key == "AutoModel")):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.user_paths import user_path
 from normconvert.options import Stage, check_device, taking
 from normconvert.tuning import checkpoints
 from normconvert.tuning.data import all_batches
@@ -41,7 +42,7 @@ def swap(request: Swapping) -> SwapReport:
         FidelityError: the fused model does not compute what the trained one computes.
     """
     run = Run.begin(request)
-    target = Target(Path(request.out).expanduser(), request.fuse, request.overwrite, request.device)
+    target = Target(user_path(request.out), request.fuse, request.overwrite, request.device)
     course = _Course(checkpoints.training_folder(target.out), request.resume, request.tensorboard, request.watch)
     _check_folders(run, request.src, target, course)
     run.clock("open")
@@ -129,7 +130,7 @@ def _check_folders(run: Run, src: str | Path, target: Target, course: _Course) -
     """Refuse what would fail after hours of training: an output that may not be written, a state of another run."""
     from normconvert.apply.output_folder import check_output
 
-    local = Path(src).expanduser()
+    local = user_path(src)
     if run.processes.is_main:
         check_output(target.out, local if local.exists() else None, target.overwrite)
         checkpoints.check(course.folder, run.settings, course.resume)

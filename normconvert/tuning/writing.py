@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.apply.loaded_model import save_model
-from normconvert.apply.output_folder import copy_other_files
+from normconvert.apply.other_files import copy_other_files
 from normconvert.apply.record import loading_files
 from normconvert.errors import InputError, NormConvertError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.runtime import STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
+from normconvert.sources.transformers_models import own_class
 from normconvert.tuning.settings import SWAPS
 from normconvert.tuning.sites import NormSite
 from normconvert.tuning.student import Student
@@ -100,7 +101,7 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
     model.to(dtype)
     try:
         if source.folder is not None:
-            copy_other_files(source.folder, folder)
+            copy_other_files(source.folder, folder, with_code=own_class(source) is not None)
         save_model(source, plan, model, folder, None)
         for file, content in loading_files(source, plan, str(dtype).removeprefix("torch.")).items():
             (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)

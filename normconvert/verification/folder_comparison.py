@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.apply.output_folder import SKIPPED_FOLDERS, WEIGHT_PATTERNS
+from normconvert.apply.other_files import WEIGHT_PATTERNS
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, Header, map_tensor, read_header
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22
 SHOWN = 60
 """Characters of a JSON value that are worth showing."""
+TOOLS = (".git", ".cache/huggingface")
+"""Folders of version control and of the hub's downloads."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,27 @@ class Finding:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """Every file of a folder by relative name, but for what version control and caches keep there."""
+    """Every file of a folder by relative name, hidden ones and links to folders among them."""
     found = {}
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        names += [name for name in folders if (Path(root) / name).is_symlink()]
         found.update({(Path(root) / name).relative_to(folder).as_posix(): Path(root) / name for name in sorted(names)})
     return found
 
 
-def compare_folders(expected: Path, found: Path, skip: Sequence[str] = ()) -> Iterator[Finding]:
+def compare_folders(
+    expected: Path, found: Path, skip: Sequence[str] = (), known: Collection[str] = ()
+) -> Iterator[Finding]:
     """What differs in ``found`` from ``expected``.
 
     Args:
         expected: the folder as it should be.
         found: the folder as it is.
         skip: patterns of file names that are not compared; never weights or config.json.
+        known: files that are not compared, by their whole names; nor is what is in :data:`TOOLS`.
     """
     right, there = (
-        {
-            name: path
-            for name, path in list_files(folder).items()
-            if part_of(name) != "files" or not _matches(name, skip)
-        }
+        {name: path for name, path in list_files(folder).items() if not _passed_over(name, skip, known)}
         for folder in (expected, found)
     )
     for name, path in right.items():
@@ -85,6 +86,12 @@ def compare_folders(expected: Path, found: Path, skip: Sequence[str] = ()) -> It
     for name in there:
         if name not in right:
             yield Finding(part_of(name), name, name, "is not a file of this conversion")
+
+
+def _passed_over(name: str, skip: Sequence[str], known: Collection[str]) -> bool:
+    if name in known or name.startswith(tuple(f"{tool}/" for tool in TOOLS)):
+        return True
+    return part_of(name) == "files" and _matches(name, skip)
 
 
 def part_of(name: str) -> str:

@@ -17,22 +17,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert import __version__
-from normconvert.apply.record import RECORD_FORMAT, loading_files, versions, write_card
+from pydantic import TypeAdapter, ValidationError
+
+from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError
-from normconvert.options import Options, taking
+from normconvert.files.user_paths import user_path
+from normconvert.options import DTYPES, Conversion, Options, about, taking
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.conversion_record import RECORD_FILE, NotConverted
+from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
 from normconvert.result import Report
-from normconvert.verification.folder_comparison import Finding, compare_data, compare_folders, list_files, same_bytes
+from normconvert.verification.folder_comparison import (
+    TOOLS,
+    Finding,
+    compare_data,
+    compare_folders,
+    list_files,
+    same_bytes,
+)
 from normconvert.verification.requests import Checking
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
 
 CARD = "README.md"
-EFFECTIVE = ("tensors", "aliases", "modules", "removed", "config")
-"""The parts of a plan that change a checkpoint; the others are words about it."""
+JOB_STATE = ".cache/normconvert/job.json"
+"""What a recipe keeps beside its output."""
+WORDS = frozenset({"notes", "doors", "untraced_doors", "shifted_doors", "shifted_classes"})
+"""The parts of a plan that change nothing: what is said of it."""
 GIT_FILES = (".gitattributes", ".gitignore")
 """What version control and the hub put beside a checkpoint."""
 
@@ -86,26 +97,37 @@ def check(request: Checking) -> CheckReport:
     """
     from normconvert.sources import open_source
 
-    folder = Path(request.out).expanduser()
+    folder = user_path(request.out)
     folder = folder.parent if folder.name == RECORD_FILE else folder
     say = _Clock(request.stage)
-    record = read_conversion(folder)
-    plan = Plan.from_json(record["plan"])
+    record = read_whole_record(folder)
     reference, commit = source_reference(folder, record, request.source, request.revision)
     say("open")
     arch = record["options"].get("arch")
+    if arch is not None and not isinstance(arch, str):
+        raise InputError(f"{folder}: the arch in its record is {arch!r}, which is no name")
     opened = open_source(reference, revision=commit, arch=arch, trust_remote_code=request.trust_remote_code)
     say("trace")
-    findings, notes = _check_plan(opened, record)
-    say("replay")
-    with _replayed(folder, opened, plan, record, request.progress) as (again, hashes, problem):
-        findings += [*_check_hashes(record, hashes), *problem]
-        say("compare")
-        if not problem:
-            skip = [*GIT_FILES, CARD, RECORD_FILE, *request.ignore]
-            findings += list(compare_folders(again, folder, skip))
-            if not (folder / CARD).is_file() or not same_bytes(again / CARD, folder / CARD):
-                notes.append(f"{CARD} was edited since the conversion")
+    notes: list[str] = []
+    findings: list[Finding] = []
+    try:
+        plan = _plan_again(opened, record)
+        report = _report(folder, opened, plan, record)
+    except _Unrepeatable as error:
+        findings.append(Finding("record", error.key, RECORD_FILE, error.what))
+    else:
+        say("replay")
+        # By the plan that was made here: what the checked folder says is compared with it, and never done.
+        with _replayed(folder, opened, plan, record, request.progress) as (again, hashes, problem):
+            findings += [*_check_hashes(record, hashes), *problem, *_implausible(report)]
+            findings += _compare_record(record_of(opened, report, hashes), record, notes)
+            say("compare")
+            if not problem:
+                write_card(again, opened, report)
+                findings += compare_folders(again, folder, request.ignore, {*GIT_FILES, CARD, RECORD_FILE, JOB_STATE})
+                if not (folder / CARD).is_file() or not same_bytes(again / CARD, folder / CARD):
+                    notes.append(f"{CARD} was edited since the conversion")
+        notes += _passed_over(folder)
     files = list_files(folder)
     return CheckReport(
         str(request.out), str(reference), tuple(findings), tuple(notes), len(files),
@@ -129,31 +151,6 @@ class _Clock:
         return {name: end - start for (name, start), end in zip(self._starts, ends, strict=True)}
 
 
-def read_conversion(folder: Path) -> dict[str, Any]:
-    """The whole record of a conversion.
-
-    Raises:
-        InputError: there is none, or one that this version cannot read.
-    """
-    file = folder / RECORD_FILE
-    if not file.is_file():
-        what = "no such folder" if not folder.is_dir() else f"not converted by normconvert (no {RECORD_FILE})"
-        raise NotConverted(f"{folder}: {what}: nothing to check")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if record["format"] != RECORD_FORMAT:
-            raise InputError(
-                f"{file}: format {record['format']!r}, expected {RECORD_FORMAT}: use the normconvert that wrote it"
-            )
-        missing = {"source", "options", "versions", "plan", "method", "library", "architecture"} - set(record)
-        if missing:
-            raise KeyError(min(missing))
-        Plan.from_json(record["plan"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file}: not a conversion record ({error!r}): convert again") from error
-    return record
-
-
 def source_reference(
     folder: Path, record: dict[str, Any], source: str | Path | None, revision: str | None
 ) -> tuple[str, str | None]:
@@ -172,50 +169,75 @@ def source_reference(
     return named, revision or commit
 
 
-def _check_plan(source: Source, record: dict[str, Any]) -> tuple[list[Finding], list[str]]:
-    """Findings and notes from planning again, with the recorded options."""
+class _Unrepeatable(Exception):
+    """A conversion cannot be made again from what its record says: that alone is a finding."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(what)
+        self.key, self.what = key, what
+
+
+def _options_of(record: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """What the record says of how it was converted: options of the plan, dtype and size of the files.
+
+    Raises:
+        _Unrepeatable: these are no options of a conversion.
+    """
+    said = record["options"]
+    names = Options.__dataclass_fields__
+    try:
+        options = Options(**{name: value for name, value in said.items() if name in names})
+        options.check()
+        dtype, size = said.get("dtype", "auto"), said.get("max_shard_size")
+        if dtype not in DTYPES or not (size is None or (type(size) is int and size > 0)):
+            raise InputError(f"dtype {dtype!r} and max_shard_size {size!r} are none")
+    except (TypeError, InputError) as error:
+        raise _Unrepeatable("options", f"cannot be: {error}") from error
+    return options, {"dtype": dtype, "max_shard_size": size}
+
+
+def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
+    """The plan that the source leads to, with the recorded options.
+
+    Raises:
+        _Unrepeatable: the record's method cannot be done again, or its options are none.
+        TraceError: the source cannot be traced.
+    """
+    from normconvert.rewrites.family_plan import with_family
     from normconvert.rewrites.planning import plan_model
     from normconvert.rewrites.registry import REWRITES
 
-    findings = [
-        Finding("record", key, RECORD_FILE, f"is {record[key]!r}, the source's is {value!r}")
-        for key, value in (("library", source.library), ("architecture", source.architecture))
-        if record[key] != value
-    ]
-    method = record["method"]
-    if method != record["plan"]["method"]:
-        findings.append(
-            Finding("record", "method", RECORD_FILE, f"is {method!r}, its plan's {record['plan']['method']!r}")
-        )
+    method, options = record["method"], _options_of(record)[0]
     if method not in REWRITES:
-        return findings, [f"what {method} learns cannot be planned again: the plan is taken from the record"]
-    names = Options.__dataclass_fields__
-    try:
-        options = Options(**{name: value for name, value in record["options"].items() if name in names})
-        options.check()
-    except (TypeError, InputError) as error:
-        return [*findings, Finding("record", "options", RECORD_FILE, f"cannot be: {error}")], []
+        raise _Unrepeatable(
+            "method",
+            f"is {method!r}: what that learns cannot be made again from the source, so nothing shows that these are "
+            "its weights: compare the two models by normconvert verify",
+        )
+    return with_family(source, plan_model(source.skeleton(), options, method), options)
+
+
+def _compare_record(expected: dict[str, Any], record: dict[str, Any], notes: list[str]) -> Iterator[Finding]:
+    """What the record says otherwise than that of the conversion made again; words and versions are notes."""
     # Through JSON, as the record was: tuples are lists there, and keys are strings.
-    again = json.loads(json.dumps(plan_model(source.skeleton(), options, method).to_json(), default=str))
-    differences = [
-        Finding("plan", f"plan.{key}", RECORD_FILE, what)
-        for part in EFFECTIVE
-        for key, what in compare_data(again[part], record["plan"].get(part), part)
-    ]
-    others = _other_versions(record)
-    # Other versions may plan better. The recorded plan is still held against the files, byte for byte.
-    if differences and others:
-        return findings, [f"this plan is not the one that would be made here ({others})"]
-    return findings + differences, [f"converted with other versions: {others}"] if others else []
-
-
-def _other_versions(record: dict[str, Any]) -> str:
-    """``torch 2.9 there, 2.15 here``, for all that differ."""
-    there = {"normconvert": record.get("normconvert"), **record["versions"]}
-    here = {"normconvert": __version__, **versions(record["library"])}
-    return ", ".join(
-        f"{name} {there[name]} there, {here.get(name)} here" for name in there if there[name] != here.get(name)
-    )
+    expected = json.loads(json.dumps(expected, default=str))
+    worded = []
+    for key, what in compare_data(expected, record):
+        part, _, rest = key.partition(".")
+        if part in ("versions", "normconvert", "source", "verification"):
+            continue
+        if part == "plan" and (rest.partition(".")[0] in WORDS or rest.endswith(".reason")):
+            worded.append(key)
+        else:
+            yield Finding("plan" if part in ("plan", "modules") else "record", key, RECORD_FILE, what)
+    if worded:
+        notes.append(f"{RECORD_FILE} words {len(worded)} entries otherwise than this version, such as {worded[0]}")
+    there, here = ({"normconvert": one.get("normconvert"), **one["versions"]} for one in (record, expected))
+    if there != here:
+        # No reason to look less closely: another version may plan otherwise, and so may whoever edits a record.
+        names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+        changed = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+        notes.append(f"converted with other versions: {changed}")
 
 
 def _check_hashes(record: dict[str, Any], hashes: dict[str, str]) -> Iterator[Finding]:
@@ -235,16 +257,12 @@ def _check_hashes(record: dict[str, Any], hashes: dict[str, str]) -> Iterator[Fi
 
 @contextmanager
 def _replayed(
-    folder: Path,
-    source: Source,
-    plan: Plan,
-    record: dict[str, Any],
-    progress: Callable[[str, int, int], None] | None,
+    folder: Path, source: Source, plan: Plan, record: dict[str, Any], progress: Callable[[str, int, int], None] | None
 ) -> Iterator[tuple[Path, dict[str, str], list[Finding]]]:
     """The conversion made again in a temporary folder, the source's hashes, and why it could not be made."""
     from normconvert.apply.checkpoint import write_checkpoint
 
-    size = sum(path.stat().st_size for path in list_files(folder).values())
+    size = sum(path.lstat().st_size for path in list_files(folder).values())
     with tempfile.TemporaryDirectory(prefix="normconvert-check-") as temporary:
         free = shutil.disk_usage(temporary).free
         if free < size:
@@ -252,17 +270,16 @@ def _replayed(
                 f"{folder}: needs {size} bytes to make the conversion again, {tempfile.gettempdir()} has {free}: "
                 "set TMPDIR to a larger disk"
             )
-        again = Path(temporary)
-        dtype = record["options"].get("dtype", "auto")
+        again, written_as = Path(temporary), _options_of(record)[1]
         try:
             written = write_checkpoint(
-                source, plan, again, dtype=_torch_dtype(dtype), max_shard_size=record["options"].get("max_shard_size"),
-                progress=progress, extra_files=loading_files(source, plan, dtype),
+                source, plan, again, dtype=_torch_dtype(written_as["dtype"]),
+                max_shard_size=written_as["max_shard_size"], progress=progress,
+                extra_files=loading_files(source, plan, written_as["dtype"]),
             )  # fmt: skip
-            _write_card(again, source, plan, record)
-        except (NormConvertError, KeyError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if isinstance(error, NormConvertError) else repr(error)
-            yield again, _hashes(source), [Finding("plan", "plan", RECORD_FILE, f"cannot be replayed: {reason}")]
+        except NormConvertError as error:
+            what = f"cannot be replayed: {str(error).splitlines()[0]}"
+            yield again, _hashes(source), [Finding("plan", "plan", RECORD_FILE, what)]
         else:
             yield again, written.hashes, []
 
@@ -282,23 +299,54 @@ def _hashes(source: Source) -> dict[str, str]:
     return result
 
 
+def _passed_over(folder: Path) -> Iterator[str]:
+    for name in TOOLS:
+        if (folder / name).exists():
+            yield f"{name} was not compared"
+
+
 def _torch_dtype(name: str) -> Any:
     import torch
 
     return None if name == "auto" else getattr(torch, name)
 
 
-def _write_card(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) -> None:
+def _report(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) -> Report:
+    """The report of the conversion made again, with the recorded figures of its verification.
+
+    Raises:
+        _Unrepeatable: these are no figures.
+    """
     from normconvert.verification.fidelity import Fidelity
 
-    found = record.get("verification")
+    found, fidelity, said = record.get("verification"), None, record["options"]
+    if found is not None:
+        values = {key: float(value) if value in ("inf", "-inf", "nan") else value for key, value in found.items()}
+        try:
+            fidelity = TypeAdapter(Fidelity).validate_python(values)
+        except ValidationError as error:
+            raise _Unrepeatable("verification", f"holds no figures: {error.errors()[0]['msg']}") from error
     named = record["source"]["reference"] if record["source"].get("revision") else source.reference
-    report = Report(
+    return Report(
         named, source.library, source.architecture, plan.method, str(folder), plan,
-        fidelity=Fidelity(**{key: _number(value) for key, value in found.items()}) if found else None,
+        fidelity=fidelity, options={name: said[name] for name, _, known in about(Conversion) if known.recorded},
     )  # fmt: skip
-    write_card(folder, source, report)
 
 
-def _number(value: Any) -> Any:
-    return float(value) if value in ("inf", "-inf", "nan") else value
+def _implausible(report: Report) -> Iterator[Finding]:
+    """Recorded figures of which this or any other conversion could not have appeared."""
+    from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for
+
+    found = report.fidelity
+    if found is None:
+        return
+    largest = {"tolerance": tolerance_for(report.plan), "rounding_tolerance": ROUNDING_TOLERANCE}
+    for name, most in largest.items():
+        if not 0 <= getattr(found, name) <= most:
+            yield Finding("record", f"verification.{name}", RECORD_FILE, f"is {getattr(found, name)}, at most {most}")
+    figures = {"algebra": (found.algebra, found.tolerance), "rounding": (found.rounding, found.rounding_tolerance)}
+    for name, (value, most) in figures.items():
+        if value is not None and not 0 <= value <= most:
+            yield Finding("record", f"verification.{name}", RECORD_FILE, f"is {value}: such a result does not appear")
+    if not found.passed or found.reasons:
+        yield Finding("record", "verification.passed", RECORD_FILE, "is false: such a result does not appear")

@@ -38,8 +38,9 @@ def leftovers(parent: Path) -> list[str]:
 def test_other_files_come_along_and_other_weights_do_not(folder: Path, tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     (folder / ".git").mkdir()
-    kept = {"LICENSE": b"free", "tokenizer.model": b"\0\1", "custom.py": b"x = 1\n", "sub/extra.json": b"{}"}
+    kept = {"LICENSE": b"free", "tokenizer.model": b"\0\1", "sub/extra.json": b"{}"}
     dropped = {"tf_model.h5": b"", "pytorch_model.bin": b"", "training_args.bin": b"", ".git/HEAD": b"ref"}
+    dropped |= {"custom.py": b"x = 1\n"}
     for name, data in {**kept, **dropped}.items():
         (folder / name).write_bytes(data)
     (folder / "away.txt").symlink_to("/etc/hostname")
@@ -59,6 +60,11 @@ def test_an_output_that_exists_is_kept_unless_overwritten(folder: Path, tmp_path
     with pytest.raises(InputError, match="not empty"):
         apply_plan(open_source(str(folder)), PLAN, out)
     assert (out / "mine.txt").read_text() == "precious"
+    # Not what a conversion made: nobody can make it again.
+    with pytest.raises(InputError, match="was not made by normconvert"):
+        apply_plan(open_source(str(folder)), PLAN, out, overwrite=True)
+    assert (out / "mine.txt").read_text() == "precious"
+    (out / "normconvert.json").write_text('{"format": 1}')
     apply_plan(open_source(str(folder)), PLAN, out, overwrite=True)
     assert not (out / "mine.txt").exists()
     assert leftovers(tmp_path) == ["out"]
@@ -66,7 +72,7 @@ def test_an_output_that_exists_is_kept_unless_overwritten(folder: Path, tmp_path
 
 def test_a_failed_overwrite_keeps_the_old_output(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    apply_plan(open_source(str(folder)), PLAN, out)
+    apply_plan(open_source(str(folder)), PLAN, out, extra_files={"normconvert.json": '{"format": 1}'})
     before = contents(out)
     with pytest.raises(RuntimeError, match="verification"), staged_output(out, folder, overwrite=True) as staging:
         _write_and_fail(staging)
@@ -216,7 +222,17 @@ def test_an_output_that_stepped_aside_for_one_that_never_came_is_put_back(folder
     aside = tmp_path / ".out.old-1"
     aside.mkdir()
     (aside / "mine.txt").write_text("precious")
+    (aside / "normconvert.json").write_text('{"format": 1}')
     with pytest.raises(RuntimeError), staged_output(tmp_path / "out", folder, overwrite=True) as staging:
         _write_and_fail(staging)
-    assert contents(tmp_path / "out") == {"mine.txt": b"precious"}
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(folder: Path, tmp_path: Path) -> None:
+    def written_to(name: str, done: int, total: int) -> None:
+        os.utime(folder / "model.safetensors")
+
+    with pytest.raises(InputError, match="changed while it was converted"):
+        apply_plan(open_source(str(folder)), PLAN, tmp_path / "out", progress=written_to)
+    assert leftovers(tmp_path) == []

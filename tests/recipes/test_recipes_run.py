@@ -278,3 +278,13 @@ def test_a_plan_is_made_without_running_anything(here: Path) -> None:
     assert [entry.result for entry in batch.entries] == [None]
     assert run_recipes("r.yaml", dry_run=True).exit_status == 0
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("last", ['{"kind": "sta', "[1]", "null", '"x"', '{"kind": "stage"}'])
+def test_a_process_killed_within_a_line_ends_its_job(monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    """A line that is no event is no reason to wait for ever for the next one."""
+    code = f"import os; os.write(1, {last.encode()!r}); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(local, "child_interpreter", lambda *_: [sys.executable, "-c", code])
+    events = list(local.execute({0: Job("a", "a", "b", "out", "r", "rmsnorm", {})}))
+    assert [event.kind for event in events] == ["start", "end"]
+    assert "SIGKILL" in events[-1].data["result"]["message"]

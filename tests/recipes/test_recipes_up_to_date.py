@@ -170,10 +170,10 @@ def test_no_path_of_this_machine_is_written_into_an_output(here: Path) -> None:
 
 def test_a_second_conversion_passes_over_the_state_of_the_first(here: Path) -> None:
     perform(job_of())
-    from normconvert.apply.output_folder import copy_other_files
+    from normconvert.apply.other_files import copy_other_files
 
     Path("copy").mkdir()
-    copied, _ = copy_other_files(Path("out/model-rmsnorm"), Path("copy"))
+    copied = copy_other_files(Path("out/model-rmsnorm"), Path("copy")).files
     assert not any(".cache" in name for name in copied)
 
 
@@ -228,10 +228,9 @@ def test_two_processes_never_make_one_output(tmp_path: Path) -> None:
 
 def test_an_old_output_comes_back_if_the_new_one_never_came(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = claim.staging(out)
-    (left / claim.OLD).mkdir(parents=True)
-    (left / claim.OLD / "file").write_text("old")
-    (left / claim.NEW).mkdir()
+    (claim.staging(out) / claim.NEW).mkdir(parents=True)
+    (tmp_path / ".out.old-1").mkdir()
+    (tmp_path / ".out.old-1" / "file").write_text("old")
     claim.discard(out)
     assert (out / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from normconvert.errors import InputError
+from normconvert.files.user_paths import user_path
 from normconvert.tuning.data.arrays import read_arrays
 from normconvert.tuning.data.batches import Data
 from normconvert.tuning.data.demo import demo_data
@@ -52,10 +51,10 @@ def open_data(
     if kind == "hf":
         return read_hub(name, where, wanted, length)
     column = None
-    path = Path(where).expanduser()
+    path = user_path(where)
     if kind == "parquet" and not path.exists() and ":" in where:
         where, _, column = where.rpartition(":")
-        path = Path(where).expanduser()
+        path = user_path(where)
     if not path.exists():
         raise InputError(f"{name}: no such file or folder")
     if kind == "imagefolder":

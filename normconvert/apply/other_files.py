@@ -1,0 +1,106 @@
+"""Every other file of the source: copied as it is, unless it is weights, code, or a link to somewhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import InputError
+from normconvert.files.code_references import without_code
+from normconvert.files.weight_files import leads_inside, load_json
+
+# Weights in any format: the converted ones replace them, the others would be stale.
+WEIGHT_PATTERNS = (
+    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index.json", "*.bin.index.json",
+)  # fmt: skip
+SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+CODE_PATTERNS = ("*.py", "custom_generate/*")
+"""What transformers runs of a checkpoint that is trusted."""
+
+
+@dataclass
+class Copied:
+    """What became of the other files of a source, by relative name.
+
+    Attributes:
+        files: copied.
+        links: left out, because they lead out of the folder, or to another folder in it.
+        code: left out, because the code of a checkpoint is not to run in the name of its conversion.
+    """
+
+    files: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """For the user."""
+        found = [f"{name} is a link and was not copied" for name in self.links]
+        if self.code:
+            found.append(
+                f"code that came with the source was left out ({', '.join(self.code[:5])}"
+                f"{', ...' if len(self.code) > 5 else ''}): take it from the source, and read it, if you need it"
+            )
+        return found
+
+
+def copy_other_files(folder: Path, out: Path, *, with_code: bool = False) -> Copied:
+    """Copy every file that is not weights: contents only, no times or permissions.
+
+    Args:
+        folder: the checkpoint's.
+        out: where to.
+        with_code: the model itself is code of the checkpoint: without it the output could not be loaded.
+    """
+    copied = Copied()
+    for path in _files(folder, copied):
+        relative = path.relative_to(folder).as_posix()
+        if not with_code and any(fnmatch(relative, pattern) for pattern in CODE_PATTERNS):
+            copied.code.append(relative)
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        stripped = None if with_code else _stripped(path)
+        if stripped is None:
+            shutil.copyfile(path, out / relative)
+        else:
+            (out / relative).write_text(json.dumps(stripped, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            copied.code.append(f"auto_map of {relative}")
+        copied.files.append(relative)
+    return copied
+
+
+def _files(folder: Path, copied: Copied) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        # In place: os.walk goes down into what is left of the list, but not into links.
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        copied.links += [
+            (Path(root) / name).relative_to(folder).as_posix() for name in folders if (Path(root) / name).is_symlink()
+        ]
+        for name in sorted(names):
+            path = Path(root) / name
+            if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
+                continue
+            # Somebody else's checkpoint could have any file of this machine copied into what is published then.
+            if leads_inside(folder, path):
+                yield path
+            else:
+                copied.links.append(path.relative_to(folder).as_posix())
+
+
+def _stripped(path: Path) -> dict[str, Any] | None:
+    """The data of a file that names code of the checkpoint, without that; None if it names none."""
+    if not path.name.endswith("config.json"):
+        return None
+    try:
+        data = load_json(path)
+        kept: dict[str, Any] = without_code(data)
+    except (InputError, RecursionError):  # what cannot be read here cannot be read by transformers either
+        return None
+    return None if kept == data else kept

@@ -1,0 +1,38 @@
+"""Source x plan -> the plan with what it means for the other classes of the model's family."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from normconvert.errors import NormConvertError
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.families import obstacle_in
+from normconvert.sources.families import as_class, opened_otherwise, tied_to
+from normconvert.sources.source import Source
+from normconvert.sources.transformers_models import own_class
+
+SHIFTED_CLASS = "not proved if opened as "
+FAMILY = 2
+"""So many other classes of a family are traced: each takes as long as the model itself."""
+
+
+def with_family(source: Source, plan: Plan, options: Options) -> Plan:
+    """The plan with the classes of the family for which it is proved too, those where it is not, and notes of these."""
+    # Of other shapes no class but the converted one can be made at all.
+    resized = any(edit["op"] == "resize" for edit in plan.modules)
+    if source.library != "transformers" or source.modules or resized or own_class(source) is not None:
+        return plan
+    refused = {name: f"its head reads `{table}`" for name, table in tied_to(source, set(plan.tensors)).items()}
+    proved = []
+    for name in opened_otherwise(source)[:FAMILY]:
+        try:
+            why = obstacle_in(as_class(source, name).skeleton(), plan, options)
+        except NormConvertError as error:
+            why = str(error)
+        if why:
+            refused[name] = why
+        else:
+            proved.append(name)
+    notes = [f"{SHIFTED_CLASS}{name} ({why}): convert the original as that" for name, why in refused.items()]
+    return replace(plan, classes=proved, shifted_classes=refused, notes=[*plan.notes, *notes])
