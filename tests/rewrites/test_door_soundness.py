@@ -61,28 +61,31 @@ class Entered(Network):
         self.last = nn.LayerNorm(case.width)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.source.e  # type: ignore[no-any-return, union-attr]
+        return self.source.get_submodule("e")
 
     def _entered(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        source: Any = self.source
         if inputs_embeds is None:
-            return self.source(input_ids)  # type: ignore[no-any-return]
-        if self.doors.joins == "source":
-            return inputs_embeds
-        table, self.source.e = self.source.e, nn.Identity()
-        try:
-            return self.source.function(self.source, inputs_embeds)  # type: ignore[no-any-return, operator]
-        finally:
-            self.source.e = table
+            found: Tensor = source(input_ids)
+        elif self.doors.joins == "source":
+            found = inputs_embeds
+        else:
+            table, source.e = source.e, nn.Identity()
+            try:
+                found = source.function(source, inputs_embeds)
+            finally:
+                source.e = table
+        return found
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         return_stream: bool = False,
     ) -> dict[str, Tensor]:
-        x = self._entered(input_ids, inputs_embeds)
-        x, outputs = self.stream(x, input_ids if inputs_embeds is None else inputs_embeds)  # type: ignore[arg-type]
+        entered = self._entered(input_ids, inputs_embeds)
+        x, outputs = self.stream(entered, entered if input_ids is None else input_ids)
         outputs |= self._head(x)
         if labels is not None:
             seen = x if self.doors.loss == "stream" else self.last(x)
@@ -91,15 +94,17 @@ class Entered(Network):
             outputs["more"] = x if self.doors.flag == "stream" else self.last(x)
         return {"last": self.last(x), **outputs}
 
-    def _features(self, input_ids: Tensor) -> Tensor:
+    def _features(self: Any, input_ids: Tensor) -> Tensor:
         x, _ = self.stream(self.source(input_ids), input_ids)
-        return x if self.doors.method == "stream" else self.last(x)
+        found: Tensor = x if self.doors.method == "stream" else self.last(x)
+        return found
 
 
 def with_method(case: Case, doors: Doors) -> Entered:
     """The network; ``get_*_features`` are looked for in the class, as models have them."""
     kind = type("Entered", (Entered,), {"get_stream_features": Entered._features} if doors.method else {})
-    return kind(case, doors)  # type: ignore[no-any-return]
+    network: Entered = kind(case, doors)
+    return network
 
 
 def calls(case: Case, network: Entered) -> list[dict[str, Any]]:
@@ -137,8 +142,8 @@ def problems(case: Case, doors: Doors, method: str) -> tuple[Plan, list[str]] | 
             if not error <= TOLERANCE
         ]
         if doors.method:
-            pair = [model._features(made[0]["input_ids"]).detach() for model in (truth, converted)]
-            moved = pair[0].shape != pair[1].shape or distance(*pair) > TOLERANCE
+            pair = [Entered._features(model, made[0]["input_ids"]).detach() for model in (truth, converted)]
+            moved = distance(pair[1], pair[0]) > TOLERANCE
             if moved and "get_stream_features" not in {row["door"] for row in plan.shifted_doors}:
                 wrong.append("the method returns something else, and is not listed")
         return plan, wrong
