@@ -6,7 +6,7 @@ called on both. A difference that the plan does not list is silent, and must not
 
     python tools/census/doors.py --library transformers --minutes 30     # goes on where it stopped
     python tools/census/doors.py --library timm --only vit_base_patch16_224
-    python tools/census/doors.py --section                               # of docs/coverage.md, to standard output
+    python tools/census/doors.py --write                                 # section and column of docs/coverage.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+PAGE = ROOT / "docs" / "coverage.md"
 WORK = ROOT / "build" / "doors.jsonl"
+HEADING = "## Doors"
+MEANINGS = (
+    "*proved* is traced and compared; *exact* is compared; *shifted* is listed by the plan; *not traced* is named by "
+    "it as not proved; *not called* takes none of the inputs."
+)
 SIZES = ("random", "single", "one-token", "padded-right")
 """The probes that every door is called with."""
 OUTCOMES = ("proved", "exact", "shifted", "not traced", "not called", "SILENT DIFFERENCE")
@@ -47,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
     parser.add_argument("--most", type=int, default=10**6, help="at most so many models")
     parser.add_argument("--work", type=Path, default=WORK, help="results so far")
-    parser.add_argument("--section", action="store_true", help="sweep nothing; print the page's section")
+    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section and column")
     arguments = parser.parse_args(argv)
     rows = _read(arguments.work)
-    if arguments.section:
-        print("\n".join(section(list(rows.values()))))
+    if arguments.write:
+        PAGE.write_text(with_doors(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
         return 0
     norm = "BatchNorm" if arguments.method == "fuse-bn" else "LayerNorm"
     keys = list(_keys(arguments.library or ("transformers", "timm"), set(arguments.only), norm))
@@ -83,13 +89,37 @@ def summary(rows: list[Row]) -> str:
 
 
 def section(rows: list[Row]) -> list[str]:
-    """The section of docs/coverage.md."""
-    lines = ["## Doors", "", f"{summary(rows)}.", "", "| model | doors |", "| --- | --- |"]
-    for row in sorted(rows, key=lambda row: (row["library"], row["name"])):
-        if row.get("converted"):
-            told = "; ".join(f"`{door}` {outcome}" for door, outcome in row["doors"].items())
-            lines.append(f"| {row['name']} | {told or 'none but `forward`'} |")
-    return lines
+    """The section of docs/coverage.md: what was found in all, and what fell short of a proof."""
+    found = [row for row in rows if row.get("converted")]
+    lines = [HEADING, "", f"Float64 weights, every door with {len(SIZES)} sizes and masks: {summary(rows)}.", ""]
+    lines += [f"`python -m tools.census.doors`: {MEANINGS}", "", "| door | models | outcome |", "| --- | --- | --- |"]
+    counts = Counter((door.partition(" `")[0], outcome) for row in found for door, outcome in row["doors"].items())
+    return [*lines, *(f"| {door} | {count} | {outcome} |" for (door, outcome), count in sorted(counts.items())), ""]
+
+
+def in_short(row: Row) -> str:
+    """One model's doors for the column: how many are proved or exact, and the others by name."""
+    good = [door for door, outcome in row["doors"].items() if outcome in ("proved", "exact")]
+    rest = [f"{door} {outcome}" for door, outcome in row["doors"].items() if door not in good]
+    return "; ".join([*([f"{len(good)} as before"] if good else []), *rest]).replace("`", "")
+
+
+def with_doors(page: str, rows: list[Row]) -> str:
+    """The page with the section, and with the column *doors* in the tables of rmsnorm; again, if it has them."""
+    told = {row["name"]: in_short(row) for row in rows if row.get("converted")}
+    lines: list[str] = []
+    columns: list[str] = []
+    for line in page.partition(f"{HEADING}\n")[0].rstrip().splitlines():
+        cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+        if "crmsnorm" in cells and "reasons of the rest" in cells:
+            columns, last = [name for name in cells if name != "doors"], "doors"
+        elif columns and line.startswith("|"):
+            name = cells[columns.index("model") if "model" in columns else 0].strip("`")
+            last = "---" if cells[0] == "---" else told.get(name, "")
+        else:
+            columns = []
+        lines.append(f"| {' | '.join([*cells[: len(columns)], last])} |" if columns else line)
+    return "\n".join([*lines, "", *section(rows)])
 
 
 def census_of(library: str, name: str, method: str) -> Row:
