@@ -28,6 +28,7 @@ from normconvert.options import (
 )
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
+from normconvert.wording.words import moved
 
 if TYPE_CHECKING:
     import torch
@@ -298,7 +299,8 @@ def _verify(request: Conversion, source: Source, report: Report, folder: Path, l
         stored = _torch_dtype(request.dtype)
         fidelity = _fidelity(source, report.plan, folder, stored, request.device, limits)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
-    report = replace(report, fidelity=fidelity, seconds=seconds)
+    notes = (f"relative change of what else is returned: {moved(fidelity)}",) if fidelity.moved else ()
+    report = replace(report, fidelity=fidelity, seconds=seconds, notes=(*report.notes, *notes))
     if not fidelity.passed:
         raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
     return report

@@ -220,6 +220,8 @@ class Analysis:
             if user not in self.live:
                 continue
             if user.op == "output":
+                if exits and node not in self.graph.outputs:
+                    continue  # a method of features returns it, which is said above
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
                 yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
             elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):

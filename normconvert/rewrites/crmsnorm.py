@@ -33,6 +33,7 @@ from normconvert.rewrites.retrace import Differs, Meant, narrowed, prove
 from normconvert.rewrites.sizes import Remedies, resize_edits
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
+from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import MARK
 from normconvert.tracing.probes import quiet
@@ -169,7 +170,7 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
 
 def _exits(model: _Model, region: Region) -> list[dict[str, str]]:
     """The ways out, other than the model's outputs, that return compressed values."""
-    rows = [(name, str(s[0].args[1])) for s in region.compressed for name in model.graph.exits.get(s[0], ())]
+    rows = [(name, exit_module(s[0])) for s in region.compressed for name in model.graph.exits.get(s[0], ())]
     return [{"door": name, "output": path} for name, path in sorted(set(rows))]
 
 

@@ -102,7 +102,7 @@ def prove(graph: Graph, modules: Sequence[Mapping[str, Any]], meant: Meant) -> N
     with _running(model) as stack:
         for inputs, path in graph.calls:
             try:
-                found = trace(model, inputs, model.get_submodule(path) if path else None)
+                found = trace(model, inputs, path)
             except TraceError as error:
                 reason = str(error).removeprefix("the model could not be traced: ")
                 raise Differs(stack[-1] if stack else "", reason) from error

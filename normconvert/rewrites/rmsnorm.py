@@ -20,6 +20,7 @@ from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
+from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 
 
@@ -65,13 +66,8 @@ def shifted_doors(
     """The ways out, other than the model's outputs, that return a stream which converted norms read."""
     streams = {id(where[norm][0]): where[norm][0] for norm in converted}
     nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
-    rows = [(name, module_path_of(node)) for node in nodes for name in analysis.graph.exits[node]]
+    rows = [(name, exit_module(node)) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
-
-
-def module_path_of(mark: Any) -> str:
-    """The module at whose boundary a mark stands; empty for the model itself."""
-    return str(mark.args[1])
 
 
 def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:

@@ -1,7 +1,15 @@
-"""Doors: the other ways into a model, each traced as a further call of the graph, so that one proof covers all."""
+"""Doors: the other ways into and out of a model, each traced as a further call, so that one proof covers all.
+
+- Embeddings from outside, and what an encoder returned before (``inputs_embeds``, ``encoder_outputs``).
+- What a call returns more if it is asked to: a loss for labels, a cache, what a flag switches on. They are asked for
+  together, beside embeddings where there are some, since each call costs a trace.
+- Methods of features (``get_image_features``), which return what ``forward`` may keep to itself: those are ways out, of
+  which a conversion may change what they return, if it says so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,30 +19,40 @@ from normconvert.errors import TraceError
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.probes import quiet
 from normconvert.tracing.probes.entrances import Entrance, entrance_names, entrances
+from normconvert.tracing.probes.extras import encoder_outputs, extra_arguments, feature_methods
+
+Inputs = dict[str, Any]
 
 
-def with_entrances(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
-    """The graph with a call for each entrance that can be traced; the others are named in ``untraced_doors``.
+def with_doors(model: nn.Module, graph: Graph, inputs: Inputs) -> Graph:
+    """The graph with a call for each door that can be traced; the others are named in ``untraced_doors``.
 
     Args:
         model: on the meta device.
         graph: of a call with ``inputs``; taken over.
         inputs: keyword arguments of that call.
     """
-    names = entrance_names(model, inputs)
+    shapes = _output_shapes(graph)
+    extras = extra_arguments(model, inputs, shapes)
+    names = [*entrance_names(model, inputs), *extras]
     found: set[str] = set()
     with quiet():
-        for alternatives in entrances(model, inputs) if names else ():
-            if alternatives and found.issuperset(alternatives[0].names):
-                continue
-            for entrance in alternatives:
-                try:
-                    call = _entered(trace(model, entrance.inputs), entrance)
-                except TraceError:
-                    continue
+        for call, taken in _calls(model, inputs, extras):
+            graph = merge(graph, call)
+            found |= taken
+        if (inside := encoder_outputs(model, inputs, shapes)) is not None:
+            names.append("encoder_outputs")
+            if (call := _traced(model, Entrance(("encoder_outputs",), inside))) is not None:
                 graph = merge(graph, call)
-                found.update(entrance.names)
-                break
+                found.add("encoder_outputs")
+        for method, arguments in feature_methods(model, inputs):
+            names.append(method)
+            try:
+                call = trace(model, arguments, method)
+            except TraceError:
+                continue
+            graph = merge(graph, call)
+            found.add(method)
     return replace(
         graph,
         doors=tuple(name for name in names if name in found),
@@ -42,7 +60,44 @@ def with_entrances(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Gr
     )
 
 
-def _entered(graph: Graph, entrance: Entrance) -> Graph:
-    """The graph of a call, with the placeholders noted that stand for what comes from outside."""
+def _calls(model: nn.Module, inputs: Inputs, extras: Inputs) -> Iterator[tuple[Graph, set[str]]]:
+    """Traced calls with embeddings from outside and with what else a call may be asked for; and the names of both."""
+    found: set[str] = set()
+    for alternatives in entrances(model, inputs):
+        if not alternatives or found.issuperset(alternatives[0].names):
+            continue
+        more = {} if found.issuperset(extras) else extras
+        # The model's own embeddings are of that shape, too, so labels that fit one call fit the other.
+        tries = [(entrance, some) for entrance in alternatives for some in ([more, {}] if more else [{}])]
+        for entrance, some in tries:
+            if (call := _traced(model, replace(entrance, inputs={**entrance.inputs, **some}))) is not None:
+                found |= {*entrance.names, *some}
+                yield call, {*entrance.names, *some}
+                break
+    if found.issuperset(extras):
+        return
+    # Together, else one by one: what stops one of them stops a call with all.
+    for some in [extras, *({name: value} for name, value in extras.items())] if len(extras) > 1 else [extras]:
+        if not found.issuperset(some) and (call := _traced(model, Entrance((), {**inputs, **some}))) is not None:
+            found |= some.keys()
+            yield call, set(some)
+
+
+def _traced(model: nn.Module, entrance: Entrance) -> Graph | None:
+    """The graph of a call, with the placeholders noted of what comes from outside; None if it cannot be traced."""
+    try:
+        graph = trace(model, entrance.inputs)
+    except TraceError:
+        return None
     nodes = [n for n in graph.nodes if n.op == "placeholder" and n not in graph.parameters]
-    return replace(graph, outside=frozenset(n for n in nodes if n.name in entrance.names))
+    return replace(graph, outside=frozenset(n for n in nodes if n.name.startswith(entrance.names)))
+
+
+def _output_shapes(graph: Graph) -> Mapping[str, tuple[int, ...]]:
+    """Name -> shape of what the first call returns."""
+    return {
+        name: tuple(int(n) for n in node.meta["val"].shape)
+        for node, names in graph.outputs.items()
+        for name in names
+        if hasattr(node.meta.get("val"), "shape")
+    }

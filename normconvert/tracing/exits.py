@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from normconvert.tracing.in_place_writes import MARK
 from normconvert.tracing.probes.choose import is_timm
@@ -67,6 +68,21 @@ def _marking(method: Callable[..., Any], hook: Callable[..., Any]) -> Callable[.
     return call
 
 
+def with_tensors(output: Any) -> Any:
+    """What a model returns, with objects that ``torch.export`` does not know, a cache say, as the tensors they hold."""
+    return pytree.tree_map(lambda leaf: _held(leaf) if hasattr(leaf, "__dict__") else leaf, output)
+
+
+def _held(value: Any, depth: int = 3) -> Any:
+    """A tensor as it is; of another object its attributes, of containers their items, so far as there are tensors."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_held(item, depth) for item in value]
+    held = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    return {str(name): _held(item, depth - 1) for name, item in held.items()} if depth else None
+
+
 def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tuple[str, ...]]:
     """Value -> the ways out that return it."""
     modules, found = feature_modules(model), dict[fx.Node, tuple[str, ...]]()
@@ -77,3 +93,8 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
             if names:
                 found[node] = names
     return found
+
+
+def exit_module(node: fx.Node) -> str:
+    """The module that returns the value of a way out; empty for the model itself."""
+    return str(node.args[1]) if node.target is MARK else ""

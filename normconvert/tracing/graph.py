@@ -11,6 +11,7 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from normconvert.compat.lean_export import lean_export
 from normconvert.compat.torch import pytree
 from normconvert.errors import TraceError
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
-from normconvert.tracing.exits import exits_in
+from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
@@ -60,11 +61,11 @@ class Graph:
         modules: module path -> module on the meta device.
         unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
-        calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
+        calls: the traced calls, keyword inputs and the path of the module that was called, or a method's name.
         unmarked: modules without marks in one of the calls, where a hook would act unseen.
         outside: placeholders of embeddings that a further call is given in place of what they are made of.
-        doors: arguments that such a call was traced for.
-        untraced_doors: arguments for which none could be.
+        doors: arguments and methods that such a call was traced for.
+        untraced_doors: those for which none could be.
         exits: value -> the ways out of the model, other than its outputs, that return it.
     """
 
@@ -82,14 +83,15 @@ class Graph:
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
+def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph:
     """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs``.
 
     Args:
         model: gives the names of parameters and modules.
         inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, whose values
             are known where the model asks for them (see :mod:`known_values`).
-        entry: a module within ``model`` to call instead of the whole; None calls ``model``.
+        entry: path of a module within ``model`` to call instead of the whole, or the name of a method of features,
+            whose results are then ways out, not outputs.
 
     Raises:
         TraceError: torch.export cannot trace the model; the message names the operation and the line that stopped it.
@@ -107,16 +109,21 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None =
     parameters = _parameters(model, program, module.graph)
     # An export has a placeholder for every tensor of the model, read or not.
     reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
+    outputs = _outputs(program, module.graph)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    exits = exits_in(model, tuple(module.graph.nodes)) if not entry else {}
+    if entry not in modules:
+        outputs, exits = {}, dict.fromkeys(outputs, (entry,))
     return Graph(
         nodes=tuple(module.graph.nodes),
         parameters=parameters,
-        outputs=_outputs(program, module.graph),
-        modules=dict(model.named_modules(remove_duplicate=False)),
+        outputs=outputs,
+        modules=modules,
         unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         constants=constants,
-        calls=((dict(inputs), next(path for path, m in model.named_modules() if m is (entry or model))),),
+        calls=((dict(inputs), entry),),
         unmarked=unmarked,
-        exits=exits_in(model, tuple(module.graph.nodes)) if entry is None else {},
+        exits=exits,
     )
 
 
@@ -168,7 +175,7 @@ def merge(first: Graph, second: Graph) -> Graph:
 
 
 def _export(
-    model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
+    model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
 ) -> tuple[Any, tuple[str, ...], frozenset[str]]:
     """Export with marks, functional in the end; what the model made constants of; the modules left without marks.
 
@@ -220,7 +227,7 @@ class _Constants(TorchFunctionMode):
 
 @contextmanager
 def _entered(
-    model: nn.Module, entry: nn.Module | None, inputs: Mapping[str, Any], constants: Mapping[str, Tensor]
+    model: nn.Module, entry: str, inputs: Mapping[str, Any], constants: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Have a call of ``model`` run ``entry`` alone, if given, under the names that it has in ``model``.
 
@@ -228,13 +235,13 @@ def _entered(
     would ask for them first.
     """
     # The model itself is called in any case, since its parameters are to have the names that they have in it.
-    run = model.forward if entry is None else entry
+    run = operator.attrgetter(entry)(model) if entry else model.forward
 
     # Export takes the names of the inputs from the signature.
-    @functools.wraps(model.forward if entry is None else entry.forward)
+    @functools.wraps(run.forward if isinstance(run, nn.Module) else run)
     def forward(*args: Any, **kwargs: Any) -> Any:
         with known_values(inputs, kwargs, in_place(model, constants)):
-            return run(*args, **kwargs)
+            return with_tensors(run(*args, **kwargs))
 
     # A model may have a forward of its own beside that of its class, as wrappers set it: that is put back.
     own = model.__dict__.get("forward")

@@ -52,6 +52,10 @@ def marks_that_lie(graph: fx.Graph) -> set[str]:
     Nodes that are names of one memory form a class; a mark joins two classes that are one in the model. A write to one
     of them hides something if another, joined to it by marks before the write, is still used after it.
     """
+    for node in graph.nodes:
+        # It changes what autograd knows of a tensor, not the memory; torch.tensor() leaves one behind each constant.
+        if node.target is torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
     order = {node: i for i, node in enumerate(graph.nodes)}
     root, members = _classes(graph)
     last_use = {r: max((order[u] for n in nodes for u in n.users), default=-1) for r, nodes in members.items()}

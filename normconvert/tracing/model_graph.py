@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import TraceError
-from normconvert.tracing.doors import with_entrances
+from normconvert.tracing.doors import with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
@@ -66,7 +66,7 @@ def _trace_likely(model: nn.Module) -> tuple[Graph, dict[str, Any]] | None:
 
 
 def _with_all_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
-    return with_entrances(model, _with_further_calls(model, graph, inputs), inputs)
+    return with_doors(model, _with_further_calls(model, graph, inputs), inputs)
 
 
 def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) -> Graph:
@@ -80,7 +80,7 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
     if not missing(graph):
         return graph
     calls = chain(
-        ((more, None) for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
+        ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
     )
     for more, entry in islice(calls, 2 * FURTHER_CALLS):
         try:
@@ -95,10 +95,11 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
     return graph
 
 
-def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Calls of a transformers model without its head, whose forward may take what that of the whole does not."""
     base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module) and base is not model:
-        for inputs in islice(trace_inputs_candidates(base), 1):
-            for more in further_inputs(base, inputs):
-                yield more, base
+    path = next((path for path, module in model.named_modules() if module is base), "")
+    if path:
+        for inputs in islice(trace_inputs_candidates(model.get_submodule(path)), 1):
+            for more in further_inputs(model.get_submodule(path), inputs):
+                yield more, path

@@ -22,6 +22,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import first_divergence, watch_means
 from normconvert.verification.fidelity import Fidelity
+from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.probe_runs import Run, algebra_model, cast, default_dtype, run_model
 from normconvert.verification.requests import Verification
 from normconvert.verification.run_comparison import (
@@ -133,6 +134,7 @@ def verify_models(
         kl=kl,
         loss_difference=loss_difference(probes, original_run, converted_run),
         mean_over_rms=mean_over_rms,
+        moved=dict(proof.moved),
         worst_module=proof.worst_module,
         probes=_rows(_skipped(original_run, proof.truth), proof.distances, original_errors, converted_errors),
         tolerance=tolerance,
@@ -169,12 +171,14 @@ class _Proof:
         distances: of the outputs that the plan gives; empty if there is none.
         worst_module: the first module at which the two part, if they do.
         cannot: probe -> why the edited model could not take it, although the original could.
+        moved: way out that the plan lists -> by how much it moves.
     """
 
     truth: Run
     distances: Distances
     worst_module: str | None
     cannot: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, float] = field(default_factory=dict)
 
 
 def _run_original(original: ModelOrMaker, probes: Sequence[Probe], seed: int) -> tuple[Run, list[Probe], torch.dtype]:
@@ -201,28 +205,32 @@ def _run_converted(
 
 def _prove(truth: ModelOrMaker, algebra: ModelOrMaker | None, plan: Plan | None, test: _Test) -> _Proof:
     """Run the original in float64 and, beside it, with the plan applied."""
-    true_model = _take(truth)
-    truth_run = run_model(true_model, test.probes, dtype=test.dtype, seed=test.seed)
+    true_model, exits = _take(truth), plan.shifted_doors if plan is not None else []
+    example = _inputs(test.probes[0], test.dtype, true_model)
+    with kept_exits(true_model, exits, example) as before:
+        truth_run = run_model(true_model, test.probes, dtype=test.dtype, seed=test.seed)
     if not truth_run.outputs:
         reason = next(iter(truth_run.failures.values()))
         raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
     if algebra is None and plan is None:
         return _Proof(truth_run, {}, None)
     edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
-    algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed, like=truth_run)
+    with kept_exits(edited, exits, example) as after:
+        algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed, like=truth_run)
+    moved = movements(exits, before, after)
     cannot = {name: why for name, why in algebra_run.failures.items() if name in truth_run.outputs}
     distances = compare_runs(truth_run, algebra_run, test.shifted)
     worst = max(distances, key=lambda key: rank(distances[key].relative))
     # In this direction, so that NaN, which is not within any tolerance, goes on. A model that stops on a probe parts
     # there from the other, and runs no second time.
     if worst[0] in cannot or distances[worst].relative <= test.tolerance:
-        return _Proof(truth_run, distances, None, cannot)
+        return _Proof(truth_run, distances, None, cannot, moved)
     # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
     probe = next(p for p in test.probes if p.name == worst[0])
     inputs = _inputs(probe, test.dtype, true_model)
     with default_dtype(truth_run.constants[probe.name]):
         worst_module = first_divergence(true_model, edited, inputs, test.tolerance)
-    return _Proof(truth_run, distances, worst_module, cannot)
+    return _Proof(truth_run, distances, worst_module, cannot, moved)
 
 
 def _refuse_empty(errors: Distances) -> None:

@@ -28,6 +28,7 @@ class Fidelity:
         kl: mean Kullback-Leibler divergence from the original's distribution to the converted one's, in nats.
         loss_difference: mean next-token loss on the text probes, converted minus original; None without such probes.
         mean_over_rms: largest |mean|/rms at the input of any converted norm of the converted model.
+        moved: way out that the plan lists as shifted -> largest ||y'-y|| / ||y|| of what it returns, in float64.
         worst_module: on failure of the algebra, the first module at which the two models part.
         probes: one row for each probe and output: ``probe``, ``output``, ``algebra``, ``original_error``,
             ``converted_error``; or ``probe`` and ``skipped`` with the reason.
@@ -44,6 +45,7 @@ class Fidelity:
     kl: float
     loss_difference: float | None = None
     mean_over_rms: float | None = None
+    moved: dict[str, float] = field(default_factory=dict)
     worst_module: str | None = None
     probes: list[dict[str, Any]] = field(default_factory=list)
     tolerance: float = 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +27,16 @@ def in_words(fidelity: Fidelity) -> dict[str, str]:
     if fidelity.rounding is not None:
         limit = f"{fidelity.rounding_tolerance:g}"
         words["rounding in the stored dtype"] = f"{fidelity.rounding:.3g} times the original's (at most {limit})"
-    return words | {"what users feel": felt(fidelity)}
+    words["what users feel"] = felt(fidelity)
+    if fidelity.moved:
+        words["other ways out, relative change"] = moved(fidelity)
+    return words
+
+
+def moved(fidelity: Fidelity) -> str:
+    """``hidden_states 0.071, forward_features in another shape``: what the listed ways out return, in float64."""
+    ways = fidelity.moved.items()
+    return ", ".join(f"{way} {f'{size:.2g}' if size < inf else 'in another shape'}" for way, size in ways)
 
 
 def felt(fidelity: Fidelity) -> str:

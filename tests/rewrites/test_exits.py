@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from normconvert import convert
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
+from normconvert.report.console import show_summary
+from normconvert.report.document import report_document
+from normconvert.report.html import html_report
 from normconvert.rewrites.planning import plan_model
+from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.probe_runs import algebra_model
 from tests.support.perturb import perturb, settle
 from tests.support.zoo_cases import named_cases
@@ -121,3 +130,35 @@ def test_the_model_gets_its_methods_back() -> None:
     before = dict(vars(model))
     plan_model(model)
     assert vars(model).keys() == before.keys()
+
+
+@pytest.mark.parametrize("method", ["rmsnorm", "crmsnorm"])
+def test_how_much_they_move_is_measured_and_told_everywhere(tmp_path: Path, method: str) -> None:
+    perturb(named_cases()["gpt2"].build()).save_pretrained(tmp_path / "a")  # type: ignore[operator]
+    report = convert(tmp_path / "a", tmp_path / "b", method=method)
+    assert report.fidelity is not None
+    moved = report.fidelity.moved
+    assert moved.keys() == {"hidden_states"}
+    assert moved["hidden_states"] == float("inf") if method == "crmsnorm" else 1e-3 < moved["hidden_states"] < 1
+    told = "hidden_states in another shape" if method == "crmsnorm" else f"hidden_states {moved['hidden_states']:.2g}"
+    assert any(note.endswith(told) for note in report.notes)
+    assert told in (tmp_path / "b" / "README.md").read_text()
+    document = report_document("convert", report)
+    assert told in json.dumps(document)
+    assert told in html_report(document)
+    text = io.StringIO()
+    show_summary(Console(width=300, file=text), report)
+    assert told in text.getvalue()
+
+
+def test_what_a_method_returns_is_measured(tmp_path: Path) -> None:
+    plan, truth, converted = models(VITS["avg"], "rmsnorm")
+    values = []
+    for model in (truth, converted):
+        with kept_exits(model, plan.shifted_doors, {"x": pixels(VITS["avg"])}) as found, torch.no_grad():
+            model(pixels(VITS["avg"]))
+        values.append(found)
+    moved = movements(plan.shifted_doors, *values)
+    before, after = (returned(model, pixels(VITS["avg"]))["forward_features"] for model in (truth, converted))
+    assert moved["forward_features"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-6)
+    assert moved["forward_intermediates"] > 1e-3

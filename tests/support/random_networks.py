@@ -201,7 +201,11 @@ class Network(nn.Module):
         return tables[step.kind][step.name](size) if step.kind in tables else nn.Identity()
 
     def forward(self, data: Tensor) -> dict[str, Tensor]:
-        x = self.source(data)
+        stream, outputs = self.stream(self.source(data), data)
+        return outputs | self._head(stream)
+
+    def stream(self, x: Tensor, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value before the head, and what was returned on the way."""
         stash: list[Tensor] = []
         outputs: dict[str, Tensor] = {}
         for number, (step, module) in enumerate(zip(self.case.steps, self.steps, strict=True)):
@@ -218,8 +222,7 @@ class Network(nn.Module):
                 if y.shape == x.shape:
                     stash.append(x)
                     x = y
-        outputs |= {f"stashed{i}": self.norm(y) for i, y in enumerate(stash)}
-        return outputs | self._head(x)
+        return x, outputs | {f"stashed{i}": self.norm(y) for i, y in enumerate(stash)}
 
     def _head(self, x: Tensor) -> dict[str, Tensor]:
         head = self.case.head

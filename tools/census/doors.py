@@ -6,13 +6,15 @@ called on both. A difference that the plan does not list is silent, and must not
 
     python tools/census/doors.py --library transformers --minutes 30     # goes on where it stopped
     python tools/census/doors.py --library timm --only vit_base_patch16_224
-    python tools/census/doors.py --section                               # of docs/coverage.md, to standard output
+    python tools/census/doors.py --write                                 # section and column of docs/coverage.md
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import operator
 import os
 import sys
 import time
@@ -25,7 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+PAGE = ROOT / "docs" / "coverage.md"
 WORK = ROOT / "build" / "doors.jsonl"
+HEADING = "## Doors"
+MEANINGS = (
+    "*proved* is traced and compared; *exact* is compared; *shifted* is listed by the plan; *not traced* is named by "
+    "it as not proved; *not called* takes none of the inputs."
+)
+SIZES = ("random", "single", "one-token", "padded-right")
+"""The probes that every door is called with."""
 OUTCOMES = ("proved", "exact", "shifted", "not traced", "not called", "SILENT DIFFERENCE")
 
 Row = dict[str, Any]
@@ -43,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
     parser.add_argument("--most", type=int, default=10**6, help="at most so many models")
     parser.add_argument("--work", type=Path, default=WORK, help="results so far")
-    parser.add_argument("--section", action="store_true", help="sweep nothing; print the page's section")
+    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section and column")
     arguments = parser.parse_args(argv)
     rows = _read(arguments.work)
-    if arguments.section:
-        print("\n".join(section(list(rows.values()))))
+    if arguments.write:
+        PAGE.write_text(with_doors(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
         return 0
     norm = "BatchNorm" if arguments.method == "fuse-bn" else "LayerNorm"
     keys = list(_keys(arguments.library or ("transformers", "timm"), set(arguments.only), norm))
@@ -79,13 +89,37 @@ def summary(rows: list[Row]) -> str:
 
 
 def section(rows: list[Row]) -> list[str]:
-    """The section of docs/coverage.md."""
-    lines = ["## Doors", "", f"{summary(rows)}.", "", "| model | doors |", "| --- | --- |"]
-    for row in sorted(rows, key=lambda row: (row["library"], row["name"])):
-        if row.get("converted"):
-            told = "; ".join(f"`{door}` {outcome}" for door, outcome in row["doors"].items())
-            lines.append(f"| {row['name']} | {told or 'none but `forward`'} |")
-    return lines
+    """The section of docs/coverage.md: what was found in all, and what fell short of a proof."""
+    found = [row for row in rows if row.get("converted")]
+    lines = [HEADING, "", f"Float64 weights, every door with {len(SIZES)} sizes and masks: {summary(rows)}.", ""]
+    lines += [f"`python -m tools.census.doors`: {MEANINGS}", "", "| door | models | outcome |", "| --- | --- | --- |"]
+    counts = Counter((door.partition(" `")[0], outcome) for row in found for door, outcome in row["doors"].items())
+    return [*lines, *(f"| {door} | {count} | {outcome} |" for (door, outcome), count in sorted(counts.items())), ""]
+
+
+def in_short(row: Row) -> str:
+    """One model's doors for the column: how many are proved or exact, and the others by name."""
+    good = [door for door, outcome in row["doors"].items() if outcome in ("proved", "exact")]
+    rest = [f"{door} {outcome}" for door, outcome in row["doors"].items() if door not in good]
+    return "; ".join([*([f"{len(good)} as before"] if good else []), *rest]).replace("`", "")
+
+
+def with_doors(page: str, rows: list[Row]) -> str:
+    """The page with the section, and with the column *doors* in the tables of rmsnorm; again, if it has them."""
+    told = {row["name"]: in_short(row) for row in rows if row.get("converted")}
+    lines: list[str] = []
+    columns: list[str] = []
+    for line in page.partition(f"{HEADING}\n")[0].rstrip().splitlines():
+        cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
+        if "crmsnorm" in cells and "reasons of the rest" in cells:
+            columns, last = [name for name in cells if name != "doors"], "doors"
+        elif columns and line.startswith("|"):
+            name = cells[columns.index("model") if "model" in columns else 0].strip("`")
+            last = "---" if cells[0] == "---" else told.get(name, "")
+        else:
+            columns = []
+        lines.append(f"| {' | '.join([*cells[: len(columns)], last])} |" if columns else line)
+    return "\n".join([*lines, "", *section(rows)])
 
 
 def census_of(library: str, name: str, method: str) -> Row:
@@ -139,58 +173,58 @@ def outcome(door: str, error: float, tolerance: float, proved: set[str], shifted
 
 
 def calls(skeleton: Any, model: Any) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-    """(door, (method of the model, keyword arguments)): each door with inputs of several sizes."""
-    import torch
-
+    """(door, (method of the model, keyword arguments)): each door with inputs of several sizes and masks."""
     from normconvert.tracing.probes import verification_inputs
     from normconvert.tracing.probes.choose import is_timm
     from normconvert.tracing.probes.entrances import entrances
+    from normconvert.tracing.probes.extras import encoder_outputs, extra_arguments, feature_methods
 
     probes = [p for p in verification_inputs(skeleton) if not p.name.startswith("embeds")]
-    sizes = [probe.inputs for probe in probes if probe.name in ("random", "single", "one-token", "padded-right")]
-    for inputs in sizes:
-        for alternatives in entrances(skeleton, inputs, seed=1):
-            for entrance in alternatives[:1]:
-                for door in entrance.names:
-                    yield door, ("__call__", entrance.inputs)
+    for inputs in (probe.inputs for probe in probes if probe.name in SIZES):
         if is_timm(skeleton):
             for door in ("forward_features", "forward_intermediates"):
                 if hasattr(model, door):
                     yield door, (door, inputs)
-        else:
-            yield "hidden_states", ("__call__", {**inputs, "output_hidden_states": True, "return_dict": True})
-            for door in (name for name in dir(type(model)) if name.startswith("get_") and name.endswith("_features")):
-                signals = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and _is_for(door, k)}
-                yield door, (door, signals)
+            continue
+        entered = [one for alternatives in entrances(skeleton, inputs, seed=1) for one in alternatives]
+        yield from ((door, ("__call__", one.inputs)) for one in entered for door in one.names)
+        shapes = {name: tuple(value.shape) for name, value in results(model, ("__call__", inputs)).items()}
+        for door, value in extra_arguments(skeleton, inputs, shapes).items():
+            yield door, ("__call__", {**inputs, door: value})
+        if (inside := encoder_outputs(skeleton, inputs, shapes)) is not None:
+            yield "encoder_outputs", ("__call__", inside)
+        yield "hidden_states", ("__call__", {**inputs, "output_hidden_states": True, "return_dict": True})
+        for door, taken in feature_methods(skeleton, inputs):
+            yield door, (door, taken)
+        if (base := getattr(type(model), "base_model_prefix", "")) and hasattr(model, base):
+            yield f"base model `{base}`", (f"{base}.__call__", inputs)
 
 
-def _is_for(method: str, name: str) -> bool:
-    kinds: Mapping[str, tuple[str, ...]] = {
-        "get_image_features": ("pixel_values", "image"), "get_text_features": ("input_ids", "attention_mask"),
-        "get_audio_features": ("input_features", "input_values"), "get_video_features": ("pixel_values_videos",),
-    }  # fmt: skip
-    return name.startswith(kinds.get(method, ()))
+def results(model: Any, call: tuple[str, dict[str, Any]]) -> Row:
+    """What a call returns, by name; nothing if the model does not take it."""
+    import torch
+    from torch.utils._pytree import keystr, tree_flatten_with_path
+
+    from normconvert.tracing.exits import with_tensors
+
+    with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = with_tensors(operator.attrgetter(call[0])(model)(**_in_float64(call[1])))
+        leaves = tree_flatten_with_path(found)[0]
+        return {
+            keystr(path).strip("[].'"): leaf
+            for path, leaf in leaves
+            if torch.is_tensor(leaf) and leaf.is_floating_point()
+        }
+    return {}
 
 
 def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> float:
     """The worst relative difference of a call's results; -1 if the original does not take the call."""
-    import torch
-
-    from normconvert.verification.fidelity import flatten
-
-    results = []
-    for model in (truth, converted):
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                results.append(flatten(getattr(model, call[0])(**_in_float64(call[1]))))
-        except Exception:
-            if model is truth:
-                return -1.0
-            return float("inf")
-    worst = 0.0
-    for name, value in results[0].items():
-        other = results[1].get(name)
+    expected, found = results(truth, call), results(converted, call)
+    worst = 0.0 if expected else -1.0
+    for name, value in expected.items():
+        other = found.get(name)
         if other is None or other.shape != value.shape:
             return float("inf")
         size = float(value.double().norm())
@@ -201,8 +235,9 @@ def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> 
 
 def _in_float64(inputs: Mapping[str, Any]) -> Row:
     import torch
+    from torch.utils._pytree import tree_map
 
-    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    return tree_map(lambda v: v.double() if torch.is_tensor(v) and v.is_floating_point() else v, dict(inputs))
 
 
 if __name__ == "__main__":

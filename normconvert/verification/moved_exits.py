@@ -1,0 +1,75 @@
+"""By how much the ways out move that a plan lists: hidden states, features, intermediate layers.
+
+Their values are kept while a model runs on the probes; only the first of each, since it is a figure, not a verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Values = dict[str, Tensor]
+Rows = Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def kept_exits(model: nn.Module, rows: Rows, inputs: Mapping[str, Any]) -> Iterator[Values]:
+    """Path of a module, or name of a method -> the first floating tensor that it returns.
+
+    Args:
+        model: run within the block; its methods are called after it.
+        rows: ``shifted_doors`` of a plan.
+        inputs: of the model, for its methods.
+    """
+    modules, found = dict(model.named_modules()), Values()
+    with ExitStack() as stack:
+        for path in {str(row["output"]) for row in rows} & modules.keys() - {""}:
+            stack.callback(modules[path].register_forward_hook(_keeping(found, path)).remove)
+        yield found
+    for name in dict.fromkeys(str(row["door"]) for row in rows if not row["output"]):
+        # A way out may be none of the model's own methods: timm's `features_only` makes another model.
+        if callable(method := getattr(model, name, None)):
+            taken = inspect.signature(method).parameters
+            with contextlib.suppress(Exception), torch.no_grad():
+                _keep(found, name, method(**{k: v for k, v in inputs.items() if k in taken}))
+
+
+def _keeping(found: Values, path: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        _keep(found, path, output)
+
+    return hook
+
+
+def _keep(found: Values, name: str, output: Any) -> None:
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
+    )
+    first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if first is not None:
+        found.setdefault(name, first.detach().clone())
+
+
+def movements(rows: Rows, before: Values, after: Values) -> dict[str, float]:
+    """Way out -> the largest ||y' - y|| / ||y|| of what it returns; inf where it has another shape."""
+    found: dict[str, float] = {}
+    for row in rows:
+        key = str(row["output"] or row["door"])
+        if key in before and key in after:
+            door = str(row["door"])
+            found[door] = max(found.get(door, 0.0), _distance(after[key], before[key]))
+    return found
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return math.inf
+    size = float(expected.double().norm())
+    return float((found.double() - expected.double()).norm()) / size if size > 0 else 0.0
