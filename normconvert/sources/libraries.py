@@ -68,10 +68,15 @@ def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
     if source.library == "timm":
         from normconvert.sources import timm_models
 
-        return timm_models.load(source, dtype).eval()
-    from normconvert.sources import transformers_models
+        model, missing = timm_models.load(source, dtype)
+    else:
+        from normconvert.sources import transformers_models
 
-    return transformers_models.load(source, dtype).eval()
+        model, missing = transformers_models.load(source, dtype)
+    # The libraries leave what is missing at random values, and at most warn.
+    state = model.state_dict()
+    _check_missing(source, model, state, set(state) - missing, source.tied)
+    return model.eval()
 
 
 def map_names(source: Source) -> Mapping:

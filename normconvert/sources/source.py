@@ -106,7 +106,7 @@ class Source:
             device: where to put it.
 
         Raises:
-            InputError: the library refuses the files.
+            InputError: the library refuses the files, or finds no values for a weight in them.
         """
         return self.models.load(self, dtype or self.dtype).to(device)
 

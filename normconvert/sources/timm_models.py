@@ -163,10 +163,14 @@ def _load_filtered(source: Source) -> nn.Module:
         return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
-def load(source: Source, dtype: torch.dtype) -> nn.Module:
-    """timm's factory, then the weights."""
+def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
+    """timm's factory, then the weights.
+
+    Returns:
+        The model, and the names of its ``state_dict`` for which there were no weights.
+    """
     if source.merged:
-        return _load_filtered(source).to(dtype)
+        return _load_filtered(source).to(dtype), set()
     with NoRandomInit():
         model = _create(source)
     # Before the weights, which have the shapes that these edits give.
@@ -174,7 +178,7 @@ def load(source: Source, dtype: torch.dtype) -> nn.Module:
     model = model.to(dtype)
     weights = {target: source.read(name) for name, target in source.name_map.items()}
     try:
-        model.load_state_dict(weights, strict=False)  # what must be there was checked when the source was opened
+        missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
         raise InputError(f"{source.reference}: timm cannot load it: {str(error).splitlines()[-1].strip()}") from error
-    return model
+    return model, set(missing)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.files.pickle_file import read_pickle
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
 
@@ -246,28 +247,52 @@ def rename(
     return ordered, frozenset(merged), dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def load(source: Source, dtype: torch.dtype) -> nn.Module:
-    """``from_pretrained`` of the plain class on the source's folder."""
+def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
+    """``from_pretrained`` of the plain class on the source's weights.
+
+    Returns:
+        The model, and the names of its ``state_dict`` for which no weights were found.
+    """
     model_class: Any = _model_class(source, _config(source))
     # The plain class would refuse the shapes of a converted folder.
     if source.modules:
         from normconvert.runtime import converted_class
 
         model_class = converted_class(model_class)
+    options = {"config": _config(source), "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         with quiet():
-            model, info = model_class.from_pretrained(
-                source.folder, config=_config(source), dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            if source.is_pickle:
+                model, info = model_class.from_pretrained(None, **options, **_unwrapped(source))
+                model.name_or_path = model.config.name_or_path = str(source.folder)
+            else:
+                model, info = model_class.from_pretrained(source.folder, **options)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(error)}") from error
     # A merge that failed may be reported only, and not raised.
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(ValueError(str(errors)))}")
-    assert hasattr(model, "eval")
-    loaded: nn.Module = model
-    return loaded
+    return model, set(info["missing_keys"])
+
+
+def _unwrapped(source: Source) -> dict[str, Any]:
+    """What ``from_pretrained`` is given in place of the folder: it would find pickled weights as training wrapped them.
+
+    Read anew, since the model may keep their memory and change it.
+    """
+    from transformers import GenerationConfig
+
+    weights = {name: value for file in source.files for name, value in read_pickle(file).items()}
+    try:
+        generation = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    except OSError:  # as from_pretrained finds it where there is no file of its own
+        generation = GenerationConfig.from_pretrained(
+            source.folder, "config.json", local_files_only=True, _from_model_config=True
+        )
+    return {"state_dict": weights, "generation_config": generation}
 
 
 @contextmanager
