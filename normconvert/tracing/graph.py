@@ -31,6 +31,7 @@ from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, withou
 from normconvert.tracing.lean_export import lean_export
 from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
+from normconvert.tracing.output_paths import named_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
 
@@ -315,12 +316,12 @@ def _outputs(program: Any, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     user = [value for spec, value in zip(specs, flat, strict=True) if spec.kind.name == "USER_OUTPUT"]
     spec = program.call_spec.out_spec
     try:
-        keyed, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(user))), spec))
-        labels = [pytree.keystr(path).strip("[].'\"") or "output" for path, _ in keyed]
+        rebuilt = named_values(pytree.tree_unflatten(list(range(len(user))), spec))
+        labels = {index: name for name, index in rebuilt if isinstance(index, int)}
     except Exception:  # an output class that cannot be rebuilt: number the outputs
-        labels = [str(i) for i in range(len(user))]
+        labels = {}
     names: dict[fx.Node, tuple[str, ...]] = {}
-    for label, value in zip(labels, user, strict=False):
+    for index, value in enumerate(user):
         if isinstance(value, fx.Node):
-            names[value] = (*names.get(value, ()), label)
+            names[value] = (*names.get(value, ()), labels.get(index, str(index)))
     return names

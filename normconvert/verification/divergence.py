@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.verification.fidelity import channel_axes, distance, flatten
+from normconvert.tracing.output_paths import tensors_in
+from normconvert.verification.fidelity import channel_axes, distance
 
 Call = tuple[str, int]
 """A module's path, and which of its calls in one run of the model."""
@@ -132,7 +133,7 @@ def watch_leaves(model: nn.Module, see: Callable[[Call, Tensor], None]) -> Itera
     def watch(path: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             number = counts[path] = counts.get(path, -1) + 1
-            for value in list(flatten(output).values())[:1]:
+            for value in list(tensors_in(output).values())[:1]:
                 see((path, number), value)
 
         handles.append(module.register_forward_hook(hook))

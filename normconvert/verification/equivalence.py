@@ -92,7 +92,6 @@ def verify_models(
     tolerance: float = TOLERANCE,
     rounding_tolerance: float = ROUNDING_TOLERANCE,
     converted_norms: Sequence[str] = (),
-    shifted_outputs: set[str] | frozenset[str] = frozenset(),
     plan: Plan | None = None,
     seed: int = 0,
 ) -> Fidelity:
@@ -107,8 +106,7 @@ def verify_models(
         tolerance: for the algebra; see :func:`tolerance_for`.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
-        shifted_outputs: outputs whose per-token mean may change; compared with it removed.
-        plan: replayed if `algebra` is None.
+        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
         seed: for models that draw random numbers even in eval mode.
 
         Models may be given as functions that make them; then at most two of them are in memory at once.
@@ -116,7 +114,7 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted = frozenset(shifted_outputs)
+    shifted = frozenset(plan.shifted_outputs if plan is not None else ())
     # One model after another, each freed as its function returns: at most two are in memory at once.
     original_run, probes, dtype = _run_original(original, probes, seed)
     test = _Test(tuple(probes), dtype, seed, shifted, tolerance)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from normconvert.errors import InputError
 from normconvert.runtime import Absorbed
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import Call, apart, channel_axis, comparable, mean_over_rms, watch_leaves
 from normconvert.verification.equivalence import recorded_plan
-from normconvert.verification.fidelity import flatten, next_token_loss
+from normconvert.verification.fidelity import next_token_loss
 from normconvert.verification.probe_runs import algebra_model, cast, plain_experts, run_model
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dty
         except Exception as error:  # a probe that does not fit; the next may
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             continue
-        for number, value in enumerate(flatten(output).values()):
+        for number, value in enumerate(tensors_in(output).values()):
             keep((OUTPUT, number), value)
         return probe, record
     raise InputError(f"cannot measure: the original model runs on none of the probes ({reason})")
@@ -240,7 +241,7 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
 
     with watch_leaves(model, compare):
         output = _run(model, probe, dtype)
-    for number, value in enumerate(flatten(output).values()):
+    for number, value in enumerate(tensors_in(output).values()):
         compare((OUTPUT, number), value)
     return errors
 

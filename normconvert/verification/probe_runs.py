@@ -16,8 +16,9 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
 from normconvert.tracing.model_copy import copy_model
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe
-from normconvert.verification.fidelity import Outputs, flatten
+from normconvert.verification.fidelity import Outputs
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
 
 
@@ -127,7 +128,7 @@ def run_model(
             raise
         except Exception as error:  # a probe that the original cannot take is skipped, with its reason
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-        return {name: value.cpu() for name, value in flatten(output).items()}
+        return {name: value.cpu() for name, value in tensors_in(output).items()}
 
     calls = [partial(one, probe) for probe in probes]
     with default_dtype(shared if lazy else usual):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import mean_over_rms
 from normconvert.verification.equivalence import algebra_model, compare_models, tolerance_for, verify, verify_models
-from normconvert.verification.fidelity import distance, flatten, next_token_loss, ratio
+from normconvert.verification.fidelity import distance, next_token_loss, ratio
 from tests.support.perturb import perturb
 
 
@@ -197,12 +198,12 @@ def test_rounding_ratio_does_not_divide_by_luck() -> None:
 
 def test_caches_and_integers_are_no_outputs() -> None:
     output = {"logits": torch.zeros(2), "past_key_values": (torch.ones(1),), "ids": torch.ones(2, dtype=torch.int64)}
-    assert list(flatten({**output, "hidden_states": (torch.zeros(1), torch.zeros(1))})) == [
+    assert list(tensors_in({**output, "hidden_states": (torch.zeros(1), torch.zeros(1))})) == [
         "logits",
         "hidden_states.0",
         "hidden_states.1",
     ]
-    assert list(flatten(torch.zeros(3))) == ["output"]
+    assert list(tensors_in(torch.zeros(3))) == ["output"]
 
 
 class Picky(nn.Module):

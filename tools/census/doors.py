@@ -176,14 +176,14 @@ def difference(truth: Any, converted: Any, call: tuple[str, dict[str, Any]]) -> 
     """The worst relative difference of a call's results; -1 if the original does not take the call."""
     import torch
 
-    from normconvert.verification.fidelity import flatten
+    from normconvert.tracing.output_paths import tensors_in
 
     results = []
     for model in (truth, converted):
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                results.append(flatten(getattr(model, call[0])(**_in_float64(call[1]))))
+                results.append(tensors_in(getattr(model, call[0])(**_in_float64(call[1]))))
         except Exception:
             if model is truth:
                 return -1.0
