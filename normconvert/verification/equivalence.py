@@ -350,16 +350,9 @@ def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:
 
 def _loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
     """Makes a checkpoint's model: with the plan's module edits if normconvert wrote it, else as the library does."""
+    from normconvert.sources.converted import load_opened
 
-    def load() -> nn.Module:
-        if source.record is not None and source.folder is not None:
-            from normconvert.sources.converted import load as load_converted
-
-            return load_converted(source.folder, dtype=dtype, device=device)
-        model: nn.Module = source.load(dtype=dtype, device=device)
-        return model
-
-    return load
+    return partial(load_opened, source, dtype=dtype, device=device)
 
 
 def _lazy_loader(

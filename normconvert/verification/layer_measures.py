@@ -27,7 +27,6 @@ from normconvert.verification.probe_runs import algebra_model, cast, plain_exper
 
 if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
-    from normconvert.sources import Source
 
 AGREE = 1e-6
 """Modules closer than this in float64 compute the same; a conversion changes others on purpose, by far more."""
@@ -144,6 +143,7 @@ def measure(
         InputError: a checkpoint cannot be read, or no probe runs.
     """
     from normconvert.sources import open_source
+    from normconvert.sources.converted import load_opened
 
     first = open_source(str(a), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
     second = open_source(str(b), trust_remote_code=trust_remote_code)
@@ -152,17 +152,17 @@ def measure(
     probes = verification_inputs(first.skeleton(), seed=seed, tokenizer=first.tokenizer())
     texts = [probe for probe in probes if probe.name.startswith("text")]
 
-    truth = first.load(dtype=torch.float64, device=device)
+    truth = load_opened(first, dtype=torch.float64, device=device)
     # Text first: what random tokens do to the layers is not what users will see.
     probe, record = _first_that_runs(truth, [*texts, *probes], used)
-    edited = algebra_model(truth, plan) if plan is not None else _load(second, torch.float64, device)
+    edited = algebra_model(truth, plan) if plan is not None else load_opened(second, dtype=torch.float64, device=device)
     algebra = _errors(edited, probe, used, record)
     del truth, edited
 
     paths = [verdict.path for verdict in plan.verdicts] if plan is not None else []
     sides, inputs, losses, parameters = [], [], [], {}
     for name, source in (("original", first), ("converted", second)):
-        model = first.load(dtype=used, device=device) if source is first else _load(second, used, device)
+        model = load_opened(source, dtype=used, device=device)
         parameters[name] = sum(p.numel() for p in model.parameters())
         with _norm_inputs(model, paths) as read:
             sides.append(_errors(model, probe, used, record))
@@ -184,14 +184,6 @@ def measure(
         architecture=first.architecture,
         library=first.library,
     )
-
-
-def _load(source: Source, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    if source.record is not None and source.folder is not None:
-        from normconvert.sources.converted import load
-
-        return load(source.folder, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code)
-    return source.load(dtype=dtype, device=device)
 
 
 def _run(model: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:

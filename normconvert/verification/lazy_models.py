@@ -20,9 +20,9 @@ from normconvert.files.safetensors_file import dtype_name, map_tensor, read_tens
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.conversion_record import read_record
 from normconvert.plan.edits import Edit, apply_edits
 from normconvert.sources import timm_models, transformers_models
+from normconvert.sources.converted import recorded_edits
 from normconvert.sources.source import Source
 from normconvert.verification.lazy_weights import LazyWeight
 
@@ -119,11 +119,7 @@ def lazy_model(
 
     _refuse(source)
     model, dtypes = _empty(source, dtype)
-    edits: Sequence[Mapping[str, Any]] = source.modules
-    if not edits and source.record is not None and source.folder is not None:  # as loading.load takes them
-        edits = read_record(source.folder)["modules"]
-    if plan is not None:
-        edits = [*edits, *plan.modules]
+    edits = [*(recorded_edits(source) or ()), *(plan.modules if plan is not None else ())]
     files = _Files(source)
     _load_buffers(files, model)
     try:
