@@ -153,21 +153,6 @@ def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
             )
 
 
-def load_any(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """A checkpoint, converted or not: as :func:`load` where there is a record, else as its library loads it.
-
-    Raises:
-        InputError: as :func:`load`, but for the record.
-    """
-    return load_opened(open_any(path, trust_remote_code=trust_remote_code), dtype=dtype, device=device)
-
-
 def huggingface_files(
     config: dict[str, Any], plan: Plan, architecture: str, *, own_code: bool = False
 ) -> dict[str, str | bytes]:

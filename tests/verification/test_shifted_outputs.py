@@ -37,7 +37,8 @@ def test_what_may_shift_is_data_of_the_plan_for_nested_outputs_too(tmp_path: Pat
     text = {**sizes, "vocab_size": 101, "max_position_embeddings": 16, "eos_token_id": 2}
     vision = {**sizes, "image_size": 32, "patch_size": 16}
     config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    perturb(hf.CLIPModel(config).eval()).save_pretrained(tmp_path / "in")
+    model: Any = perturb(hf.CLIPModel(config).eval())
+    model.save_pretrained(tmp_path / "in")
     report = normconvert.convert(tmp_path / "in", tmp_path / "out", allow_shifted_outputs=True)
     assert report.plan.shifted_outputs == ["vision_model_output.last_hidden_state"]
     assert "shifted outputs: vision_model_output.last_hidden_state" in report.notes
