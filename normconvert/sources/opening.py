@@ -111,9 +111,18 @@ def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def open_folder(
-    reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool, found: Found | None
+    reference: str,
+    folder: Path,
+    commit: str | None,
+    arch: str | None,
+    trust: bool,
+    found: Found | None,
+    attach: Callable[[Source], Source] | None = None,
 ) -> Source:
-    """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
+    """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub.
+
+    ``attach`` gives the source what fetches its tensors, before any is read.
+    """
     config_file = folder / "config.json"
     # Whoever names an architecture means it, whatever a config.json says.
     config = load_json(config_file) if config_file.is_file() and arch is None else {}
@@ -124,7 +133,7 @@ def open_folder(
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
     weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
-    return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
+    return _finish(reference, folder, weights, config, arch, record, commit, trust, found, attach)
 
 
 def _finish(
@@ -137,6 +146,7 @@ def _finish(
     commit: str | None,
     trust: bool,
     found: Found | None,
+    attach: Callable[[Source], Source] | None = None,
 ) -> Source:
     from normconvert.sources.libraries import LibraryModels, describe, map_names
 
@@ -160,6 +170,7 @@ def _finish(
         pickled=checkpoint.pickled,
         modules=structural_edits(folder) if folder is not None else (), notes=notes,
     )  # fmt: skip
+    source = source if attach is None else attach(source)
     # The names can be mapped only when the class is known, so the source is made in two steps.
     source = describe(source)
     mapping = map_names(source)
@@ -169,6 +180,7 @@ def _finish(
         one_to_one=not mapping.merged,
         buffers=mapping.buffers,
         tied=mapping.tied,
+        apart=mapping.apart,
         merged=mapping.merged,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,7 @@ def build_meta(source: Source) -> nn.Module:
             model: Any = model_class._from_config(config, dtype=source.dtype)
             if any(not p.is_meta for p in model.parameters()):  # torch.FloatTensor(n) heeds no device in force
                 model.to("meta").tie_weights()
+            _keep_apart(model, source.apart)
     except Exception as error:
         raise InputError(
             f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
@@ -183,6 +184,7 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
     try:
         with quiet():
             model: Any = model_class._from_config(config, dtype=dtype)
+            _keep_apart(model, source.apart)
             # Private as well: nothing public says which parameters from_pretrained keeps in float32.
             exceptions = model._get_dtype_plan(dtype)
     except Exception as error:
@@ -275,7 +277,19 @@ def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(ValueError(str(errors)))}")
+    _keep_apart(model, source.apart)
     return model, set(info["missing_keys"])
+
+
+def _keep_apart(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each name a parameter of its own, as ``from_pretrained`` does: see :attr:`Source.apart`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        # Another class of the family may have no such head. What has values of its own already keeps them.
+        if name in parameters and sum(p is parameters[name] for p in parameters.values()) > 1:
+            path, _, leaf = name.rpartition(".")
+            own = type(parameters[name])(parameters[name].detach().clone(), parameters[name].requires_grad)
+            model.get_submodule(path).register_parameter(leaf, own)
 
 
 def _unwrapped(source: Source) -> dict[str, Any]:
