@@ -35,7 +35,9 @@ def open_source(
     trust_remote_code: bool = False,
     found: Found | None = None,
 ) -> Source:
-    """Open a checkpoint: find its files, check them, and map its tensors to the model's names. No weight is read.
+    """Open a checkpoint: find its files, check them, and map its tensors to the model's names.
+
+    No weight is read, but for those that the model ties and the files hold under both names: they may differ.
 
     Args:
         reference: a folder (transformers or timm), a weight file, a hub id (``name``, ``org/name``, ``…@revision``)

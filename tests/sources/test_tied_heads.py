@@ -12,25 +12,9 @@ from torch import Tensor, nn
 import normconvert
 from normconvert.sources import open_source
 from normconvert.sources.tensor_names import names_apart
-from tests.support.tiny_checkpoints import gpt2
+from tests.support.tiny_checkpoints import save_with_head
 
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
-
-
-def save(folder: Path, form: str = "safetensors", head: float = 0.5) -> Path:
-    """A GPT-2 whose config ties head and table, and whose files hold both, ``head`` apart."""
-    model: Any = gpt2()
-    model.save_pretrained(folder)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    state[HEAD] += head * torch.randn(state[HEAD].shape)
-    if form == "bin":
-        (folder / "model.safetensors").unlink()
-        torch.save(state, folder / "pytorch_model.bin")
-    else:
-        from safetensors.torch import save_file
-
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def logits(model: Any) -> Tensor:
@@ -50,7 +34,7 @@ def original(folder: Path) -> nn.Module:
     ("method", "form"), [("rmsnorm", "safetensors"), ("crmsnorm", "safetensors"), ("crmsnorm", "bin")]
 )
 def test_a_head_that_differs_from_its_table_is_kept(method: str, form: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "in", form)
+    folder = save_with_head(tmp_path / "in", form)
     truth = logits(original(folder))
     report = normconvert.convert(folder, tmp_path / "out", method, tied="untie", verify=form == "bin")
     assert report.plan.converted
@@ -59,7 +43,7 @@ def test_a_head_that_differs_from_its_table_is_kept(method: str, form: str, tmp_
 
 
 def test_a_model_is_built_as_it_is_loaded(tmp_path: Path) -> None:
-    source = open_source(str(save(tmp_path / "in")))
+    source = open_source(str(save_with_head(tmp_path / "in")))
     for model in (source.skeleton(), source.load()):
         assert model.get_parameter(HEAD) is not model.get_parameter(TABLE)
     assert source.tied == ()
@@ -68,7 +52,7 @@ def test_a_model_is_built_as_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_head_that_equals_its_table_is_tied(tmp_path: Path) -> None:
-    source = open_source(str(save(tmp_path / "in", head=0.0)))
+    source = open_source(str(save_with_head(tmp_path / "in", head=0.0)))
     assert source.tied == ((TABLE, HEAD),)
     model = source.skeleton()
     assert model.get_parameter(HEAD) is model.get_parameter(TABLE)
