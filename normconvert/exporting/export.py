@@ -327,7 +327,10 @@ def _compare(run: Run, wanted: Run, probes: Sequence[Mapping[str, Any]]) -> floa
 def _quiet() -> Iterator[None]:
     import logging
 
-    with warnings.catch_warnings():
+    from normconvert.runtime import process_lock
+
+    # What follows, and what the exporters do, is of the whole process.
+    with process_lock(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         level = logging.root.manager.disable
         # All loggers: the exporters have one for each module.

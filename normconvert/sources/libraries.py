@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
+from normconvert.runtime import one_at_a_time
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
 from normconvert.sources.tensor_names import missing_names, names_apart, tied_groups
@@ -30,6 +31,7 @@ class Mapping:
     apart: frozenset[str]
 
 
+@one_at_a_time
 def describe(source: Source) -> Source:
     """Fill in ``architecture`` (and, for a bare file, ``config``)."""
     if source.library == "timm":
@@ -43,6 +45,7 @@ def describe(source: Source) -> Source:
     return transformers_models.describe(source)
 
 
+@one_at_a_time
 def build_skeleton(source: Source) -> nn.Module:
     """See :meth:`Source.skeleton`."""
     import torch
@@ -65,6 +68,7 @@ def build_skeleton(source: Source) -> nn.Module:
     return model
 
 
+@one_at_a_time
 def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
     """See :meth:`Source.load`."""
     if source.library == "timm":
@@ -81,6 +85,7 @@ def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
+@one_at_a_time
 def map_names(source: Source) -> Mapping:
     """Map checkpoint names to the model's, as the library does when it loads.
 
@@ -145,6 +150,7 @@ def _check_shapes(source: Source, name_map: dict[str, str], state: dict[str, tor
             )
 
 
+@one_at_a_time
 def load_tokenizer(source: Source) -> Any | None:
     """See :meth:`Source.tokenizer`."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normconvert.errors import TraceError
+from normconvert.runtime import one_at_a_time
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in
 from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
@@ -83,6 +84,7 @@ class Graph:
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
 
+@one_at_a_time
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None = None) -> Graph:
     """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs``.
 

@@ -6,6 +6,7 @@ model that was loaded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import Edit, apply_edits
+from normconvert.runtime import one_at_a_time
 from normconvert.sources import timm_models, transformers_models
 from normconvert.sources.converted import recorded_edits
 from normconvert.sources.source import Source
@@ -94,6 +96,7 @@ class Stored:
         return apply_edits(rows, self.edits, self.lookup).to(self.dtype) if self.edits else rows.to(self.dtype)
 
 
+@one_at_a_time
 def lazy_model(
     source: Source,
     dtype: torch.dtype,
@@ -172,12 +175,12 @@ def _build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Modules that are built meanwhile keep no memory for parameters; buffers are as ever."""
-    register = nn.Module.register_parameter
+    """Modules that this thread builds meanwhile keep no memory for parameters; buffers are as ever."""
+    register, owner = nn.Module.register_parameter, threading.get_ident()
 
     def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
-        if param is not None and not param.is_meta:
+        if param is not None and not param.is_meta and threading.get_ident() == owner:
             made = nn.Parameter(param.data.to("meta"), requires_grad=False)
             self._parameters[name] = made
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.runtime import process_lock
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe
@@ -159,13 +160,14 @@ def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Constants that models make have this dtype within."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Constants that models make have this dtype within, in the whole process: one thread at a time."""
+    with process_lock():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def plain_experts(model: nn.Module) -> None:
