@@ -41,3 +41,8 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: it ends a command as Ctrl-C does, with nothing half-way left."""
 
     exit_status = 143
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type: for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError
+from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError, first_line
 from normconvert.exporting.request import Export
 from normconvert.options import taking
 
@@ -193,7 +193,7 @@ class Flat:
                 with torch.no_grad():
                     names = [name for name, _ in self.tensors(model(**tensors, **fixed))]
             except Exception as error:  # a model may refuse a probe in any way
-                self.failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                self.failure = first_line(error)
                 continue
             self.names = self.names or names
             self.probes.append(tensors)
@@ -257,8 +257,8 @@ def _program(call: Flat) -> tuple[Any, dict[str, list[str]], list[str]]:
             continue
         note = [] if free else ["the batch size is fixed: the model does not allow another one"]
         return program, names, note
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise TraceError(f"torch.export cannot follow the model: {line[:300]}")
+    assert error is not None
+    raise TraceError(f"torch.export cannot follow the model: {first_line(error)[:300]}")
 
 
 def _save_program(call: Flat, program: Any, file: Path) -> Run:
@@ -286,8 +286,7 @@ def _save_onnx(call: Flat, program: Any, file: Path) -> Run:
     except NormConvertError:
         raise
     except Exception as error:  # the exporter and the runtime raise many kinds
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TraceError(f"ONNX cannot express the model: {line[:300]}") from error
+        raise TraceError(f"ONNX cannot express the model: {first_line(error)[:300]}") from error
     names = [i.name for i in session.get_inputs()]
 
     def run(tensors: Mapping[str, Any]) -> list[Tensor]:
@@ -311,8 +310,7 @@ def _compare(run: Run, wanted: Run, probes: Sequence[Mapping[str, Any]]) -> floa
         try:
             found = run(probe)
         except Exception as error:  # whatever a runtime raises: the file does not do its work
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FidelityError(f"the exported model does not run on a probe: {line[:300]}") from error
+            raise FidelityError(f"the exported model does not run on a probe: {first_line(error)[:300]}") from error
         if len(found) != len(expected):
             # One that is missing or too many: no number of the others makes up for it.
             return float("inf")

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.pickle_names import ALLOWED, WRAPPERS, unprefixed
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
     # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}") from error
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {first_line(error)}") from error
     tensors = _tensors(loaded)
     if not tensors:
         raise InputError(f"{path}: holds no tensors: expected a state dict, found {type(loaded).__name__}")
@@ -95,8 +95,3 @@ def _tensors(loaded: Any) -> dict[str, torch.Tensor]:
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             result[unprefixed(name)] = value.detach()
     return result
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__

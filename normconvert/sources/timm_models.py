@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
@@ -100,8 +100,7 @@ def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.M
             classes = source.config["num_classes"]
             model = timm.create_model(source.architecture, pretrained=pretrained, num_classes=classes, **options)
     except Exception as error:
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
+        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {first_line(error)}") from error
     return model
 
 

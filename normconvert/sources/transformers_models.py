@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.pickle_file import read_pickle
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
@@ -323,8 +323,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for messages of one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -6,8 +6,9 @@ truth), the plan replayed on it in float64 (the algebra), and both checkpoints i
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +17,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.runtime import Absorbed
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.divergence import Call, apart, channel_axis, comparable, mean_over_rms, watch_leaves
+from normconvert.verification.divergence import (
+    Call,
+    apart,
+    channel_axis,
+    comparable,
+    mean_over_rms,
+    watch_inputs,
+    watch_leaves,
+)
 from normconvert.verification.equivalence import recorded_plan
 from normconvert.verification.fidelity import next_token_loss
-from normconvert.verification.probe_runs import algebra_model, cast, plain_experts, run_model
+from normconvert.verification.probe_runs import (
+    algebra_model,
+    constant_dtypes,
+    floating_dtype,
+    inputs_of,
+    prepare,
+    run_model,
+    run_once,
+)
 
 if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
@@ -154,9 +171,9 @@ def measure(
 
     truth = load_opened(first, dtype=torch.float64, device=device)
     # Text first: what random tokens do to the layers is not what users will see.
-    probe, record = _first_that_runs(truth, [*texts, *probes], used)
+    measured, record = _first_that_runs(truth, [*texts, *probes], used)
     edited = algebra_model(truth, plan) if plan is not None else load_opened(second, dtype=torch.float64, device=device)
-    algebra = _errors(edited, probe, used, record)
+    algebra = _errors(edited, measured, record)
     del truth, edited
 
     paths = [verdict.path for verdict in plan.verdicts] if plan is not None else []
@@ -165,12 +182,12 @@ def measure(
         model = load_opened(source, dtype=used, device=device)
         parameters[name] = sum(p.numel() for p in model.parameters())
         with _norm_inputs(model, paths) as read:
-            sides.append(_errors(model, probe, used, record))
+            sides.append(_errors(model, measured, record))
         inputs.append(read)
         losses.append(_losses(model, texts, used))
         del model
     return Measures(
-        probe=probe.name,
+        probe=measured.probe.name,
         dtype=str(used).removeprefix("torch."),
         eps=torch.finfo(used).eps,
         layers=_layers(record, algebra, sides[0], sides[1]),
@@ -186,43 +203,51 @@ def measure(
     )
 
 
-def _run(model: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
-    sample = next(p for p in model.parameters() if p.is_floating_point())
-    inputs = {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
-    plain_experts(model.eval())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if sample.dtype == torch.float64 else before)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(**inputs)
-    finally:
-        torch.set_default_dtype(before)
+@dataclass(frozen=True)
+class _Measured:
+    """The call of the model that is looked into.
+
+    Attributes:
+        probe: its inputs.
+        dtype: floating inputs are rounded to it.
+        constants: dtype of the constants that a model in float64 makes.
+    """
+
+    probe: Probe
+    dtype: torch.dtype
+    constants: torch.dtype
+
+    def run(self, model: nn.Module, see: Callable[[Call, Tensor], None]) -> None:
+        """Run the model; ``see`` is called with the output of every leaf module, and then with the model's own."""
+        prepare(model)
+        usual = torch.get_default_dtype()
+        constants = self.constants if floating_dtype(model) == torch.float64 else usual
+        with watch_leaves(model, see):
+            output = run_once(model, inputs_of(self.probe, self.dtype, model), constants)
+        for number, value in enumerate(tensors_in(output).values()):
+            see((OUTPUT, number), value)
 
 
-def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[Probe, _Records]:
+def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[_Measured, _Records]:
     """The first probe that the original can run, and everything it computes then."""
     reason = "there are none"
-    for probe in probes:
-        record = _Records()
+    for probe, constants in itertools.product(probes, constant_dtypes(truth)):
+        measured, record = _Measured(probe, dtype, constants), _Records()
 
         def keep(call: Call, value: Tensor, record: _Records = record) -> None:
             record.calls.append(call)
             record.values[call] = value.to("cpu", copy=True)
 
         try:
-            with watch_leaves(truth, keep):
-                output = _run(truth, probe, dtype)
+            measured.run(truth, keep)
         except Exception as error:  # a probe that does not fit; the next may
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            continue
-        for number, value in enumerate(tensors_in(output).values()):
-            keep((OUTPUT, number), value)
-        return probe, record
+            reason = first_line(error)
+        else:
+            return measured, record
     raise InputError(f"cannot measure: the original model runs on none of the probes ({reason})")
 
 
-def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records) -> dict[Call, float]:
+def _errors(model: nn.Module, measured: _Measured, truth: _Records) -> dict[Call, float]:
     """Relative error of every module's output that the truth has too, in the same shape."""
     errors: dict[Call, float] = {}
 
@@ -231,10 +256,7 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
         if expected is not None and expected.shape == value.shape:
             errors[call] = apart(expected, value.to("cpu", torch.float64))
 
-    with watch_leaves(model, compare):
-        output = _run(model, probe, dtype)
-    for number, value in enumerate(tensors_in(output).values()):
-        compare((OUTPUT, number), value)
+    measured.run(model, compare)
     return errors
 
 
@@ -242,27 +264,16 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
 def _norm_inputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tuple[float, float]]]:
     """While open, collects (largest |mean|/rms, rms) of what every norm reads, at its first call."""
     read: dict[str, tuple[float, float]] = {}
-    handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if path not in read and x is not None and x.numel() and x.is_floating_point():
-                rms = float(x.detach().double().square().mean().sqrt())
-                read[path] = mean_over_rms(x, channel_axis(module, x)), rms
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def see(path: str, module: nn.Module, x: Tensor) -> None:
+        if path not in read and x.is_floating_point():
+            rms = float(x.detach().double().square().mean().sqrt())
+            read[path] = mean_over_rms(x, channel_axis(module, x)), rms
 
     modules = dict(model.named_modules())
-    try:
-        for path in paths:
-            module = modules.get(path)
-            if module is not None and not isinstance(module, (Absorbed, nn.Identity)):  # gone: it was fused
-                watch(path, module)
+    gone = (Absorbed, nn.Identity, type(None))  # it was fused
+    with watch_inputs(model, [path for path in paths if not isinstance(modules.get(path), gone)], see):
         yield read
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(
