@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from normconvert.sources.opening import Found
     from normconvert.verification.fidelity import Fidelity
 
-SHIFTED = "shifted outputs: "
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 Failure = TypeVar("Failure", bound=NormConvertError)
@@ -347,7 +346,6 @@ def _fidelity(
     from normconvert.verification.limits import judge_limits
 
     dtype = stored or source.dtype
-    shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")
     trust = source.trust_remote_code
     probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer())
     fidelity = verify_models(
@@ -360,7 +358,6 @@ def _fidelity(
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
         rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", math.inf)),
         converted_norms=watched_norms(plan),
-        shifted_outputs=set(shifted.removeprefix(SHIFTED).split(", ")) - {""},
     )
     return judge_limits(fidelity, limits)
 

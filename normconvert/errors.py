@@ -53,3 +53,8 @@ class HungUp(Terminated):
     """SIGHUP: the terminal is gone."""
 
     exit_status = 129
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type: for messages of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 
 METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
@@ -312,5 +312,5 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"device {device!r} cannot be used here: {reason}") from error

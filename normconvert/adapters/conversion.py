@@ -126,10 +126,10 @@ def _loader(reference: str, revision: str | None, trust: bool) -> Loader:
     """Makes the model of a checkpoint, converted or not, in a dtype or in its own."""
 
     def load(dtype: torch.dtype | None) -> nn.Module:
-        from normconvert.sources.converted import load_any
+        from normconvert.sources.converted import load_opened, open_any
 
         at = f"{reference}@{revision}" if revision is not None else reference
-        return load_any(at, dtype=dtype, trust_remote_code=trust)
+        return load_opened(open_any(at, trust_remote_code=trust), dtype=dtype)
 
     return load
 

@@ -5,14 +5,16 @@ It needs memory for the whole model, and is taken only where names do not map on
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from normconvert.apply.source_reader import check_finite
+from normconvert.apply.source_reader import check_finite, is_finite, overflows
 from normconvert.errors import InputError
+from normconvert.files.safetensors_file import FLOATING, torch_dtype
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, limited
 
@@ -29,9 +31,13 @@ def save_loaded(
         Model names of the edited tensors, and how many were not edited.
 
     Raises:
-        InputError: the plan names a tensor the model does not have, or a weight is not finite.
+        InputError: the plan names a tensor the model does not have, or a weight is not finite, or not in ``dtype``.
     """
-    model = source.load()
+    # In a dtype that holds every tensor of the files: they are rounded once, at the end.
+    stored = (torch_dtype(info.dtype) for info in source.tensors.values() if info.dtype in FLOATING)
+    wide = reduce(torch.promote_types, stored)
+    dtype = source.dtype if dtype is None and wide != source.dtype else dtype
+    model = source.load(dtype=wide)
     state: dict[str, Tensor] = dict(model.state_dict())
     for name, _ in model.named_parameters():
         check_finite(name, state[name])
@@ -48,17 +54,22 @@ def save_loaded(
     try:
         # All are computed before one is assigned: edits read the source's values, and `state` is the model's memory.
         edited = {
-            name: apply_edits(start(name, rows), limited(rows, limit), lookup).to(start(name, rows).dtype)
-            for name, rows in plan.tensors.items()
+            name: apply_edits(start(name, rows), limited(rows, limit), lookup) for name, rows in plan.tensors.items()
         }
     except KeyError as error:
         raise InputError(f"the plan edits tensor {error}, which {source.architecture} does not have") from error
     # Only now: the values above were computed from the shapes that the source has.
     _shape(model, plan)
-    for name, value in edited.items():
-        _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
     if dtype is not None:
         model = model.to(dtype)
+    for name, value in edited.items():
+        _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
+    infinite = {name for name, rows in plan.tensors.items() if any(row["op"] == "bound" for row in rows)}
+    for name, parameter in model.named_parameters():
+        if name not in infinite and not is_finite(parameter.detach()):
+            # `state` holds the source's values still where the model was cast.
+            original = state.get(name)
+            raise overflows(name, original if original is None or is_finite(original) else None, parameter.dtype)
     save_model(source, plan, model, folder, max_shard_size)
     return tuple(edited), len(state) - len(edited)
 
@@ -75,6 +86,7 @@ def _assign(model: nn.Module, name: str, value: Tensor, untied: bool) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     old: Tensor = getattr(module, leaf)
+    value = value.to(old.dtype)
     # In place it would write through to the table that it is a copy of.
     if untied:
         setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))

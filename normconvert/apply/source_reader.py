@@ -19,6 +19,7 @@ from normconvert.errors import InputError
 from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 APART = 1 << 28
@@ -38,6 +39,12 @@ def check_finite(name: str, values: Tensor, file: Path | None = None) -> None:
         where = f"{file}: " if file else ""
         found = "a value that is" if bad.numel() == 1 else f"{bad.numel()} values that are"
         raise InputError(f"{where}tensor {name} holds {found} NaN or infinite ({bad[0].item()})")
+
+
+def overflows(name: str, original: Tensor | None, dtype: torch.dtype) -> InputError:
+    """The refusal of a tensor that is finite in its own dtype and infinite in ``dtype``."""
+    size = f" (up to {float(original.abs().max()):.3g})" if original is not None else ""
+    return InputError(f"tensor {name}{size} overflows {dtype}: choose another --dtype")
 
 
 def is_finite(values: Tensor) -> bool:

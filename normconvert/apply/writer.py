@@ -24,7 +24,7 @@ from torch import Tensor
 from normconvert.apply.blocks import Workspace, block_dimension, centres_rows, edit_rows, edit_whole, mean_of_rows
 from normconvert.apply.layout import Layout, OutFile, OutTensor
 from normconvert.apply.scan import all_finite
-from normconvert.apply.source_reader import SourceReader, check_finite
+from normconvert.apply.source_reader import SourceReader, check_finite, overflows
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_tensor, torch_dtype
 from normconvert.files.tensor_info import TensorInfo
@@ -247,13 +247,12 @@ class Writer:
             return
         if any(edit["op"] == "bound" for edit in tensor.edits):  # infinite where there is none
             return
-        size = ""
+        original = None
         if not any(edit["op"] == "new" for edit in tensor.edits):
             # The source may be at fault: the pass over the files has perhaps not come to it yet.
             original = self._source.read(tensor.origin)
             check_finite(tensor.origin, original)
-            size = f" (up to {float(original.abs().max()):.3g})"
-        raise InputError(f"tensor {tensor.name}{size} overflows {torch_dtype(tensor.dtype)}: choose another --dtype")
+        raise overflows(tensor.name, original, torch_dtype(tensor.dtype))
 
     def _is_parameter(self, tensor: OutTensor) -> bool:
         return self._source.name_map.get(tensor.origin, "") not in self._no_parameters

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.tensor_info import check_name
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _load(path: Path) -> Any:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
     # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {_first_line(error)}") from error
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {first_line(error)}") from error
     return loaded
 
 
@@ -166,8 +166,3 @@ def _stored(value: torch.Tensor) -> int:
         return value.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # sparse tensors and the like, which have none
         return 0
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__

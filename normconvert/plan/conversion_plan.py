@@ -55,6 +55,8 @@ class Plan:
         doors: arguments of ``forward`` other than the usual ones for which the proof holds, too.
         untraced_doors: those for which nothing is proved.
         shifted_doors: ways out that give a stream without its mean, rows ``{"door", "output"}``.
+        shifted_outputs: outputs whose per-token mean changes, as :func:`normconvert.tracing.output_paths.named_values`
+            names them (only with ``--allow-shifted-outputs``).
     """
 
     method: str
@@ -71,6 +73,7 @@ class Plan:
     doors: list[str] = field(default_factory=list)
     untraced_doors: list[str] = field(default_factory=list)
     shifted_doors: list[dict[str, Any]] = field(default_factory=list)
+    shifted_outputs: list[str] = field(default_factory=list)
 
     @property
     def converted(self) -> list[Verdict]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from normconvert import __version__
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.child_interpreter import child_interpreter
 from normconvert.recipes.claim import discard
 from normconvert.recipes.job import Event, Job, Result
@@ -91,7 +91,7 @@ def connect(address: str) -> Any:
     try:
         ray.init(address=named, **options)
     except Exception as error:
-        raise _unreachable(named, _first_line(error)) from error
+        raise _unreachable(named, first_line(error)) from error
     return ray
 
 
@@ -136,10 +136,6 @@ def reach(address: str) -> None:
 
 def _unreachable(address: str, reason: str) -> InputError:
     return InputError(f"--ray {address}: no Ray cluster answers there: {reason}; is one running (ray start --head)?")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass
@@ -221,9 +217,9 @@ class _Cluster:
             result = Result.from_json(self._ray.get(reference))
         # Before RayError, of which it is a kind: an exception of the task comes again with the next attempt.
         except errors.RayTaskError as error:  # outside of the job itself, such as a node without normconvert
-            yield _failed(attempt.index, _first_line(error.cause or error), attempt.number)
+            yield _failed(attempt.index, first_line(error.cause or error), attempt.number)
         except errors.RayError as error:
-            why = f"{type(error).__name__}: {_first_line(error).partition('. ')[0]}"
+            why = f"{type(error).__name__}: {first_line(error).partition('. ')[0]}"
             if attempt.number >= ATTEMPTS:
                 message = f"its worker died {attempt.number} times, the last time with {why}"
                 yield _failed(attempt.index, message, attempt.number)

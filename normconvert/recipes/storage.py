@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
@@ -120,7 +120,7 @@ class Store:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _failure(self, what: str, error: Exception) -> InputError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return InputError(f"{self.url}: cannot be {what}: {reason}")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.apply.output_folder import check_output
 from normconvert.apply.output_folder import replace as put_in_place
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, first_line
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
@@ -175,7 +175,7 @@ def _upload(job: Job, folder: Path, done: Result, say: Say) -> Result:
             commit_message=f"Converted by normconvert ({job.method})",
         )  # fmt: skip
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{job.output}: complete, but not uploaded to {repo}: {reason}") from error
     state = read_state(folder)
     if state is not None:

@@ -47,6 +47,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes += fold_norms(analysis, [calls[v.path] for v in verdicts if v.converted], tensors)
     modules: list[dict[str, Any]] = [insertion("center", key, axis, centring) for key, axis in inserted.items()]
     modules += [_replacement(calls[v.path][0], tensors) for v in verdicts if v.converted]
+    shifted = _shifted_outputs(analysis, converted, where) if options.allow_shifted_outputs else []
     return Plan(
         method="rmsnorm",
         tensors=tensors,
@@ -54,9 +55,10 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         modules=modules,
         config=config,
         verdicts=verdicts,
-        notes=notes + _notes(analysis, converted, where, options, float32),
+        notes=notes + _notes(shifted, float32),
         float32_norms=float32,
         shifted_doors=shifted_doors(analysis, converted, where),
+        shifted_outputs=shifted,
     )
 
 
@@ -136,16 +138,15 @@ def _needed(
     return needed, {key: used[key] for key in centring.inserted if key in used}, float32
 
 
-def _notes(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options, float32: bool
-) -> list[str]:
-    notes = []
+def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]) -> list[str]:
+    """The outputs that are a stream which converted norms read."""
     streams = {id(where[n][0]): where[n][0] for n in converted}
-    if options.allow_shifted_outputs:
-        returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
-        names = [n for leak in returned for n in analysis.graph.outputs.get(leak.spot[0], ())]
-        if names:
-            notes.append("shifted outputs: " + ", ".join(dict.fromkeys(names)))
+    returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
+    return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.spot[0], ())))
+
+
+def _notes(shifted: list[str], float32: bool) -> list[str]:
+    notes = [f"shifted outputs: {', '.join(shifted)}"] if shifted else []
     if float32:
         notes.append(
             "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"

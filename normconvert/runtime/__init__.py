@@ -15,6 +15,7 @@ from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GP
 from normconvert.runtime.edits import MODULE_EDITS, STRUCTURAL, apply_module_edits, contents
 from normconvert.runtime.hooks import Center, Compress, add_hook, center
 from normconvert.runtime.norms import NORMS, CRMSNorm, RMSNorm
+from normconvert.runtime.one_thread import one_at_a_time, process_lock
 from normconvert.runtime.padding import PADDED_FROM, Padded
 from normconvert.runtime.schema import check_module_edits
 from normconvert.runtime.shipping import shipped_source
@@ -45,5 +46,7 @@ __all__ = [
     "converted_class",
     "edits_for",
     "lift",
+    "one_at_a_time",
+    "process_lock",
     "shipped_source",
 ]

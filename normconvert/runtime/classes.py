@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normconvert.runtime.edits import apply_module_edits
+from normconvert.runtime.one_thread import one_at_a_time
 from normconvert.runtime.shipping import own_source
 
 CONFIG_KEY = "normconvert"
@@ -97,6 +98,10 @@ def converted_class(base: type) -> type:
             known = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
             self._keys_to_ignore_on_load_unexpected = {*known, f"{re.escape(section['guard'])}$"}
 
+    @one_at_a_time
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.from_pretrained.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
         if kwargs.get("is_main_process", True) and not folder.is_file():
@@ -114,6 +119,7 @@ def converted_class(base: type) -> type:
 
     body: dict[str, Any] = {"__module__": __name__, "__qualname__": name, "__doc__": base.__doc__}
     body |= {"__init__": __init__, "save_pretrained": save_pretrained, "load_adapter": load_adapter}
+    body["from_pretrained"] = classmethod(from_pretrained)
     # The library answers these by looking at the module that holds the class; the base class's module is the one meant.
     # A class that counts as custom code would be loaded without the library's renaming and merging of weights.
     for method in ("is_custom_code", "_can_set_attn_implementation", "_can_set_experts_implementation"):

@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-PARTS = ("kernels", "bases", "norms", "affine", "modules", "hooks", "padding", "schema", "edits", "own_file", "classes")
+PARTS = (
+    "one_thread", "kernels", "bases", "norms", "affine", "modules", "hooks", "padding", "schema", "edits", "own_file",
+    "classes",
+)  # fmt: skip
 """In the order of the file: each uses those before it. ``own_file`` stands for this module."""
 
 TITLE = '''\

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,36 +49,75 @@ def load(
     Raises:
         InputError: there is no conversion record, or the files are unfit for the architecture.
     """
-    from normconvert.runtime import REMOTE_FILE, apply_module_edits, converted_class
+    folder = user_path(path)
+    if folder.is_dir():
+        read_record(folder)
+    source = open_any(path, trust_remote_code=trust_remote_code)
+    # Of the folder that was opened: what came from the hub is in its cache only now.
+    read_record(source.folder or folder)
+    return load_opened(source, dtype=dtype, device=device)
+
+
+def open_any(path: str | Path, *, trust_remote_code: bool = False) -> Source:
+    """A checkpoint, converted or not; the record of a timm model without a config.json says which it is.
+
+    Raises:
+        InputError: see :func:`normconvert.sources.open_source`.
+    """
     from normconvert.sources import open_source
 
-    folder = user_path(path)
-    arch = None
-    if folder.is_dir():
+    folder, arch = user_path(path), None
+    if (folder / RECORD_FILE).is_file() and not (folder / "config.json").is_file():
         record = read_record(folder)
-        if record.get("library") == "timm" and not (folder / "config.json").is_file():
-            arch = f"timm:{record['architecture']}"
-    source = open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
-    # Of the folder that was opened: what came from the hub is in its cache only now.
-    record = read_record(source.folder or folder)
-    # The edits name modules of the recorded class; in another they might find modules of the same name.
-    if record["architecture"] != source.architecture:
-        raise InputError(
-            f"{path}: the record is of a {record['architecture']}, not of a {source.architecture}: convert again"
-        )
+        arch = f"timm:{record['architecture']}" if record["library"] == "timm" else None
+    return open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
+
+
+def load_opened(source: Source, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a source that is open: as :func:`load` where it was converted, else as its library loads it.
+
+    Raises:
+        InputError: as :func:`load`, but for the record.
+    """
+    from normconvert.runtime import REMOTE_FILE, apply_module_edits, converted_class
+
+    edits = recorded_edits(source)
     model = source.load(dtype=dtype, device=device)
-    if source.folder is not None:
-        _refuse_trained(source, source.folder, model)
+    if edits is None or source.folder is None:
+        return model
+    _refuse_trained(source, source.folder, model)
     try:
         # What the weights do not fit without has been applied while they were loaded.
-        apply_module_edits(model, () if source.modules else record["modules"])
+        apply_module_edits(model, () if source.modules else edits)
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{source.reference}: {error}") from error
     # The class that the shipped file makes, so that save_pretrained writes the edits and the file again.
     auto_map = source.config.get("auto_map") or {}
     if not source.modules and any(str(entry).startswith(f"{Path(REMOTE_FILE).stem}.") for entry in auto_map.values()):
         model.__class__ = converted_class(type(model))
     return model
+
+
+def recorded_edits(source: Source) -> Sequence[Mapping[str, Any]] | None:
+    """The module edits that a converted folder records; None if it was not converted.
+
+    Raises:
+        InputError: the record is of another model, or cannot be read.
+    """
+    if source.folder is None:
+        return None
+    try:
+        record = read_record(source.folder)
+    except NotConverted:
+        return None
+    # The edits name modules of the recorded class; in another they might find modules of the same name.
+    if record["architecture"] != source.architecture:
+        raise InputError(
+            f"{source.reference}: the record is of a {record['architecture']}, not of a {source.architecture}: "
+            "convert again"
+        )
+    edits: Sequence[Mapping[str, Any]] = record["modules"]
+    return edits
 
 
 def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
@@ -113,26 +153,6 @@ def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
                 "again): load it with transformers, without trust_remote_code, and convert what that saves without "
                 f"`auto_map` and `{CONFIG_KEY}` in its config.json"
             )
-
-
-def load_any(
-    path: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """A checkpoint, converted or not: as :func:`load` where there is a record, else as its library loads it.
-
-    Raises:
-        InputError: as :func:`load`, but for the record.
-    """
-    from normconvert.sources import open_source
-
-    try:
-        return load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    except NotConverted:
-        return open_source(str(path), trust_remote_code=trust_remote_code).load(dtype=dtype, device=device)
 
 
 def huggingface_files(

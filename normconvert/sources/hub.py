@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from normconvert.errors import InputError, Unfinished
+from normconvert.errors import InputError, Unfinished, first_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LOOK_UP = 10.0
@@ -102,7 +102,7 @@ def list_author(author: str) -> list[str]:
     try:
         found = sorted(model.id for model in huggingface_hub.HfApi().list_models(author=author))
     except Exception as error:
-        raise InputError(f"the models of {author}: the hub cannot be asked for them: {_first_line(error)}") from error
+        raise InputError(f"the models of {author}: the hub cannot be asked for them: {first_line(error)}") from error
     if not found:
         raise InputError(f"the models of {author}: the hub knows none")
     return found
@@ -176,7 +176,7 @@ def explained(repo: str, revision: str | None) -> Iterator[None]:
             f"{name}: no such folder, and not in the hub's cache while the hub is offline or cannot be reached"
         ) from error
     except Exception as error:
-        raise Unfinished(f"{name}: download failed: {_first_line(error)}") from error
+        raise Unfinished(f"{name}: download failed: {first_line(error)}") from error
 
 
 def _commit(folder: Path) -> str | None:
@@ -202,7 +202,3 @@ def _list_files(repo: str, revision: str | None) -> list[str] | None:
     except Exception:  # not cached, or cached without its listing
         return None
     return [entry.path for entry in tree]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
+from normconvert.runtime import one_at_a_time
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import in_proportion
-from normconvert.sources.tensor_names import missing_names, tied_groups
+from normconvert.sources.tensor_names import missing_names, names_apart, tied_groups
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,10 @@ class Mapping:
     merged: frozenset[str]
     buffers: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
+    apart: frozenset[str]
 
 
+@one_at_a_time
 def describe(source: Source) -> Source:
     """Fill in ``architecture`` (and, for a bare file, ``config``)."""
     if source.library == "timm":
@@ -42,6 +46,7 @@ def describe(source: Source) -> Source:
     return transformers_models.describe(source)
 
 
+@one_at_a_time
 def build_skeleton(source: Source) -> nn.Module:
     """See :meth:`Source.skeleton`."""
     import torch
@@ -64,27 +69,35 @@ def build_skeleton(source: Source) -> nn.Module:
     return model
 
 
+@one_at_a_time
 def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
     """See :meth:`Source.load`."""
     if source.library == "timm":
         from normconvert.sources import timm_models
 
-        return timm_models.load(source, dtype).eval()
-    from normconvert.sources import transformers_models
+        model, missing = timm_models.load(source, dtype)
+    else:
+        from normconvert.sources import transformers_models
 
-    return transformers_models.load(source, dtype).eval()
+        model, missing = transformers_models.load(source, dtype)
+    # The libraries leave what is missing at random values, and at most warn.
+    state = model.state_dict()
+    _check_missing(source, model, state, set(state) - missing, source.tied)
+    return model.eval()
 
 
+@one_at_a_time
 def map_names(source: Source) -> Mapping:
     """Map checkpoint names to the model's, as the library does when it loads.
 
     Raises:
-        InputError: a tensor the model needs is missing, or one has another shape than the model expects.
+        InputError: a tensor the model needs is missing, or one has another shape than the model expects, or tensors
+            that the model's class makes one differ.
     """
     model = build_skeleton(source)
     # The parameters themselves: what is detached is a new object each time, and ties are seen by identity.
     state = model.state_dict(keep_vars=True)
-    tied = tied_groups(state)
+    declared: dict[str, str] = {}
     buffers = frozenset(name for name, _ in model.named_buffers())
     if source.library == "timm":
         from normconvert.sources import timm_models
@@ -94,11 +107,16 @@ def map_names(source: Source) -> Mapping:
         from normconvert.sources import transformers_models
 
         # Ties that the class declares count as well, whether they are made on the meta device or not.
-        name_map, merged, more_tied = transformers_models.rename(source, model, state)
-        tied = tied_groups(state, more_tied)
+        name_map, merged, declared = transformers_models.rename(source, model, state)
+    tied = tied_groups(state, declared)
     _check_missing(source, model, state, merged.union(name_map.values()), tied)
     _check_shapes(source, {name: target for name, target in name_map.items() if target not in merged}, state)
-    return Mapping(name_map, merged, buffers, tied)
+    stored = {target: partial(source.read, name) for name, target in name_map.items() if target not in merged}
+    try:
+        apart, tied = names_apart(tied, declared, stored)
+    except ValueError as error:
+        raise InputError(f"{source.reference}: {error}") from error
+    return Mapping(name_map, merged, buffers, tied, apart)
 
 
 def _check_missing(
@@ -133,6 +151,7 @@ def _check_shapes(source: Source, name_map: dict[str, str], state: dict[str, tor
             )
 
 
+@one_at_a_time
 def load_tokenizer(source: Source) -> Any | None:
     """See :meth:`Source.tokenizer`."""
     names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")

@@ -40,7 +40,9 @@ def open_source(
     trust_remote_code: bool = False,
     found: Found | None = None,
 ) -> Source:
-    """Open a checkpoint: find its files, check them, and map its tensors to the model's names. No weight is read.
+    """Open a checkpoint: find its files, check them, and map its tensors to the model's names.
+
+    No weight is read, but for those that the model ties and the files hold under both names: they may differ.
 
     Args:
         reference: a folder (transformers or timm), a weight file, a hub id (``name``, ``org/name``, ``…@revision``)
@@ -116,9 +118,18 @@ def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def open_folder(
-    reference: str, folder: Path, commit: str | None, arch: str | None, trust: bool, found: Found | None
+    reference: str,
+    folder: Path,
+    commit: str | None,
+    arch: str | None,
+    trust: bool,
+    found: Found | None,
+    attach: Callable[[Source], Source] | None = None,
 ) -> Source:
-    """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub."""
+    """:func:`open_source` for a folder, whatever ``reference`` the user gave, at a ``commit`` of the hub.
+
+    ``attach`` gives the source what fetches its tensors, before any is read.
+    """
     config_file = folder / "config.json"
     # Whoever names an architecture means it, whatever a config.json says.
     config = _read_config(folder) if config_file.is_file() and arch is None else {}
@@ -130,7 +141,7 @@ def open_folder(
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
     weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
-    return _finish(reference, folder, weights, config, arch, record, commit, trust, found)
+    return _finish(reference, folder, weights, config, arch, record, commit, trust, found, attach)
 
 
 class _Config(BaseModel):
@@ -175,6 +186,7 @@ def _finish(
     commit: str | None,
     trust: bool,
     found: Found | None,
+    attach: Callable[[Source], Source] | None = None,
 ) -> Source:
     from normconvert.sources.libraries import LibraryModels, describe, map_names
 
@@ -199,6 +211,7 @@ def _finish(
         pickled=checkpoint.pickled,
         modules=structural_edits(folder) if folder is not None else (), notes=notes,
     )  # fmt: skip
+    source = source if attach is None else attach(source)
     # The names can be mapped only when the class is known, so the source is made in two steps.
     source = describe(source)
     mapping = map_names(source)
@@ -208,6 +221,7 @@ def _finish(
         one_to_one=not mapping.merged,
         buffers=mapping.buffers,
         tied=mapping.tied,
+        apart=mapping.apart,
         merged=mapping.merged,
     )
 

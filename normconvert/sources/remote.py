@@ -254,8 +254,8 @@ def open_remote(
         shutil.copyfile(cached / name, folder / name)
     shards = RemoteShards(repo, commit, folder, folder / ".cache" / "shards")
     shards.prepare(weights)
-    source = open_folder(reference, folder, commit, arch, trust_remote_code, None)
-    return shards.attach(source), shards
+    source = open_folder(reference, folder, commit, arch, trust_remote_code, None, shards.attach)
+    return source, shards
 
 
 def _header_length(name: str, first: bytes, size: int) -> int:

@@ -46,6 +46,7 @@ class Source:
         record: parsed normconvert.json if normconvert wrote this folder.
         buffers: model names that are buffers: these may hold infinities (masks).
         tied: groups of model names that are one parameter.
+        apart: model names that the library ties unless the files hold other values for them, as these do.
         merged: model names whose values the library makes by merging, splitting or reshaping checkpoint tensors.
         revision: commit on the hub the files come from.
         modules: module edits without which the weights do not fit the architecture: rows of
@@ -70,6 +71,7 @@ class Source:
     record: dict[str, Any] | None = None
     buffers: frozenset[str] = frozenset()
     tied: tuple[tuple[str, ...], ...] = ()
+    apart: frozenset[str] = frozenset()
     merged: frozenset[str] = frozenset()
     revision: str | None = None
     described: bool = False
@@ -106,7 +108,7 @@ class Source:
             device: where to put it.
 
         Raises:
-            InputError: the library refuses the files.
+            InputError: the library refuses the files, or finds no values for a weight in them.
         """
         return self.models.load(self, dtype or self.dtype).to(device)
 

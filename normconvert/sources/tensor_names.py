@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from normconvert.compat.transformers import may_be_missing
@@ -32,6 +32,46 @@ def tied_groups(
     for name, r in root.items():
         groups[r].append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def names_apart(
+    groups: Iterable[tuple[str, ...]], declared: Mapping[str, str], read: Mapping[str, Callable[[], torch.Tensor]]
+) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
+    """Which names that a model ties have values of their own, since a checkpoint holds several that differ.
+
+    transformers ties a head to its table (target -> source) only if the checkpoint lacks one of them or they are equal:
+    the source's value counts where it is stored, else that of the first target.
+
+    Args:
+        groups: as :func:`tied_groups` gives them.
+        declared: target -> source, in the library's order.
+        read: name -> gives the value that is stored for it.
+
+    Returns:
+        The names, and the groups without them.
+
+    Raises:
+        ValueError: names that are one by their class, and not by declaration, differ: the last one read would win.
+    """
+    apart: set[str] = set()
+    for group in groups:
+        order = [n for n in group if n in declared.values()] + [n for n in declared if n in group]
+        first, *others = [n for n in dict.fromkeys([*order, *group]) if n in read] or [""]
+        differing = [name for name in others if not _equal(read[first](), read[name]())]
+        if unsaid := [name for name in differing if name not in order or first not in order]:
+            raise ValueError(f"{first} and {unsaid[0]} are one parameter of the model, but differ in the files")
+        apart.update(differing)
+    left = (tuple(name for name in group if name not in apart) for group in groups)
+    return frozenset(apart), tuple(group for group in left if len(group) > 1)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    if a.shape != b.shape:
+        return False
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return (a.data_ptr() == b.data_ptr() and a.dtype == b.dtype) or torch.equal(a.to(wide), b.to(wide))
 
 
 def missing_names(

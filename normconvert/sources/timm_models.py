@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from normconvert.compat.timm import written_config
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
@@ -114,8 +114,7 @@ def _create(source: Source, *, pretrained: bool = False, **options: Any) -> nn.M
             classes = source.config["num_classes"]
             model = timm.create_model(source.architecture, pretrained=pretrained, num_classes=classes, **options)
     except Exception as error:
-        line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
+        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {first_line(error)}") from error
     return model
 
 
@@ -184,10 +183,14 @@ def _load_filtered(source: Source) -> nn.Module:
         return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
 
 
-def load(source: Source, dtype: torch.dtype) -> nn.Module:
-    """timm's factory, then the weights."""
+def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
+    """timm's factory, then the weights.
+
+    Returns:
+        The model, and the names of its ``state_dict`` for which there were no weights.
+    """
     if source.merged:
-        return _load_filtered(source).to(dtype)
+        return _load_filtered(source).to(dtype), set()
     with NoRandomInit():
         model = _create(source)
     # Before the weights, which have the shapes that these edits give.
@@ -195,7 +198,7 @@ def load(source: Source, dtype: torch.dtype) -> nn.Module:
     model = model.to(dtype)
     weights = {target: source.read(name) for name, target in source.name_map.items()}
     try:
-        model.load_state_dict(weights, strict=False)  # what must be there was checked when the source was opened
+        missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
         raise InputError(f"{source.reference}: timm cannot load it: {str(error).splitlines()[-1].strip()}") from error
-    return model
+    return model, set(missing)

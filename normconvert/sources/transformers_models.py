@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normconvert.compat.transformers import builder, kept_dtypes, renaming
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.code_references import OWN_MODULE
+from normconvert.files.pickle_file import read_pickle
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import in_proportion
@@ -162,6 +163,7 @@ def build_meta(source: Source) -> nn.Module:
             model: Any = make(config, dtype=source.dtype)
             if any(not p.is_meta for p in model.parameters()):  # torch.FloatTensor(n) heeds no device in force
                 model.to("meta").tie_weights()
+            _keep_apart(model, source.apart)
     except Exception as error:
         raise InputError(
             f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
@@ -183,6 +185,7 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
     try:
         with quiet():
             model: Any = make(config, dtype=dtype)
+            _keep_apart(model, source.apart)
     except Exception as error:
         raise InputError(
             f"{source.reference}: {model_class.__name__} cannot be built from its config.json: {first_line(error)}"
@@ -230,28 +233,64 @@ def rename(
     return ordered, frozenset(merged), dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def load(source: Source, dtype: torch.dtype) -> nn.Module:
-    """``from_pretrained`` of the plain class on the source's folder."""
+def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
+    """``from_pretrained`` of the plain class on the source's weights.
+
+    Returns:
+        The model, and the names of its ``state_dict`` for which no weights were found.
+    """
     model_class: Any = _model_class(source, _config(source))
     # The plain class would refuse the shapes of a converted folder.
     if source.modules:
         from normconvert.runtime import converted_class
 
         model_class = converted_class(model_class)
+    options = {"config": _config(source), "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         with quiet():
-            model, info = model_class.from_pretrained(
-                source.folder, config=_config(source), dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            if source.is_pickle:
+                model, info = model_class.from_pretrained(None, **options, **_unwrapped(source))
+                model.name_or_path = model.config.name_or_path = str(source.folder)
+            else:
+                model, info = model_class.from_pretrained(source.folder, **options)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(error)}") from error
     # A merge that failed may be reported only, and not raised.
     errors = info.get("conversion_errors") or info.get("error_msgs")
     if errors:
         raise InputError(f"{source.reference}: transformers cannot load it: {first_line(ValueError(str(errors)))}")
-    assert hasattr(model, "eval")
-    loaded: nn.Module = model
-    return loaded
+    _keep_apart(model, source.apart)
+    return model, set(info["missing_keys"])
+
+
+def _keep_apart(model: nn.Module, names: Iterable[str]) -> None:
+    """Give each name a parameter of its own, as ``from_pretrained`` does: see :attr:`Source.apart`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        # Another class of the family may have no such head. What has values of its own already keeps them.
+        if name in parameters and sum(p is parameters[name] for p in parameters.values()) > 1:
+            path, _, leaf = name.rpartition(".")
+            own = type(parameters[name])(parameters[name].detach().clone(), parameters[name].requires_grad)
+            model.get_submodule(path).register_parameter(leaf, own)
+
+
+def _unwrapped(source: Source) -> dict[str, Any]:
+    """What ``from_pretrained`` is given in place of the folder: it would find pickled weights as training wrapped them.
+
+    Read anew, since the model may keep their memory and change it.
+    """
+    from transformers import GenerationConfig
+
+    weights = {name: value for file in source.files for name, value in read_pickle(file).items()}
+    try:
+        generation = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
+    except OSError:  # as from_pretrained finds it where there is no file of its own
+        generation = GenerationConfig.from_pretrained(
+            source.folder, "config.json", local_files_only=True, _from_model_config=True
+        )
+    return {"state_dict": weights, "generation_config": generation}
 
 
 @contextmanager
@@ -268,8 +307,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for messages of one line."""
-    return str(error).strip().split("\n")[0] or type(error).__name__

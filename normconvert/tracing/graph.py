@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from normconvert.compat.lean_export import lean_export
 from normconvert.compat.torch import pytree
 from normconvert.errors import TraceError
+from normconvert.runtime import one_at_a_time
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
@@ -32,6 +33,7 @@ from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
+from normconvert.tracing.output_paths import named_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
 
@@ -83,6 +85,7 @@ class Graph:
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
 
 
+@one_at_a_time
 def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph:
     """Trace ``model`` (on the meta device, eval mode) with keyword ``inputs``.
 
@@ -322,12 +325,12 @@ def _outputs(program: Any, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     user = [value for spec, value in zip(specs, flat, strict=True) if spec.kind.name == "USER_OUTPUT"]
     spec = program.call_spec.out_spec
     try:
-        keyed, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(user))), spec))
-        labels = [pytree.keystr(path).strip("[].'\"") or "output" for path, _ in keyed]
+        rebuilt = named_values(pytree.tree_unflatten(list(range(len(user))), spec))
+        labels = {index: name for name, index in rebuilt if isinstance(index, int)}
     except Exception:  # an output class that cannot be rebuilt: number the outputs
-        labels = [str(i) for i in range(len(user))]
+        labels = {}
     names: dict[fx.Node, tuple[str, ...]] = {}
-    for label, value in zip(labels, user, strict=False):
+    for index, value in enumerate(user):
         if isinstance(value, fx.Node):
-            names[value] = (*names.get(value, ()), label)
+            names[value] = (*names.get(value, ()), labels.get(index, str(index)))
     return names

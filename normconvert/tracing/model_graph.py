@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import TraceError
+from normconvert.runtime import one_at_a_time
 from normconvert.tracing.doors import with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
@@ -18,6 +19,7 @@ from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, tra
 FURTHER_CALLS = 3
 
 
+@one_at_a_time
 def trace_model(model: nn.Module) -> Graph:
     """Trace ``model`` with the first probe inputs that it accepts.
 

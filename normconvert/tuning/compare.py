@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normconvert.verification.fidelity import flatten
+from normconvert.tracing.output_paths import tensors_in
 
 IGNORED = -100
 """A label that does not count."""
@@ -66,7 +66,7 @@ def main_output(output: Any) -> tuple[str, Tensor]:
         return "logits", output["logits"]
     first = next((t for t in _tensors(output) if t.is_floating_point()), None)
     if first is None:
-        raise ValueError(f"no output to compare among {list(flatten(output))}")
+        raise ValueError(f"no output to compare among {list(tensors_in(output))}")
     return "output", first
 
 

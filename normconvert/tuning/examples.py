@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.tuning.compare import main_output
 from normconvert.tuning.data import Data, Wanted, open_data
 from normconvert.tuning.data.batches import Part
@@ -86,7 +86,7 @@ def _try(data: Data, teacher: nn.Module, processes: Processes) -> None:
         with torch.no_grad():
             found = main_output(call(teacher, batch))[1]
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise InputError(f"{data.name}: the model cannot take this data: {reason}") from error
     labels = batch.get("labels")
     if labels is not None and not data.shifted and (found.ndim != 2 or int(labels.max()) >= found.shape[-1]):

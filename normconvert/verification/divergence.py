@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normconvert.verification.fidelity import channel_axes, distance, flatten
+from normconvert.tracing.output_paths import tensors_in
+from normconvert.verification.fidelity import channel_axes, distance
+from normconvert.verification.probe_runs import run_once
 
 Call = tuple[str, int]
 """A module's path, and which of its calls in one run of the model."""
 
 
 @contextmanager
+def watch_inputs(
+    model: nn.Module, paths: Iterable[str], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """While open, ``see`` is called with the path of each module in `paths` that runs, the module and what it reads."""
+
+    def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if x is not None and x.numel():
+            see(path, module, x)
+
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            stack.enter_context(module.register_forward_pre_hook(partial(hook, path), with_kwargs=True))
+        yield
+
+
+@contextmanager
 def watch_means(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, float]]:
     """While open, collects the largest |mean|/rms of the channels at the input of every norm in `paths`."""
     means: dict[str, float] = {}
-    handles = []
 
-    def watch(path: str) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if x is not None and x.numel():
-                means[path] = max(means.get(path, 0.0), mean_over_rms(x, channel_axis(module, x)))
+    def see(path: str, module: nn.Module, x: Tensor) -> None:
+        means[path] = max(means.get(path, 0.0), mean_over_rms(x, channel_axis(module, x)))
 
-        handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-
-    try:
-        for path in paths:
-            watch(path)
+    with watch_inputs(model, paths, see):
         yield means
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def channel_axis(module: nn.Module, x: Tensor) -> int:
@@ -127,24 +137,17 @@ def watch_leaves(model: nn.Module, see: Callable[[Call, Tensor], None]) -> Itera
         see: takes the call and the first tensor that it returned, which is not copied.
     """
     counts: dict[str, int] = {}
-    handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            number = counts[path] = counts.get(path, -1) + 1
-            for value in list(flatten(output).values())[:1]:
-                see((path, number), value)
+    def hook(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        number = counts[path] = counts.get(path, -1) + 1
+        for value in list(tensors_in(output).values())[:1]:
+            see((path, number), value)
 
-        handles.append(module.register_forward_hook(hook))
-
-    try:
+    with ExitStack() as stack:
         for path, module in model.named_modules():
             if path and not any(True for _ in module.children()):
-                watch(path, module)
+                stack.enter_context(module.register_forward_hook(partial(hook, path)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
@@ -154,9 +157,8 @@ def _record(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor]
     def keep(call: Call, value: Tensor) -> None:
         record.append((call[0], value.clone()))  # or what follows in place would be in it
 
-    with watch_leaves(model, keep), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model(**inputs)
+    with watch_leaves(model, keep):
+        run_once(model, inputs, torch.get_default_dtype())
     return record
 
 

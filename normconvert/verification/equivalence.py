@@ -93,7 +93,6 @@ def verify_models(
     tolerance: float = TOLERANCE,
     rounding_tolerance: float = ROUNDING_TOLERANCE,
     converted_norms: Sequence[str] = (),
-    shifted_outputs: set[str] | frozenset[str] = frozenset(),
     plan: Plan | None = None,
     seed: int = 0,
 ) -> Fidelity:
@@ -108,8 +107,7 @@ def verify_models(
         tolerance: for the algebra; see :func:`tolerance_for`.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
-        shifted_outputs: outputs whose per-token mean may change; compared with it removed.
-        plan: replayed if `algebra` is None.
+        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
         seed: for models that draw random numbers even in eval mode.
 
         Models may be given as functions that make them; then at most two of them are in memory at once.
@@ -117,7 +115,7 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted = frozenset(shifted_outputs)
+    shifted = frozenset(plan.shifted_outputs if plan is not None else ())
     # One model after another, each freed as its function returns: at most two are in memory at once.
     original_run, probes, dtype = _run_original(original, probes, seed)
     test = _Test(tuple(probes), dtype, seed, shifted, tolerance)
@@ -360,16 +358,9 @@ def recorded_plan(record: Mapping[str, Any] | None) -> Plan | None:
 
 def _loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
     """Makes a checkpoint's model: with the plan's module edits if normconvert wrote it, else as the library does."""
+    from normconvert.sources.converted import load_opened
 
-    def load() -> nn.Module:
-        if source.record is not None and source.folder is not None:
-            from normconvert.sources.converted import load as load_converted
-
-            return load_converted(source.folder, dtype=dtype, device=device)
-        model: nn.Module = source.load(dtype=dtype, device=device)
-        return model
-
-    return load
+    return partial(load_opened, source, dtype=dtype, device=device)
 
 
 def _lazy_loader(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-CACHES = frozenset({"cache", "past_key_values", "mems", "cache_params", "past_buckets_states"})
-"""Output names that hold a cache, not a result."""
 
 Outputs = dict[str, Tensor]
 
@@ -67,33 +64,6 @@ def _json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _json(item) for key, item in value.items()}
     return value
-
-
-def flatten(output: Any) -> Outputs:
-    """A model's output as {name: floating tensor}: ``logits``, ``hidden_states.0``, ``0``; a bare tensor is ``output``.
-
-    Caches and integer tensors are left out.
-    """
-    return dict(_leaves(output, ""))
-
-
-def _leaves(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield name or "output", value.detach()
-        return
-    items: Iterator[tuple[Any, Any]]
-    if isinstance(value, Mapping):
-        items = iter(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        items = iter([(f.name, getattr(value, f.name)) for f in fields(value)])
-    else:
-        return
-    for key, item in items:
-        if key not in CACHES:
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def is_shifted(name: str, shifted: frozenset[str] | set[str]) -> bool:

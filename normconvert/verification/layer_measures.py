@@ -6,8 +6,9 @@ truth), the plan replayed on it in float64 (the algebra), and both checkpoints i
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,17 +17,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.runtime import PostActivation
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.divergence import Call, apart, channel_axis, comparable, mean_over_rms, watch_leaves
+from normconvert.verification.divergence import (
+    Call,
+    apart,
+    channel_axis,
+    comparable,
+    mean_over_rms,
+    watch_inputs,
+    watch_leaves,
+)
 from normconvert.verification.equivalence import recorded_plan
-from normconvert.verification.fidelity import flatten, next_token_loss
-from normconvert.verification.probe_runs import algebra_model, cast, plain_experts, run_model
+from normconvert.verification.fidelity import next_token_loss
+from normconvert.verification.probe_runs import (
+    algebra_model,
+    constant_dtypes,
+    floating_dtype,
+    inputs_of,
+    prepare,
+    run_model,
+    run_once,
+)
 
 if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
-    from normconvert.sources import Source
 
 AGREE = 1e-6
 """Modules closer than this in float64 compute the same; a conversion changes others on purpose, by far more."""
@@ -143,6 +160,7 @@ def measure(
         InputError: a checkpoint cannot be read, or no probe runs.
     """
     from normconvert.sources import open_source
+    from normconvert.sources.converted import load_opened
 
     first = open_source(str(a), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
     second = open_source(str(b), trust_remote_code=trust_remote_code)
@@ -151,25 +169,25 @@ def measure(
     probes = verification_inputs(first.skeleton(), seed=seed, tokenizer=first.tokenizer())
     texts = [probe for probe in probes if probe.name.startswith("text")]
 
-    truth = first.load(dtype=torch.float64, device=device)
+    truth = load_opened(first, dtype=torch.float64, device=device)
     # Text first: what random tokens do to the layers is not what users will see.
-    probe, record = _first_that_runs(truth, [*texts, *probes], used)
-    edited = algebra_model(truth, plan) if plan is not None else _load(second, torch.float64, device)
-    algebra = _errors(edited, probe, used, record)
+    measured, record = _first_that_runs(truth, [*texts, *probes], used)
+    edited = algebra_model(truth, plan) if plan is not None else load_opened(second, dtype=torch.float64, device=device)
+    algebra = _errors(edited, measured, record)
     del truth, edited
 
     paths = [verdict.path for verdict in plan.verdicts] if plan is not None else []
     sides, inputs, losses, parameters = [], [], [], {}
     for name, source in (("original", first), ("converted", second)):
-        model = first.load(dtype=used, device=device) if source is first else _load(second, used, device)
+        model = load_opened(source, dtype=used, device=device)
         parameters[name] = sum(p.numel() for p in model.parameters())
         with _norm_inputs(model, paths) as read:
-            sides.append(_errors(model, probe, used, record))
+            sides.append(_errors(model, measured, record))
         inputs.append(read)
         losses.append(_losses(model, texts, used))
         del model
     return Measures(
-        probe=probe.name,
+        probe=measured.probe.name,
         dtype=str(used).removeprefix("torch."),
         eps=torch.finfo(used).eps,
         layers=_layers(record, algebra, sides[0], sides[1]),
@@ -185,51 +203,51 @@ def measure(
     )
 
 
-def _load(source: Source, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    if source.record is not None and source.folder is not None:
-        from normconvert.sources.converted import load
+@dataclass(frozen=True)
+class _Measured:
+    """The call of the model that is looked into.
 
-        return load(source.folder, dtype=dtype, device=device, trust_remote_code=source.trust_remote_code)
-    return source.load(dtype=dtype, device=device)
+    Attributes:
+        probe: its inputs.
+        dtype: floating inputs are rounded to it.
+        constants: dtype of the constants that a model in float64 makes.
+    """
+
+    probe: Probe
+    dtype: torch.dtype
+    constants: torch.dtype
+
+    def run(self, model: nn.Module, see: Callable[[Call, Tensor], None]) -> None:
+        """Run the model; ``see`` is called with the output of every leaf module, and then with the model's own."""
+        prepare(model)
+        usual = torch.get_default_dtype()
+        constants = self.constants if floating_dtype(model) == torch.float64 else usual
+        with watch_leaves(model, see):
+            output = run_once(model, inputs_of(self.probe, self.dtype, model), constants)
+        for number, value in enumerate(tensors_in(output).values()):
+            see((OUTPUT, number), value)
 
 
-def _run(model: nn.Module, probe: Probe, dtype: torch.dtype) -> Any:
-    sample = next(p for p in model.parameters() if p.is_floating_point())
-    inputs = {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
-    plain_experts(model.eval())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64 if sample.dtype == torch.float64 else before)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(**inputs)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[Probe, _Records]:
+def _first_that_runs(truth: nn.Module, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[_Measured, _Records]:
     """The first probe that the original can run, and everything it computes then."""
     reason = "there are none"
-    for probe in probes:
-        record = _Records()
+    for probe, constants in itertools.product(probes, constant_dtypes(truth)):
+        measured, record = _Measured(probe, dtype, constants), _Records()
 
         def keep(call: Call, value: Tensor, record: _Records = record) -> None:
             record.calls.append(call)
             record.values[call] = value.to("cpu", copy=True)
 
         try:
-            with watch_leaves(truth, keep):
-                output = _run(truth, probe, dtype)
+            measured.run(truth, keep)
         except Exception as error:  # a probe that does not fit; the next may
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            continue
-        for number, value in enumerate(flatten(output).values()):
-            keep((OUTPUT, number), value)
-        return probe, record
+            reason = first_line(error)
+        else:
+            return measured, record
     raise InputError(f"cannot measure: the original model runs on none of the probes ({reason})")
 
 
-def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records) -> dict[Call, float]:
+def _errors(model: nn.Module, measured: _Measured, truth: _Records) -> dict[Call, float]:
     """Relative error of every module's output that the truth has too, in the same shape."""
     errors: dict[Call, float] = {}
 
@@ -238,10 +256,7 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
         if expected is not None and expected.shape == value.shape:
             errors[call] = apart(expected, value.to("cpu", torch.float64))
 
-    with watch_leaves(model, compare):
-        output = _run(model, probe, dtype)
-    for number, value in enumerate(flatten(output).values()):
-        compare((OUTPUT, number), value)
+    measured.run(model, compare)
     return errors
 
 
@@ -249,27 +264,16 @@ def _errors(model: nn.Module, probe: Probe, dtype: torch.dtype, truth: _Records)
 def _norm_inputs(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, tuple[float, float]]]:
     """While open, collects (largest |mean|/rms, rms) of what every norm reads, at its first call."""
     read: dict[str, tuple[float, float]] = {}
-    handles = []
 
-    def watch(path: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if path not in read and x is not None and x.numel() and x.is_floating_point():
-                rms = float(x.detach().double().square().mean().sqrt())
-                read[path] = mean_over_rms(x, channel_axis(module, x)), rms
-
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    def see(path: str, module: nn.Module, x: Tensor) -> None:
+        if path not in read and x.is_floating_point():
+            rms = float(x.detach().double().square().mean().sqrt())
+            read[path] = mean_over_rms(x, channel_axis(module, x)), rms
 
     modules = dict(model.named_modules())
-    try:
-        for path in paths:
-            module = modules.get(path)
-            if module is not None and not isinstance(module, (PostActivation, nn.Identity)):  # gone: it was fused
-                watch(path, module)
+    gone = (PostActivation, nn.Identity, type(None))  # it was fused
+    with watch_inputs(model, [path for path in paths if not isinstance(modules.get(path), gone)], see):
         yield read
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(

@@ -6,6 +6,7 @@ model that was loaded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from normconvert.files.safetensors_file import dtype_name, map_tensor, read_tens
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.conversion_record import read_record
 from normconvert.plan.edits import Edit, apply_edits
+from normconvert.runtime import one_at_a_time
 from normconvert.sources import timm_models, transformers_models
+from normconvert.sources.converted import recorded_edits
 from normconvert.sources.source import Source
 from normconvert.verification.lazy_weights import LazyWeight
 
@@ -95,6 +97,7 @@ class Stored:
         return apply_edits(rows, self.edits, self.lookup).to(self.dtype) if self.edits else rows.to(self.dtype)
 
 
+@one_at_a_time
 def lazy_model(
     source: Source,
     dtype: torch.dtype,
@@ -120,11 +123,7 @@ def lazy_model(
 
     _refuse(source)
     model, dtypes = _empty(source, dtype)
-    edits: Sequence[Mapping[str, Any]] = source.modules
-    if not edits and source.record is not None and source.folder is not None:  # as loading.load takes them
-        edits = read_record(source.folder)["modules"]
-    if plan is not None:
-        edits = [*edits, *plan.modules]
+    edits = [*(recorded_edits(source) or ()), *(plan.modules if plan is not None else ())]
     files = _Files(source)
     _load_buffers(files, model)
     try:
@@ -177,10 +176,14 @@ def _build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str
 
 @contextmanager
 def meta_parameters() -> Iterator[None]:
-    """Modules that are built meanwhile keep no memory for parameters; buffers are as ever."""
+    """Modules that this thread builds meanwhile keep no memory for parameters; buffers are as ever."""
+    owner = threading.get_ident()
 
     def empty(module: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
-        return None if param.is_meta else nn.Parameter(param.data.to("meta"), requires_grad=False)
+        # The hook is asked for all threads' modules.
+        if param.is_meta or threading.get_ident() != owner:
+            return None
+        return nn.Parameter(param.data.to("meta"), requires_grad=False)
 
     handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]  # its stub says None
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.compat import transformers as compat
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.runtime import process_lock
 from normconvert.tracing.model_copy import copy_model
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe
-from normconvert.verification.fidelity import Outputs, flatten
+from normconvert.verification.fidelity import Outputs
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
 
 
@@ -106,33 +108,34 @@ def run_model(
         seed: for models that draw random numbers even in eval mode.
         like: the run of the model that this one is held against: each probe is run as it was there, or fails.
     """
-    model.eval()
-    sample = next(iter(model.parameters()), torch.empty(0))
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    plain_experts(model)
     probes, run = list(probes), Run()
-
+    prepare(model)
     lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
-    usual = torch.get_default_dtype()
-    # Calls that take turns share one default dtype.
-    shared = torch.float64 if own == torch.float64 else usual
+    first, *others = constant_dtypes(model)
 
     def one(probe: Probe) -> Outputs | str:
-        inputs = {name: cast(value, dtype, own, sample.device) for name, value in probe.inputs.items()}
-        tried = [like.constants[probe.name]] if like and probe.name in like.constants else [shared, usual]
+        inputs = inputs_of(probe, dtype, model)
+        known = like.constants.get(probe.name) if like is not None else None
         try:
-            output, run.constants[probe.name] = (
-                (_seeded(model, inputs, seed), shared) if lazy else _run(model, inputs, tried, seed)
-            )
+            # Calls that take turns share one default dtype.
+            tried = [first] if lazy else [known] if known else [first, *others]
+            for constants in tried[:-1]:
+                with contextlib.suppress(RuntimeError, TypeError):
+                    output = run_once(model, inputs, constants, seed)
+                    break
+            else:
+                constants = tried[-1]
+                output = _seeded(model, inputs, seed) if lazy else run_once(model, inputs, constants, seed)
         except InputError:  # of a weight that is read while the model runs
             raise
         except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-        return {name: value.cpu() for name, value in flatten(output).items()}
+            return f"{type(error).__name__}: {first_line(error)}"[:200]
+        run.constants[probe.name] = constants
+        return {name: value.cpu() for name, value in tensors_in(output).items()}
 
     calls = [partial(one, probe) for probe in probes]
-    with default_dtype(shared if lazy else usual):
-        for probe, result in zip(probes, in_turns(calls) if lazy else (call() for call in calls), strict=True):
+    with default_dtype(first) if lazy else nullcontext():
+        for probe, result in zip(probes, in_turns(calls) if lazy else (make() for make in calls), strict=True):
             if isinstance(result, str):
                 run.failures[probe.name] = result
             else:
@@ -140,18 +143,19 @@ def run_model(
     return run
 
 
-def _run(
-    model: nn.Module, inputs: dict[str, Any], constants: Sequence[torch.dtype], seed: int
-) -> tuple[Any, torch.dtype]:
-    """One call, with the first of the dtypes for constants that the model runs with, and which that is."""
-    for dtype in dict.fromkeys(constants[:-1]):
-        with default_dtype(dtype), contextlib.suppress(RuntimeError, TypeError):
-            return _seeded(model, inputs, seed), dtype
-    with default_dtype(constants[-1]):
-        return _seeded(model, inputs, seed), constants[-1]
+def constant_dtypes(model: nn.Module) -> list[torch.dtype]:
+    """What constants may be while the model runs, to be tried in turn: float64's own for it, and the default."""
+    usual = torch.get_default_dtype()
+    return list(dict.fromkeys([torch.float64 if floating_dtype(model) == torch.float64 else usual, usual]))
 
 
-def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
+def run_once(model: nn.Module, inputs: Mapping[str, Any], constants: torch.dtype, seed: int = 0) -> Any:
+    """What the model returns: without gradients, its random numbers from ``seed``, its constants of one dtype."""
+    with default_dtype(constants):
+        return _seeded(model, inputs, seed)
+
+
+def _seeded(model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Any:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model(**inputs)
@@ -159,21 +163,38 @@ def _seeded(model: nn.Module, inputs: dict[str, Any], seed: int) -> Any:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Constants that models make have this dtype within."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Constants that models make have this dtype within, in the whole process: one thread at a time."""
+    with process_lock():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def prepare(model: nn.Module) -> None:
+    """Put a model into the state in which all are compared: eval mode, and see :func:`plain_experts`."""
+    plain_experts(model.eval())
 
 
 def plain_experts(model: nn.Module) -> None:
     """Have experts computed by plain products if the model is in float64: the grouped kernel has no such type."""
-    if next((p.dtype for p in model.parameters() if p.is_floating_point()), None) != torch.float64:
+    if floating_dtype(model) != torch.float64:
         return
     for module in model.modules():
         compat.plain_experts(getattr(module, "config", None))
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """That of the first floating parameter; float32 without one."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def inputs_of(probe: Probe, through: torch.dtype, model: nn.Module) -> dict[str, Any]:
+    """A probe's inputs as the model takes them: floating ones rounded to `through` first, all on the model's device."""
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    return {name: cast(value, through, floating_dtype(model), device) for name, value in probe.inputs.items()}
 
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normconvert.apply import blocks as apply_blocks
 from normconvert.apply import writer as apply_write
@@ -192,14 +192,19 @@ def test_max_shard_size_shards_again(source: Source, tmp_path: Path) -> None:
     assert_equal(loaded(tmp_path / "out"), expected(source.load().state_dict(), PLAN))
 
 
-def test_merged_tensors_go_through_the_loaded_model_and_others_stream(tmp_path: Path) -> None:
+def mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         vocab_size=101, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3,
         intermediate_size=40, num_local_experts=2,
     )  # fmt: skip
-    source = open_source(str(save(perturb(MixtralForCausalLM(config).eval()), tmp_path / "src")))
+    model: nn.Module = MixtralForCausalLM(config).eval()
+    return model
+
+
+def test_merged_tensors_go_through_the_loaded_model_and_others_stream(tmp_path: Path) -> None:
+    source = open_source(str(save(perturb(mixtral()), tmp_path / "src")))
     state = source.load().state_dict()
     merged = next(n for n in sorted(source.merged) if n.endswith("down_proj"))
     for name, streams in ((merged, False), ("model.embed_tokens.weight", True)):
@@ -209,6 +214,20 @@ def test_merged_tensors_go_through_the_loaded_model_and_others_stream(tmp_path: 
         assert_equal(loaded(tmp_path / f"out{streams}"), expected(state, plan))
         names = set(open_source(str(tmp_path / f"out{streams}")).tensors)
         assert names == set(source.tensors)
+
+
+def test_a_loaded_model_is_rounded_once_and_may_not_overflow(tmp_path: Path) -> None:
+    model = perturb(mixtral()).bfloat16()
+    source = open_source(str(save(model, tmp_path / "src")))
+    state = source.load().state_dict()
+    merged = next(n for n in sorted(source.merged) if n.endswith("down_proj"))
+    edits: list[dict[str, Any]] = [{"op": "center", "axis": 1}]
+    apply_plan(source, Plan("x", tensors={merged: edits}), tmp_path / "out", dtype=torch.float32)
+    found = open_source(str(tmp_path / "out")).load().state_dict()
+    assert torch.equal(found[merged], apply_edits(state[merged], edits, state.__getitem__).float())
+    plan = Plan("x", tensors={merged: [{"op": "scale", "axis": 1, "by": 1e6}]})
+    with pytest.raises(InputError, match=rf"{merged} \(up to .*\) overflows torch.float16: choose another --dtype"):
+        apply_plan(source, plan, tmp_path / "large", dtype=torch.float16)
 
 
 def test_timm_folder_and_bare_weights_come_out_as_timm_folders(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,18 @@ def test_another_model_is_not_exported_in_its_place(converted: Path, tmp_path: P
     state = load_file(other / "model.safetensors")
     state["conv1.0.bias"] += 1.0
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FidelityError, match="off"):
+    with pytest.raises(FidelityError, match=r"the file computes what .*other computes .* off demo:convnet"):
         export(other, tmp_path / "model.pt2", against="demo:convnet")
     assert not list(tmp_path.glob("*model*"))
+    # A swap is not there to compute what the original computes: that is said, and the export is not at fault.
+    record = json.loads((other / "normconvert.json").read_text())
+    record["plan"]["method"] = "swap un"
+    (other / "normconvert.json").write_text(json.dumps(record))
+    report = export(other, tmp_path / "model.pt2", against="demo:convnet")
+    assert report.error <= 1e-4
+    assert report.against is not None
+    assert report.against > 1e-2
+    assert f"{other} is a swap un: its norms learnt what they compute" in report.notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.runtime import Center
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.verification.equivalence import tolerance_for
-from normconvert.verification.fidelity import flatten
 from normconvert.verification.probe_runs import algebra_model
 from tests.support.zoo_cases import NamedCase, named_cases
 
@@ -32,7 +32,7 @@ def error(found: nn.Module, expected: nn.Module, inputs: Mapping[str, Any], seed
     for model in (expected, found):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            outputs.append(flatten(model(**{**inputs, "use_cache": False})))
+            outputs.append(tensors_in(model(**{**inputs, "use_cache": False})))
     assert outputs[0].keys() == outputs[1].keys()
     return max(float((b - a).norm() / a.norm()) for a, b in zip(*(o.values() for o in outputs), strict=True))
 

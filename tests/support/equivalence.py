@@ -102,9 +102,7 @@ def _problems(truth: nn.Module, plan: Plan, inputs: Sequence[Inputs], axes: Mapp
     kept = algebra_model(truth, replace(plan, modules=[m for m in plan.modules if m["op"] != "replace"]))
     if {k: v.shape for k, v in truth.state_dict().items()} != {k: v.shape for k, v in converted.state_dict().items()}:
         problems.append("the names or shapes of the tensors changed")
-    shifted = {
-        name.strip("' ") for note in plan.notes if note.startswith("shifted outputs: ") for name in note[17:].split(",")
-    }
+    shifted = set(plan.shifted_outputs)
     means: dict[str, float] = {}
     for verdict in plan.converted:
         norm = converted.get_submodule(verdict.path)

@@ -54,6 +54,22 @@ def save(model: nn.Module, folder: Path, form: str = "safetensors") -> Path:
     return folder
 
 
+def save_with_head(folder: Path, form: str = "safetensors", head: float = 0.5) -> Path:
+    """A GPT-2 whose config ties head and table, and whose files (``safetensors``, ``bin``) hold both, apart."""
+    from safetensors.torch import save_file
+
+    model = gpt2()
+    save(model, folder)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["lm_head.weight"] += head * torch.randn(state["lm_head.weight"].shape)
+    if form == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def save_vit(model: nn.Module, folder: Path, arguments: dict[str, Any] | None = None) -> Path:
     """Save a timm model as timm saves it for the hub."""
     from timm.models import save_for_hf

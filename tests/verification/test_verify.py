@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.verification.divergence import mean_over_rms
 from normconvert.verification.equivalence import algebra_model, compare_models, tolerance_for, verify, verify_models
-from normconvert.verification.fidelity import distance, flatten, next_token_loss, ratio
+from normconvert.verification.fidelity import distance, next_token_loss, ratio
 from tests.support.perturb import perturb
+from tests.support.tiny_checkpoints import talkative
 
 
 def gpt2(**options: Any) -> hf.GPT2LMHeadModel:
@@ -197,12 +199,12 @@ def test_rounding_ratio_does_not_divide_by_luck() -> None:
 
 def test_caches_and_integers_are_no_outputs() -> None:
     output = {"logits": torch.zeros(2), "past_key_values": (torch.ones(1),), "ids": torch.ones(2, dtype=torch.int64)}
-    assert list(flatten({**output, "hidden_states": (torch.zeros(1), torch.zeros(1))})) == [
+    assert list(tensors_in({**output, "hidden_states": (torch.zeros(1), torch.zeros(1))})) == [
         "logits",
         "hidden_states.0",
         "hidden_states.1",
     ]
-    assert list(flatten(torch.zeros(3))) == ["output"]
+    assert list(tensors_in(torch.zeros(3))) == ["output"]
 
 
 class Picky(nn.Module):
@@ -375,3 +377,21 @@ def test_a_converted_checkpoint_is_held_to_its_plan(tmp_path: Path) -> None:
     assert fidelity.mean_over_rms is not None
     assert fidelity.mean_over_rms < 1e-5
     json.dumps(fidelity.to_json())
+
+
+@pytest.mark.parametrize("max_memory", [None, 4_000_000_000])
+def test_code_that_comes_with_a_converted_checkpoint_runs_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory: int | None
+) -> None:
+    from transformers import dynamic_module_utils
+
+    import normconvert
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    gpt2().save_pretrained(tmp_path / "in")
+    talkative(tmp_path / "in")
+    normconvert.convert(tmp_path / "in", tmp_path / "out", trust_remote_code=True, verify=False)
+    found = verify(tmp_path / "in", tmp_path / "out", trust_remote_code=True, max_memory=max_memory)
+    assert found.passed, found.reasons
+    with pytest.raises(InputError, match="trust-remote-code"):
+        verify(tmp_path / "in", tmp_path / "out")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconvert.runtime import one_at_a_time
 from normconvert.tracing.probes.choose import Guess, accepts, is_timm, ranked, specs
 from normconvert.tracing.probes.entrances import entrances
 from normconvert.tracing.probes.facts import Facts
@@ -81,6 +82,7 @@ RECIPES: tuple[Recipe, ...] = (
 """Degenerate ids and constant images make rows alike; large and small signals hide and show a norm's eps."""
 
 
+@one_at_a_time
 def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None) -> list[Probe]:
     """Six to twelve small probes, the same for the same model and seed.
 

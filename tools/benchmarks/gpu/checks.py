@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normconvert.benchmark.compare import why
 from normconvert.benchmark.result import BOUND
 from normconvert.benchmark.workloads import on_device
-from normconvert.verification.fidelity import flatten
+from normconvert.tracing.output_paths import tensors_in
 from tools.benchmarks.gpu.models import Versions, make, work_of
 from tools.benchmarks.gpu.rows import FAILED, OK, Row
 from tools.benchmarks.gpu.shapes import relative
@@ -111,7 +111,7 @@ CHECKS = {NUMBERS: _numbers, GRAPHS: _captured, COMPILED: _compiled}
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in flatten(model(**inputs)).items() if value.is_floating_point()}
+    return {name: value for name, value in tensors_in(model(**inputs)).items() if value.is_floating_point()}
 
 
 def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
