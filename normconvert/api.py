@@ -17,6 +17,7 @@ from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
 from normconvert.options import (
     METHODS,
+    VERIFYING,
     Conversion,
     Identifying,
     Inspection,
@@ -314,8 +315,7 @@ def _verify(request: Conversion, source: Source, report: Report, folder: Path, l
     (request.stage or _silent)("verify")
     start = time.perf_counter()
     with collecting(True):
-        stored = _torch_dtype(request.dtype)
-        fidelity = _fidelity(source, report.plan, folder, stored, request.device, limits)
+        fidelity = _fidelity(request, source, report.plan, folder, limits)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
     report = replace(report, fidelity=fidelity, seconds=seconds)
     if not fidelity.passed:
@@ -353,9 +353,7 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def _fidelity(
-    source: Source, plan: Plan, folder: Path, stored: torch.dtype | None, device: str, limits: Mapping[str, float]
-) -> Fidelity:
+def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, limits: Mapping[str, float]) -> Fidelity:
     import torch
 
     from normconvert.sources.converted import load
@@ -363,18 +361,23 @@ def _fidelity(
     from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
     from normconvert.verification.limits import judge_limits
 
-    dtype = stored or source.dtype
+    dtype, device, level = _torch_dtype(request.dtype) or source.dtype, request.device, request.verify_level
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")
     trust = source.trust_remote_code
-    probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer())
+    say = request.stage or _silent
+    probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer(), level=level)
     fidelity = verify_models(
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
+        exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),
+        level=level,
+        told=lambda what: say(f"{VERIFYING}{what}"),
         probes=probes,
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
+        conditioned="algebra" not in limits,
         rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", math.inf)),
         converted_norms=watched_norms(plan),
         shifted_outputs=set(shifted.removeprefix(SHIFTED).split(", ")) - {""},

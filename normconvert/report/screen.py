@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
+from normconvert.options import VERIFYING
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 
@@ -100,7 +101,9 @@ class Screen:
         downloads = not src.startswith("demo:") and not Path(src).expanduser().exists()
 
         def begin(stage: str) -> None:
-            if stage == self._stage:
+            if stage.startswith(VERIFYING):
+                self.update(stage)
+            if stage.startswith(VERIFYING) or stage == self._stage:
                 return
             self.say(texts.get(stage, stage), spin=not (stage == "open" and downloads))
             self._stage = stage
