@@ -358,8 +358,9 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
 
     from normconvert.sources.converted import load
     from normconvert.tracing.probes import verification_inputs
-    from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
+    from normconvert.verification.equivalence import tolerance_for, verify_models, watched_norms
     from normconvert.verification.limits import judge_limits
+    from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
     dtype, device, level = _torch_dtype(request.dtype) or source.dtype, request.device, request.verify_level
     shifted = next((n for n in plan.notes if n.startswith(SHIFTED)), "")
