@@ -39,7 +39,8 @@ Document = dict[str, Any]
 
 EMPTY: dict[str, Any] = {
     "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "remarks": [],
-    "probes": [], "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None, "table": None,
+    "probes": [], "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None,
+    "table": None,
 }  # fmt: skip
 """What a section of the page may leave out."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import sys
 import time
 from collections import Counter
@@ -92,6 +93,7 @@ def subjects(case: Case) -> list[Subject]:
     plan = plan_model(skeleton or copy.deepcopy(model).to("meta"), Options(fold=case.fold), case.method)
     assert plan.converted, (case.name, [v.reason for v in plan.verdicts])
 
+    @functools.cache
     def probes(seed: int, level: str) -> list[Probe]:
         return verification_inputs(model, seed=seed, level=level)
 

@@ -146,7 +146,7 @@ def verification_inputs(
     if level == "quick":
         return probes[:2]
     # Where a sample is large, one that is not realistic comes in by the other door and not by both.
-    found = _embedding_probes(model, probes[-1:] if heavy else probes, seed)
+    found = _embedding_probes(model, probes[-1:] if heavy else probes, seed, tried=level == "thorough")
     return probes[:-1] + found if heavy and found and len(probes) > 1 else probes + found
 
 
@@ -156,12 +156,17 @@ def _values_of_one(guess: Guess) -> int:
     return sum(math.prod(shape) // max(guess.sizes.batch, 1) for shape in shapes)
 
 
-def _embedding_probes(model: nn.Module, probes: list[Probe], seed: int) -> list[Probe]:
-    """The first probe with embeddings in place of what they are made of, in float32; one for each such argument."""
+def _embedding_probes(model: nn.Module, probes: list[Probe], seed: int, *, tried: bool) -> list[Probe]:
+    """The first probe with embeddings in place of what they are made of, in float32; one for each such argument.
+
+    Of several forms of an argument the first that a try on fake tensors accepts is taken. That takes as long as a run,
+    so without `tried` a single form is left to the verification, which runs it.
+    """
     found: list[Probe] = []
     done: set[str] = set()
     for alternatives in entrances(model, probes[0].inputs, seed=seed) if probes else ():
-        entrance = next((e for e in alternatives if accepts(model, e.inputs) in ("yes", "maybe")), None)
+        known = not tried and len(alternatives) == 1 and len(alternatives[0].names) == 1
+        entrance = next((e for e in alternatives if known or accepts(model, e.inputs) in ("yes", "maybe")), None)
         if entrance is None or done.issuperset(entrance.names):
             continue
         done.update(entrance.names)
