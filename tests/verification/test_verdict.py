@@ -33,7 +33,7 @@ MASKED: dict[str, Any] = {
 @pytest.mark.parametrize("name", MASKED)
 def test_rows_without_a_finite_truth_are_left_out_and_said(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    perturb(MASKED[name]()).save_pretrained(tmp_path / "src")
+    perturb(MASKED[name]()).save_pretrained(tmp_path / "src")  # type: ignore[operator]
     fidelity = normconvert.convert(tmp_path / "src", tmp_path / "out").fidelity
     assert fidelity is not None
     assert fidelity.passed
@@ -141,7 +141,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("verdict")
     torch.manual_seed(0)
     config = hf.GPT2Config(vocab_size=64, n_positions=32, n_embd=24, n_layer=2, n_head=2)
-    perturb(hf.GPT2LMHeadModel(config)).to(torch.bfloat16).save_pretrained(root / "src")
+    perturb(hf.GPT2LMHeadModel(config)).to(torch.bfloat16).save_pretrained(root / "src")  # type: ignore[operator]
     normconvert.convert(root / "src", root / "out", verify=False)
     return root / "src", root / "out"
 

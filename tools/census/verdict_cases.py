@@ -52,7 +52,7 @@ class Case:
 
 def _vision(kind: str, **more: Any) -> nn.Module:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    return getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(image_size=32, patch_size=8, **sizes, **more))  # type: ignore[no-any-return]
+    return getattr(hf, f"{kind}Model")(getattr(hf, f"{kind}Config")(image_size=32, patch_size=8, **sizes, **more))
 
 
 def _small() -> dict[str, Callable[[], nn.Module]]:
@@ -125,7 +125,7 @@ def _cases(packages: Path | None, quick: bool) -> Iterator[Case]:
     convnets = {"resnet10t": 64, "mobilenetv2_035": 64, "regnetx_002": 64, "densenet121": 32, "levit_128s": 224}
     for name, side in [("resnet10t", 64)] if quick else convnets.items():
         yield Case(name, "fuse-bn", perturbed(functools.partial(_timm, name, side)))
-    for name, method in {} if quick else {"gpt2": "rmsnorm", "vit": "rmsnorm", "convnet": "fuse-bn"}.items():  # type: ignore[attr-defined]
+    for name, method in {} if quick else {"gpt2": "rmsnorm", "vit": "rmsnorm", "convnet": "fuse-bn"}.items():
         yield Case(f"demo:{name}", method, functools.partial(_demo, name))
     for name, pattern in PUBLISHED.items() if packages is not None else ():
         assert packages is not None
@@ -134,7 +134,7 @@ def _cases(packages: Path | None, quick: bool) -> Iterator[Case]:
 
 
 def _demo(name: str) -> nn.Module:
-    return open_source(f"demo:{name}").load(dtype=torch.float32, device="cpu")  # type: ignore[no-any-return]
+    return open_source(f"demo:{name}").load(dtype=torch.float32, device="cpu")
 
 
 # What makes a right conversion wrong: each changes the loaded result in place and says whether there was anything.
