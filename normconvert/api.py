@@ -18,6 +18,7 @@ from normconvert.errors import FidelityError, InputError, NormConvertError, Noth
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
     METHODS,
+    VERIFYING,
     Conversion,
     Identifying,
     Inspection,
@@ -295,8 +296,7 @@ def _verify(request: Conversion, source: Source, report: Report, folder: Path, l
     (request.stage or _silent)("verify")
     start = time.perf_counter()
     with collecting(True):
-        stored = _torch_dtype(request.dtype)
-        fidelity = _fidelity(source, report.plan, folder, stored, request.device, limits)
+        fidelity = _fidelity(request, source, report.plan, folder, limits)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
     notes = (f"relative change of what else is returned: {moved(fidelity)}",) if fidelity.moved else ()
     report = replace(report, fidelity=fidelity, seconds=seconds, notes=(*report.notes, *notes))
@@ -335,27 +335,31 @@ def _torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def _fidelity(
-    source: Source, plan: Plan, folder: Path, stored: torch.dtype | None, device: str, limits: Mapping[str, float]
-) -> Fidelity:
+def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, limits: Mapping[str, float]) -> Fidelity:
     import torch
 
     from normconvert.sources.converted import load
     from normconvert.tracing.probes import verification_inputs
-    from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for, verify_models, watched_norms
+    from normconvert.verification.equivalence import tolerance_for, verify_models, watched_norms
     from normconvert.verification.limits import judge_limits
+    from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
-    dtype = stored or source.dtype
+    dtype, device, level = _torch_dtype(request.dtype) or source.dtype, request.device, request.verify_level
     trust = source.trust_remote_code
-    probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer())
+    say = request.stage or _silent
+    probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer(), level=level)
     fidelity = verify_models(
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
+        exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),
+        level=level,
+        told=lambda what: say(f"{VERIFYING}{what}"),
         probes=probes,
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
+        conditioned="algebra" not in limits,
         rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", math.inf)),
         converted_norms=watched_norms(plan),
     )

@@ -24,11 +24,16 @@ METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
 
+LEVELS = ("quick", "standard", "thorough")
+LEVEL = "How much is verified: quick runs two inputs, standard each kind once, thorough all, and long ones."
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_gain": 2}}
 """Conversion -> what its options are if the user does not say, where that differs from the general default."""
 
 Stage = Callable[[str], None]
-"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``."""
+"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within the last with
+what is run next, behind :data:`VERIFYING`."""
+VERIFYING = "verifying: "
 
 SRC = "Hub id (org/name, @revision), folder, weight file, or demo:NAME."
 OUT = "The folder to make; it appears complete or not at all."
@@ -293,6 +298,7 @@ class Conversion(_Planning):
     overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
     dry_run: bool = option(False, "Plan only; write nothing.")
     verify: bool = option(True, "Check the result before it appears.", off="Do not check the result.", recipe=True)
+    verify_level: str = option("standard", LEVEL, spelling="--verify", choices=LEVELS)
     device: str = option("cpu", "Where the verification runs: cpu, cuda, cuda:1, mps.", metavar="DEVICE", recipe=True)
     limits: Mapping[str, float] | None = option(
         None, "Figure of the verification and its limit, narrower than what every conversion is held to.", console=False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from normconvert.cli.app import app
 from normconvert.cli.commands import Ask, command
-from normconvert.cli.view import View
+from normconvert.cli.view import View, patient_threads
 from normconvert.files.user_paths import user_path
 from normconvert.options import Conversion
 
@@ -50,6 +50,7 @@ def _convert(ask: Ask[Conversion], view: View) -> int:
         src, out = str(asked.src), asked.out or beside(str(asked.src))
         stage = screen.stages(src, str(out))
         stage("open")  # before anything heavy is imported
+        patient_threads()
         from normconvert.api import convert
         from normconvert.report.console import show_summary
         from normconvert.report.document import report_document

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from normconvert.cli.app import app
 from normconvert.cli.commands import Ask, command
-from normconvert.cli.view import CiView
+from normconvert.cli.view import CiView, patient_threads
 from normconvert.options import option
 from normconvert.verification.requests import Verification
 
@@ -39,6 +39,7 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
             raise InputError("--report measures every layer of whole models in memory: leave out --max-memory or it")
         timed = {"bench": read_benchmark(view.bench)} if view.bench is not None else {}
         screen.say(f"comparing {b} with {a}")
+        patient_threads()
         from normconvert.options import check_device
         from normconvert.report.console import show_fidelity
         from normconvert.report.document import fidelity_document

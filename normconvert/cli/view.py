@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,14 @@ from normconvert.options import option
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
+
+
+def patient_threads() -> None:
+    """Have threads of torch that wait for work sleep; to be called before it is imported.
+
+    They spin otherwise: beside another busy process a model then takes several times as long to run.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @dataclass(frozen=True, kw_only=True)

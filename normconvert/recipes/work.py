@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from normconvert.apply.output_folder import check_output
 from normconvert.apply.output_folder import replace as put_in_place
 from normconvert.errors import InputError, NormConvertError, first_line
+from normconvert.options import VERIFYING
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
@@ -189,7 +190,8 @@ def _told(say: Say) -> Iterator[tuple[Callable[[str], None], Callable[[str, int,
     last = 0.0
 
     def stage(name: str) -> None:
-        say("stage", {"name": name})
+        if not name.startswith(VERIFYING):
+            say("stage", {"name": name})
 
     def progress(name: str, done: int, total: int) -> None:
         nonlocal last

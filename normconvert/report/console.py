@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 GOOD, BAD, HEAD, FAINT = "green", "bold red", "bold", "dim"
 YES, NO = "✓", "✗"
+ALLOWED = 0.51
+"""Units that a stored weight may be off: the rounding, and a little (`normconvert.verification.stored_weights`)."""
 CHANGES = {"rmsnorm": "centring", "crmsnorm": "compressing"}
 """Conversion -> what the operations that it inserts do."""
 MANY = 12
@@ -253,8 +255,17 @@ def figures(fidelity: Fidelity) -> RenderableType:
     table.add_row(
         "algebra", f"{fidelity.algebra:.2g} off in float64", _limit(algebra_fits, f"{fidelity.tolerance:.2g}")
     )
+    if fidelity.storage is not None:
+        table.add_row(
+            "weights", f"{fidelity.storage:.2g} units off as stored", _limit(fidelity.storage <= ALLOWED, "0.5")
+        )
     table.add_row("rounding", rounding, _limit(rounding_fits, f"{fidelity.rounding_tolerance:g} ×"))
-    lines: list[RenderableType] = [table, Text(f"in use    {felt(fidelity)}")]
+    lines: list[RenderableType] = [
+        table,
+        Text(f"in use    {felt(fidelity)}"),
+        Text(f"verified  {fidelity.level}", FAINT),
+    ]
+    lines += [Text(remark, FAINT) for remark in fidelity.remarks]
     if fidelity.mean_over_rms is not None:
         lines.append(Text(f"|mean|/rms at the converted norms {fidelity.mean_over_rms:.2g} at most", FAINT))
     if fidelity.worst_module is not None:

@@ -38,8 +38,9 @@ SCRIPTS = ("chart.umd.min.js", "report.js")
 Document = dict[str, Any]
 
 EMPTY: dict[str, Any] = {
-    "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "probes": [],
-    "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None, "table": None,
+    "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "remarks": [],
+    "probes": [], "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None,
+    "table": None,
 }  # fmt: skip
 """What a section of the page may leave out."""
 
@@ -290,6 +291,7 @@ def _figures(fidelity: Document | None, measures: Document | None, method: str) 
         "figures": list(outcomes(fidelity)),
         "reasons": fidelity["reasons"],
         "worst": fidelity["worst_module"],
+        "remarks": [f"Verified: {fidelity.get('level', 'standard')}", *fidelity.get("remarks", ())],
         "probes": [_probe(row) for row in fidelity["probes"]],
         "charts": charts,
     }

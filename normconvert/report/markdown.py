@@ -36,6 +36,8 @@ def _verify(document: dict[str, Any]) -> Iterator[str]:
         for o in outcomes(document)
     ]
     yield from table(("figure", "", "found", "limit", ""), rows)
+    yield from ("", f"Verified: {text(document.get('level', 'standard'))}.")
+    yield from (f"- {text(remark)}" for remark in document.get("remarks", ()))
     if document["reasons"]:
         yield ""
         yield from (f"- {text(reason)}" for reason in document["reasons"])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.user_paths import user_path
+from normconvert.options import VERIFYING
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
@@ -103,7 +104,9 @@ class Screen:
         downloads = not src.startswith("demo:") and not user_path(src).exists()
 
         def begin(stage: str) -> None:
-            if stage == self._stage:
+            if stage.startswith(VERIFYING):
+                self.update(stage)
+            if stage.startswith(VERIFYING) or stage == self._stage:
                 return
             self.say(texts.get(stage, stage), spin=not (stage == "open" and downloads))
             self._stage = stage

@@ -1,6 +1,7 @@
 """Does the converted model compute what the original computes? Three answers: algebra, rounding, what users feel.
 
-- *Algebra*: the plan applied to float64 copies of the weights, against the original in float64.
+- *Algebra*: the files' operations with the plan applied to float64 copies of the weights, against the original in
+  float64; and the files' weights against those.
 - *Rounding*: the stored result in its dtype against that float64 truth, divided by the original's own such error.
 - *What users feel*: top-1 agreement, KL divergence, loss difference on text, in the dtype.
 """
@@ -8,9 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,19 +20,14 @@ from normconvert.errors import InputError
 from normconvert.options import taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.divergence import first_divergence, watch_means
+from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
-from normconvert.verification.moved_exits import kept_exits, movements
-from normconvert.verification.probe_runs import Run, algebra_model, cast, default_dtype, run_model
+from normconvert.verification.lazy_weights import LazyWeight
+from normconvert.verification.probe_runs import Run, Told, algebra_model, run_model
+from normconvert.verification.proof import UNITS, Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
-from normconvert.verification.run_comparison import (
-    Distances,
-    compare_runs,
-    felt,
-    loss_difference,
-    rank,
-    worst_ratio,
-)
+from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
+from normconvert.verification.run_comparison import Distances, comparable_part, compare_runs, felt, loss_difference
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -42,7 +37,6 @@ __all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "veri
 TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-5
 """For models that cast a norm's input to float32 whatever their dtype: there float32's rounding is the limit."""
-ROUNDING_TOLERANCE = 2.0
 STORAGE_UNITS = 32.0
 """Two arbitrary checkpoints may differ by this many units of the coarser storage dtype."""
 
@@ -79,10 +73,6 @@ def compare_models(
     return {key: d.relative for key, d in compare_runs(expected, found, shifted).items()}
 
 
-def _take(model: ModelOrMaker) -> nn.Module:
-    return model if isinstance(model, nn.Module) else model()
-
-
 def verify_models(
     *,
     truth: ModelOrMaker,
@@ -91,9 +81,13 @@ def verify_models(
     converted: ModelOrMaker,
     probes: Sequence[Probe],
     tolerance: float = TOLERANCE,
+    conditioned: bool = True,
     rounding_tolerance: float = ROUNDING_TOLERANCE,
     converted_norms: Sequence[str] = (),
     plan: Plan | None = None,
+    exact: Maker | None = None,
+    level: str = "standard",
+    told: Told | None = None,
     seed: int = 0,
 ) -> Fidelity:
     """The three figures for one conversion.
@@ -102,12 +96,17 @@ def verify_models(
         truth: the original's weights in float64.
         algebra: the plan applied to them in float64; None replays `plan`, or skips this figure (0.0) if that is None.
         original: the original checkpoint in the dtype it is used in.
-        converted: the converted one in that dtype.
+        converted: the converted one in that dtype. With `plan` and no `algebra`, its weights are compared with the
+            plan's, and its operations run in float64.
         probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
         tolerance: for the algebra; see :func:`tolerance_for`.
+        conditioned: it may grow where moving the original's weights by a unit of float64 changes as much.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
         plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
+        exact: loads the converted one in float64, for models that remember the dtype that they were loaded in.
+        level: ``quick``, ``standard`` or ``thorough``: the last runs all probes in the dtype too.
+        told: called with what is done next, before each probe's run.
         seed: for models that draw random numbers even in eval mode.
 
         Models may be given as functions that make them; then at most two of them are in memory at once.
@@ -116,128 +115,122 @@ def verify_models(
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
     shifted = frozenset(plan.shifted_outputs if plan is not None else ())
+    progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
-    original_run, probes, dtype = _run_original(original, probes, seed)
-    test = _Test(tuple(probes), dtype, seed, shifted, tolerance)
-    converted_run, mean_over_rms = _run_converted(converted, test, converted_norms, original_run)
-    proof = _prove(truth, algebra, plan, test)
-    original_errors = compare_runs(proof.truth, original_run, shifted)
-    converted_errors = compare_runs(proof.truth, converted_run, shifted)
-    _refuse_empty(converted_errors)
+    native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
+    original_run, native, dtype = _run_original(original, native, probes, seed, progress)
+    able = [p for p in probes if p.name not in original_run.failures]
+    progress.expect(len(native) + 2 * len(able))
+    test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, progress.of)
+    model = _take(converted)
+    with watch_means(model, converted_norms) as means:
+        told_of = progress.of("the result")
+        converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
+    files = algebra is None and plan is not None and not any(isinstance(p, LazyWeight) for p in model.parameters())
+    edited = Edited(
+        None if algebra is None else partial(_take, algebra), plan,
+        able_to_change(model, model is not converted) if files else None, exact,
+    )  # fmt: skip
+    del model
+    proof = prove(_take(truth), edited, test)
+    del edited
+    expected = comparable_part(proof.truth, original_run)
+    errors = _Errors(compare_runs(expected, original_run, shifted), compare_runs(expected, converted_run, shifted))
+    _refuse_empty(errors.converted, proof, dtype)
+    decides = {p.name for p in native if p.realistic} or {p.name for p in native}
+    rounding = measure_rounding(
+        *({key: d for key, d in side.items() if key[0] in decides} for side in (errors.converted, errors.original)),
+        remake=partial(_take, original), probes=native, expected=expected, dtype=dtype, shifted=shifted,
+        tolerance=rounding_tolerance, level=level, seed=seed,
+    )  # fmt: skip
     top1, kl = felt(original_run, converted_run)
     fidelity = Fidelity(
-        algebra=max((d.relative for d in proof.distances.values()), key=rank, default=0.0),
-        rounding=worst_ratio(original_errors, converted_errors, torch.finfo(dtype).eps),
+        algebra=proof.distances[proof.worst].relative if proof.worst else 0.0,
+        rounding=rounding.ratio,
         top1=top1,
         kl=kl,
-        loss_difference=loss_difference(probes, original_run, converted_run),
-        mean_over_rms=mean_over_rms,
+        loss_difference=loss_difference(native, original_run, converted_run),
+        mean_over_rms=max(means.values(), default=None),
         moved=dict(proof.moved),
         worst_module=proof.worst_module,
-        probes=_rows(_skipped(original_run, proof.truth), proof.distances, original_errors, converted_errors),
-        tolerance=tolerance,
+        probes=_rows(_skipped(original_run, proof.truth), proof.distances, errors),
+        tolerance=proof.tolerances.get(proof.worst, tolerance) if proof.worst else tolerance,
         rounding_tolerance=rounding_tolerance,
+        level=level,
+        storage=proof.stored.units if proof.stored is not None else None,
+        remarks=_remarks(proof, errors, rounding),
     )
-    return judge(fidelity, converted_run, proof.cannot)
+    return judge(fidelity, proof, rounding, dtype, converted_run)
+
+
+def _take(model: ModelOrMaker) -> nn.Module:
+    return model if isinstance(model, nn.Module) else model()
+
+
+@dataclass
+class _Progress:
+    """Counts the runs of probes, for whoever is told."""
+
+    told: Told | None
+    done: int = 0
+    total: int = 0
+
+    def expect(self, runs: int) -> None:
+        """So many more are to come."""
+        self.total = self.done + runs
+
+    def of(self, model: str) -> Told | None:
+        """What to call with the name of each probe that ``model`` is run on."""
+        told = self.told
+        if told is None:
+            return None
+
+        def one(probe: str) -> None:
+            self.done += 1
+            of = f" of {self.total}" if self.total >= self.done else ""
+            told(f"{model}, probe {probe!r} ({self.done}{of})")
+
+        return one
 
 
 @dataclass(frozen=True)
-class _Test:
-    """What every model is run on.
+class _Errors:
+    """Distances from the truth in the dtype."""
 
-    Attributes:
-        probes: those that the original runs.
-        dtype: of the checkpoints; inputs are rounded to it.
-        seed: for models that draw random numbers even in eval mode.
-        shifted: outputs whose per-token mean may change.
-        tolerance: for the algebra.
-    """
-
-    probes: tuple[Probe, ...]
-    dtype: torch.dtype
-    seed: int
-    shifted: frozenset[str]
-    tolerance: float
+    original: Distances
+    converted: Distances
 
 
-@dataclass(frozen=True)
-class _Proof:
-    """The original in float64, and how far the plan takes it from there.
-
-    Attributes:
-        truth: its outputs.
-        distances: of the outputs that the plan gives; empty if there is none.
-        worst_module: the first module at which the two part, if they do.
-        cannot: probe -> why the edited model could not take it, although the original could.
-        moved: way out that the plan lists -> by how much it moves.
-    """
-
-    truth: Run
-    distances: Distances
-    worst_module: str | None
-    cannot: Mapping[str, str] = field(default_factory=dict)
-    moved: Mapping[str, float] = field(default_factory=dict)
-
-
-def _run_original(original: ModelOrMaker, probes: Sequence[Probe], seed: int) -> tuple[Run, list[Probe], torch.dtype]:
-    """The original's outputs, the probes that it runs, and its dtype."""
+def _run_original(
+    original: ModelOrMaker, native: Sequence[Probe], probes: Sequence[Probe], seed: int, progress: _Progress
+) -> tuple[Run, list[Probe], torch.dtype]:
+    """The original's outputs, the probes that it was run on and can take, and its dtype."""
     model = _take(original)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    run = run_model(model, probes, dtype=dtype, seed=seed)
-    able = [probe for probe in probes if probe.name in run.outputs]
+    run = run_model(model, native, dtype=dtype, seed=seed, told=progress.of("the original"))
+    if not run.outputs:  # those that it is not like in use are better than none
+        native = probes
+        run = run_model(model, native, dtype=dtype, seed=seed)
+    able = [probe for probe in native if probe.name in run.outputs]
     if not able:
         reason = next(iter(run.failures.values()), "there are no probes")
         raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
     return run, able, dtype
 
 
-def _run_converted(
-    converted: ModelOrMaker, test: _Test, norms: Sequence[str], original: Run
-) -> tuple[Run, float | None]:
-    """The converted model's outputs, and the largest |mean|/rms at the input of ``norms``; run as the original was."""
-    model = _take(converted)
-    with watch_means(model, norms) as means:
-        run = run_model(model, test.probes, dtype=test.dtype, seed=test.seed, like=original)
-    return run, max(means.values(), default=None)
-
-
-def _prove(truth: ModelOrMaker, algebra: ModelOrMaker | None, plan: Plan | None, test: _Test) -> _Proof:
-    """Run the original in float64 and, beside it, with the plan applied."""
-    true_model, exits = _take(truth), plan.shifted_doors if plan is not None else []
-    example = _inputs(test.probes[0], test.dtype, true_model)
-    with kept_exits(true_model, exits, example) as before:
-        truth_run = run_model(true_model, test.probes, dtype=test.dtype, seed=test.seed)
-    if not truth_run.outputs:
-        reason = next(iter(truth_run.failures.values()))
-        raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
-    if algebra is None and plan is None:
-        return _Proof(truth_run, {}, None)
-    edited = _take(algebra) if algebra is not None else algebra_model(true_model, plan or Plan(""))
-    with kept_exits(edited, exits, example) as after:
-        algebra_run = run_model(edited, test.probes, dtype=test.dtype, seed=test.seed, like=truth_run)
-    moved = movements(exits, before, after)
-    cannot = {name: why for name, why in algebra_run.failures.items() if name in truth_run.outputs}
-    distances = compare_runs(truth_run, algebra_run, test.shifted)
-    worst = max(distances, key=lambda key: rank(distances[key].relative))
-    # In this direction, so that NaN, which is not within any tolerance, goes on. A model that stops on a probe parts
-    # there from the other, and runs no second time.
-    if worst[0] in cannot or distances[worst].relative <= test.tolerance:
-        return _Proof(truth_run, distances, None, cannot, moved)
-    # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
-    probe = next(p for p in test.probes if p.name == worst[0])
-    inputs = _inputs(probe, test.dtype, true_model)
-    with default_dtype(truth_run.constants[probe.name]):
-        worst_module = first_divergence(true_model, edited, inputs, test.tolerance)
-    return _Proof(truth_run, distances, worst_module, cannot, moved)
-
-
-def _refuse_empty(errors: Distances) -> None:
+def _refuse_empty(errors: Distances, proof: Proof, dtype: torch.dtype) -> None:
     """Refuse outputs that any two models share."""
-    if errors and not any(d.size > 0 or d.difference > 0 for d in errors.values()):
+    if not errors or any(d.size > 0 or d.difference > 0 for d in errors.values()):
+        return
+    if any(d.size > 0 for d in proof.distances.values()):
         raise InputError(
-            "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
-            "two models agree; are its weights those of a trained model?"
+            f"cannot verify: in {str(dtype).removeprefix('torch.')} the original itself gives no finite output; "
+            "try --dtype bfloat16 or float32"
         )
+    raise InputError(
+        "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
+        "two models agree; are its weights those of a trained model?"
+    )
 
 
 def _skipped(original: Run, truth: Run) -> dict[str, str]:
@@ -245,46 +238,64 @@ def _skipped(original: Run, truth: Run) -> dict[str, str]:
     return {**original.failures, **{name: f"in float64: {why}" for name, why in truth.failures.items()}}
 
 
-def _rows(
-    skipped: Mapping[str, str], algebra: Distances, original: Distances, converted: Distances
-) -> list[dict[str, Any]]:
+def _rows(skipped: Mapping[str, str], algebra: Distances, errors: _Errors) -> list[dict[str, Any]]:
     """What the report says of each probe and output."""
     rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in skipped.items()]
-    return rows + [
-        {
-            "probe": key[0],
-            "output": key[1],
-            "algebra": algebra[key].relative if key in algebra else None,
-            "original_error": original[key].relative if key in original else None,
-            "converted_error": error.relative,
-        }
-        for key, error in converted.items()
-    ]
+    for key in dict.fromkeys([*algebra, *errors.converted]):
+        sides = {"algebra": algebra, "original_error": errors.original, "converted_error": errors.converted}
+        known = {name: side[key] for name, side in sides.items() if key in side}
+        figures = {name: known[name].relative if name in known else None for name in sides}
+        left_out = max(d.left_out for d in known.values())
+        rows.append({"probe": key[0], "output": key[1], **figures, **({"left_out": left_out} if left_out else {})})
+    return rows
 
 
-def _inputs(probe: Probe, dtype: torch.dtype, model: nn.Module) -> dict[str, Any]:
-    sample = next(p for p in model.parameters() if p.is_floating_point())
-    return {name: cast(value, dtype, sample.dtype, sample.device) for name, value in probe.inputs.items()}
+def _remarks(proof: Proof, errors: _Errors, rounding: Rounding) -> list[str]:
+    """Sentences on what was left out, what decided and how."""
+    found = []
+    shares: dict[str, float] = {}
+    for (probe, _), d in [*proof.distances.items(), *errors.converted.items()]:
+        if d.left_out:
+            shares[probe] = max(shares.get(probe, 0.0), d.left_out)
+    for probe, share in shares.items():
+        found.append(f"{share:.0%} of the values on probe {probe!r} left out: the original has no finite ones there")
+    for (probe, output), tolerance in proof.tolerances.items():
+        found.append(
+            f"output {output!r} on probe {probe!r} is ill-conditioned and held to {tolerance:.1g}: {UNITS:g} times "
+            "what moving the original's own weights by one unit of float64 changes there"
+        )
+    if rounding.draws:
+        found.append(
+            f"rounding held against the original and {rounding.draws} draws of it, weights moved by half a unit"
+        )
+    return found
 
 
-def judge(
-    fidelity: Fidelity, converted: Run | None = None, cannot: Mapping[str, str] = MappingProxyType({})
-) -> Fidelity:
+def judge(fidelity: Fidelity, proof: Proof, rounding: Rounding, dtype: torch.dtype, converted: Run) -> Fidelity:
     """The verdict: one reason for each figure out of its tolerance.
 
     Args:
         fidelity: the figures.
+        proof: the float64 side.
+        rounding: the dtype's side.
+        dtype: of the checkpoints.
         converted: the converted model's run; each probe that it could not take is a reason.
-        cannot: probe -> why the edited model could not take it in float64, although the original could.
     """
-    reasons = [f"in float64 the edited model cannot run probe {probe!r}: {why}" for probe, why in cannot.items()]
+    reasons = [f"in float64 the edited model cannot run probe {probe!r}: {why}" for probe, why in proof.cannot.items()]
     if not fidelity.algebra <= fidelity.tolerance:  # also catches NaN
         at = f", first at {fidelity.worst_module}" if fidelity.worst_module else ""
-        reasons.append(f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){at}")
+        where = f" on probe {proof.worst[0]!r}" if proof.worst else ""
+        reasons.append(
+            f"float64 outputs differ by {fidelity.algebra:.3g} (allowed {fidelity.tolerance:.1g}){where}{at}"
+        )
+    if proof.stored is not None and not proof.stored.passed:
+        reasons.append(
+            f"stored weights differ: {proof.stored.tensor} is {proof.stored.units:.3g} units of its dtype from what "
+            "the plan makes of the original's (allowed: half a unit); the files are damaged or another conversion's"
+        )
     if fidelity.rounding is not None and not fidelity.rounding <= fidelity.rounding_tolerance:
-        allowed = f"(allowed {fidelity.rounding_tolerance:g})"
-        reasons.append(f"rounding errors are {fidelity.rounding:.3g} times the original's {allowed}")
-    for probe, why in (converted.failures if converted is not None else {}).items():
+        reasons.append(rounding.reason(fidelity.rounding_tolerance, dtype))
+    for probe, why in converted.failures.items():
         reasons.append(f"the converted model cannot run probe {probe!r}, which the original runs: {why}")
     return replace(fidelity, passed=not reasons, reasons=reasons)
 
@@ -327,11 +338,14 @@ def verify(request: Verification) -> Fidelity:
         algebra=algebra,
         original=original,
         converted=loader(second, used, device),
-        probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer()),
+        probes=verification_inputs(original, seed=seed, tokenizer=first.tokenizer(), level=request.level),
         tolerance=limits.get("algebra", tolerance),
+        conditioned="algebra" not in limits,
         rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
         converted_norms=watched_norms(plan) if plan is not None else (),
         plan=plan,
+        exact=loader(second, torch.float64, device) if algebra is None else None,
+        level=request.level,
         seed=seed,
     )
     return judge_limits(fidelity, limits)

@@ -18,9 +18,10 @@ class Fidelity:
     """What the verification found.
 
     Attributes:
-        algebra: largest ||y'-y|| / ||y|| over probes and outputs, both sides in float64; inf if only one side is NaN.
+        algebra: ||y'-y|| / ||y||, both sides in float64, at the probe and output where it is largest beside its
+            tolerance; inf if the edited side alone is not finite.
         rounding: the converted model's error to the float64 truth in its dtype, divided by the original's own such
-            error, errors being aggregated over the probes; the worst output's. None if not measured.
+            error, errors being pooled over the realistic probes; the worst output's. None if not measured.
         top1: share of positions at which the most likely class is the same, original and converted in the dtype.
         kl: mean Kullback-Leibler divergence from the original's distribution to the converted one's, in nats.
         loss_difference: mean next-token loss on the text probes, converted minus original; None without such probes.
@@ -28,12 +29,17 @@ class Fidelity:
         moved: way out that the plan lists as shifted -> largest ||y'-y|| / ||y|| of what it returns, in float64.
         worst_module: on failure of the algebra, the first module at which the two models part.
         probes: one row for each probe and output: ``probe``, ``output``, ``algebra``, ``original_error``,
-            ``converted_error``; or ``probe`` and ``skipped`` with the reason.
+            ``converted_error``, ``left_out`` (the share of the values that is NaN in the truth); or ``probe`` and
+            ``skipped`` with the reason.
         tolerance: that the algebra was held against.
         rounding_tolerance: that the rounding was held against.
         passed: whether every figure is within its tolerance.
         reasons: one sentence for each that is not.
         limits: figure -> the limit that the user set (:mod:`normconvert.verification.limits`).
+        level: ``quick``, ``standard`` or ``thorough``.
+        storage: largest distance of a stored weight from the one that the plan makes, in units of its dtype, of which
+            half a one is right; None if there is no plan or the weights were not compared.
+        remarks: what a reader of the figures has to know.
     """
 
     algebra: float
@@ -46,10 +52,13 @@ class Fidelity:
     worst_module: str | None = None
     probes: list[dict[str, Any]] = field(default_factory=list)
     tolerance: float = 1e-10
-    rounding_tolerance: float = 2.0
+    rounding_tolerance: float = 3.0
     passed: bool = True
     reasons: list[str] = field(default_factory=list)
     limits: dict[str, float] = field(default_factory=dict)
+    level: str = "standard"
+    storage: float | None = None
+    remarks: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON-ready data; numbers that JSON lacks (inf, nan) become strings."""
@@ -78,10 +87,11 @@ def channel_axes(x: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Distance:
-    """||y' - y|| and ||y||, over the finite values both share."""
+    """||y' - y|| and ||y||, over the values that y has; ``left_out`` is the share that it has not (NaN)."""
 
     difference: float
     size: float
+    left_out: float = 0.0
 
     @property
     def relative(self) -> float:
@@ -92,7 +102,8 @@ class Distance:
 def distance(found: Tensor, expected: Tensor, *, shifted: bool = False) -> Distance:
     """How far `found` is from `expected`, computed in float64.
 
-    NaN and infinities in both at the same places count as equal; in one only, the distance is inf.
+    What is NaN in `expected` says nothing and is left out. Infinities at the same places count as equal; where only
+    one is finite, the distance is inf.
 
     Args:
         found: any shape and floating dtype.
@@ -113,16 +124,18 @@ def _centered(x: Tensor, axis: int) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> Distance:
+    if bool(torch.isfinite(expected).all()) and bool(torch.isfinite(found).all()):
+        return Distance(float((found - expected).norm()), float(expected.norm()))
+    # A row that is masked as a whole has a softmax over nothing.
+    known = ~torch.isnan(expected)
+    left_out = 1.0 - float(known.double().mean())
+    found, expected = found[known], expected[known]
     finite = torch.isfinite(expected)
-    if not bool(finite.all()) or not bool(torch.isfinite(found).all()):
-        same = torch.isfinite(found) == finite
-        infinite = torch.isinf(expected) | torch.isinf(found)
-        # An infinity must be the same one: +inf where a mask holds -inf shows what the mask hides.
-        same &= ~infinite | (found == expected)
-        if not bool(same.all()):
-            return Distance(math.inf, 1.0)
-        found, expected = found[finite], expected[finite]
-    return Distance(float((found - expected).norm()), float(expected.norm()))
+    # An infinity must be the same one: +inf where a mask holds -inf shows what the mask hides.
+    if not bool((finite & torch.isfinite(found) | (found == expected)).all()):
+        return Distance(math.inf, 1.0, left_out)
+    found, expected = found[finite], expected[finite]
+    return Distance(float((found - expected).norm()), float(expected.norm()), left_out)
 
 
 def ratio(converted: float, original: float, eps: float) -> float:
@@ -149,7 +162,8 @@ def scores(outputs: Outputs) -> Tensor | None:
 def agreement(original: Tensor, converted: Tensor) -> tuple[int, int, float]:
     """(positions that agree on the most likely class, positions, summed KL divergence in nats), over the last axis."""
     # Classes that are masked are -inf, and inf - inf would make the whole divergence NaN.
-    a, b = (torch.nan_to_num(t.double()).log_softmax(-1).flatten(0, -2) for t in (original, converted))
+    known = ~torch.isnan(original).any(-1)
+    a, b = (torch.nan_to_num(t[known].double()).log_softmax(-1) for t in (original, converted))
     same = int((a.argmax(-1) == b.argmax(-1)).sum())
     return same, a.shape[0], float((a.exp() * (a - b)).sum())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +23,8 @@ from normconvert.tracing.probes import Probe
 from normconvert.verification.fidelity import Outputs
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
 
+Told = Callable[[str], None]
+
 
 @dataclass
 class Run:
@@ -39,20 +41,22 @@ class Run:
     constants: dict[str, torch.dtype] = field(default_factory=dict)
 
 
-def algebra_model(truth: nn.Module, plan: Plan) -> nn.Module:
+def algebra_model(truth: nn.Module, plan: Plan, *, share: bool = False) -> nn.Module:
     """A copy of the float64 model with the plan's tensor edits and module edits applied.
 
     Args:
         truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
         plan: names of tensors as in ``truth.state_dict()``.
+        share: parameters that the plan leaves as they are stay those of `truth` itself, in no memory of their own.
 
     Raises:
         InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
     """
     from normconvert.runtime import apply_module_edits
 
-    model = copy_model(truth)
     source = named_tensors(truth)
+    changed = {id(source[name]) for name in plan.tensors if name in source}
+    model = copy_model(truth, [p for p in truth.parameters() if id(p) not in changed] if share else [])
     try:
         apply_module_edits(model, plan.modules)
     except (ValueError, AttributeError) as error:
@@ -94,7 +98,13 @@ def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def run_model(
-    model: nn.Module, probes: Iterable[Probe], *, dtype: torch.dtype, seed: int = 0, like: Run | None = None
+    model: nn.Module,
+    probes: Iterable[Probe],
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    like: Run | None = None,
+    told: Told | None = None,
 ) -> Run:
     """All probes through a model, in eval mode and without gradients.
 
@@ -107,6 +117,7 @@ def run_model(
         dtype: that of the checkpoint under test.
         seed: for models that draw random numbers even in eval mode.
         like: the run of the model that this one is held against: each probe is run as it was there, or fails.
+        told: called with the name of each probe as its run begins.
     """
     probes, run = list(probes), Run()
     prepare(model)
@@ -114,6 +125,8 @@ def run_model(
     first, *others = constant_dtypes(model)
 
     def one(probe: Probe) -> Outputs | str:
+        if told is not None:
+            told(probe.name)
         inputs = inputs_of(probe, dtype, model)
         known = like.constants.get(probe.name) if like is not None else None
         try:

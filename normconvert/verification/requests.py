@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.options import DTYPES, REVISION, TRUST, Stage, option, parse_size
+from normconvert.options import DTYPES, LEVEL, LEVELS, REVISION, TRUST, Stage, option, parse_size
 
 
 def _dtype(text: str, spelled: str) -> Any:
@@ -32,6 +32,7 @@ class Verification:
     device: Any = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE", parse=lambda text, _: text)
     dtype: Any = option(None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, parse=_dtype)
     seed: int = option(0, "Of the probes.", metavar="N")
+    level: str = option("standard", LEVEL, choices=LEVELS)
     trust_remote_code: bool = option(False, TRUST)
     max_memory: int | None = option(
         None, "Such as 4GB: leave the weights in their files and read them in turn.", metavar="SIZE", parse=parse_size

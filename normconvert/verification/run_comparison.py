@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+import torch
 
 from normconvert.tracing.probes import Probe
 from normconvert.verification.fidelity import (
@@ -12,7 +14,6 @@ from normconvert.verification.fidelity import (
     distance,
     is_shifted,
     next_token_loss,
-    ratio,
     scores,
 )
 from normconvert.verification.probe_runs import Run
@@ -34,26 +35,28 @@ def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset(
     return result
 
 
+def _both_known(true: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return (torch.isfinite(true) == torch.isfinite(value)) & ~torch.isnan(value)
+
+
 def rank(value: float) -> float:
     """An error as a number to sort by: NaN, which compares with nothing, is the largest."""
     return math.inf if math.isnan(value) else value
 
 
-def worst_ratio(
-    original: Mapping[tuple[str, str], Distance], converted: Mapping[tuple[str, str], Distance], eps: float
-) -> float | None:
-    """For each output the root mean square of the relative errors over the probes, converted/original; the largest."""
-    # Over the probes first: the original may hit a single output exactly by chance, and any ratio to that is infinite.
-    names = dict.fromkeys(name for _, name in converted)
-    ratios = []
-    for name in names:
-        sums = [
-            math.sqrt(sum(rank(d.relative) ** 2 for (_, n), d in side.items() if n == name) / max(len(side), 1))
-            for side in (converted, original)
-        ]
-        ratios.append(ratio(sums[0], sums[1], eps))
-    # The worst output, not the mean: one that is spoilt must not hide among many that are not.
-    return max(ratios, key=rank, default=None)
+def comparable_part(truth: Run, original: Run) -> Run:
+    """The truth on the probes of ``original``, NaN where the original in its dtype has no finite value or a mask's."""
+    result = Run()
+    for probe, outputs in original.outputs.items():
+        if probe in truth.outputs:
+            true = truth.outputs[probe]
+            result.outputs[probe] = {
+                name: torch.where(_both_known(true[name], value), true[name], math.nan)
+                if name in true and true[name].shape == value.shape
+                else true.get(name, value)
+                for name, value in outputs.items()
+            }
+    return result
 
 
 def felt(original: Run, converted: Run) -> tuple[float, float]:
@@ -75,6 +78,6 @@ def loss_difference(probes: Sequence[Probe], original: Run, converted: Run) -> f
         if probe.name.startswith("text") and probe.name in converted.outputs:
             a = next_token_loss(original.outputs[probe.name], probe.inputs)
             b = next_token_loss(converted.outputs[probe.name], probe.inputs)
-            if a is not None and b is not None:
+            if a is not None and b is not None and math.isfinite(a):
                 differences.append(b - a)
     return sum(differences) / len(differences) if differences else None

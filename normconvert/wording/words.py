@@ -23,7 +23,10 @@ def becomes(method: str) -> str:
 
 def in_words(fidelity: Fidelity) -> dict[str, str]:
     """What was measured -> what was found, with its limit."""
-    words = {"outputs in float64, relative error": f"{fidelity.algebra:.2g} (at most {fidelity.tolerance:.2g})"}
+    words = {"verified": fidelity.level}
+    words["outputs in float64, relative error"] = f"{fidelity.algebra:.2g} (at most {fidelity.tolerance:.2g})"
+    if fidelity.storage is not None:
+        words["stored weights"] = f"{fidelity.storage:.2g} units off at most"
     if fidelity.rounding is not None:
         limit = f"{fidelity.rounding_tolerance:g}"
         words["rounding in the stored dtype"] = f"{fidelity.rounding:.3g} times the original's (at most {limit})"

@@ -39,7 +39,19 @@ from tools.benchmarks.lockstep import lockstep
 from tools.docs.pages import write_section
 
 DOCS = Path(__file__).parents[2] / "docs"
-SECTIONS = ("models", "share", "growth", "conversion", "verification", "norm", "writers", "basis", "fuse-bn")
+SECTIONS = (
+    "models",
+    "share",
+    "growth",
+    "conversion",
+    "verified",
+    "verdicts",
+    "verification",
+    "norm",
+    "writers",
+    "basis",
+    "fuse-bn",
+)
 """The sections of docs/performance.md, in order; each tool of this folder writes its own."""
 SLOWEST, SHARE = 0.99, 0.8
 """The criteria: converted/original in every cell; how much of the way to the bound, where it is above WORTH."""

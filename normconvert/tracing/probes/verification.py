@@ -1,7 +1,13 @@
-"""Inputs to compare two versions of a model on: a few small ones, each after another kind of mistake."""
+"""Inputs to compare two versions of a model on: a few small ones, each after another kind of mistake.
+
+The level says how many. ``thorough`` makes one probe of each recipe. ``standard`` looks for the same mistakes in fewer
+runs: one signal whose areas are noise, constant, zero and small stands for one probe of each, one batch holds a text
+that is padded on the left and one on the right. ``quick`` makes two.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +23,10 @@ from normconvert.tracing.probes.specs import SIGNALS, Spec, materialise, place_t
 
 LONGEST = 32
 """Tokens of the longest text."""
+ALL = frozenset({"quick", "standard", "thorough"})
+STANDARD, THOROUGH = ALL - {"quick"}, frozenset({"thorough"})
+HEAVY = 100_000
+"""Numbers in the signals of one sample (a picture of 224 x 224 has 150,528) from which on samples are few."""
 
 SENTENCES = (
     "The keeper of the lighthouse counted the ships every evening and wrote their names in a green book.",
@@ -32,10 +42,13 @@ class Probe:
     Attributes:
         name: for the report; text probes begin with ``text``.
         inputs: keyword arguments on the CPU: signals in float32, integers in int64, plain values as they are.
+        realistic: like what the model gets in use, so that rounding errors on it tell something. On a degenerate or
+            extreme input the original's may be zero by structure.
     """
 
     name: str
     inputs: dict[str, Any]
+    realistic: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,10 @@ class Recipe:
         batch, length: None leaves the usual.
         ids: what token ids become; None leaves them random.
         signal: what images and sounds become; None leaves them gaussian.
-        padding: the side on which the attention mask pads, if any.
+        padding: the side on which the attention mask pads, if any; ``both``: one row each.
+        realistic: see :class:`Probe`.
+        levels: of the verification that have it.
+        heavy: it is made where one sample is large, too.
     """
 
     name: str
@@ -58,6 +74,9 @@ class Recipe:
     ids: Callable[[Tensor, Spec], Tensor] | None = None
     signal: Callable[[Tensor], Tensor] | None = None
     padding: str | None = None
+    realistic: bool = True
+    levels: frozenset[str] = THOROUGH
+    heavy: bool = False
 
 
 def _degenerate(ids: Tensor, spec: Spec) -> Tensor:
@@ -66,30 +85,47 @@ def _degenerate(ids: Tensor, spec: Spec) -> Tensor:
     return values.view(-1, *[1] * (ids.ndim - 1)).expand_as(ids).clone()
 
 
+def _areas(signal: Tensor) -> Tensor:
+    """Quarters along each of the last two axes in turn: as it was, a constant, zeros, a hundredth of it."""
+    result = signal.clone()
+    for axis in {max(signal.ndim - 2, 0), signal.ndim - 1} if signal.ndim else ():
+        quarter = signal.shape[axis] // 4
+        if quarter:
+            result.narrow(axis, 0, quarter).fill_(1.0)
+            result.narrow(axis, quarter, quarter).zero_()
+            result.narrow(axis, 2 * quarter, quarter).mul_(0.01)
+    return result
+
+
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("random"),
+    Recipe("random", levels=ALL, heavy=True),
     Recipe("single", batch=1),
-    Recipe("long", "text", batch=1, length=LONGEST),
-    Recipe("one-token", "text", length=1),
-    Recipe("degenerate", "text", batch=3, ids=_degenerate),
+    Recipe("long", "text", batch=1, length=LONGEST, levels=STANDARD),
+    Recipe("one-token", "text", length=1, realistic=False, levels=STANDARD),
+    Recipe("degenerate", "text", batch=3, ids=_degenerate, realistic=False, levels=STANDARD),
+    Recipe("padded", "text", length=12, padding="both", levels=ALL - THOROUGH),
     Recipe("padded-right", "text", length=12, padding="right"),
     Recipe("padded-left", "text", length=12, padding="left"),
-    Recipe("constant", "signal", signal=torch.ones_like),
-    Recipe("zero", "signal", batch=1, signal=torch.zeros_like),
-    Recipe("large", "signal", signal=lambda x: 100.0 * x),
-    Recipe("small", "signal", batch=1, signal=lambda x: 0.01 * x),
+    Recipe("areas", "signal", batch=1, signal=_areas, ids=_degenerate, realistic=False, levels=ALL, heavy=True),
+    Recipe("constant", "signal", signal=torch.ones_like, realistic=False),
+    Recipe("zero", "signal", batch=1, signal=torch.zeros_like, realistic=False),
+    Recipe("large", "signal", signal=lambda x: 100.0 * x, realistic=False),
+    Recipe("small", "signal", batch=1, signal=lambda x: 0.01 * x, realistic=False),
 )
 """Degenerate ids and constant images make rows alike; large and small signals hide and show a norm's eps."""
 
 
 @one_at_a_time
-def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None) -> list[Probe]:
-    """Six to twelve small probes, the same for the same model and seed.
+def verification_inputs(
+    model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None, level: str = "thorough"
+) -> list[Probe]:
+    """Two to a dozen small probes, the same for the same model and seed.
 
     Args:
         model: on any device, the meta device included; only its signature, config and shapes are read.
         seed: of all random values; probe number i uses ``seed * 1000 + i``.
-        tokenizer: of the model; if given, two probes hold real sentences (names ``text-0``, ``text-1``).
+        tokenizer: of the model; if given, probes hold real sentences (names ``text-0``, ``text-1``).
+        level: ``quick``, ``standard`` or ``thorough``.
 
     Returns:
         Probes with CPU tensors: text at most 32 tokens, plus placeholders where the model wants them.
@@ -101,33 +137,51 @@ def verification_inputs(model: nn.Module, *, seed: int = 0, tokenizer: Any | Non
     kinds = {value.kind for value in guess.specs.values() if isinstance(value, Spec)}
     text, signal = "ids" in kinds, bool(kinds & SIGNALS)
     probes = []
-    for number, recipe in enumerate(_recipes(text, signal)):
+    heavy = _values_of_one(guess) > HEAVY and level != "thorough"
+    for number, recipe in enumerate(_recipes(text, signal, level, heavy)):
         generator = torch.Generator().manual_seed(seed * 1000 + number)
-        inputs = _make(model, guess, recipe, generator)
+        inputs = _make(model, guess, replace(recipe, batch=1) if heavy else recipe, generator)
         if inputs is not None:
-            probes.append(Probe(recipe.name, inputs))
-    if tokenizer is not None and text:
-        probes += _text_probes(model, guess, tokenizer, seed)
-    return probes + _embedding_probes(model, probes, seed)
+            probes.append(Probe(recipe.name, inputs, recipe.realistic))
+    if tokenizer is not None and text and not (heavy or level == "quick"):
+        probes += _text_probes(model, guess, tokenizer, seed, 1 if level == "standard" else len(SENTENCES))
+    if level == "quick":
+        return probes[:2]
+    # Where a sample is large, one that is not realistic comes in by the other door and not by both.
+    found = _embedding_probes(model, probes[-1:] if heavy else probes, seed, tried=level == "thorough")
+    return probes[:-1] + found if heavy and found and len(probes) > 1 else probes + found
 
 
-def _embedding_probes(model: nn.Module, probes: list[Probe], seed: int) -> list[Probe]:
-    """The first probe with embeddings in place of what they are made of, in float32; one for each such argument."""
+def _values_of_one(guess: Guess) -> int:
+    """Numbers in the signals of one sample."""
+    shapes = [v.shape for v in guess.specs.values() if isinstance(v, Spec) and v.kind in SIGNALS]
+    return sum(math.prod(shape) // max(guess.sizes.batch, 1) for shape in shapes)
+
+
+def _embedding_probes(model: nn.Module, probes: list[Probe], seed: int, *, tried: bool) -> list[Probe]:
+    """The first probe with embeddings in place of what they are made of, in float32; one for each such argument.
+
+    Of several forms of an argument the first that a try on fake tensors accepts is taken. That takes as long as a run,
+    so without `tried` a single form is left to the verification, which runs it.
+    """
     found: list[Probe] = []
     done: set[str] = set()
     for alternatives in entrances(model, probes[0].inputs, seed=seed) if probes else ():
-        entrance = next((e for e in alternatives if accepts(model, e.inputs) in ("yes", "maybe")), None)
+        known = not tried and len(alternatives) == 1 and len(alternatives[0].names) == 1
+        entrance = next((e for e in alternatives if known or accepts(model, e.inputs) in ("yes", "maybe")), None)
         if entrance is None or done.issuperset(entrance.names):
             continue
         done.update(entrance.names)
         inputs = {k: v.float() if k in entrance.names else v for k, v in entrance.inputs.items()}
-        found.append(Probe("embeds" if not found else f"embeds-{len(found)}", inputs))
+        found.append(Probe("embeds" if not found else f"embeds-{len(found)}", inputs, realistic=False))
     return found
 
 
-def _recipes(text: bool, signal: bool) -> Iterator[Recipe]:
-    """The recipes that apply; for a model with both kinds of input, fewer of each."""
+def _recipes(text: bool, signal: bool, level: str, heavy: bool) -> Iterator[Recipe]:
+    """The recipes that apply; for a model with both kinds of input, and where a sample is large, fewer."""
     for recipe in RECIPES:
+        if level not in recipe.levels or (heavy and not recipe.heavy):
+            continue
         if recipe.applies == "any" or (recipe.applies == "text" and text) or (recipe.applies == "signal" and signal):
             if text and signal and recipe.name in ("single", "zero", "small", "padded-left"):
                 continue
@@ -173,21 +227,21 @@ def _value(spec: Spec, recipe: Recipe, generator: torch.Generator) -> Tensor:
 
 
 def padding_mask(shape: torch.Size, side: str) -> Tensor:
-    """(batch, length) of ones, with a third of the first row's length masked on one side."""
+    """(batch, length) of ones, with a third of the first row masked on one side, or for ``both`` of the last too."""
     mask = torch.ones(shape, dtype=torch.int64)
     count = max(shape[1] // 3, 1)
-    if side == "right":
-        # One row only, so that a batch holds a padded text beside a full one.
+    # One row a side, so that a batch holds a padded text beside a full one.
+    if side != "left":
         mask[0, -count:] = 0
-    else:
-        mask[0, :count] = 0
+    if side != "right":
+        mask[-1 if side == "both" else 0, :count] = 0
     return mask
 
 
-def _text_probes(model: nn.Module, guess: Guess, tokenizer: Any, seed: int) -> list[Probe]:
-    """One probe a sentence, cut to 32 tokens; other inputs as usual, with a batch of one."""
+def _text_probes(model: nn.Module, guess: Guess, tokenizer: Any, seed: int, count: int) -> list[Probe]:
+    """One probe for each of ``count`` sentences, cut to 32 tokens; other inputs as usual, with a batch of one."""
     probes = []
-    for number, sentence in enumerate(SENTENCES):
+    for number, sentence in enumerate(SENTENCES[:count]):
         generator = torch.Generator().manual_seed(seed * 1000 + 500 + number)
         encoded = tokenizer(sentence)["input_ids"][:LONGEST]
         if not encoded:  # a vocabulary that knows none of its words
