@@ -27,14 +27,13 @@ from normconvert.plan.vectors import Expression, part, times
 from normconvert.rewrites.clipping import Clipping, clip
 from normconvert.rewrites.linear_maps import Blocked
 from normconvert.rewrites.moving import Share, Walk, agreed
-from normconvert.rewrites.proof import difference
 from normconvert.rewrites.registry import rewrite
 from normconvert.tracing.graph import Graph, module_path
 
 Edits = dict[str, list[dict[str, Any]]]
 
 
-@rewrite("fuse-bn", proof=difference)
+@rewrite("fuse-bn", compared="planning")
 def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     """The plan that moves every affine norm that can move into linear maps beside it.
 
