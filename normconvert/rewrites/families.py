@@ -17,13 +17,19 @@ from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.claims import unfounded
+from normconvert.rewrites.planning import difference
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 
 
 def obstacle_in(
-    model: nn.Module, plan: Plan, options: Options, tracer: Callable[[nn.Module], Graph] = trace_model
+    model: nn.Module,
+    plan: Plan,
+    options: Options,
+    tracer: Callable[[nn.Module], Graph] = trace_model,
+    *,
+    compare: bool = True,
 ) -> str:
     """Why a plan does not hold for ``model``; empty if it is proved to hold.
 
@@ -32,6 +38,7 @@ def obstacle_in(
         plan: with the names of the class that it was made for.
         options: that the plan was made with.
         tracer: how a model becomes a graph.
+        compare: whether the edited class is traced and compared even where the analysis alone decides the plan.
     """
     try:
         graph = tracer(model)
@@ -42,8 +49,10 @@ def obstacle_in(
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     edits = {here: rows for name, rows in plan.tensors.items() if (here := renamed(name, prefix, tensors)) is not None}
     own = REWRITES[plan.method].planner(graph, options)
+    stages = {"planning", "verification"} if compare else {"planning"}
+    compared = REWRITES[plan.method].compared in stages
     if _same_edits(own, plan, edits, prefix, paths, tensors):
-        return ""
+        return difference(graph, own, options) if compared and own.converted else ""
     if plan.method != "rmsnorm":
         return "its own conversion would be another one"
     modules = []
@@ -56,7 +65,8 @@ def obstacle_in(
         # What else changes a tensor, a folded scale say, is proved for the one class only.
         if any(row["op"] != "center" for row in rows):
             return f"`{name}` was changed in more ways than by its mean"
-    return unfounded(graph, replace(plan, tensors=edits, modules=modules), Options())
+    here = replace(plan, tensors=edits, modules=modules)
+    return (difference if compared else unfounded)(graph, here, Options())
 
 
 def renamed(name: str, prefix: str, known: Any) -> str | None:

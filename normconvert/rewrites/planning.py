@@ -45,10 +45,15 @@ def planned(
     """As :func:`plan_model`; the graph as well, for :func:`difference`."""
     graph = tracer(model)
     plan = REWRITES[method].planner(graph, options)
-    if REWRITES[method].compared == "planning" and (found := difference(graph, plan, options)):
+    if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
         verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
         return Plan(method, verdicts=verdicts), graph
     return _with_doors(plan, graph), graph
+
+
+def difference_later(graph: Graph, plan: Plan, options: Options) -> str:
+    """As :func:`difference`, of a plan that nobody has compared while it was made: for the verification."""
+    return difference(graph, plan, options) if REWRITES[plan.method].compared == "verification" else ""
 
 
 def difference(graph: Graph, plan: Plan, options: Options) -> str:
@@ -59,8 +64,6 @@ def difference(graph: Graph, plan: Plan, options: Options) -> str:
         plan: for it; or for another class of its family, under the names that it has here.
         options: that it was made with.
     """
-    if not plan.converted or REWRITES[plan.method].compared == "planner":
-        return ""
     try:
         if why := unfounded(graph, plan, options):
             return why
