@@ -169,7 +169,8 @@ class _Comparison:
 
     @_changed.register
     def _(self, label: Gone, node: fx.Node) -> None:
-        pass
+        if node.target is MARK:  # of what stands there instead, if anything does
+            self._is(node, self._image_of(node.args[0]))
 
     @_changed.register
     def _(self, label: SameAs, node: fx.Node) -> None:
@@ -197,9 +198,7 @@ class _Comparison:
         if unmarked(other.args[1]) is not self._image_of(label.source):
             raise Differs(label.path, f"`{label.path}` reads another value{self.width}")
         if [self.tensors.get(name) if name else None for name in label.tensors] != list(other.args[2:4]):
-            raise Differs(
-                label.path, f"`{label.path}` uses other tensors than it should"
-            )
+            raise Differs(label.path, f"`{label.path}` uses other tensors than it should")
         found = settings_of(other)
         for key in {**label.settings, **found}:
             if not _same_number(label.settings.get(key), found.get(key)):

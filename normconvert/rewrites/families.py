@@ -65,8 +65,8 @@ def obstacle_in(
         # What else changes a tensor, a folded scale say, is proved for the one class only.
         if any(row["op"] != "center" for row in rows):
             return f"`{name}` was changed in more ways than by its mean"
-    here = replace(plan, tensors=edits, modules=modules)
-    return (difference if compared else unfounded)(graph, here, Options())
+    there = replace(plan, tensors=edits, modules=modules)
+    return (difference if compared else unfounded)(graph, there, Options())
 
 
 def renamed(name: str, prefix: str, known: Any) -> str | None:
