@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
     from normconvert.sources.opening import Found
+    from normconvert.tracing.graph import Graph
     from normconvert.verification.fidelity import Fidelity
 
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
@@ -95,7 +96,7 @@ def convert(request: Conversion) -> Report:
     """
     limits = _check(request)
     with _workplace(request) as place:
-        source, report = _plan(request, place.found, place.stream)
+        source, report, graph = _plan(request, place.found, place.stream)
         _refuse_if_pointless(report, request.require_all)
         if request.dry_run:
             return report
@@ -103,7 +104,7 @@ def convert(request: Conversion) -> Report:
         with place.folder(source, report) as folder:
             report, hashes = _write(request, source, report, folder, place)
             if place.can_verify(request):
-                report = _verify(request, source, report, folder, limits)
+                report = _verify(request, source, graph, report, folder, limits)
             elif request.verify:
                 report = replace(report, notes=(*report.notes, NO_ROOM))
             write_record(folder, source, report, hashes)
@@ -202,7 +203,7 @@ def _mostly_copied(request: Conversion) -> bool:
 
 def _plan(
     request: Inspection | Conversion, found: Found | None = None, stream: Stream | None = None
-) -> tuple[Source, Report]:
+) -> tuple[Source, Report, Graph]:
     """Open the source, trace its model, and say what becomes of every norm."""
     say = request.stage or _silent
     say("open")
@@ -217,13 +218,13 @@ def _plan(
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
-    from normconvert.rewrites.planning import plan_model
+    from normconvert.rewrites.planning import planned
 
-    plan = plan_model(model, request.allowed, request.method)
+    plan, graph = planned(model, request.allowed, request.method)
     traced = time.perf_counter()
     dtype = str(source.dtype).removeprefix("torch.")
     wanted = request.dtype if isinstance(request, Conversion) else "auto"
-    return source, Report(
+    report = Report(
         source=str(request.src),
         library=source.library,
         architecture=source.architecture,
@@ -236,6 +237,7 @@ def _plan(
         notes=(*source.notes, *plan.notes),
         options=recorded(request),
     )
+    return source, report, graph
 
 
 def _silent(stage: str) -> None:
@@ -254,7 +256,7 @@ def _with_family(source: Source, report: Report, request: Conversion) -> Report:
     from normconvert.rewrites.family_plan import with_family
 
     start = time.perf_counter()
-    plan = with_family(source, report.plan, request.allowed)
+    plan = with_family(source, report.plan, request.allowed, compare=request.verify)
     notes = plan.notes[len(report.plan.notes) :]
     seconds = {**report.seconds, "trace": report.seconds["trace"] + time.perf_counter() - start}
     return replace(report, plan=plan, notes=(*report.notes, *notes), seconds=seconds)
@@ -287,16 +289,23 @@ def _write(
     return report, written.hashes
 
 
-def _verify(request: Conversion, source: Source, report: Report, folder: Path, limits: Mapping[str, float]) -> Report:
-    """Hold what was written against the original.
+def _verify(
+    request: Conversion, source: Source, graph: Graph, report: Report, folder: Path, limits: Mapping[str, float]
+) -> Report:
+    """Hold what was written against the original, and the graph of the edited model against the original's, ``graph``.
 
     Raises:
         FidelityError: it differs.
     """
+    from normconvert.rewrites.planning import difference_later
+
     (request.stage or _silent)("verify")
     start = time.perf_counter()
     with collecting(True):
         fidelity = _fidelity(request, source, report.plan, folder, limits)
+        if why := difference_later(graph, report.plan, request.allowed):
+            reasons = [f"the edited model is not the old one: {why}", *fidelity.reasons]
+            fidelity = replace(fidelity, passed=False, reasons=reasons)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
     notes = (f"relative change of what else is returned: {moved(fidelity)}",) if fidelity.moved else ()
     report = replace(report, fidelity=fidelity, seconds=seconds, notes=(*report.notes, *notes))

@@ -18,6 +18,7 @@ NAMES = (
     PrivateName("torch.utils._python_dispatch._disable_current_modes", "known values, computed during a trace", SEEN),
     PrivateName("torch._C.DisableTorchFunction", "known values, computed during a trace", SEEN),
     PrivateName("torch._C.DisableTorchFunctionSubclass", "what is known of a weight that is not read yet", SEEN),
+    PrivateName("torch._subclasses.fake_tensor.FakeTensor", "constants that have no value in a trace", SEEN),
     PrivateName("torch._subclasses.fake_tensor.FakeTensorMode", "tensors that pretend to be on the CPU", SEEN),
     PrivateName("torch._subclasses.fake_tensor.DataDependentOutputException", "why a trace stopped", SEEN),
     PrivateName("torch._subclasses.fake_tensor.DynamicOutputShapeException", "why a trace stopped", SEEN),
@@ -42,6 +43,7 @@ with needed(NAMES):
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
+        FakeTensor,
         FakeTensorMode,
     )
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +56,7 @@ __all__ = [
     "DisableTorchFunction",
     "DisableTorchFunctionSubclass",
     "DynamicOutputShapeException",
+    "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
     "TorchDispatchMode",

@@ -7,7 +7,7 @@ norm's result is a mean-free value again, n, and is stored likewise: its readers
 they cannot, the norm gives all channels, g * L n + b.
 
 What cannot be written in d - 1 channels is compressed by an operation where that pays (`regions`). That the model runs
-at the new sizes, and does the same, is proved by tracing it again (`retrace`).
+at the new sizes, and does the same, is proved by tracing it again (`comparison`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from normconvert.analysis.streams import Analysis, Spot, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import Centring, MarkKey, insertion, survey
+from normconvert.rewrites.comparison import narrowed, prove
+from normconvert.rewrites.edited_trace import Differs
+from normconvert.rewrites.expected_changes import ExpectedChanges, expected_changes
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
 from normconvert.rewrites.registry import rewrite
-from normconvert.rewrites.retrace import Differs, Meant, narrowed, prove
 from normconvert.rewrites.sizes import Remedies, resize_edits
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import MARK
-from normconvert.tracing.probes import quiet
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class _Draft:
     folded: dict[str, tuple[list[Reader], set[Spot]]] = field(default_factory=dict)
     expanded: dict[str, str] = field(default_factory=dict)
     plan: Plan = field(default_factory=lambda: Plan("crmsnorm"))
-    meant: Meant = field(default_factory=lambda: Meant((), (), (), ()))
+    expected: ExpectedChanges = field(default_factory=ExpectedChanges)
 
 
-@rewrite("crmsnorm")
+@rewrite("crmsnorm", compared="planner")
 def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     """The plan that stores each stream which provably allows it in one channel less.
 
@@ -101,8 +102,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
         if not draft.region.compressed:
             return draft.plan
         try:
-            with quiet():
-                prove(graph, draft.plan.modules, draft.meant)
+            prove(graph, draft.plan, draft.expected)
         except Differs as difference:
             values = {path: (starts | {s[0] for s in spots}) for path, starts, spots in _touched(draft)}
             if not remedies.next(difference, values, {s[1].size for s in draft.region.compressed}):
@@ -157,11 +157,11 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
     )
     heads = {other: _shape(model.graph, own) for own, other in untied.items()}
     folded_heads = {r.weight: r.place for readers, _ in draft.folded.values() for r in readers}
-    draft.meant = Meant(
+    draft.expected = expected_changes(
+        model.graph,
+        draft.plan,
         compressed=compressed,
         live=model.analysis.live,
-        norms=set(converted),
-        inserted=set(region.inserted),
         biases=biases,
         untied={n: narrowed(s, [folded_heads[n]]) if n in folded_heads else s for n, s in heads.items()},
     )

@@ -7,29 +7,29 @@ made, not by those which that class itself would have taken.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from normconvert.analysis.norms import find_norms
-from normconvert.analysis.streams import Analysis, Spot, operation
 from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, survey
-from normconvert.rewrites.fold import along
+from normconvert.rewrites.claims import unfounded
+from normconvert.rewrites.planning import difference
 from normconvert.rewrites.registry import REWRITES
-from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 
-CENTRED = "center"
-
 
 def obstacle_in(
-    model: nn.Module, plan: Plan, options: Options, tracer: Callable[[nn.Module], Graph] = trace_model
+    model: nn.Module,
+    plan: Plan,
+    options: Options,
+    tracer: Callable[[nn.Module], Graph] = trace_model,
+    *,
+    compare: bool = True,
 ) -> str:
     """Why a plan does not hold for ``model``; empty if it is proved to hold.
 
@@ -38,6 +38,7 @@ def obstacle_in(
         plan: with the names of the class that it was made for.
         options: that the plan was made with.
         tracer: how a model becomes a graph.
+        compare: whether the edited class is traced and compared even where the analysis alone decides the plan.
     """
     try:
         graph = tracer(model)
@@ -48,27 +49,24 @@ def obstacle_in(
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     edits = {here: rows for name, rows in plan.tensors.items() if (here := renamed(name, prefix, tensors)) is not None}
     own = REWRITES[plan.method].planner(graph, options)
+    stages = {"planning", "verification"} if compare else {"planning"}
+    compared = REWRITES[plan.method].compared in stages
     if _same_edits(own, plan, edits, prefix, paths, tensors):
-        return ""
+        return difference(graph, own, options) if compared and own.converted else ""
     if plan.method != "rmsnorm":
         return "its own conversion would be another one"
-    analysis = Analysis(graph, find_norms(graph))
-    found, marks = survey(analysis, Options())
-    why = _refused_edit(analysis, found, edits)
-    if why:
-        return why
-    inserted: set[MarkKey] = set()
-    replaced: set[str] = set()
+    modules = []
     for row in plan.modules:
         path = renamed(row["path"], prefix, paths)
-        if row["op"] == CENTRED:
-            key = (path or "", row["side"], row["key"])
-            if path is None or key not in marks or {axis_of(spot) for spot in marks[key]} != {row["axis"]}:
-                return f"nothing may be centred at the {row['side']} of `{row['path']}`"
-            inserted.add(key)
-        elif row["op"] == "replace" and path is not None:
-            replaced.add(path)
-    return _dirty_norm(analysis, found, marks, inserted, set(edits), replaced)
+        if path is None and row["op"] == "center":
+            return f"nothing may be centred at the {row['side']} of `{row['path']}`"
+        modules += [{**row, "path": path}] if path is not None else []
+    for name, rows in edits.items():
+        # What else changes a tensor, a folded scale say, is proved for the one class only.
+        if any(row["op"] != "center" for row in rows):
+            return f"`{name}` was changed in more ways than by its mean"
+    there = replace(plan, tensors=edits, modules=modules)
+    return (difference if compared else unfounded)(graph, there, Options())
 
 
 def renamed(name: str, prefix: str, known: Any) -> str | None:
@@ -89,64 +87,3 @@ def _same_edits(
     edits = {name: [{k: here_too(v) for k, v in row.items()} for row in rows] for name, rows in edits.items()}
     rows = [{**row, "path": here} for row in plan.modules if (here := renamed(row["path"], prefix, paths)) is not None]
     return own.tensors == edits and sorted(map(str, own.modules)) == sorted(map(str, rows))
-
-
-def _refused_edit(analysis: Analysis, found: Centring, edits: Mapping[str, list[dict[str, Any]]]) -> str:
-    """The first tensor that was changed and must not be, here; and how the others were changed is how they would be."""
-    editable: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for spot in found.editable:
-        for name in analysis.graph.parameters[spot[0]].aliases:
-            editable[name].append({"op": CENTRED, **along(spot[1])})
-    for name, rows in edits.items():
-        # What else changes a tensor, a folded scale say, is proved for the one class only.
-        if any(row["op"] != CENTRED for row in rows):
-            return f"`{name}` was changed in more ways than by its mean"
-        if name in analysis.graph.unreached:
-            return f"no traced input makes the model use `{name}`"
-        if any(row not in editable[name] for row in rows):
-            return f"`{name}` has readers that see its mean{_reader(found, analysis, name)}"
-    return ""
-
-
-def _reader(found: Centring, analysis: Analysis, name: str) -> str:
-    for spot, node in found.blocked.items():
-        if name in analysis.graph.parameters[spot[0]].aliases:
-            return f" ({operation(node)})"
-    for stream in analysis.streams:
-        for spot in stream.members:
-            parameter = analysis.graph.parameters.get(spot[0])
-            if parameter is not None and name in parameter.aliases and stream.leaks:
-                return f": {stream.leaks[0].reason}"
-    return ""
-
-
-def _dirty_norm(
-    analysis: Analysis,
-    found: Centring,
-    marks: Mapping[MarkKey, list[Spot]],
-    inserted: set[MarkKey],
-    edited: set[str],
-    replaced: set[str],
-) -> str:
-    """The first replaced norm whose input is not mean-free by these edits and operations."""
-    cleaned = {spot for key in inserted for spot in marks[key]}
-    clean: set[Spot] = set()
-    for stream in found.usable:
-        # In execution order the parts of a member come before it.
-        for spot, made in stream.members.items():
-            if made.how == "parameter":
-                names = analysis.graph.parameters[spot[0]].aliases
-                fits = spot in found.editable and not edited.isdisjoint(names)
-            else:
-                fits = made.how == "sum" and not made.constant and all(part in clean for part in made.parts)
-            if fits or spot in cleaned:
-                clean.add(spot)
-    groups = defaultdict(list)
-    for norm in analysis.norms:
-        groups[norm.path].append(norm)
-    for path in sorted(replaced):
-        calls = groups.get(path, [])
-        spots = [(norm.source, norm.place) for norm in calls]
-        if not calls or any(spot not in clean for spot in spots) or misuse(path, calls, analysis.graph):
-            return f"what `{path}` reads is not mean-free"
-    return ""

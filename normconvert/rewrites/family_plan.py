@@ -17,8 +17,15 @@ FAMILY = 2
 """So many other classes of a family are traced: each takes as long as the model itself."""
 
 
-def with_family(source: Source, plan: Plan, options: Options) -> Plan:
-    """The plan with the classes of the family for which it is proved too, those where it is not, and notes of these."""
+def with_family(source: Source, plan: Plan, options: Options, *, compare: bool = True) -> Plan:
+    """The plan with the classes of the family for which it is proved too, those where it is not, and notes of these.
+
+    Args:
+        source: of the original.
+        plan: for it.
+        options: that it was made with.
+        compare: see :func:`normconvert.rewrites.families.obstacle_in`.
+    """
     # Of other shapes no class but the converted one can be made at all.
     resized = any(edit["op"] == "resize" for edit in plan.modules)
     if source.library != "transformers" or source.modules or resized or own_class(source) is not None:
@@ -27,7 +34,7 @@ def with_family(source: Source, plan: Plan, options: Options) -> Plan:
     proved = []
     for name in opened_otherwise(source)[:FAMILY]:
         try:
-            why = obstacle_in(as_class(source, name).skeleton(), plan, options)
+            why = obstacle_in(as_class(source, name).skeleton(), plan, options, compare=compare)
         except NormConvertError as error:
             why = str(error)
         if why:

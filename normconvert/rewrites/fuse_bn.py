@@ -26,7 +26,6 @@ from normconvert.plan.vectors import part, times
 from normconvert.rewrites.clipping import Clipping, clip
 from normconvert.rewrites.linear_maps import Blocked, Share
 from normconvert.rewrites.moving import Settled, into_consumers, into_producers
-from normconvert.rewrites.proof import difference
 from normconvert.rewrites.registry import rewrite
 from normconvert.tracing.graph import Graph, module_path
 
@@ -43,7 +42,7 @@ class Decision:
     clipping: Clipping | None = None
 
 
-@rewrite("fuse-bn", proof=difference)
+@rewrite("fuse-bn", compared="planning")
 def plan_fuse_bn(graph: Graph, options: Options) -> Plan:
     """The plan that moves every affine norm that can move into linear maps beside it.
 

@@ -1,4 +1,4 @@
-"""Model on the meta device -> plan: trace it, ask the conversion, and prove what the analysis alone cannot."""
+"""Model on the meta device -> plan: trace it, ask the conversion, and compare the edited model with the original."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites import crmsnorm, fuse_bn, rmsnorm  # noqa: F401  # they register themselves
+from normconvert.rewrites.claims import unfounded
+from normconvert.rewrites.comparison import prove
+from normconvert.rewrites.edited_trace import Differs
+from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
-from normconvert.runtime import apply_module_edits
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.model_graph import trace_model
 
 
@@ -35,21 +36,41 @@ def plan_model(
     Raises:
         TraceError: see :func:`normconvert.tracing.graph.model_graph.trace_model`.
     """
+    return planned(model, options or Options(), method, tracer)[0]
+
+
+def planned(
+    model: nn.Module, options: Options, method: str, tracer: Callable[[nn.Module], Graph] = trace_model
+) -> tuple[Plan, Graph]:
+    """As :func:`plan_model`; the graph as well, for :func:`difference`."""
     graph = tracer(model)
-    rewrite = REWRITES[method]
-    plan = rewrite.planner(graph, options or Options())
-    if rewrite.proof is not None and plan.converted:
-        edited = copy_model(model)
-        try:
-            apply_module_edits(edited, plan.modules)
-            found = rewrite.proof(graph, tracer(edited), plan)
-        # A model that the edits do not fit, or that runs no more, is not proved either: the plan changes nothing then.
-        except (TraceError, ValueError) as error:
-            found = str(error)
-        if found:
-            verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
-            return Plan(method, verdicts=verdicts)
-    return _with_doors(plan, graph)
+    plan = REWRITES[method].planner(graph, options)
+    if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
+        verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
+        return Plan(method, verdicts=verdicts), graph
+    return _with_doors(plan, graph), graph
+
+
+def difference_later(graph: Graph, plan: Plan, options: Options) -> str:
+    """As :func:`difference`, of a plan that nobody has compared while it was made: for the verification."""
+    return difference(graph, plan, options) if REWRITES[plan.method].compared == "verification" else ""
+
+
+def difference(graph: Graph, plan: Plan, options: Options) -> str:
+    """The first thing in which the edited model is not the old one, in words; empty if it is.
+
+    Args:
+        graph: of the original.
+        plan: for it; or for another class of its family, under the names that it has here.
+        options: that it was made with.
+    """
+    try:
+        if why := unfounded(graph, plan, options):
+            return why
+        prove(graph, plan, expected_changes(graph, plan))
+    except Differs as found:
+        return str(found)
+    return ""
 
 
 def _with_doors(plan: Plan, graph: Graph) -> Plan:

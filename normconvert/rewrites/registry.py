@@ -1,9 +1,10 @@
-"""The conversions: what plans each, and what proves it beyond the analysis."""
+"""The conversions: what plans each, and where its edited model is compared with the original."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
@@ -11,8 +12,7 @@ from normconvert.tracing.graph import Graph
 
 Planner = Callable[[Graph, Options], Plan]
 """The traced model and what the user allows -> tensor edits, module edits, a verdict for every norm."""
-Proof = Callable[[Graph, Graph, Plan], str]
-"""(original's graph, edited model's graph, plan) -> the first difference that is not meant; empty if there is none."""
+Stage = Literal["planner", "planning", "verification"]
 
 
 @dataclass(frozen=True)
@@ -21,27 +21,28 @@ class Rewrite:
 
     Attributes:
         planner: makes its plan.
-        proof: compares the edited model, traced again, with the original; None where the analysis alone is the proof.
+        compared: who has the edited model traced and compared: the planner itself, draft by draft; the planning, so
+            that a plan which does not hold is none; or the verification, where the analysis alone decides the plan.
     """
 
     planner: Planner
-    proof: Proof | None = None
+    compared: Stage
 
 
 REWRITES: dict[str, Rewrite] = {}
 """Name of a conversion, as the user gives it -> the conversion."""
 
 
-def rewrite(method: str, *, proof: Proof | None = None) -> Callable[[Planner], Planner]:
+def rewrite(method: str, *, compared: Stage) -> Callable[[Planner], Planner]:
     """Register what makes the plan of the conversion ``method``.
 
     Args:
         method: its name; what the user reads of it stands in :data:`normconvert.options.METHODS`.
-        proof: see :class:`Rewrite`.
+        compared: see :class:`Rewrite`.
     """
 
     def register(planner: Planner) -> Planner:
-        REWRITES[method] = Rewrite(planner, proof)
+        REWRITES[method] = Rewrite(planner, compared)
         return planner
 
     return register

@@ -24,7 +24,7 @@ from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 
 
-@rewrite("rmsnorm")
+@rewrite("rmsnorm", compared="verification")
 def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     """The plan that turns every LayerNorm which provably reads a mean-free value into RMSNorm.
 

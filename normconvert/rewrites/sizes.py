@@ -1,7 +1,7 @@
 """Sizes that modules keep beside their tensors, and what to try when a model does not run at the new ones.
 
 Which attribute of a module holds a size is not looked up by its class: an attribute that equals the old width is set to
-the new one where the model stops without it, and the proof (`retrace`) decides whether that was right.
+the new one where the model stops without it, and the comparison (`comparison`) decides whether that was right.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.streams import Spot, Stream
+from normconvert.rewrites.comparison import narrowed
+from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.regions import Stays
-from normconvert.rewrites.retrace import Differs, narrowed
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARK
 

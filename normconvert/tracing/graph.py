@@ -13,17 +13,16 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from normconvert.compat.lean_export import lean_export
-from normconvert.compat.torch import pytree
+from normconvert.compat.torch import FakeTensor, pytree
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
@@ -45,11 +44,13 @@ class Parameter:
         name: its name in ``state_dict`` (the first one, if several names share the tensor).
         aliases: all its names.
         stored: whether a checkpoint holds it; False for non-persistent buffers and constants made while tracing.
+        value: of a constant made while tracing; one NaN where it is not known.
     """
 
     name: str
     aliases: tuple[str, ...]
     stored: bool
+    value: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class Graph:
         outputs: node -> names of the model outputs it is.
         modules: module path -> module on the meta device.
         unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
-        constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, or a method's name.
         unmarked: modules without marks in one of the calls, where a hook would act unseen.
         outside: placeholders of embeddings that a further call is given in place of what they are made of.
@@ -76,7 +76,6 @@ class Graph:
     outputs: Mapping[fx.Node, tuple[str, ...]]
     modules: Mapping[str, nn.Module]
     unreached: Mapping[str, tuple[int, ...]]
-    constants: tuple[str, ...] = ()
     calls: tuple[tuple[Mapping[str, Any], str], ...] = ()
     unmarked: frozenset[str] = frozenset()
     outside: frozenset[fx.Node] = frozenset()
@@ -103,7 +102,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, constants, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
+            program, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     module = program.graph_module
@@ -123,7 +122,6 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
         outputs=outputs,
         modules=modules,
         unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
-        constants=constants,
         calls=((dict(inputs), entry),),
         unmarked=unmarked,
         exits=exits,
@@ -167,7 +165,6 @@ def merge(first: Graph, second: Graph) -> Graph:
         outputs=outputs,
         modules=first.modules,
         unreached={n: s for n, s in first.unreached.items() if n in second.unreached},
-        constants=first.constants + second.constants,
         calls=first.calls + second.calls,
         unmarked=first.unmarked | second.unmarked,
         outside=first.outside | {mapping[node] for node in second.outside},
@@ -179,8 +176,8 @@ def merge(first: Graph, second: Graph) -> Graph:
 
 def _export(
     model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
-) -> tuple[Any, tuple[str, ...], frozenset[str]]:
-    """Export with marks, functional in the end; what the model made constants of; the modules left without marks.
+) -> tuple[Any, frozenset[str]]:
+    """Export with marks, functional in the end; the modules left without marks.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
     in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
@@ -191,7 +188,7 @@ def _export(
     while True:
         hooks = marked(model, without), _entered(model, entry, inputs, held)
         made = fresh_caches(model), pretending(model, device), lean_export()
-        with hooks[0], hooks[1], made[0], made[1], made[2], _Constants() as constants:
+        with hooks[0], hooks[1], made[0], made[1], made[2]:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         # A module without marks stays without, so the loop ends.
@@ -208,24 +205,8 @@ def _export(
             program = program.run_decompositions({})
         kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
         if len(kept) == len(held):
-            return program, tuple(constants.made), frozenset(without)
+            return program, frozenset(without)
         held = kept
-
-
-class _Constants(TorchFunctionMode):
-    """Notes what ``torch.tensor`` and its like are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        data = args[1:2] if func is Tensor.new_tensor else args[:1]
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and data and not isinstance(data[0], Tensor):
-            self.made.append(repr(data[0]))
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -314,7 +295,10 @@ def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node
             all_names = aliases.get(names[node.name], (names[node.name],))
             found[node] = Parameter(all_names[0], all_names, names[node.name] not in unstored)
         elif node.name in constants:
-            found[node] = Parameter(constants[node.name], (constants[node.name],), stored=False)
+            value = program.constants.get(constants[node.name])
+            known = isinstance(value, Tensor) and not (isinstance(value, FakeTensor) or value.is_meta)
+            value = value.detach().clone() if known else torch.tensor(torch.nan)
+            found[node] = Parameter(constants[node.name], (constants[node.name],), stored=False, value=value)
     return found
 
 

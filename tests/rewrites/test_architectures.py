@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from normconvert.options import Options
-from normconvert.rewrites.planning import plan_model
+from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.tracing.probes import verification_inputs
 from normconvert.verification.equivalence import compare_models, tolerance_for
 from normconvert.verification.probe_runs import algebra_model, plain_experts
@@ -48,6 +48,14 @@ def test_the_architecture_converts_as_claimed_and_computes_the_same(name: str) -
     assert errors, "no output was compared"
     worst = max(errors, key=lambda key: errors[key] if errors[key] == errors[key] else float("inf"))
     assert errors[worst] <= tolerance_for(plan), (worst, errors[worst])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_edited_model_is_the_old_one(name: str) -> None:
+    options = Options(**CASES[name].options)
+    plan, graph = planned(CASES[name].skeleton(), options, "rmsnorm")
+    assert difference(graph, plan, options) == ""
 
 
 REASONS = {
