@@ -181,22 +181,27 @@ def copy_other_files(folder: Path, out: Path) -> tuple[list[str], list[str]]:
     """
     in_cache = folder.parent.name == "snapshots"  # the hub's cache, where every file is a link
     copied, refused = [], []
+    for relative, path in list_files(folder).items():
+        if any(fnmatch(path.name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
+            continue
+        # Somebody else's checkpoint could have any file of this machine copied into what is published then.
+        if not in_cache and not path.resolve().is_relative_to(folder.resolve()):
+            refused.append(relative)
+            continue
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / relative)
+        copied.append(relative)
+    return copied, refused
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Every file or link below a folder by relative name, but for what version control and caches keep there."""
+    found = {}
     for root, folders, names in os.walk(folder):
         # In place: os.walk goes down into what is left of the list.
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        for name in sorted(names):
-            path = Path(root) / name
-            relative = path.relative_to(folder)
-            if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
-                continue
-            # Somebody else's checkpoint could have any file of this machine copied into what is published then.
-            if not in_cache and not path.resolve().is_relative_to(folder.resolve()):
-                refused.append(str(relative))
-                continue
-            (out / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out / relative)
-            copied.append(str(relative))
-    return copied, refused
+        found.update({(Path(root) / name).relative_to(folder).as_posix(): Path(root) / name for name in sorted(names)})
+    return found
 
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,13 @@ Weights are compared tensor by tensor, JSON key by key, everything else as bytes
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.apply.output_folder import SKIPPED_FOLDERS, WEIGHT_PATTERNS
+from normconvert.apply.output_folder import WEIGHT_PATTERNS, list_files
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, Header, map_tensor, read_header
 
@@ -50,15 +49,6 @@ class Finding:
     def sentence(self) -> str:
         """The whole of it."""
         return f"{self.subject} {self.what}"
-
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """Every file of a folder by relative name, but for what version control and caches keep there."""
-    found = {}
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        found.update({(Path(root) / name).relative_to(folder).as_posix(): Path(root) / name for name in sorted(names)})
-    return found
 
 
 def compare_folders(expected: Path, found: Path, skip: Sequence[str] = ()) -> Iterator[Finding]:

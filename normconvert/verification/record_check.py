@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
+from normconvert.apply.output_folder import list_files
 from normconvert.apply.record import RECORD_FORMAT, loading_files, versions, write_card
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.digest import sha256
 from normconvert.options import Options, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, NotConverted
-from normconvert.result import Report
-from normconvert.verification.folder_comparison import Finding, compare_data, compare_folders, list_files, same_bytes
+from normconvert.result import Clock, Report
+from normconvert.verification.folder_comparison import Finding, compare_data, compare_folders, same_bytes
 from normconvert.verification.requests import Checking
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check(request: Checking) -> CheckReport:
 
     folder = Path(request.out).expanduser()
     folder = folder.parent if folder.name == RECORD_FILE else folder
-    say = _Clock(request.stage)
+    say = Clock(request.stage)
     record = read_conversion(folder)
     plan = Plan.from_json(record["plan"])
     reference, commit = source_reference(folder, record, request.source, request.revision)
@@ -111,22 +112,6 @@ def check(request: Checking) -> CheckReport:
         str(request.out), str(reference), tuple(findings), tuple(notes), len(files),
         sum(path.stat().st_size for path in files.values()), say.seconds(),
     )  # fmt: skip
-
-
-class _Clock:
-    """Tells the stages on, and how long each took."""
-
-    def __init__(self, stage: Callable[[str], None] | None) -> None:
-        self._stage, self._starts = stage, list[tuple[str, float]]()
-
-    def __call__(self, name: str) -> None:
-        self._starts.append((name, time.perf_counter()))
-        if self._stage is not None:
-            self._stage(name)
-
-    def seconds(self) -> dict[str, float]:
-        ends = [*(start for _, start in self._starts[1:]), time.perf_counter()]
-        return {name: end - start for (name, start), end in zip(self._starts, ends, strict=True)}
 
 
 def read_conversion(folder: Path) -> dict[str, Any]:
@@ -269,17 +254,9 @@ def _replayed(
 
 def _hashes(source: Source) -> dict[str, str]:
     """The source's hashes where no conversion reads it."""
-    import hashlib
-
     config = source.folder / "config.json" if source.folder is not None else None
-    result = {}
-    for path in [*source.files, *([config] if config is not None and config.is_file() else [])]:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            result[path.name] = digest.hexdigest()
-    return result
+    files = [*source.files, *([config] if config is not None and config.is_file() else [])]
+    return {path.name: sha256(path) for path in files}
 
 
 def _torch_dtype(name: str) -> Any:
