@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
+from normconvert.options import Stage
 
 if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
@@ -69,3 +71,25 @@ class Report:
             "plan": self.plan.to_json(),
             "fidelity": self.fidelity.to_json() if self.fidelity else None,
         }
+
+
+class Clock:
+    """Tells which stage begins, and how long each took."""
+
+    def __init__(self, say: Stage | None) -> None:
+        self.say, self.times = say, [("", time.perf_counter())]
+
+    def __call__(self, name: str) -> None:
+        """A stage begins, and the one before it ends."""
+        self.times.append((name, time.perf_counter()))
+        if self.say is not None:
+            self.say(name)
+
+    def seconds(self) -> dict[str, float]:
+        """Stage -> seconds; a stage that came twice counts once, with both."""
+        ends = [at for _, at in self.times[1:]] + [time.perf_counter()]
+        found: dict[str, float] = {}
+        for (name, start), end in zip(self.times, ends, strict=True):
+            if name:
+                found[name] = found.get(name, 0.0) + end - start
+        return found

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import DTYPES, FLOATING, read_header, torch_dtype, write_header
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import Edit, apply_edits, limited
+from normconvert.plan.edits import Edit, edited_shape, limited
 from normconvert.plan.vectors import names_in
 from normconvert.sources import Source
 
@@ -221,15 +220,13 @@ def _out_tensor(
 def _edited_shape(
     source: Source, origins: Mapping[str, str], shape: tuple[int, ...], edits: Sequence[Edit]
 ) -> tuple[int, ...]:
-    """The shape after the edits, found by applying them to a tensor without values."""
-
-    def lookup(name: str) -> Tensor:
+    def shape_of(name: str) -> tuple[int, ...]:
         if name not in origins:
             raise InputError(f"the plan reads tensor {name}, which {source.reference} does not hold")
-        return torch.empty(source.tensors[origins[name]].shape, dtype=torch.float64, device="meta")
+        return source.tensors[origins[name]].shape
 
     try:
-        return tuple(apply_edits(torch.empty(shape, device="meta"), edits, lookup).shape)
+        return edited_shape(shape, edits, shape_of)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         raise InputError(f"the plan does not fit the checkpoint: {error} ({list(edits)} on {list(shape)})") from error
 

@@ -76,6 +76,16 @@ def copy_other_files(folder: Path, out: Path, *, with_code: bool = False) -> Cop
     return copied
 
 
+def list_files(folder: Path) -> dict[str, Path]:
+    """Every file or link below a folder by relative name, but for what version control and caches keep there."""
+    found = {}
+    for root, folders, names in os.walk(folder):
+        # In place: os.walk goes down into what is left of the list.
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        found.update({(Path(root) / name).relative_to(folder).as_posix(): Path(root) / name for name in sorted(names)})
+    return found
+
+
 def _files(folder: Path, copied: Copied) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         # In place: os.walk goes down into what is left of the list, but not into links.

@@ -229,6 +229,26 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
     return value
 
 
+def edited_shape(
+    shape: Sequence[int], edits: Sequence[Edit], shape_of: Callable[[str], Sequence[int]]
+) -> tuple[int, ...]:
+    """The shape after the edits, found by applying them to tensors without values.
+
+    Args:
+        shape: before them.
+        edits: rows of a plan.
+        shape_of: gives the shape of another source tensor.
+
+    Raises:
+        ValueError: the edits do not fit; or RuntimeError, IndexError, KeyError.
+    """
+
+    def lookup(name: str) -> Tensor:
+        return torch.empty(tuple(shape_of(name)), dtype=torch.float64, device="meta")
+
+    return tuple(apply_edits(torch.empty(tuple(shape), device="meta"), edits, lookup).shape)
+
+
 def limited(rows: Sequence[Edit], limit: Callable[[str], float]) -> tuple[Edit, ...]:
     """The edits with the largest numbers of the tensors' dtypes in them: see `normconvert.plan.vectors`."""
     return tuple({**row, "by": with_limits(row["by"], limit)} if "by" in row else row for row in rows)

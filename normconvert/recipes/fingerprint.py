@@ -7,19 +7,17 @@ since clocks of file systems tick slowly; such a file is read and hashed, as is 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.apply.other_files import SKIPPED_FOLDERS
+from normconvert.apply.other_files import list_files
+from normconvert.files.digest import sha256
 
 TICK = 2_000_000_000
 """Nanoseconds that the slowest clock of a file system takes for a step."""
-CHUNK = 1 << 22
 
 Stat = tuple[int, int, int, int]
 """Size, time of modification and of change in ns, inode."""
@@ -58,23 +56,15 @@ class Mark:
         return cls(data["seen"], {name: FileMark(tuple(f["stat"]), f["sha256"]) for name, f in data["files"].items()})
 
 
-def list_files(root: Path) -> dict[str, Path]:
+def _files(root: Path) -> dict[str, Path]:
     """Relative name -> file, for every file below a folder but for caches; for a file, itself."""
-    if not root.is_dir():
-        return {root.name: root}
-    found = {}
-    for top, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
-        for name in sorted(names):
-            path = Path(top) / name
-            if path.is_file():
-                found[path.relative_to(root).as_posix()] = path
-    return found
+    found = list_files(root) if root.is_dir() else {root.name: root}
+    return {name: path for name, path in found.items() if path.is_file() or path == root}
 
 
 def stats(root: Path) -> dict[str, Stat]:
     """Relative name -> stat."""
-    return {name: _stat(path) for name, path in list_files(root).items()}
+    return {name: _stat(path) for name, path in _files(root).items()}
 
 
 def take(root: Path, known: Mapping[str, str] | None = None) -> Mark:
@@ -86,7 +76,7 @@ def take(root: Path, known: Mapping[str, str] | None = None) -> Mark:
     """
     # Before the files are looked at: what changes from now on has a later time.
     seen = time.time_ns()
-    files = list_files(root)
+    files = _files(root)
     # Before the content: a file that changes while it is hashed has other times afterwards, and is read again.
     before = {name: _stat(path) for name, path in files.items()}
     hashes = {name: (known or {}).get(name) or sha256(path) for name, path in files.items()}
@@ -126,7 +116,7 @@ class Comparison:
 def compare(mark: Mark, root: Path) -> Comparison:
     """What became of the files of ``mark`` in ``root``; only those that may have changed are read."""
     seen = time.time_ns()
-    there = list_files(root)
+    there = _files(root)
     missing = tuple(name for name in mark.files if name not in there)
     added = tuple(name for name in there if name not in mark.files)
     changed, read = [], 0
@@ -147,15 +137,6 @@ def compare(mark: Mark, root: Path) -> Comparison:
         files[name] = FileMark(now, old.sha256)
     found = Comparison(missing, tuple(changed), added)
     return Comparison(missing, (), added, Mark(seen, files)) if found.same and read else found
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as handle:
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _stat(path: Path) -> Stat:

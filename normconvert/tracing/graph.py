@@ -174,9 +174,7 @@ def merge(first: Graph, second: Graph) -> Graph:
     )
 
 
-def _export(
-    model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
-) -> tuple[Any, frozenset[str]]:
+def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str) -> tuple[Any, frozenset[str]]:
     """Export with marks, functional in the end; the modules left without marks.
 
     A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from torch import nn
 
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.user_paths import user_path
-from normconvert.options import Stage, check_device, taking
+from normconvert.options import check_device, taking
+from normconvert.result import Clock
 from normconvert.tuning import checkpoints
 from normconvert.tuning.data import all_batches
 from normconvert.tuning.evaluation import Figures, evaluate
@@ -67,27 +67,6 @@ def swap(request: Swapping) -> SwapReport:
         checkpoints.remove(course.folder)  # only now: while there is no output, it is all that is left of the training
     run.processes.wait()
     return replace(report, seconds=run.clock.seconds())
-
-
-class Clock:
-    """Tells which stage begins, and how long each took."""
-
-    def __init__(self, say: Stage | None) -> None:
-        self.say, self.times = say, [("", time.perf_counter())]
-
-    def __call__(self, name: str) -> None:
-        self.times.append((name, time.perf_counter()))
-        if self.say is not None:
-            self.say(name)
-
-    def seconds(self) -> dict[str, float]:
-        """Stage -> seconds; a stage that came twice counts once, with both."""
-        ends = [at for _, at in self.times[1:]] + [time.perf_counter()]
-        found: dict[str, float] = {}
-        for (name, start), end in zip(self.times, ends, strict=True):
-            if name:
-                found[name] = found.get(name, 0.0) + end - start
-        return found
 
 
 @dataclass(frozen=True)

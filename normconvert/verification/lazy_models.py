@@ -22,7 +22,7 @@ from normconvert.files.safetensors_file import dtype_name, map_tensor, read_tens
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import Edit, apply_edits
+from normconvert.plan.edits import Edit, apply_edits, edited_shape
 from normconvert.runtime import one_at_a_time
 from normconvert.sources import timm_models, transformers_models
 from normconvert.sources.converted import recorded_edits
@@ -215,14 +215,18 @@ class _Files:
                 )
         return first
 
-    def lookup(self, name: str) -> Tensor:
-        """A source tensor for an edit of another."""
+    def stored(self, name: str) -> TensorInfo:
+        """Where a tensor lies that an edit of another reads."""
         info = self.find([name, *(n for group in self.source.tied if name in group for n in group)])
         if info is None:
             raise InputError(
                 f"the plan names the tensor {name!r}, which the model does not have: is it another model's?"
             )
-        return read_tensor(info)
+        return info
+
+    def lookup(self, name: str) -> Tensor:
+        """A source tensor for an edit of another."""
+        return read_tensor(self.stored(name))
 
 
 def _load_buffers(files: _Files, model: nn.Module) -> None:
@@ -293,21 +297,10 @@ class _Filler:
         return LazyWeight(stored, shape, dtype, self.device)
 
     def _shape(self, info: TensorInfo | None, edits: Sequence[Edit], name: str) -> tuple[int, ...]:
-        """The shape after the edits, found by applying them to tensors without values."""
-
-        def lookup(name: str) -> Tensor:
-            found = self.files.by_name.get(name) or self.files.find(
-                [n for group in self.files.source.tied if name in group for n in group]
-            )
-            if found is None:
-                raise InputError(
-                    f"the plan names the tensor {name!r}, which the model does not have: is it another model's?"
-                )
-            return torch.empty(found.shape, dtype=torch.float64, device="meta")
-
-        start = torch.empty(() if info is None else info.shape, device="meta")
+        """The shape after the edits."""
+        shape = () if info is None else info.shape
         try:
-            return tuple(apply_edits(start, edits, lookup).shape) if edits else tuple(start.shape)
+            return edited_shape(shape, edits, lambda other: self.files.stored(other).shape) if edits else shape
         except (RuntimeError, ValueError, IndexError) as error:
             raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,11 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError
+from normconvert.files.digest import sha256
 from normconvert.files.user_paths import user_path
 from normconvert.options import DTYPES, Conversion, Options, about, taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
-from normconvert.result import Report
+from normconvert.result import Clock, Report
 from normconvert.verification.folder_comparison import (
     TOOLS,
     Finding,
@@ -99,7 +99,7 @@ def check(request: Checking) -> CheckReport:
 
     folder = user_path(request.out)
     folder = folder.parent if folder.name == RECORD_FILE else folder
-    say = _Clock(request.stage)
+    say = Clock(request.stage)
     record = read_whole_record(folder)
     reference, commit = source_reference(folder, record, request.source, request.revision)
     say("open")
@@ -133,22 +133,6 @@ def check(request: Checking) -> CheckReport:
         str(request.out), str(reference), tuple(findings), tuple(notes), len(files),
         sum(path.stat().st_size for path in files.values()), say.seconds(),
     )  # fmt: skip
-
-
-class _Clock:
-    """Tells the stages on, and how long each took."""
-
-    def __init__(self, stage: Callable[[str], None] | None) -> None:
-        self._stage, self._starts = stage, list[tuple[str, float]]()
-
-    def __call__(self, name: str) -> None:
-        self._starts.append((name, time.perf_counter()))
-        if self._stage is not None:
-            self._stage(name)
-
-    def seconds(self) -> dict[str, float]:
-        ends = [*(start for _, start in self._starts[1:]), time.perf_counter()]
-        return {name: end - start for (name, start), end in zip(self._starts, ends, strict=True)}
 
 
 def source_reference(
@@ -286,17 +270,9 @@ def _replayed(
 
 def _hashes(source: Source) -> dict[str, str]:
     """The source's hashes where no conversion reads it."""
-    import hashlib
-
     config = source.folder / "config.json" if source.folder is not None else None
-    result = {}
-    for path in [*source.files, *([config] if config is not None and config.is_file() else [])]:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            result[path.name] = digest.hexdigest()
-    return result
+    files = [*source.files, *([config] if config is not None and config.is_file() else [])]
+    return {path.name: sha256(path) for path in files}
 
 
 def _passed_over(folder: Path) -> Iterator[str]:

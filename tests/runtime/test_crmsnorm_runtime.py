@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normconvert import runtime
 from normconvert.plan.edits import apply_edits
 from normconvert.runtime import BASES, CRMSNorm, apply_module_edits, compress, lift
+from tests.support.equivalence import distance
 
 D = 48
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -25,10 +26,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "expand, weight": {"expand": True, "weight": True},
     "expand, weight and bias": {"expand": True, "weight": True, "bias": True},
 }
-
-
-def distance(y: Tensor, truth: Tensor) -> float:
-    return float((y.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
 
 
 def norm(dtype: torch.dtype, basis: str, options: dict[str, Any], axis: int = -1) -> CRMSNorm:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normconvert.runtime import RMSNorm, apply_module_edits
-from tests.runtime.test_runtime import EPS, TOLERANCE, definition, distance, mean_free, norm
+from tests.runtime.test_runtime import EPS, TOLERANCE, definition, mean_free, norm
+from tests.support.equivalence import distance
 
 SIZE = 64
 LARGE = 6000  # tokens: more numbers than a thread takes at once

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center, kernels
+from tests.support.equivalence import distance
 
 EPS = 1e-3  # large, so that a forgotten epsilon shows
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -36,10 +37,6 @@ def definition(x: Tensor, module: RMSNorm) -> Tensor:
     weight, bias = module.get_parameter("weight").double(), module._parameters["bias"]
     y = y * (weight.reshape(shape) + module.offset)
     return y if bias is None else y + bias.double().reshape(shape)
-
-
-def distance(y: Tensor, truth: Tensor) -> float:
-    return float((y.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -8,19 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normconvert
 from normconvert.errors import InputError
 from normconvert.sources import open_source
+from tests.support.equivalence import distance
 from tests.support.perturb import perturb
 from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save
 
 ABSENT = "absent"
-
-
-def distance(y: Tensor, truth: Tensor) -> float:
-    return float((y.detach().double() - truth.double()).norm() / truth.double().norm())
 
 
 def change_config(folder: Path, **changes: Any) -> Path:

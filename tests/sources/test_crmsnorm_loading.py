@@ -19,6 +19,7 @@ from normconvert.cli import run
 from normconvert.plan import edits
 from normconvert.runtime import CRMSNorm
 from normconvert.sources import open_source
+from tests.support.equivalence import distance
 from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save, save_vit, vit
 
 TOLERANCE = 1e-5  # float32
@@ -58,10 +59,6 @@ def remote(folder: Path, **options: Any) -> Any:
 
 
 LOADERS: dict[str, Callable[..., Any]] = {"load": load, "remote": remote}
-
-
-def distance(y: Tensor, truth: Tensor) -> float:
-    return float((y.detach().double() - truth.double()).norm() / truth.double().norm())
 
 
 def norms(model: Any) -> set[str]:

@@ -22,13 +22,10 @@ from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.edits import apply_edits
 from normconvert.runtime import RMSNorm
 from normconvert.sources.converted import huggingface_files, load
+from tests.support.equivalence import distance
 from tests.support.perturb import perturb
 
 TOLERANCE = 1e-10  # invariant I2
-
-
-def distance(y: Tensor, truth: Tensor) -> float:
-    return float((y.detach().double() - truth.double()).norm() / truth.double().norm())
 
 
 def norms(model: nn.Module) -> set[str]:

@@ -136,7 +136,7 @@ def distance(found: Tensor, expected: Tensor, axis: int | None = None) -> float:
     """The relative error; with ``axis`` given, of the parts orthogonal to the constants along it."""
     if found.shape != expected.shape:
         return float("inf")
-    a, b = found.double(), expected.double()
+    a, b = found.detach().double(), expected.detach().double()
     if axis is not None:
         a, b = a - a.mean(axis, keepdim=True), b - b.mean(axis, keepdim=True)
     if not bool(torch.isfinite(b).all()):
