@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.op_table import name_of
+from normconvert.analysis.operations import name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from
 from normconvert.analysis.channel_axes import Place
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
 from normconvert.tracing.graph import Graph, module_path

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import Operand, Term, is_float, shape_of
+from normconvert.analysis.operations import COPIES, STRETCHES, TRANSPOSED, argument, name_of
 
 
 def kept_dims(node: Call, but: Sequence[int] = ()) -> dict[int, int]:
@@ -28,11 +29,6 @@ def broadcast(arg: Call, result: fx.Node) -> dict[int, int]:
     old, new = shape_of(arg), shape_of(result)
     shift = len(new) - len(old)
     return {d: d + shift for d in range(len(old)) if d + shift >= 0 and old[d] == new[d + shift]}
-
-
-def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
-    """An argument of the call, by position or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def dims_argument(value: Any, rank: int) -> list[int]:
@@ -121,7 +117,7 @@ def masked_scatter_row(node: Call) -> tuple[Term, ...]:
 def _one_for_all(mask: Call) -> bool:
     """Whether a mask is the same along its whole last dimension: one value, or one value stretched."""
     while shape_of(mask)[-1] != 1:
-        if not any(f".{name}" in str(mask.target) for name in ("expand", "to.", "_to_copy", "contiguous", "clone")):
+        if name_of(mask) not in COPIES | STRETCHES:
             return False
         mask = mask.args[0]
     return True
@@ -149,13 +145,14 @@ def reduce_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, {d: d if keep else left.index(d) for d in left}),),)
 
 
-def spatial_row(node: Call) -> tuple[Term, ...]:
-    """Linear in each channel on its own, over the trailing dimensions: average pooling, interpolation."""
-    x = node.args[0]
-    rank = len(shape_of(x))
-    trailing = {"1d": 1, "2d": 2, "3d": 3}
-    count = next((n for key, n in trailing.items() if key in str(node.target)), rank - 2)
-    return ((Operand(x, kept_dims(x, list(range(rank - count, rank)))),),)
+def spatial(count: int) -> Row:
+    """Linear in each channel on its own, over ``count`` trailing dimensions: average pooling, interpolation."""
+
+    def row(node: Call) -> tuple[Term, ...]:
+        x = node.args[0]
+        return ((Operand(x, kept_dims(x, range(-count, 0))),),)
+
+    return row
 
 
 def linear_row(node: Call) -> tuple[Term, ...] | None:
@@ -216,7 +213,7 @@ def conv_row(node: Call) -> tuple[Term, ...] | None:
     batched = len(shape_of(x)) == len(shape_of(weight))
     channel = 1 if batched else 0
     # The weight of a transposed convolution is (inputs, outputs, ...).
-    source = 1 if "transpose" in str(node.target) else 0
+    source = 1 if name_of(node) in TRANSPOSED else 0
     # The kernel mixes the places of x, so nothing but its batch dimension passes.
     terms: list[Term] = [(Operand(x, {0: 0} if batched else {}), Operand(weight, {source: channel}))]
     if bias is not None:

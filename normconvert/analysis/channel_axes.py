@@ -7,6 +7,7 @@ and splits again later is still the same axis.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class Operand:
             may not depend on.
         view: the operand is reshaped: row-major order is kept, dimensions are not; ``dims`` is not used.
         regroup: dimensions that are cut or joined in whole blocks (split, cat): ``outer`` may change there.
+        slot: dimension of the result in which the operand is one of several (stack).
     """
 
     node: fx.Node
@@ -51,6 +53,16 @@ class Operand:
     linear: bool = True
     view: bool = False
     regroup: int | None = None
+    slot: int | None = None
+
+
+class NoPlace(enum.Enum):
+    """What an operand is to channels of the result that it does not carry."""
+
+    CONSTANT = enum.auto()
+    """The same for all of them."""
+    LOST = enum.auto()
+    """They are made of its values, but cut, mixed or rearranged."""
 
 
 Term = tuple[Operand, ...]
@@ -112,19 +124,22 @@ def carry_forward(operand: Operand, place: Place, result: fx.Node) -> Place | No
     return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
 
 
-def carry_back(operand: Operand, place: Place, result: fx.Node) -> Place | None:
-    """Where ``operand`` carries the channels that ``result`` has at ``place``; None if it is constant along them."""
+def carry_back(operand: Operand, place: Place, result: fx.Node) -> Place | NoPlace:
+    """Where ``operand`` carries the channels that ``result`` has at ``place``, or what it is to them.
+
+    An operand whose channels are lost is no factor by channel if another one of its term carries them: a linear map is
+    a sum over its input's own channels, of which each result's channel sees all.
+    """
     old, new = shape_of(operand.node), shape_of(result)
-    # None means here that the axis is cut. Such an operand is alone in its term, so that who takes it for a constant
-    # term taints the result, and never drops a factor.
     if operand.view:
-        return reshaped(place, new, old)
+        return reshaped(place, new, old) or NoPlace.LOST
     if operand.regroup is not None and place.dim == operand.regroup:
-        return _regrouped(place, old[operand.regroup])
+        return _regrouped(place, old[operand.regroup]) or NoPlace.LOST
     for source, target in operand.dims.items():
         if target == place.dim:
-            return replace(place, dim=source) if old[source] == new[target] else None
-    return None
+            return replace(place, dim=source) if old[source] == new[target] else NoPlace.LOST
+    hidden = any(size != 1 for dim, size in enumerate(old) if dim not in operand.dims)
+    return NoPlace.LOST if hidden or place.dim == operand.slot else NoPlace.CONSTANT
 
 
 def _regrouped(place: Place, size: Any) -> Place | None:

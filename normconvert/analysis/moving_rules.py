@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from normconvert.analysis.axis_rules import Call, argument, broadcast, dims_argument, kept_dims, unary_row
+from normconvert.analysis.axis_rules import Call, broadcast, dims_argument, kept_dims, unary_row
 from normconvert.analysis.channel_axes import Operand, Term, shape_of
+from normconvert.analysis.operations import argument, name_of
 
 PARTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unbind"}
 """Operations whose result is a tuple of parts."""
@@ -103,14 +104,9 @@ def getitem_row(node: Call) -> tuple[Term, ...] | None:
     """One part of a split: what a part looks like is said by the row of the operation that made the parts."""
     parts = node.args[0]
     # Of other tuples (a pool's values and indices) each part is something else.
-    if not isinstance(parts, fx.Node) or str(parts.target).rpartition(".")[0] not in PARTS:
+    if not isinstance(parts, fx.Node) or name_of(parts) not in PARTS:
         return None
     return ((Operand(parts, kept_dims(node)),),)
-
-
-def squeeze_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions of one vanish or appear; as for every view, row-major order is kept."""
-    return view_row(node)
 
 
 def cat_row(node: Call) -> tuple[Term, ...]:
@@ -125,7 +121,7 @@ def cat_row(node: Call) -> tuple[Term, ...]:
 def stack_row(node: Call) -> tuple[Term, ...]:
     """One dimension appears."""
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
-    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}),) for p in node.args[0])
+    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}, slot=dim),) for p in node.args[0])
 
 
 def pad_row(node: Call) -> tuple[Term, ...]:

@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import Operand, Place, carry_back, shape_of
-from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.analysis.op_table import terms_of
+from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import mark_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +76,8 @@ def _called(graph: Graph, node: fx.Node) -> Norm:
     axes = list(node.args[1])  # type: ignore[arg-type]
     shape = shape_of(source)
     place = Place(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
-    weight, bias = (_get(node, 2, "weight"), _get(node, 3, "bias"))
-    eps = _get(node, 4, "eps")
+    weight, bias = (argument(node, 2, "weight"), argument(node, 3, "bias"))
+    eps = argument(node, 4, "eps")
     return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
 
 
@@ -105,7 +106,7 @@ def _aligned(vector: fx.Node, user: fx.Node, place: Place) -> bool:
     """Whether an affine operand lies along the norm's channels and is the same everywhere else."""
     at = carry_back(Operand(vector, broadcast(vector, user)), place, user)
     shape = shape_of(vector)
-    return at is not None and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
+    return isinstance(at, Place) and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
 
 
 def _plain(node: fx.Node) -> bool:
@@ -203,15 +204,6 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _get(node: fx.Node, index: int, name: str) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
-
-
-MOVES = {"aten.permute", "aten.transpose", "aten.swapaxes", "aten.movedim"}
-COPIES = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.float"}
-"""Between a module's boundary and its norm: anything else would be lost with the module."""
-
-
 def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     """Walk back from the norm's source to the input of its module.
 
@@ -222,9 +214,10 @@ def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     float32 = False
     order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1:3] == (path, "input"):
+        key = mark_key(node)
+        if key is not None and key[:2] == (path, "input"):
             # A replacement is called with the first argument only.
-            return (order if node.args[3] == "0" else None), float32
+            return (order if key[2] == "0" else None), float32
         step = _moved(node, path)
         if step is None:
             return None, float32
@@ -238,10 +231,11 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
     """Walk on from the norm to the output of its module: where each dimension of the norm's result is there."""
     order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1:3] == (path, "output"):
+        key = mark_key(node)
+        if key is not None and key[:2] == (path, "output"):
             # A key says that the module returns more than this value.
-            return order if node.args[3] == "" else None
-        users = [u for u in node.users if not name_of(u).startswith("aten._assert")]
+            return order if key[2] == "" else None
+        users = list(readers(node))
         step = _moved(users[0], path) if len(users) == 1 else None
         if step is None:
             return None
@@ -250,7 +244,10 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
 
 
 def _moved(node: fx.Node, path: str) -> tuple[fx.Node, dict[int, int]] | None:
-    """The operand of a cast or permutation inside the module, and where its dimensions go."""
+    """The operand of a cast or permutation inside the module, and where its dimensions go.
+
+    Anything else between a module's boundary and its norm would be lost with the module.
+    """
     if name_of(node) not in MOVES | COPIES or module_path(node) != path:
         return None
     terms = terms_of(node)

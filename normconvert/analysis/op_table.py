@@ -13,7 +13,18 @@ from torch import fx
 
 from normconvert.analysis import axis_rules as rows
 from normconvert.analysis import moving_rules as moves
-from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, shape_of
+from normconvert.analysis.channel_axes import NoPlace, Operand, Place, Term, carry_back, shape_of
+from normconvert.analysis.operations import (
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    EMBEDDING,
+    GETITEM,
+    LIKE_ANOTHER,
+    STRETCHES,
+    TRANSPOSED,
+    VIEWS,
+    name_of,
+)
 
 TABLE: dict[str, rows.Row] = {
     # the same values
@@ -27,7 +38,6 @@ TABLE: dict[str, rows.Row] = {
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rows.add_row),
     "aten.mul": rows.mul_row,
     "aten.div": rows.div_row,
-    # Rows of their own keep these from being taken for quotients: with a rounding mode they are none.
     **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rows.div_row),
     "aten.where": rows.where_row,
     "aten.masked_fill": rows.masked_fill_row,
@@ -37,18 +47,14 @@ TABLE: dict[str, rows.Row] = {
     **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_row),
     "aten.numpy_T": moves.reverse_row,
     "aten.movedim": moves.movedim_row,
-    **dict.fromkeys(
-        ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], moves.view_row
-    ),
-    # A row of its own keeps the overload in the name; without it this would be taken for a reshape.
+    **dict.fromkeys(sorted(VIEWS), moves.view_row),
     "aten.view.dtype": moves.view_dtype_row,
-    **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], moves.squeeze_row),
-    **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], moves.expand_row),
+    **dict.fromkeys(sorted(STRETCHES), moves.expand_row),
     "aten.slice": moves.slice_row,
     **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_row),
     **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_row),
-    "<built-in function getitem>": moves.getitem_row,
-    **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], moves.cat_row),
+    GETITEM: moves.getitem_row,
+    **dict.fromkeys(sorted(CONCATENATIONS), moves.cat_row),
     "aten.stack": moves.stack_row,
     **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_row),
     **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_row),
@@ -63,42 +69,27 @@ TABLE: dict[str, rows.Row] = {
     # linear over other dimensions
     **dict.fromkeys(["aten.mean", "aten.sum"], rows.reduce_row),
     **dict.fromkeys(
-        ["aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.adaptive_avg_pool1d"]
-        + ["aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten.upsample_nearest2d", "aten.upsample_linear1d"]
-        + ["aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa"]
-        + ["aten._upsample_bilinear2d_aa", "aten.upsample_nearest1d", "aten.upsample_trilinear3d"],
-        rows.spatial_row,
+        ["aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"],
+        rows.spatial(1),
     ),
+    **dict.fromkeys(
+        ["aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d"]
+        + ["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
+        rows.spatial(2),
+    ),
+    **dict.fromkeys(["aten.avg_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"], rows.spatial(3)),
     # linear maps
     "aten.linear": rows.linear_row,
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rows.matmul_row),
     **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rows.addmm_row),
-    "aten.embedding": rows.embedding_row,
-    **dict.fromkeys(
-        ["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d"]
-        + ["aten.conv_transpose3d"],
-        rows.conv_row,
-    ),
+    EMBEDDING: rows.embedding_row,
+    **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rows.conv_row),
     "aten.scaled_dot_product_attention": rows.attention_row,
     "aten.einsum": rows.einsum_row,
     # constants
     **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rows.zeros_row),
     **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rows.full_row),
 }
-
-NEUTRAL = {
-    "aten.sym_size",
-    "aten._assert_tensor_metadata",
-    "aten.zeros_like",
-    "aten.ones_like",
-    "aten.empty_like",
-    "aten.full_like",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_full",
-    "aten.new_empty",
-}
-"""Operations that look at a tensor's shape and dtype, never at its values."""
 
 POINTWISE = {
     *["aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.to", "aten._to_copy", "aten.clone"],
@@ -109,19 +100,6 @@ POINTWISE = {
     *["aten.rsqrt", "aten.reciprocal", "aten.abs", "aten.softplus"],
 }
 """Element by element (after broadcasting): constant along an axis if every operand is."""
-
-
-def name_of(node: fx.Node) -> str:
-    """The operation without its overload, e.g. ``aten.add``; the full name if that means something else.
-
-    That is so for overloads with a row of their own, and for those that write their result elsewhere.
-    """
-    if node.op != "call_function":
-        return node.op
-    full = str(node.target)
-    # A built-in function has no overload that could be dropped.
-    name, _, overload = full.rpartition(".") if full.count(".") > 1 else (full, "", "")
-    return full if full in TABLE or "out" in overload.split("_") else name
 
 
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
@@ -139,15 +117,22 @@ def varies(node: fx.Node, place: Place) -> bool:
         return False
     name = name_of(node)
     if name in POINTWISE:
-        for arg in node.all_input_nodes:
-            # None: the operand is stretched along the channels, so it is the same for all of them.
+        for arg in node.all_input_nodes if name not in LIKE_ANOTHER else node.all_input_nodes[:1]:
             source = carry_back(Operand(arg, rows.broadcast(arg, node)), place, node)
-            if source is not None and varies(arg, source):
+            if source is NoPlace.LOST or (isinstance(source, Place) and varies(arg, source)):
                 return True
         return False
-    if TABLE.get(name) in (moves.view_row, moves.squeeze_row, moves.permute_row, moves.swap_row):
+    if TABLE.get(name) in (moves.view_row, moves.permute_row, moves.swap_row):
         (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
         source = carry_back(operand, place, node)
-        # None means here that the channels are cut, which is no reason to be the same for all: in doubt they vary.
-        return source is None or varies(operand.node, source)
+        return source is NoPlace.LOST or (isinstance(source, Place) and varies(operand.node, source))
     return name not in ("aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zeros", "aten.ones_like")
+
+
+def carried(operand: Operand, place: Place, result: fx.Node) -> Place | None:
+    """Where an operand carries channels of the result that differ; None if all of them see the same of it.
+
+    What is the same along the channels is a number to them, however much it differs elsewhere.
+    """
+    source = carry_back(operand, place, result)
+    return source if isinstance(source, Place) and varies(operand.node, source) else None

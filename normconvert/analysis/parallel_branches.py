@@ -18,7 +18,7 @@ from torch import fx
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, is_data_batch_norm, normalise
 from normconvert.analysis.affine_norms import children_after, uses_outside
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARK

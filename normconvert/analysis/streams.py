@@ -3,7 +3,8 @@
 A stream is grown from a norm's input, both ways along the op table: back to what its values are made of, on to
 who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members
 when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter
-(`uses`), so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
+(`other_readers`), so that an embedding table that is also the output head is a tied parameter and no leak of the
+stream.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from normconvert.analysis.channel_axes import Operand, Place, Term, carry_back, carry_forward, shape_of
+from normconvert.analysis.channel_axes import NoPlace, Operand, Place, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.norms import Norm, reads_centred
-from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
+from normconvert.analysis.op_table import carried, terms_of
+from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
 
 Spot = tuple[fx.Node, Place]
@@ -29,15 +31,15 @@ class Made:
 
     Attributes:
         how: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
-            parameter parts[1], channel by channel) or ``opaque`` (nothing can be moved into it).
+            parameter parts[1], channel by channel), ``norm`` or ``opaque`` (nothing can be moved into either).
         parts: the members it is linear in.
-        constant: something equal in all channels is added, so that the sum is not mean-free.
-        reason: for ``opaque``, in words.
+        rest: a clause that says what is added besides the parts, so that the sum is not mean-free; empty if nothing.
+        reason: what it is, in words, if nothing can be moved into it.
     """
 
     how: str
     parts: tuple[Spot, ...] = ()
-    constant: bool = False
+    rest: str = ""
     reason: str = ""
 
 
@@ -114,11 +116,7 @@ class Analysis:
         found: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
-            silent = (
-                node.op == "call_function"
-                and has_value
-                and not any(u in found and name_of(u) not in NEUTRAL for u in node.users)
-            )
+            silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
             # Unlike other assertions this one looks at shape and dtype alone.
             if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
                 found.add(node)
@@ -175,24 +173,24 @@ class Analysis:
             return Made("parameter")
         # Before the table is asked: a norm written by hand is a product, and would be taken for one.
         if node in self._made_by:
-            return Made("opaque", reason=f"the output of the norm {described(self._made_by[node].path)}")
+            return Made("norm", reason=f"the output of the norm {described(self._made_by[node].path)}")
         terms = terms_of(node)
         if terms is None:
             return Made("opaque", reason=f"the result of {operation(node)}")
         parts: list[Spot] = []
-        constant = False
+        rest = ""
         for term in terms:
-            # What is the same along the channels is a number to them, however much it differs elsewhere.
-            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            carriers = [(o, p) for o in term if (p := carried(o, place, node)) is not None]
             if not carriers:
-                constant = True
+                lost = any(carry_back(o, place, node) is NoPlace.LOST for o in term)
+                rest = "which takes channels apart" if lost else rest or "which adds the same number to all channels"
             elif len(carriers) == 1 and carriers[0][0].linear:
                 parts.append((carriers[0][0].node, carriers[0][1]))
             elif scale := self._layer_scale(node, terms, carriers):
                 return scale
             else:
                 return Made("opaque", reason=f"a product that differs by channel, {operation(node)}")
-        return Made("sum", tuple(parts), constant)
+        return Made("sum", tuple(parts), rest)
 
     def _layer_scale(
         self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]
@@ -215,15 +213,12 @@ class Analysis:
         if (exits := self.graph.exits.get(node)) and node in self.data:
             why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
             yield Onward(leak=Leak(spot, node, "features", why))
-        for user in node.users:
-            name = name_of(user)
+        for user in readers(node):
             if user not in self.live:
                 continue
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
                 yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
-            elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):
-                yield Onward()  # only its shape or dtype is asked for
             # The same node reads the norm's weight and bias, and those not through P: hence the question for the
             # source.
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
@@ -261,41 +256,23 @@ class Analysis:
             verb = "reads it directly" if is_map else "takes its channels apart" if operand.linear else "reads it"
             return Onward(leak=Leak(spot, user, code, f"{operation(user)} {verb}"))
         # gamma * x hides the mean of x behind gamma, from where no P removes it again.
-        for other in term:
-            if other is not operand:
-                at = carry_back(other, place, user)
-                if at is not None and varies(other.node, at):
-                    why = f"{operation(user)} multiplies it channel by channel"
-                    return Onward(leak=Leak(spot, user, "product", why))
+        if any(other is not operand and carried(other, place, user) for other in term):
+            return Onward(leak=Leak(spot, user, "product", f"{operation(user)} multiplies it channel by channel"))
         return Onward(to=(user, place))
 
-    def uses(self, spot: Spot, allowed: Callable[[Spot], bool]) -> fx.Node | None:
-        """The first reader of a parameter (followed through values made of parameters alone) that is not ``allowed``.
+    def other_readers(self, spot: Spot, allowed: Callable[[Spot], bool]) -> Iterator[fx.Node]:
+        """The readers of a parameter (followed through values made of parameters alone) that are not ``allowed``.
 
         A reader is fine if it is a norm, or takes the parameter to a spot for which ``allowed`` holds.
         """
         for onward in self.onward(spot):
             if onward.leak is not None:
-                return onward.leak.reader
-            # A value of parameters alone is followed even if it is a member: `grow` does not look for its other
-            # readers.
-            if onward.to is not None and not (allowed(onward.to) and onward.to[0] in self.data):
-                if onward.to[0] in self.data:
-                    return onward.to[0]
-                blocked = self.uses(onward.to, allowed)
-                if blocked is not None:
-                    return blocked
-        return None
-
-
-LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
-"""Operations that take the shape or the dtype of their second operand."""
-
-LINEAR_MAPS = {
-    *["aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d"],
-    *["aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"],
-}
-"""Operations with a weight that mixes channels: a leak through one of them is a linear map reading the raw stream."""
+                yield onward.leak.reader
+            elif onward.to is not None and onward.to[0] not in self.data:
+                # Even if it is a member: `grow` does not look for its other readers.
+                yield from self.other_readers(onward.to, allowed)
+            elif onward.to is not None and not allowed(onward.to):
+                yield onward.to[0]
 
 
 def described(path: str) -> str:
@@ -305,13 +282,13 @@ def described(path: str) -> str:
 
 def operation(node: fx.Node) -> str:
     """An operation and the module that runs it, for a sentence: ``aten.gelu in `encoder```."""
-    if "getitem" in name_of(node) and node.all_input_nodes:  # one result of several: name what made it
+    if name_of(node) == GETITEM:  # one result of several: name what made it
         node = node.all_input_nodes[0]
     path = module_path(node)
     name = name_of(node).removeprefix("aten.")
     if node.op == "placeholder":
         return f"the input `{node.name}`"
-    if name_of(node) in LINEAR_MAPS or name == "embedding":
+    if name_of(node) in LINEAR_MAPS or name_of(node) == EMBEDDING:
         return f"`{path}`" if path else name
     return f"{name} in `{path}`" if path else f"{name} in the model's own forward"
 

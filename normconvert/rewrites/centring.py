@@ -14,14 +14,12 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import Place, shape_of
+from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
 from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import module_path
-from normconvert.tracing.in_place_writes import MARK
-
-MarkKey = tuple[str, str, str]
-"""Module path, ``input`` or ``output``, and which one of them."""
+from normconvert.tracing.in_place_writes import MARK, MarkKey, mark_key
 
 
 @dataclass(frozen=True)
@@ -79,17 +77,17 @@ def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey
     for stream in result.usable:
         for spot, made in stream.members.items():
             if made.how == "parameter":
-                reader = analysis.uses(spot, usable.__contains__)
+                others = list(analysis.other_readers(spot, usable.__contains__))
                 # A tensor that carries channels on two axes would need two edits, each of which is seen by what reads
                 # the other axis.
-                if reader is None and len(places[spot[0]]) == 1:
+                if not others and len(places[spot[0]]) == 1:
                     result.editable.add(spot)
                 else:
-                    result.blocked[spot] = reader if reader is not None else spot[0]
+                    result.blocked[spot] = others[0] if others else spot[0]
+                    if options.tied == "untie" and can_untie(analysis, spot, others):
+                        result.untied.add(spot)
     products = [(s, m) for stream in result.usable for s, m in stream.members.items() if m.how == "scale"]
     result.scales = _resolve_scales(analysis, products)
-    if options.tied == "untie":
-        result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
     marks = _marks(analysis, usable)
     outside = analysis.graph.outside
     result.optional = {key for key, spots in marks.items() if all(_unmarked(s[0]) in outside for s in spots)}
@@ -103,16 +101,21 @@ def _unmarked(node: fx.Node) -> fx.Node:
     return node
 
 
-def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
-    """Whether a tied table can be split in two: an embedding on one side, one linear map on the other, two names."""
+def can_untie(analysis: Analysis, spot: Spot, others: list[fx.Node]) -> bool:
+    """Whether a tied table can be split in two: embeddings on one side, one linear map on the other, two names.
+
+    Args:
+        analysis: the streams.
+        spot: the table.
+        others: its readers that would see it change; all of them have to be on the side of the linear map.
+    """
     parameter = analysis.graph.parameters[spot[0]]
-    readers = [u for u in spot[0].users if not u.name.startswith("_assert")]
-    tables = [u for u in readers if "embedding" in str(u.target)]
-    heads = [u for u in readers if u not in tables]
-    names = {f"{module_path(u)}.weight" for u in readers}
+    tables = [u for u in readers(spot[0]) if name_of(u) == EMBEDDING]
+    heads = [u for u in readers(spot[0]) if u not in tables]
+    names = {f"{module_path(u)}.weight" for u in (*tables, *heads)}
     # A graph may hold several calls of the model, and in one of them embeddings may come from outside.
     alike = all(len({module_path(u) for u in side}) == 1 for side in (tables, heads))
-    one_of_each = bool(tables) and reader in heads and alike
+    one_of_each = bool(tables) and bool(others) and set(others) <= set(heads) and alike
     # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
     # again when the result is loaded.
     return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
@@ -142,10 +145,10 @@ def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[
         inner = {spot for call in group for spot in call.inner.members}
         if len({call.writers for call in group}) != 1:
             continue
-        if any(analysis.uses(s, inner.__contains__) is not None for s in group[0].writers):
+        if any(next(analysis.other_readers(s, inner.__contains__), None) for s in group[0].writers):
             continue
         # gamma becomes one, so it must have no other readers than the calls that fold.
-        if _reached_by_moves(factor[0]) != {call.spot[0] for call in group}:
+        if set(readers(factor[0], _REARRANGES)) != {call.spot[0] for call in group}:
             continue
         scale = Scale(tuple(sorted(group[0].writers, key=lambda s: s[0].name)), factor)
         found |= {call.spot: scale for call in group}
@@ -164,11 +167,11 @@ def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
     if inner.norms or any(leak.reader is not spot[0] or leak.code != "product" for leak in inner.leaks):
         return None
     # What is no parameter, or a number added to all channels, has nowhere to put gamma.
-    if any(m.how not in ("parameter", "sum") or m.constant for m in inner.members.values()):
+    if any(m.how not in ("parameter", "sum") or m.rest for m in inner.members.values()):
         return None
     chain = analysis.grow(factor)  # from the factor back to its parameter
     leaves = [s for s, m in chain.members.items() if m.how == "parameter"]
-    if len(leaves) != 1 or any(m.how not in ("parameter", "sum") or m.constant for m in chain.members.values()):
+    if len(leaves) != 1 or any(m.how not in ("parameter", "sum") or m.rest for m in chain.members.values()):
         return None
     leaf = leaves[0]
     # A factor with further dimensions differs by token too, and no weight can do that.
@@ -178,48 +181,26 @@ def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
     return _Call(spot, inner, writers, leaf)
 
 
-def _reached_by_moves(leaf: fx.Node) -> set[fx.Node]:
-    """The first readers of a parameter that do more than reshape or cast it."""
-    found: set[fx.Node] = set()
-    work = [leaf]
-    while work:
-        node = work.pop()
-        for user in node.users:
-            if user.name.startswith("_assert"):
-                continue
-            if _is_move(user, node):
-                work.append(user)
-            else:
-                found.add(user)
-    return found
-
-
-def _is_move(node: fx.Node, source: fx.Node) -> bool:
-    """Whether the node only reshapes or casts: it has no other operand and no number that it multiplies by."""
-    name = str(node.target)
-    moves = ("view", "reshape", "unsqueeze", "squeeze", "to.", "_to_copy", "type_as", "expand", "detach", "mark")
-    return node.args[0] is source and any(f".{m}" in name for m in moves)
+_REARRANGES = COPIES | ALIASES | MOVES | VIEWS | STRETCHES
+"""What a factor may go through on its way to a product and still be no other factor."""
 
 
 def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
     """Places where a centring operation may stand: at every call the value is a usable stream's, on the same axis."""
     spots: dict[fx.Node, list[Place]] = defaultdict(list)
     for node, place in usable:
-        if node.target is MARK:
-            spots[node].append(place)
+        spots[node].append(place)
     found: dict[MarkKey, list[Spot]] = defaultdict(list)
     bad: set[MarkKey] = set()
     for node in analysis.graph.nodes:
-        if node.target is not MARK:
-            continue
-        key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
-        if key[0] in analysis.graph.unmarked or key[1] == EXIT:
+        key = mark_key(node)
+        if key is None or key[0] in analysis.graph.unmarked or key[1] == EXIT:
             continue  # a call without its mark would not show what a hook there does
-        places = spots.get(node, [])
+        places = spots[node]
         # One hook serves all calls of a module, so one bad call spoils the place for all.
         if len(places) != 1 or not spans((node, places[0])):
             bad.add(key)
-        elif node not in analysis.data and analysis.uses((node, places[0]), usable.__contains__) is not None:
+        elif node not in analysis.data and next(analysis.other_readers((node, places[0]), usable.__contains__), None):
             bad.add(key)  # a value of parameters alone, which others read too
         else:
             found[key].append((node, places[0]))
@@ -261,9 +242,9 @@ def root_of_taint(stream: Stream, result: Centring, spot: Spot) -> str:
             return f"the parameter `{spot[0].name}`, which {operation(reader)} reads too" if reader else "a parameter"
         if made.how == "scale":
             return f"{operation(spot[0])}, a scale by channel that cannot be folded"
-        if made.how == "opaque":
+        if made.reason:
             return made.reason
-        if made.constant:
-            return f"{operation(spot[0])}, which adds the same number to all channels"
+        if made.rest:
+            return f"{operation(spot[0])}, {made.rest}"
         # There is one, or the sum were mean-free itself.
         spot = next(part for part in made.parts if part not in result.clean)

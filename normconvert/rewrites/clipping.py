@@ -17,7 +17,7 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.channel_axes import Place, shape_of
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
 from normconvert.rewrites.linear_maps import Blocked

@@ -24,7 +24,7 @@ from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, Spot, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, insertion, survey
+from normconvert.rewrites.centring import Centring, insertion, survey
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
@@ -34,7 +34,7 @@ from normconvert.rewrites.sizes import Remedies, resize_edits
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MarkKey, mark_key
 from normconvert.tracing.probes import quiet
 
 
@@ -177,9 +177,8 @@ def _verdict(model: _Model, region: Region, path: str, group: list[Norm]) -> Ver
     kind = group[0].kind
     why = model.obstacles.get(path)
     if why is not None:
-        reason = why.reason
-        if why.code == "returned":
-            reason = f"{reason.split(', with its mean')[0]}, in all its channels."
+        # What a user may allow of another conversion is nothing to this one.
+        reason = f"{why.returned}, in all its channels." if why.returned else why.reason
         return Verdict(path, kind, False, reason, why.code)
     # One call speaks for all: `regions` joins what the calls of a norm read.
     spot = model.where[group[0]][1]
@@ -273,7 +272,7 @@ def _carried(node: fx.Node, place: Place, until: frozenset[fx.Node]) -> set[Spot
 
 def _width(graph: Graph, key: MarkKey, axis: int) -> int:
     """The number of channels at a module's boundary, in the original."""
-    return int(next(shape_of(n)[axis] for n in graph.nodes if n.target is MARK and tuple(n.args[1:4]) == key))
+    return int(next(shape_of(n)[axis] for n in graph.nodes if mark_key(n) == key))
 
 
 def _module_edits(

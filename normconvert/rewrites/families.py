@@ -18,11 +18,12 @@ from normconvert.analysis.streams import Analysis, Spot, operation
 from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, survey
+from normconvert.rewrites.centring import Centring, axis_of, survey
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.registry import REWRITES
 from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import MarkKey
 from normconvert.tracing.model_graph import trace_model
 
 CENTRED = "center"
@@ -138,7 +139,7 @@ def _dirty_norm(
                 names = analysis.graph.parameters[spot[0]].aliases
                 fits = spot in found.editable and not edited.isdisjoint(names)
             else:
-                fits = made.how == "sum" and not made.constant and all(part in clean for part in made.parts)
+                fits = made.how == "sum" and not made.rest and all(part in clean for part in made.parts)
             if fits or spot in cleaned:
                 clean.add(spot)
     groups = defaultdict(list)

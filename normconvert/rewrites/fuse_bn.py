@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from normconvert.analysis.affine_norms import Affine, find_affine_norms
 from normconvert.analysis.channel_axes import Place
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.analysis.parallel_branches import Block, find_blocks
 from normconvert.analysis.streams import operation
 from normconvert.options import Options

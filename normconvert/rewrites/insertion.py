@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from normconvert.analysis.streams import Analysis, Made, Spot, Stream
 from normconvert.options import Options
-from normconvert.rewrites.centring import Centring, MarkKey, embedding_marks, survey
+from normconvert.rewrites.centring import Centring, embedding_marks, survey
+from normconvert.tracing.in_place_writes import MarkKey
 
 Marks = Mapping[MarkKey, list[Spot]]
 
@@ -67,7 +68,7 @@ class _Group:
             return spot in result.editable or spot in result.untied
         if made.how == "scale":
             return spot in result.scales
-        if made.how != "sum" or made.constant:
+        if made.how != "sum" or made.rest:
             return False
         # P(a + b) = Pa + Pb: every part has to be mean-free (arXiv 2305.14858, section 3).
         return all(part in result.clean or part in also for part in made.parts)

@@ -15,21 +15,26 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import Place, carry_back, carry_forward, shape_of
-from normconvert.analysis.norms import COPIES, MOVES
-from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
+from normconvert.analysis.op_table import carried, terms_of
+from normconvert.analysis.operations import (
+    CONVOLUTIONS,
+    COPIES,
+    MOVES,
+    NEUTRAL,
+    TRANSPOSED,
+    argument,
+    keeps_constants,
+    name_of,
+)
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression, part, times
 from normconvert.rewrites.linear_maps import (
-    CONVOLUTIONS,
     LINEAR,
-    TRANSPOSED,
     Blocked,
     NoBias,
-    argument,
     check_borders,
     groups_of,
     is_input,
-    keeps_constants,
     weight_and_bias,
 )
 from normconvert.tracing.graph import Graph
@@ -162,7 +167,7 @@ class Walk:
             raise Blocked(f"{operation(node)} stands between it and a linear map", "unknown-op")
         found: list[tuple[fx.Node, Place, bool]] = []
         for term in terms:
-            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            carriers = [(o, p) for o in term if (p := carried(o, place, node)) is not None]
             if len(carriers) != 1 or not carriers[0][0].linear:
                 raise Blocked(f"{operation(node)} stands between it and a linear map", "product")
             # The second operand may have a sign or a factor (sub, alpha): a scale passes it, a shift would be
@@ -247,8 +252,7 @@ class Walk:
         if at is None:
             raise Blocked(f"{operation(user)} takes its channels apart", "cut")
         for other in terms[0]:
-            back = carry_back(other, at, user) if other is not operands[0] else None
-            if back is not None and varies(other.node, back):
+            if other is not operands[0] and carried(other, at, user):
                 raise Blocked(f"{operation(user)} multiplies it channel by channel", "product")
         return at, start
 
@@ -335,7 +339,8 @@ class Walk:
             terms = terms_of(node)
             plain = terms is not None and len(terms) == 1 and len(terms[0]) == 1
             back = carry_back(terms[0][0], place, node) if terms is not None and plain else None
-            if terms is None or back is None or not back.whole or name_of(node) not in MOVES | COPIES | VIEWS:
+            whole = isinstance(back, Place) and back.whole and name_of(node) in MOVES | COPIES | VIEWS
+            if terms is None or not isinstance(back, Place) or not whole:
                 raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
             node, place = terms[0][0].node, back
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.affine_norms import find_affine_norms
-from normconvert.analysis.op_table import name_of
+from normconvert.analysis.operations import name_of
 from normconvert.analysis.parallel_branches import find_blocks
 from normconvert.analysis.streams import operation
 from normconvert.plan.conversion_plan import Plan

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from normconvert.analysis.streams import Analysis, Spot, Stream, operation
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of
+from normconvert.rewrites.centring import Centring, axis_of
+from normconvert.tracing.in_place_writes import MarkKey
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -203,10 +204,10 @@ def _obstacle(analysis: Analysis, stream: Stream, spot: Spot, survey: Centring) 
         return f"the parameter `{name}`, which {operation(reader) if reader else 'others'} reads too"
     if made.how == "scale" and spot not in survey.scales:
         return f"{operation(spot[0])}, a scale by channel that cannot be folded"
-    if made.how == "opaque":
+    if made.reason:
         return made.reason
-    if made.constant:
-        return f"{operation(spot[0])}, which adds the same number to all channels"
+    if made.rest:
+        return f"{operation(spot[0])}, {made.rest}"
     return ""
 
 

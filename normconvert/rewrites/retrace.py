@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from normconvert.analysis.channel_axes import Place, shape_of
-from normconvert.analysis.op_table import NEUTRAL, POINTWISE, name_of, varies
+from normconvert.analysis.op_table import POINTWISE, varies
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.analysis.streams import Spot, operation
 from normconvert.errors import TraceError
-from normconvert.rewrites.centring import MarkKey
 from normconvert.runtime import Compress, add_hook, apply_module_edits
 from normconvert.tracing.graph import Graph, merge, module_path, trace
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARK, MarkKey
 from normconvert.tracing.model_copy import copy_model
 
 

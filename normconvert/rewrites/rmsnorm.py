@@ -14,13 +14,14 @@ from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, Spot, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, insertion, root_of_taint
+from normconvert.rewrites.centring import Centring, axis_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
 from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import MarkKey, mark_key
 
 
 @rewrite("rmsnorm")
@@ -65,13 +66,8 @@ def shifted_doors(
     """The ways out, other than the model's outputs, that return a stream which converted norms read."""
     streams = {id(where[norm][0]): where[norm][0] for norm in converted}
     nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
-    rows = [(name, module_path_of(node)) for node in nodes for name in analysis.graph.exits[node]]
+    rows = [(name, str(node.args[1])) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
-
-
-def module_path_of(mark: Any) -> str:
-    """The module at whose boundary a mark stands; empty for the model itself."""
-    return str(mark.args[1])
 
 
 def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:
@@ -128,9 +124,9 @@ def _needed(
             seen.add(at)
             float32 = float32 or is_float32_cast(at[0])
             made, node = stream.members[at], at[0]
-            key = tuple(node.args[1:4]) if node.op == "call_function" and len(node.args) == 4 else None
+            key = mark_key(node)
             # What is before a centring operation needs no edit for the sake of what is behind it.
-            if key in inserted and "mark" in str(node.target):
+            if key is not None and key in inserted:
                 used[key] = axis_of(at)
             elif made.how == "sum":
                 work += made.parts

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from normconvert.analysis.norms import find_norms
+from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, Spot
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
@@ -76,7 +77,7 @@ def writer_edits(
 
 def _table_and_head(graph: Graph, spot: Spot) -> tuple[str, str]:
     """The two names of a tied table: as the embedding, and as the output head."""
-    table = next(u for u in spot[0].users if "embedding" in str(u.target))
+    table = next(u for u in readers(spot[0]) if name_of(u) == EMBEDDING)
     own = f"{module_path(table)}.weight"
     return own, next(n for n in graph.parameters[spot[0]].aliases if n != own)
 

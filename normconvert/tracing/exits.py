@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import mark_key
 from normconvert.tracing.probes.choose import is_timm
 
 METHODS = ("forward_features",)
@@ -71,8 +71,8 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
     """Value -> the ways out that return it."""
     modules, found = feature_modules(model), dict[fx.Node, tuple[str, ...]]()
     for node in nodes:
-        if node.target is MARK:
-            path, side, key = (str(a) for a in node.args[1:4])
+        if place := mark_key(node):
+            path, side, key = place
             names = modules.get(path, ()) if side == "output" else (key.partition("/")[0],) if side == SIDE else ()
             if names:
                 found[node] = names

@@ -30,6 +30,14 @@ def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
 
 MARK = torch.ops.normconvert.mark.default
 
+MarkKey = tuple[str, str, str]
+"""Module path, ``input`` or ``output``, and which one of them."""
+
+
+def mark_key(node: fx.Node) -> MarkKey | None:
+    """The place that a mark is of; None for any other operation."""
+    return tuple(map(str, node.args[1:4])) if node.target is MARK else None  # type: ignore[return-value]
+
 
 def mutates(node: fx.Node) -> bool:
     """Whether an operation writes to one of its operands."""

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from normconvert.analysis.norms import Norm, find_norms
-from normconvert.analysis.op_table import name_of
+from normconvert.analysis.operations import name_of
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.graph import Graph

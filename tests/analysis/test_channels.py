@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from normconvert.analysis.channel_axes import Operand, Place, carry_back, carry_forward, shape_of
-from normconvert.analysis.op_table import TABLE, name_of, terms_of
+from normconvert.analysis.channel_axes import NoPlace, Operand, Place, carry_back, carry_forward, shape_of
+from normconvert.analysis.op_table import TABLE, terms_of
+from normconvert.analysis.operations import name_of
 from tests.support.op_examples import EXAMPLES, Example
 
 Values = dict[fx.Node, Any]
@@ -90,7 +91,8 @@ def places(shape: tuple[int, ...]) -> Iterator[Place]:
 
 def places_to_test(node: fx.Node, terms: tuple[tuple[Operand, ...], ...]) -> set[Place]:
     """Places of the result that some operand's channels arrive at, or that some operand is asked for."""
-    found = {place for place in places(shape_of(node)) for o in itertools.chain(*terms) if carry_back(o, place, node)}
+    operands = list(itertools.chain(*terms))
+    found = {place for place in places(shape_of(node)) if any(_is_carried(o, place, node) for o in operands)}
     for operand in itertools.chain(*terms):
         for place in places(shape_of(operand.node)):
             at = carry_forward(operand, place, node)
@@ -101,13 +103,17 @@ def places_to_test(node: fx.Node, terms: tuple[tuple[Operand, ...], ...]) -> set
     return found
 
 
+def _is_carried(operand: Operand, place: Place, node: fx.Node) -> bool:
+    return isinstance(carry_back(operand, place, node), Place)
+
+
 def holds(node: fx.Node, values: Values, terms: tuple[tuple[Operand, ...], ...], place: Place, choice: int) -> bool:
     """Whether the claim of a row at one place of the result is true; ``choice`` of the factors varies by channel."""
     values = dict(values)
     kept: dict[fx.Node, Place] = {}
     constant = False
     for term in terms:
-        carriers = [(o, at) for o in term if (at := carry_back(o, place, node)) is not None]
+        carriers = [(o, at) for o in term if isinstance(at := carry_back(o, place, node), Place)]
         linear = [(o, at) for o, at in carriers if o.linear]
         chosen = linear[min(choice, len(linear) - 1)] if linear else None
         for operand, at in carriers:
@@ -165,6 +171,16 @@ def test_what_a_row_claims_is_true(name: str, example: Example) -> None:
     for place in places_to_test(node, terms):
         for choice in range(max((len(term) for term in terms), default=1)):
             assert holds(node, values, terms, place, choice), f"{terms} is wrong at {place} of {shape_of(node)}"
+
+
+@pytest.mark.parametrize(("name", "example"), cases())
+def test_what_is_called_constant_is_the_same_for_all_channels(name: str, example: Example) -> None:
+    node, _ = build(example)
+    operands = list(itertools.chain(*(terms_of(node) or ())))
+    for place in places(shape_of(node)) if operands else ():
+        if all(carry_back(operand, place, node) is NoPlace.CONSTANT for operand in operands):
+            for part in parts_of(node.meta["val"]):
+                assert torch.equal(part, flattened(part, place)), f"{place} of {shape_of(node)}"
 
 
 @pytest.mark.parametrize(("name", "example"), cases())

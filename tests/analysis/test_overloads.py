@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normconvert.analysis.op_table import TABLE, name_of
+from normconvert.analysis.op_table import TABLE
+from normconvert.analysis.operations import name_of
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
