@@ -29,7 +29,6 @@ class Norm:
     Attributes:
         path: module path of the norm.
         kind: the module's class.
-        function: ``layer_norm``, or the operation found (``rms_norm``, ``group_norm``, ``batch_norm``).
         source: the value it reads; ``read`` the node that reads it; ``result`` the normalised value, before any cast.
         output: the value after the weight and bias (``result`` itself for a call of layer_norm).
         place: where ``source`` carries the channels; None if the norm is over several axes.
@@ -40,7 +39,6 @@ class Norm:
 
     path: str
     kind: str
-    function: str
     source: fx.Node
     read: fx.Node
     result: fx.Node
@@ -51,37 +49,43 @@ class Norm:
     float32: bool
 
 
-OTHER_NORMS = {
-    "aten.rms_norm": "rms_norm",
-    "aten.group_norm": "group_norm",
-    "aten.instance_norm": "instance_norm",
-    "aten.batch_norm": "batch_norm",
-}
-
-
 def find_norms(graph: Graph) -> list[Norm]:
     """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand."""
     found = []
     for node in graph.nodes:
         if name_of(node) == "aten.layer_norm":
-            found.append(_called(graph, node))
+            found.append(_norm(graph, _called(node)))
         elif (source := _handwritten(node)) is not None:
-            found.append(_by_hand(graph, node, source))
+            found.append(_norm(graph, _by_hand(node, source)))
     return found
 
 
-def _called(graph: Graph, node: fx.Node) -> Norm:
+@dataclass(frozen=True)
+class _Found:
+    """A norm as it stands in the graph, before its module is looked at; the names are those of `Norm`."""
+
+    source: fx.Node
+    read: fx.Node
+    result: fx.Node
+    output: fx.Node
+    place: Place | None
+    weight: Any
+    bias: Any
+    eps: float
+    called: bool = False
+
+
+def _called(node: fx.Node) -> _Found:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     axes = list(node.args[1])  # type: ignore[arg-type]
     shape = shape_of(source)
     place = Place(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
-    weight, bias = (argument(node, 2, "weight"), argument(node, 3, "bias"))
-    eps = argument(node, 4, "eps")
-    return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
+    weight, bias, eps = (argument(node, i, name) for i, name in ((2, "weight"), (3, "bias"), (4, "eps")))
+    return _Found(source, node, node, node, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
 
 
-def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
+def _by_hand(node: fx.Node, source: _Handwritten) -> _Found:
     """The affine part, if there is one, follows the normalised value inside the same module."""
     weight = bias = None
     at = node
@@ -99,7 +103,7 @@ def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
         elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
-    return _norm(graph, node, at, source.x, source.place, weight, bias, source.eps, read=source.read)
+    return _Found(source.x, source.read, node, at, source.place, weight, bias, source.eps)
 
 
 def _aligned(vector: fx.Node, user: fx.Node, place: Place) -> bool:
@@ -114,62 +118,57 @@ def _plain(node: fx.Node) -> bool:
     return bool(node.kwargs.get("alpha", 1) == 1)
 
 
-def _norm(
-    graph: Graph,
-    result: fx.Node,
-    end: fx.Node,
-    source: fx.Node,
-    place: Place | None,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    read: fx.Node | None = None,
-    called: bool = False,
-) -> Norm:
-    path = module_path(result)
+def _norm(graph: Graph, found: _Found) -> Norm:
+    path = module_path(found.result)
     module = graph.modules.get(path)
-    settings: dict[str, Any] | None = None
-    float32 = False
-    obstacle = ""
-    if place is None:
-        obstacle = "it normalises over several axes at once"
-    else:
-        entry, float32 = _boundary_in(source, path)
-        leave = _boundary_out(end, path)
-        w, offset = _named_parameter(graph, weight, path)
-        b, shift = _named_parameter(graph, bias, path)
-        if entry is None or leave is None:
-            obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
-        elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
-            obstacle = f"`{path}` moves the dimensions of what it normalises"
-        # weight + 1 is a setting of the replacement, bias + 1 is not.
-        elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
-            obstacle = f"its weight or bias is not a parameter of `{path}`"
-        else:
-            axis = entry[place.dim] - len(entry)
-            # A replacement for layer_norm has the channels innermost whatever the module's input.
-            at = Place(-1 if called else axis, place.size)
-            obstacle = _not_taken_over(graph.modules[path], path, {n for n in (w, b) if n is not None}, at, len(entry))
-            if w is not None and w == b:
-                obstacle = f"`{path}` has one parameter for weight and bias"
-        if not obstacle:
-            settings = {
-                "op": "replace",
-                "path": path,
-                "kind": "rmsnorm",
-                "size": place.size,
-                "eps": eps,
-                "axis": axis,
-                "weight": w,
-                "bias": b,
-                "offset": offset,
-                "upcast": float32,
-            }
-            if called and settings["axis"] != -1:
-                settings["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
     kind = type(module).__name__ if module is not None else "layer_norm"
-    reader = read if read is not None else result
-    return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
+    entry, float32 = _boundary_in(found.source, path) if found.place is not None else (None, False)
+    settings = _replacement(graph, found, path, entry, float32)
+    row, obstacle = (None, settings) if isinstance(settings, str) else (settings, "")
+    return Norm(
+        path, kind, found.source, found.read, found.result, found.output, found.place, row, obstacle,
+        float32,
+    )  # fmt: skip
+
+
+def _replacement(
+    graph: Graph, found: _Found, path: str, entry: list[int] | None, float32: bool
+) -> dict[str, Any] | str:
+    """The settings of what could stand in for the norm's module, or why nothing can.
+
+    Args:
+        graph: the model.
+        found: the norm.
+        path: of the module that runs it.
+        entry: for each dimension of what it reads the dimension of the module's input, if it is that.
+        float32: whether it casts its input.
+    """
+    place = found.place
+    if place is None:
+        return "it normalises over several axes at once"
+    leave = _boundary_out(found.output, path)
+    if entry is None or leave is None:
+        return f"it is called inside `{path or type(graph.modules.get(path)).__name__}`, not as a module of its own"
+    if any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
+        return f"`{path}` moves the dimensions of what it normalises"
+    weight, offset = _named_parameter(graph, found.weight, path)
+    bias, shift = _named_parameter(graph, found.bias, path)
+    # weight + 1 is a setting of the replacement, bias + 1 is not.
+    if (found.weight is not None and weight is None) or (found.bias is not None and bias is None) or shift != 0:
+        return f"its weight or bias is not a parameter of `{path}`"
+    if weight is not None and weight == bias:
+        return f"`{path}` has one parameter for weight and bias"
+    axis = entry[place.dim] - len(entry)
+    # A replacement for layer_norm has the channels innermost whatever the module's input.
+    at = Place(-1 if found.called else axis, place.size)
+    names = {name for name in (weight, bias) if name is not None}
+    if obstacle := _not_taken_over(graph.modules[path], path, names, at, len(entry)):
+        return obstacle
+    row = {"op": "replace", "path": path, "kind": "rmsnorm", "size": place.size, "eps": found.eps, "axis": axis}
+    row |= {"weight": weight, "bias": bias, "offset": offset, "upcast": float32}
+    if found.called and axis != -1:
+        row["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
+    return row
 
 
 def _not_taken_over(module: nn.Module, path: str, names: set[str], at: Place, rank: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +64,12 @@ def _named_sizes(module: nn.Module, leaf: str, old: tuple[int, ...], new: tuple[
     return {}
 
 
-@dataclass
-class _Attempts:
-    """What is left to try for one kind of module: (attributes to change, whether norms give it all channels)."""
+@dataclass(frozen=True)
+class _Attempt:
+    """What is tried for one kind of module: attributes to set, and norms that give all channels, with the reason."""
 
-    left: list[tuple[list[str], bool]]
-    norms: list[str]
-    reason: str
+    attributes: Attributes
+    expanded: Mapping[str, str]
 
 
 @dataclass
@@ -82,17 +81,26 @@ class Remedies:
 
     Attributes:
         graph: the traced model.
-        expanded: norms that have to give all channels, and why.
-        attributes: sizes that modules keep.
+        tried: the attempt that is under way for each kind of module.
+        untried: what is left to try for it.
     """
 
     graph: Graph
-    expanded: dict[str, str] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
-    attempts: dict[Hashable, _Attempts] = field(default_factory=dict)
+    tried: dict[Hashable, _Attempt] = field(default_factory=dict)
+    untried: dict[Hashable, Iterator[_Attempt]] = field(default_factory=dict)
+
+    @property
+    def expanded(self) -> dict[str, str]:
+        """Norms that have to give all channels, and why."""
+        return {norm: why for attempt in self.tried.values() for norm, why in attempt.expanded.items()}
+
+    @property
+    def attributes(self) -> Attributes:
+        """Sizes that modules keep."""
+        return {path: sizes for attempt in self.tried.values() for path, sizes in attempt.attributes.items()}
 
     def next(self, difference: Differs, values: Mapping[str, Collection[fx.Node]], sizes: Collection[int]) -> bool:
-        """Prepare the next attempt.
+        """Prepare the next attempt; each stands alone, in place of the one before.
 
         Args:
             difference: where the model stopped, and why.
@@ -103,27 +111,30 @@ class Remedies:
             False if there is nothing left to try.
         """
         kind, paths = self._alike(difference.path)
-        if kind not in self.attempts:
-            norms = [norm for norm, nodes in values.items() if any(_runs_in(node, paths) for node in nodes)]
-            # type, not isinstance: True is no width.
-            own = [n for n, v in vars(self.graph.modules[difference.path]).items() if type(v) is int and v in sizes]
-            choices = ([own] if own else []) + ([[name] for name in own] if len(own) > 1 else [])
-            left: list[tuple[list[str], bool]] = [([], True)] if norms else []
-            left += [(choice, False) for choice in choices]
-            left += [(choice, True) for choice in choices] if norms else []
-            self.attempts[kind] = _Attempts(left, norms, str(difference))
-        attempts = self.attempts[kind]
-        if not attempts.left:
+        attempt = next(self.untried.setdefault(kind, self._attempts(difference, paths, values, sizes)), None)
+        if attempt is None:
             return False
-        names, expand = attempts.left.pop(0)
-        # Each attempt stands alone: what the last one changed is taken back.
-        for norm in attempts.norms:
-            self.expanded.pop(norm, None)
-        self.expanded |= dict.fromkeys(attempts.norms if expand else [], attempts.reason)
-        for path in paths:
-            found = {name: getattr(self.graph.modules[path], name, None) for name in names}
-            self.attributes[path] = {n: v - 1 for n, v in found.items() if type(v) is int and v in sizes}
+        self.tried[kind] = attempt
         return True
+
+    def _attempts(
+        self, difference: Differs, paths: Set[str], values: Mapping[str, Collection[fx.Node]], sizes: Collection[int]
+    ) -> Iterator[_Attempt]:
+        """All that can be tried for the modules at ``paths``, in order."""
+        norms = [norm for norm, nodes in values.items() if any(_runs_in(node, paths) for node in nodes)]
+        expanded = dict.fromkeys(norms, str(difference))
+        widths = {path: _widths(self.graph.modules[path], sizes) for path in paths}
+        own = list(widths[difference.path])
+        choices = ([own] if own else []) + ([[name] for name in own] if len(own) > 1 else [])
+        changes = [
+            {path: {n: v - 1 for n, v in found.items() if n in names} for path, found in widths.items()}
+            for names in choices
+        ]
+        if norms:
+            yield _Attempt({}, expanded)
+        yield from (_Attempt(change, {}) for change in changes)
+        if norms:
+            yield from (_Attempt(change, expanded) for change in changes)
 
     def surrender(
         self, difference: Differs, streams: Collection[Stream], compressed: Collection[Spot]
@@ -163,3 +174,9 @@ def _runs_in(node: fx.Node, paths: Collection[str]) -> bool:
     """Whether a module at one of the paths runs the node, or takes or gives the value that is marked here."""
     path = str(node.args[1]) if node.target is MARK else module_path(node)
     return path in paths or (node.target is not MARK and path.rpartition(".")[0] in paths)
+
+
+def _widths(module: nn.Module, sizes: Collection[int]) -> dict[str, int]:
+    """The attributes of a module that are one of the sizes."""
+    # type, not isinstance: True is no width.
+    return {name: value for name, value in vars(module).items() if type(value) is int and value in sizes}
