@@ -16,7 +16,15 @@ from normconvert.analysis.operations import name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
 
-SAME = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"}
+SAME = {
+    "normconvert.boundary",
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.contiguous",
+    "aten.clone",
+    "aten.detach",
+}
 """Operations that change no value."""
 
 
@@ -32,7 +40,7 @@ class Form:
 
 
 def forms_from(source: fx.Node, nodes: list[fx.Node], vectors: Vectors) -> dict[fx.Node, Form]:
-    """The affine forms of one call of the module, from the mark of its input on."""
+    """The affine forms of one call of the module, from the marker of its input on."""
     forms = {source: Form(1, 0, None, 1, frozenset())}
     for node in nodes:
         if any(n in forms for n in node.all_input_nodes) and (form := _step(node, forms, vectors)) is not None:
@@ -145,9 +153,9 @@ class Vectors:
             # What no checkpoint holds has no value when a plan is applied.
             return parameter.name if parameter is not None and parameter.stored and is_float(node) else None
         name = name_of(node).removeprefix("aten.")
-        if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "_to_copy", "to", "detach", "clone", "mark"):
+        if name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "_to_copy", "to", "detach", "clone"):
             return self.stored(node.args[0]) if is_float(node.args[0]) and is_float(node) else None  # type: ignore[arg-type]
-        if name_of(node) == "normconvert.mark" or name == "type_as":
+        if name_of(node) == "normconvert.boundary" or name == "type_as":
             return self.stored(node.args[0])
         operands = [self.stored(a) for a in node.args]
         if name in ("add", "sub", "mul", "div") and node.kwargs.get("alpha", 1) == 1 and len(operands) == 2:

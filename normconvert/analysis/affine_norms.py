@@ -20,7 +20,7 @@ from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Call:
     """One call of an affine norm.
 
     Attributes:
-        source: the value it reads: the mark of the module's input.
+        source: the value it reads: the marker of the module's input.
         result: the affine form of it, before any activation that the module applies.
         place: where both carry the channels.
         nodes: the operations in between.
@@ -75,7 +75,7 @@ def find_affine_norms(graph: Graph) -> list[Affine]:
     calls: dict[str, list[tuple[fx.Node, dict[fx.Node, Form]]]] = defaultdict(list)
     inside = _nodes_by_module(graph)
     for node in graph.nodes:
-        if node.target is MARK and node.args[2:4] == ("input", "0"):
+        if node.target is MARKER and node.args[2:4] == ("input", "0"):
             path = str(node.args[1])
             if _may_be_norm(inside.get(path, ()), graph, statistics):
                 calls[path].append((node, forms_from(node, inside[path], vectors)))
@@ -96,8 +96,8 @@ def _nodes_by_module(graph: Graph) -> dict[str, list[fx.Node]]:
     found: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_function":
-            # A mark belongs to the module whose boundary it marks.
-            path = str(node.args[1]) if node.target is MARK else module_path(node)
+            # A marker belongs to the module whose boundary it marks.
+            path = str(node.args[1]) if node.target is MARKER else module_path(node)
             while path:
                 found[path].append(node)
                 path = path.rpartition(".")[0]
@@ -126,7 +126,7 @@ def _affine(graph: Graph, path: str, group: list[tuple[fx.Node, dict[fx.Node, Fo
         # Without a statistic among them this is a layer scale or the like, and no norm that a user asks about.
         if form.dim is None or not any(_is_buffer(graph, n) for n in (*names_in(form.scale), *names_in(form.shift))):
             return None
-        if not any(module_path(n) == path and n.target is not MARK for n in form.nodes):
+        if not any(module_path(n) == path and n.target is not MARKER for n in form.nodes):
             return None  # a container that does nothing itself: the norm is one of its children
         calls.append(Call(source, result, Place(form.dim, form.size), form.nodes))
         forms.append(form)
@@ -145,11 +145,11 @@ def _result(graph: Graph, path: str, forms: dict[fx.Node, Form]) -> tuple[fx.Nod
     if len(last) != 1:
         return None
     result = last[0]
-    if result.target is MARK and result.args[1:4] == (path, "output", ""):
+    if result.target is MARKER and result.args[1:4] == (path, "output", ""):
         return result, ()
     keep = children_after(result, path)
     own = {
-        module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in forms[result].nodes if n.target is not MARK
+        module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in forms[result].nodes if n.target is not MARKER
     }
     # A child that is a part of the norm and runs again behind it can neither go nor stay.
     return None if keep is None or own & set(keep) else (result, keep)
@@ -164,9 +164,9 @@ def children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
             if user in seen or name_of(user) in NEUTRAL:
                 continue
             seen.add(user)
-            if user.target is MARK and user.args[1:4] == (path, "output", ""):
+            if user.target is MARKER and user.args[1:4] == (path, "output", ""):
                 continue
-            inner = module_path(user) if user.target is not MARK else str(user.args[1])
+            inner = module_path(user) if user.target is not MARKER else str(user.args[1])
             if inner == path and name_of(user) in SAME:
                 work.append(user)
                 continue
@@ -179,7 +179,7 @@ def children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
 
 def _leaves(node: fx.Node, path: str, forms: dict[fx.Node, Form]) -> bool:
     """Whether an affine value is read by what is not one, or is the module's output."""
-    if node.target is MARK and node.args[1:4] == (path, "output", ""):
+    if node.target is MARKER and node.args[1:4] == (path, "output", ""):
         return True
     return any(u not in forms and name_of(u) not in NEUTRAL for u in node.users)
 
@@ -242,8 +242,8 @@ def _reads_data(node: Any) -> bool:
         if at in seen or not isinstance(at, fx.Node):
             continue
         seen.add(at)
-        if at.target is MARK:
-            return True  # marks are put at data only
+        if at.target is MARKER:
+            return True  # markers are put at data only
         work += at.all_input_nodes
     return False
 

@@ -120,7 +120,7 @@ def carry_forward(operand: Operand, place: Place, result: fx.Node) -> Place | No
     if operand.regroup is not None and place.dim == operand.regroup:
         return _regrouped(place, new[operand.regroup])
     target = operand.dims.get(place.dim)
-    # A row may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
+    # A rule may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
     return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
 
 

@@ -19,7 +19,7 @@ from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import mark_key
+from normconvert.tracing.in_place_writes import boundary_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     float32 = False
     order = list(range(len(shape_of(node))))
     while True:
-        key = mark_key(node)
+        key = boundary_of(node)
         if key is not None and key[:2] == (path, "input"):
             # A replacement is called with the first argument only.
             return (order if key[2] == "0" else None), float32
@@ -230,7 +230,7 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
     """Walk on from the norm to the output of its module: where each dimension of the norm's result is there."""
     order = list(range(len(shape_of(node))))
     while True:
-        key = mark_key(node)
+        key = boundary_of(node)
         if key is not None and key[:2] == (path, "output"):
             # A key says that the module returns more than this value.
             return order if key[2] == "" else None

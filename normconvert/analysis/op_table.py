@@ -1,17 +1,17 @@
 """The op table: for each ATen operation, how a channel axis passes from its operands to its result.
 
-Every row describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
+Every rule describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
 which of its dimensions arrive unchanged at which dimension of the result. ``linear(x, W, b)`` is ``x W + b``: the last
 dimension of the result is dimension 0 of W and of b; the other dimensions are those of x. From this one description
 follow both directions: what a channel of the result is made of, and where a channel of an operand goes. What is
-not listed does not pass: an operation without a row is never assumed harmless.
+not listed does not pass: an operation without a rule is never assumed harmless.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from normconvert.analysis import axis_rules as rows
+from normconvert.analysis import axis_rules as rules
 from normconvert.analysis import moving_rules as moves
 from normconvert.analysis.channel_axes import NoPlace, Operand, Place, Term, carry_back, shape_of
 from normconvert.analysis.operations import (
@@ -26,69 +26,77 @@ from normconvert.analysis.operations import (
     name_of,
 )
 
-TABLE: dict[str, rows.Row] = {
+TABLE: dict[str, rules.AxisRule] = {
     # the same values
     **dict.fromkeys(
-        ["normconvert.mark", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.detach_", "aten.to"]
+        [
+            "normconvert.boundary",
+            "aten.clone",
+            "aten.contiguous",
+            "aten.alias",
+            "aten.detach",
+            "aten.detach_",
+            "aten.to",
+        ]
         + ["aten._to_copy", "aten.type_as", "aten.lift_fresh_copy", "aten.neg", "aten.float", "aten.half"],
-        rows.unary_row,
+        rules.unary_rule,
     ),
-    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rows.dropout_row),
+    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rules.dropout_rule),
     # sums and products
-    **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rows.add_row),
-    "aten.mul": rows.mul_row,
-    "aten.div": rows.div_row,
-    **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rows.div_row),
-    "aten.where": rows.where_row,
-    "aten.masked_fill": rows.masked_fill_row,
-    "aten.masked_scatter": rows.masked_scatter_row,
+    **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rules.add_rule),
+    "aten.mul": rules.mul_rule,
+    "aten.div": rules.div_rule,
+    **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rules.div_rule),
+    "aten.where": rules.where_rule,
+    "aten.masked_fill": rules.masked_fill_rule,
+    "aten.masked_scatter": rules.masked_scatter_rule,
     # views and moves
-    "aten.permute": moves.permute_row,
-    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_row),
-    "aten.numpy_T": moves.reverse_row,
-    "aten.movedim": moves.movedim_row,
-    **dict.fromkeys(sorted(VIEWS), moves.view_row),
-    "aten.view.dtype": moves.view_dtype_row,
-    **dict.fromkeys(sorted(STRETCHES), moves.expand_row),
-    "aten.slice": moves.slice_row,
-    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_row),
-    **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_row),
-    GETITEM: moves.getitem_row,
-    **dict.fromkeys(sorted(CONCATENATIONS), moves.cat_row),
-    "aten.stack": moves.stack_row,
-    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_row),
-    **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_row),
+    "aten.permute": moves.permute_rule,
+    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_rule),
+    "aten.numpy_T": moves.reverse_rule,
+    "aten.movedim": moves.movedim_rule,
+    **dict.fromkeys(sorted(VIEWS), moves.view_rule),
+    "aten.view.dtype": moves.view_dtype_rule,
+    **dict.fromkeys(sorted(STRETCHES), moves.expand_rule),
+    "aten.slice": moves.slice_rule,
+    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_rule),
+    **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_rule),
+    GETITEM: moves.getitem_rule,
+    **dict.fromkeys(sorted(CONCATENATIONS), moves.cat_rule),
+    "aten.stack": moves.stack_rule,
+    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_rule),
+    **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_rule),
     # Called without a dimension it flattens first, as roll does: then none passes.
-    "aten.repeat_interleave": rows.except_dim(2, "dim"),
-    "aten.cumsum": rows.except_dim(1),
-    "aten.roll": rows.except_dim(2, "dims"),
-    "aten.flip": rows.except_dim(1, "dims"),
-    "aten.index_select": rows.except_dim(1),
-    "aten.index": moves.index_row,
-    "aten.gather": moves.gather_row,
+    "aten.repeat_interleave": rules.except_dim(2, "dim"),
+    "aten.cumsum": rules.except_dim(1),
+    "aten.roll": rules.except_dim(2, "dims"),
+    "aten.flip": rules.except_dim(1, "dims"),
+    "aten.index_select": rules.except_dim(1),
+    "aten.index": moves.index_rule,
+    "aten.gather": moves.gather_rule,
     # linear over other dimensions
-    **dict.fromkeys(["aten.mean", "aten.sum"], rows.reduce_row),
+    **dict.fromkeys(["aten.mean", "aten.sum"], rules.reduce_rule),
     **dict.fromkeys(
         ["aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"],
-        rows.spatial(1),
+        rules.spatial(1),
     ),
     **dict.fromkeys(
         ["aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d"]
         + ["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
-        rows.spatial(2),
+        rules.spatial(2),
     ),
-    **dict.fromkeys(["aten.avg_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"], rows.spatial(3)),
+    **dict.fromkeys(["aten.avg_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"], rules.spatial(3)),
     # linear maps
-    "aten.linear": rows.linear_row,
-    **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rows.matmul_row),
-    **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rows.addmm_row),
-    EMBEDDING: rows.embedding_row,
-    **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rows.conv_row),
-    "aten.scaled_dot_product_attention": rows.attention_row,
-    "aten.einsum": rows.einsum_row,
+    "aten.linear": rules.linear_rule,
+    **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rules.matmul_rule),
+    **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rules.addmm_rule),
+    EMBEDDING: rules.embedding_rule,
+    **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rules.conv_rule),
+    "aten.scaled_dot_product_attention": rules.attention_rule,
+    "aten.einsum": rules.einsum_rule,
     # constants
-    **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rows.zeros_row),
-    **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rows.full_row),
+    **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rules.zeros_rule),
+    **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rules.full_rule),
 }
 
 POINTWISE = {
@@ -96,18 +104,18 @@ POINTWISE = {
     *["aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.logical_not", "aten.logical_and"],
     *["aten.logical_or", "aten.bitwise_not", "aten.bitwise_and", "aten.bitwise_or", "aten.__and__", "aten.__or__"],
     *["aten.sigmoid", "aten.exp", "aten.neg", "aten.contiguous", "aten.type_as", "aten.where", "aten.expand"],
-    *["aten.expand_as", "aten.clamp", "aten.tanh", "normconvert.mark", "aten.detach", "aten.pow", "aten.sqrt"],
+    *["aten.expand_as", "aten.clamp", "aten.tanh", "normconvert.boundary", "aten.detach", "aten.pow", "aten.sqrt"],
     *["aten.rsqrt", "aten.reciprocal", "aten.abs", "aten.softplus"],
 }
 """Element by element (after broadcasting): constant along an axis if every operand is."""
 
 
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
-    """The terms of ``node``; None if its operation has no row, or not for this use."""
+    """The terms of ``node``; None if its operation has no rule, or not for this use."""
     if node.op != "call_function":
         return None
-    row = TABLE.get(name_of(node))
-    return None if row is None else row(node)
+    rule = TABLE.get(name_of(node))
+    return None if rule is None else rule(node)
 
 
 def varies(node: fx.Node, place: Place) -> bool:
@@ -118,11 +126,11 @@ def varies(node: fx.Node, place: Place) -> bool:
     name = name_of(node)
     if name in POINTWISE:
         for arg in node.all_input_nodes if name not in LIKE_ANOTHER else node.all_input_nodes[:1]:
-            source = carry_back(Operand(arg, rows.broadcast(arg, node)), place, node)
+            source = carry_back(Operand(arg, rules.broadcast(arg, node)), place, node)
             if source is NoPlace.LOST or (isinstance(source, Place) and varies(arg, source)):
                 return True
         return False
-    if TABLE.get(name) in (moves.view_row, moves.permute_row, moves.swap_row):
+    if TABLE.get(name) in (moves.view_rule, moves.permute_rule, moves.swap_rule):
         (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
         source = carry_back(operand, place, node)
         return source is NoPlace.LOST or (isinstance(source, Place) and varies(operand.node, source))

@@ -28,7 +28,15 @@ LINEAR_MAPS = {
 }
 """Operations with a weight that mixes channels: a leak through one of them is a linear map reading the raw stream."""
 
-COPIES = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.float"}
+COPIES = {
+    "normconvert.boundary",
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.contiguous",
+    "aten.clone",
+    "aten.float",
+}
 """The same values on the same axes, perhaps in another dtype; none that training would miss, as it would a detach."""
 
 ALIASES = {"aten.alias", "aten.detach", "aten.lift_fresh_copy"}

@@ -21,11 +21,11 @@ from normconvert.analysis.channel_axes import is_float, shape_of
 from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
 LARGEST = 256
-"""Operations in the largest module that is looked at, marks included."""
+"""Operations in the largest module that is looked at, boundary markers included."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def find_blocks(graph: Graph) -> list[Block]:
     """All outermost modules whose branches can be merged, in execution order."""
     inside: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        path = str(node.args[1]) if node.target is MARK else module_path(node)
+        path = str(node.args[1]) if node.target is MARKER else module_path(node)
         while node.op == "call_function" and path:
             inside[path].append(node)
             path = path.rpartition(".")[0]
     vectors = Vectors(graph)
     calls: dict[str, list[tuple[fx.Node, fx.Node, Sum, tuple[str, ...]] | None]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target is MARK and node.args[2:4] == ("input", "0") and len(inside[str(node.args[1])]) <= LARGEST:
+        if node.target is MARKER and node.args[2:4] == ("input", "0") and len(inside[str(node.args[1])]) <= LARGEST:
             path = str(node.args[1])
             calls[path].append(_call(graph, path, node, inside[path], vectors))
     found: dict[str, Block] = {}
@@ -115,10 +115,10 @@ def _call(
     leaving = [
         n for n, s in sums.items() if s.nodes and any(u not in sums and name_of(u) not in NEUTRAL for u in n.users)
     ]
-    ends = [n for n in sums if n.target is MARK and n.args[1:4] == (path, "output", "")]
+    ends = [n for n in sums if n.target is MARKER and n.args[1:4] == (path, "output", "")]
     # The sum may be seen at one place only: at the module's output, or by the children that run last.
     last = [*dict.fromkeys([*leaving, *ends])]
-    inner = [n for n in leaving if not any(e in _marks_of(n) for e in ends)]
+    inner = [n for n in leaving if not any(e in _markers_of(n) for e in ends)]
     if len(inner or ends) != 1 and len(last) != 1:
         return None
     result = (ends or inner)[0]
@@ -128,7 +128,7 @@ def _call(
     if keep is None:
         return None
     made = sums[result]
-    own = [n for n in made.nodes if n.target is not MARK]
+    own = [n for n in made.nodes if n.target is not MARKER]
     working = {module_path(n).removeprefix(f"{path}.").partition(".")[0] for n in own if module_path(n) != path}
     # A module that adds nothing up itself is a container of the block. A child cannot be merged and run afterwards.
     if not any(module_path(n) == path for n in own) or working & set(keep):
@@ -140,8 +140,8 @@ def _call(
     return None if any(halfway) else (source, result, made, keep)
 
 
-def _marks_of(node: fx.Node) -> list[fx.Node]:
-    return [u for u in node.users if u.target is MARK]
+def _markers_of(node: fx.Node) -> list[fx.Node]:
+    return [u for u in node.users if u.target is MARKER]
 
 
 def _step(graph: Graph, node: fx.Node, sums: dict[fx.Node, Sum], vectors: Vectors) -> Sum | None:

@@ -21,24 +21,24 @@ from normconvert.analysis.op_table import carried, terms_of
 from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
 
-Spot = tuple[fx.Node, Place]
+AxisRef = tuple[fx.Node, Place]
 """A value and where it carries the channels."""
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """What a member is made of.
 
     Attributes:
-        how: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
+        kind: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
             parameter parts[1], channel by channel), ``norm`` or ``opaque`` (nothing can be moved into either).
         parts: the members it is linear in.
         rest: a clause that says what is added besides the parts, so that the sum is not mean-free; empty if nothing.
         reason: what it is, in words, if nothing can be moved into it.
     """
 
-    how: str
-    parts: tuple[Spot, ...] = ()
+    kind: str
+    parts: tuple[AxisRef, ...] = ()
     rest: str = ""
     reason: str = ""
 
@@ -48,14 +48,14 @@ class Leak:
     """A reader that sees more of the stream than a norm does.
 
     Attributes:
-        spot: the value that is read.
+        ref: the value that is read.
         reader: the node that reads it.
         code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached``, ``cut``
             or ``features``.
         reason: one clause in words.
     """
 
-    spot: Spot
+    ref: AxisRef
     reader: fx.Node
     code: str
     reason: str
@@ -66,16 +66,16 @@ class Stream:
     """A stream with ``size`` channels: its members and what they are made of, its norms and its leaks."""
 
     size: int
-    members: dict[Spot, Made] = field(default_factory=dict)
-    norms: list[tuple[Norm, Spot]] = field(default_factory=list)
+    members: dict[AxisRef, Provenance] = field(default_factory=dict)
+    norms: list[tuple[Norm, AxisRef]] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Onward:
-    """Where one reader takes a value: ``to`` the next spot, or a norm, a leak, or (all None) nowhere that matters."""
+class Use:
+    """Where one reader takes a value: ``to`` the next ref, or a norm, a leak, or (all None) nowhere that matters."""
 
-    to: Spot | None = None
+    to: AxisRef | None = None
     norm: Norm | None = None
     leak: Leak | None = None
 
@@ -92,7 +92,7 @@ class Analysis:
         self.data = self._data_dependent()
         self.live = self._reaching_an_output()
         self.streams: list[Stream] = []
-        self.stream_of: dict[Spot, Stream] = {}
+        self.stream_of: dict[AxisRef, Stream] = {}
         for norm in norms:
             if norm.place is not None and (norm.source, norm.place) not in self.stream_of:
                 # Norms that read one stream find it grown by the first of them.
@@ -122,26 +122,26 @@ class Analysis:
                 found.add(node)
         return found
 
-    def grow(self, start: Spot, back_only: bool = False) -> Stream:
+    def grow(self, start: AxisRef, back_only: bool = False) -> Stream:
         """The stream through ``start``, its members in execution order."""
         stream = Stream(size=start[1].size)
         work, leaks = [start], {}
         while work:
-            spot = work.pop()
-            if spot in stream.members:
+            ref = work.pop()
+            if ref in stream.members:
                 continue
-            made = stream.members[spot] = self.made(spot)
+            made = stream.members[ref] = self.provenance(ref)
             # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
-            work += made.parts if made.how == "sum" else ()
-            if spot[0] not in self.data and spot != start:
+            work += made.parts if made.kind == "sum" else ()
+            if ref[0] not in self.data and ref != start:
                 continue
-            for onward in self.onward(spot):
-                if onward.to is not None:
-                    work.append(onward.to)
-                elif onward.norm is not None:
-                    stream.norms.append((onward.norm, spot))
-                elif onward.leak is not None:
-                    leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
+            for use in self.uses(ref):
+                if use.to is not None:
+                    work.append(use.to)
+                elif use.norm is not None:
+                    stream.norms.append((use.norm, ref))
+                elif use.leak is not None:
+                    leaks[(use.leak.reader, use.leak.code)] = use.leak
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
         if name := self._unreached_that_fits(stream.size):
@@ -161,23 +161,23 @@ class Analysis:
         counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
         return next((name for name, count in counts if count and count % size == 0), None)
 
-    def made(self, spot: Spot) -> Made:
-        """What the value at ``spot`` is made of."""
-        node, place = spot
+    def provenance(self, ref: AxisRef) -> Provenance:
+        """What the value at ``ref`` is made of."""
+        node, place = ref
         if node.op == "placeholder":
             parameter = self.graph.parameters.get(node)
             if parameter is None:
-                return Made("opaque", reason=f"the model's input `{node.name}`")
+                return Provenance("opaque", reason=f"the model's input `{node.name}`")
             if not parameter.stored:
-                return Made("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
-            return Made("parameter")
+                return Provenance("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
+            return Provenance("parameter")
         # Before the table is asked: a norm written by hand is a product, and would be taken for one.
         if node in self._made_by:
-            return Made("norm", reason=f"the output of the norm {described(self._made_by[node].path)}")
+            return Provenance("norm", reason=f"the output of the norm {described(self._made_by[node].path)}")
         terms = terms_of(node)
         if terms is None:
-            return Made("opaque", reason=f"the result of {operation(node)}")
-        parts: list[Spot] = []
+            return Provenance("opaque", reason=f"the result of {operation(node)}")
+        parts: list[AxisRef] = []
         rest = ""
         for term in terms:
             carriers = [(o, p) for o in term if (p := carried(o, place, node)) is not None]
@@ -189,12 +189,12 @@ class Analysis:
             elif scale := self._layer_scale(node, terms, carriers):
                 return scale
             else:
-                return Made("opaque", reason=f"a product that differs by channel, {operation(node)}")
-        return Made("sum", tuple(parts), rest)
+                return Provenance("opaque", reason=f"a product that differs by channel, {operation(node)}")
+        return Provenance("sum", tuple(parts), rest)
 
     def _layer_scale(
         self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, Place]]
-    ) -> Made | None:
+    ) -> Provenance | None:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
             return None
@@ -204,75 +204,75 @@ class Analysis:
         if len(fixed) != 1 or len(moving) != 1:
             return None
         (value, value_place), (factor, factor_place) = moving[0], fixed[0]
-        return Made("scale", ((value.node, value_place), (factor.node, factor_place)))
+        return Provenance("scale", ((value.node, value_place), (factor.node, factor_place)))
 
-    def onward(self, spot: Spot) -> Iterator[Onward]:
-        """Where each reader of the value at ``spot`` takes it."""
-        node, place = spot
+    def uses(self, ref: AxisRef) -> Iterator[Use]:
+        """Where each reader of the value at ``ref`` takes it."""
+        node, place = ref
         # A value of parameters alone is returned in no other way than by what is made of it.
         if (exits := self.graph.exits.get(node)) and node in self.data:
             why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
-            yield Onward(leak=Leak(spot, node, "features", why))
+            yield Use(leak=Leak(ref, node, "features", why))
         for user in readers(node):
             if user not in self.live:
                 continue
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
-                yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
+                yield Use(leak=Leak(ref, user, "returned", f"the model returns it as {names}"))
             # The same node reads the norm's weight and bias, and those not through P: hence the question for the
             # source.
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
                 if norm.place == place:
-                    yield Onward(norm=norm)
+                    yield Use(norm=norm)
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
-                    yield Onward(leak=Leak(spot, user, "norm-axes", why))
+                    yield Use(leak=Leak(ref, user, "norm-axes", why))
             # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
             elif reads_centred(user, node, place):
-                yield Onward()
+                yield Use()
             else:
-                yield from self._through(user, spot)
+                yield from self._through(user, ref)
 
-    def _through(self, user: fx.Node, spot: Spot) -> Iterator[Onward]:
-        node = spot[0]
+    def _through(self, user: fx.Node, ref: AxisRef) -> Iterator[Use]:
+        node = ref[0]
         terms = terms_of(user)
         if terms is None:
-            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+            yield Use(leak=Leak(ref, user, "unknown-op", f"{operation(user)} reads it"))
             return
-        # An operand that the row does not name (the value of a masked_fill, an index) is used in a way nobody
+        # An operand that the rule does not name (the value of a masked_fill, an index) is used in a way nobody
         # described.
         if not any(operand.node is node for term in terms for operand in term):
-            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+            yield Use(leak=Leak(ref, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:
             for operand in term:
                 if operand.node is node:
-                    yield self._step(user, term, operand, spot)
+                    yield self._step(user, term, operand, ref)
 
-    def _step(self, user: fx.Node, term: Term, operand: Operand, spot: Spot) -> Onward:
-        place = carry_forward(operand, spot[1], user) if operand.linear else None
+    def _step(self, user: fx.Node, term: Term, operand: Operand, ref: AxisRef) -> Use:
+        place = carry_forward(operand, ref[1], user) if operand.linear else None
         if place is None:
             is_map = name_of(user) in LINEAR_MAPS and operand.linear
             code = "linear" if is_map else "cut" if operand.linear else "unknown-op"
             verb = "reads it directly" if is_map else "takes its channels apart" if operand.linear else "reads it"
-            return Onward(leak=Leak(spot, user, code, f"{operation(user)} {verb}"))
+            return Use(leak=Leak(ref, user, code, f"{operation(user)} {verb}"))
         # gamma * x hides the mean of x behind gamma, from where no P removes it again.
         if any(other is not operand and carried(other, place, user) for other in term):
-            return Onward(leak=Leak(spot, user, "product", f"{operation(user)} multiplies it channel by channel"))
-        return Onward(to=(user, place))
+            return Use(leak=Leak(ref, user, "product", f"{operation(user)} multiplies it channel by channel"))
+        return Use(to=(user, place))
 
-    def other_readers(self, spot: Spot, allowed: Callable[[Spot], bool]) -> Iterator[fx.Node]:
+    def other_readers(self, ref: AxisRef, allowed: Callable[[AxisRef], bool]) -> Iterator[fx.Node]:
         """The readers of a parameter (followed through values made of parameters alone) that are not ``allowed``.
 
-        A reader is fine if it is a norm, or takes the parameter to a spot for which ``allowed`` holds.
+        A reader is fine if it is a norm, or takes the parameter to a ref for which ``allowed`` holds.
         """
-        for onward in self.onward(spot):
-            if onward.leak is not None:
-                yield onward.leak.reader
-            elif onward.to is not None and onward.to[0] not in self.data:
+        for use in self.uses(ref):
+            if use.leak is not None:
+                yield use.leak.reader
+            elif use.to is not None and use.to[0] not in self.data:
                 # Even if it is a member: `grow` does not look for its other readers.
-                yield from self.other_readers(onward.to, allowed)
-            elif onward.to is not None and not allowed(onward.to):
-                yield onward.to[0]
+                yield from self.other_readers(use.to, allowed)
+            elif use.to is not None and not allowed(use.to):
+                yield use.to[0]
 
 
 def described(path: str) -> str:
@@ -293,6 +293,6 @@ def operation(node: fx.Node) -> str:
     return f"{name} in `{path}`" if path else f"{name} in the model's own forward"
 
 
-def spans(spot: Spot) -> bool:
+def spans(ref: AxisRef) -> bool:
     """Whether the channels are one whole dimension of the value."""
-    return spot[1].whole and shape_of(spot[0])[spot[1].dim] == spot[1].size
+    return ref[1].whole and shape_of(ref[0])[ref[1].dim] == ref[1].size

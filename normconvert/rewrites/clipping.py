@@ -23,7 +23,7 @@ from normconvert.plan.vectors import Expression
 from normconvert.rewrites.linear_maps import Blocked
 from normconvert.rewrites.moving import Share, Walk, agreed
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 TENSORS = ("start", "lower", "upper")
 """Names of the tensors of a clamp."""
@@ -89,13 +89,13 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
         node = users[0]
         if node.op == "output":
             raise Blocked("the model returns it", "returned")
-        if node.target is not MARK:
+        if node.target is not MARKER:
             break
     if name_of(node) != "aten.relu":
         raise Blocked(f"{operation(node)} reads it", "unknown-op")
     path = module_path(node)
     inside = path.startswith(f"{norm.path}.")
-    further = [u for u in node.users if u.target is not MARK and module_path(u).startswith(f"{norm.path}.")]
+    further = [u for u in node.users if u.target is not MARKER and module_path(u).startswith(f"{norm.path}.")]
     # A clamp takes the place of the norm or of the activation's module, and whatever else they run would be gone.
     if inside != bool(norm.keep) or further:
         raise Blocked(f"{operation(node)} is only a part of what runs there", "not-a-module")
@@ -149,7 +149,7 @@ def _is_owned(norm: Affine, call: Call) -> bool:
         or module_path(made) != norm.path.rpartition(".")[0]
     ):
         return False
-    # The mark's readers too: it is the same memory once the marks are gone.
+    # The marker's readers too: it is the same memory once the markers are gone.
     readers = [u for u in made.users if u is not call.source] + [u for u in call.source.users if u not in call.nodes]
     return all(name_of(u) in NEUTRAL for u in readers)
 
@@ -160,5 +160,5 @@ def _check_module(graph: Graph, path: str, own: set[fx.Node]) -> None:
     if module is None or sum(m is module for m in graph.modules.values()) > 1 or list(module.children()):
         raise Blocked(f"`{path}` is more than one activation", "not-a-module")
     for node in graph.nodes:
-        if node.op == "call_function" and module_path(node) == path and node not in own and node.target is not MARK:
+        if node.op == "call_function" and module_path(node) == path and node not in own and node.target is not MARKER:
             raise Blocked(f"`{path}` is the activation of other values, too", "not-a-module")

@@ -14,16 +14,16 @@ from typing import Any
 from torch import nn
 
 from normconvert.analysis.norms import find_norms
-from normconvert.analysis.streams import Analysis, Spot, operation
+from normconvert.analysis.streams import Analysis, AxisRef, operation
 from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, axis_of, survey
+from normconvert.rewrites.centring import Centring, axis_of, editability
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.registry import REWRITES
 from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MarkKey
+from normconvert.tracing.in_place_writes import Boundary
 from normconvert.tracing.model_graph import trace_model
 
 CENTRED = "center"
@@ -54,22 +54,22 @@ def obstacle_in(
     if plan.method != "rmsnorm":
         return "its own conversion would be another one"
     analysis = Analysis(graph, find_norms(graph))
-    found, marks = survey(analysis, Options())
+    found, boundaries = editability(analysis, Options())
     why = _refused_edit(analysis, found, edits)
     if why:
         return why
-    inserted: set[MarkKey] = set()
+    inserted: set[Boundary] = set()
     replaced: set[str] = set()
     for row in plan.modules:
         path = renamed(row["path"], prefix, paths)
         if row["op"] == CENTRED:
             key = (path or "", row["side"], row["key"])
-            if path is None or key not in marks or {axis_of(spot) for spot in marks[key]} != {row["axis"]}:
+            if path is None or key not in boundaries or {axis_of(ref) for ref in boundaries[key]} != {row["axis"]}:
                 return f"nothing may be centred at the {row['side']} of `{row['path']}`"
             inserted.add(key)
         elif row["op"] == "replace" and path is not None:
             replaced.add(path)
-    return _dirty_norm(analysis, found, marks, inserted, set(edits), replaced)
+    return _dirty_norm(analysis, found, boundaries, inserted, set(edits), replaced)
 
 
 def renamed(name: str, prefix: str, known: Any) -> str | None:
@@ -95,9 +95,9 @@ def _same_edits(
 def _refused_edit(analysis: Analysis, found: Centring, edits: Mapping[str, list[dict[str, Any]]]) -> str:
     """The first tensor that was changed and must not be, here; and how the others were changed is how they would be."""
     editable: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for spot in found.editable:
-        for name in analysis.graph.parameters[spot[0]].aliases:
-            editable[name].append({"op": CENTRED, **along(spot[1])})
+    for ref in found.editable:
+        for name in analysis.graph.parameters[ref[0]].aliases:
+            editable[name].append({"op": CENTRED, **along(ref[1])})
     for name, rows in edits.items():
         # What else changes a tensor, a folded scale say, is proved for the one class only.
         if any(row["op"] != CENTRED for row in rows):
@@ -110,12 +110,12 @@ def _refused_edit(analysis: Analysis, found: Centring, edits: Mapping[str, list[
 
 
 def _reader(found: Centring, analysis: Analysis, name: str) -> str:
-    for spot, node in found.blocked.items():
-        if name in analysis.graph.parameters[spot[0]].aliases:
+    for ref, node in found.blocked.items():
+        if name in analysis.graph.parameters[ref[0]].aliases:
             return f" ({operation(node)})"
     for stream in analysis.streams:
-        for spot in stream.members:
-            parameter = analysis.graph.parameters.get(spot[0])
+        for ref in stream.members:
+            parameter = analysis.graph.parameters.get(ref[0])
             if parameter is not None and name in parameter.aliases and stream.leaks:
                 return f": {stream.leaks[0].reason}"
     return ""
@@ -124,30 +124,30 @@ def _reader(found: Centring, analysis: Analysis, name: str) -> str:
 def _dirty_norm(
     analysis: Analysis,
     found: Centring,
-    marks: Mapping[MarkKey, list[Spot]],
-    inserted: set[MarkKey],
+    boundaries: Mapping[Boundary, list[AxisRef]],
+    inserted: set[Boundary],
     edited: set[str],
     replaced: set[str],
 ) -> str:
     """The first replaced norm whose input is not mean-free by these edits and operations."""
-    cleaned = {spot for key in inserted for spot in marks[key]}
-    clean: set[Spot] = set()
+    cleaned = {ref for key in inserted for ref in boundaries[key]}
+    clean: set[AxisRef] = set()
     for stream in found.usable:
         # In execution order the parts of a member come before it.
-        for spot, made in stream.members.items():
-            if made.how == "parameter":
-                names = analysis.graph.parameters[spot[0]].aliases
-                fits = spot in found.editable and not edited.isdisjoint(names)
+        for ref, made in stream.members.items():
+            if made.kind == "parameter":
+                names = analysis.graph.parameters[ref[0]].aliases
+                fits = ref in found.editable and not edited.isdisjoint(names)
             else:
-                fits = made.how == "sum" and not made.rest and all(part in clean for part in made.parts)
-            if fits or spot in cleaned:
-                clean.add(spot)
+                fits = made.kind == "sum" and not made.rest and all(part in clean for part in made.parts)
+            if fits or ref in cleaned:
+                clean.add(ref)
     groups = defaultdict(list)
     for norm in analysis.norms:
         groups[norm.path].append(norm)
     for path in sorted(replaced):
         calls = groups.get(path, [])
-        spots = [(norm.source, norm.place) for norm in calls]
-        if not calls or any(spot not in clean for spot in spots) or misuse(path, calls, analysis.graph):
+        refs = [(norm.source, norm.place) for norm in calls]
+        if not calls or any(ref not in clean for ref in refs) or misuse(path, calls, analysis.graph):
             return f"what `{path}` reads is not mean-free"
     return ""

@@ -21,7 +21,7 @@ from normconvert.analysis.streams import operation
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import TENSORS, clamp_behind
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 SILENT = {"aten._assert_tensor_metadata"}
 
@@ -173,7 +173,7 @@ def _match_same(node: fx.Node, other: fx.Node, walk: _Walk) -> str:
 
 def _match_outputs(graph: Graph, edited: Graph, walk: _Walk) -> str:
     returned: dict[Any, tuple[str, ...]] = {}
-    for node, labels in edited.outputs.items():  # one value may be returned twice, with and without a mark
+    for node, labels in edited.outputs.items():  # one value may be returned twice, with and without a marker
         returned[_through(node)] = (*returned.get(_through(node), ()), *labels)
     for node, labels in graph.outputs.items():
         if not set(labels) <= set(returned.get(walk.image_of(node), ())):
@@ -221,13 +221,18 @@ def _made_of(graph: Graph, removed: set[str]) -> set[fx.Node]:
 
 def _operations(graph: Graph, skip: set[fx.Node]) -> Iterator[fx.Node]:
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not MARK and node not in skip and name_of(node) not in SILENT:
+        if (
+            node.op == "call_function"
+            and node.target is not MARKER
+            and node not in skip
+            and name_of(node) not in SILENT
+        ):
             yield node
 
 
 def _through(node: Any) -> Any:
-    """What a mark marks."""
-    while isinstance(node, fx.Node) and node.target is MARK:
+    """What a marker marks."""
+    while isinstance(node, fx.Node) and node.target is MARKER:
         node = node.args[0]
     return node
 
@@ -237,7 +242,7 @@ def _image(value: Any, image: Mapping[fx.Node, fx.Node], gone: Mapping[fx.Node, 
     while isinstance(value, fx.Node) and value not in image:
         if value in gone:
             value = gone[value]
-        elif value.target is MARK:
+        elif value.target is MARKER:
             value = value.args[0]
         else:
             return None

@@ -25,7 +25,7 @@ from normconvert.analysis.operations import (
     name_of,
     readers,
 )
-from normconvert.analysis.streams import Analysis, Leak, Spot, described, operation
+from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
 from normconvert.tracing.graph import module_path
 
 
@@ -79,7 +79,7 @@ _STORED = MOVES | COPIES | ALIASES
 
 def readers_of(
     analysis: Analysis, calls: list[Norm], untied: dict[str, str] | None = None, new_biases: bool = False
-) -> tuple[list[Reader], set[Spot]]:
+) -> tuple[list[Reader], set[AxisRef]]:
     """The linear maps that read a norm, one entry for each weight, and the values between.
 
     Args:
@@ -93,7 +93,7 @@ def readers_of(
     """
     module = calls[0].module or {}
     has_bias = module.get("bias") is not None
-    starts: list[Spot] = [(call.output, call.place) for call in calls if call.place is not None]
+    starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
     values, leaks = _values(analysis, starts, has_bias)
     if not leaks:
         raise Unfoldable("nothing reads it")
@@ -118,36 +118,36 @@ def readers_of(
     return result, values
 
 
-def _values(analysis: Analysis, starts: list[Spot], has_bias: bool) -> tuple[set[Spot], list[Leak]]:
+def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[set[AxisRef], list[Leak]]:
     """What is made of the norm's result alone, channel by channel, and what reads that."""
-    values: set[Spot] = set()
+    values: set[AxisRef] = set()
     leaks: list[Leak] = []
     work = list(starts)
     while work:
-        spot = work.pop()
-        if spot in values:
+        ref = work.pop()
+        if ref in values:
             continue
-        values.add(spot)
-        for onward in analysis.onward(spot):
-            if onward.norm is not None:
-                raise Unfoldable(f"the norm {described(onward.norm.path)} reads it")
-            if onward.leak is not None:
-                leaks.append(onward.leak)
-            elif onward.to is not None:
+        values.add(ref)
+        for use in analysis.uses(ref):
+            if use.norm is not None:
+                raise Unfoldable(f"the norm {described(use.norm.path)} reads it")
+            if use.leak is not None:
+                leaks.append(use.leak)
+            elif use.to is not None:
                 # Zeros that join on the way (padding, a mask) have no b in them, and would be given W b behind the map.
-                if has_bias and not keeps_constants(onward.to[0]):
-                    raise Unfoldable(f"{operation(onward.to[0])} does not keep its bias as it is")
-                work.append(onward.to)
-    for spot in values - set(starts):
-        made = analysis.made(spot)
+                if has_bias and not keeps_constants(use.to[0]):
+                    raise Unfoldable(f"{operation(use.to[0])} does not keep its bias as it is")
+                work.append(use.to)
+    for ref in values - set(starts):
+        made = analysis.provenance(ref)
         # Where anything else joins the norm's result, the map would apply g to that, too.
-        if made.how != "sum" or made.rest or not set(made.parts) <= values:
-            raise Unfoldable(f"{operation(spot[0])} adds it to {made.reason or 'other values'}")
+        if made.kind != "sum" or made.rest or not set(made.parts) <= values:
+            raise Unfoldable(f"{operation(ref[0])} adds it to {made.reason or 'other values'}")
     return values, leaks
 
 
 def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
-    node, (value, place) = leak.reader, leak.spot
+    node, (value, place) = leak.reader, leak.ref
     form = _FORMS.get(name_of(node))
     # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
     if leak.code != "linear" or form is None or node.kwargs:

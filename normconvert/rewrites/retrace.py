@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from normconvert.analysis.channel_axes import Place, shape_of
 from normconvert.analysis.op_table import POINTWISE, varies
 from normconvert.analysis.operations import NEUTRAL, name_of
-from normconvert.analysis.streams import Spot, operation
+from normconvert.analysis.streams import AxisRef, operation
 from normconvert.errors import TraceError
 from normconvert.runtime import Compress, add_hook, apply_module_edits
 from normconvert.tracing.graph import Graph, merge, module_path, trace
-from normconvert.tracing.in_place_writes import MARK, MarkKey
+from normconvert.tracing.in_place_writes import MARKER, Boundary
 from normconvert.tracing.model_copy import copy_model
 
 
@@ -50,10 +50,10 @@ class Meant:
         untied: names that are tensors of their own now, and their shapes.
     """
 
-    compressed: Collection[Spot]
+    compressed: Collection[AxisRef]
     live: Collection[fx.Node]
     norms: Collection[str]
-    inserted: Collection[MarkKey]
+    inserted: Collection[Boundary]
     biases: Mapping[fx.Node, str] = field(default_factory=dict)
     untied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -211,7 +211,7 @@ class _Comparison:
             and name_of(node) not in _IGNORED
             and node.target is not _COMPRESS
             # What a replaced norm does inside is meant to differ; its boundary is not.
-            and (node.target is MARK or not self._within(module_path(node), inside, prefixes))
+            and (node.target is MARKER or not self._within(module_path(node), inside, prefixes))
         ]
 
     @staticmethod
@@ -225,7 +225,7 @@ class _Comparison:
         # What nothing returned depends on may have any shape.
         if a not in self.meant.live:
             return
-        if a.target is MARK:
+        if a.target is MARKER:
             self._mark(a, b)
         else:
             self._arguments(a, b)
@@ -241,7 +241,7 @@ class _Comparison:
         if (path, side, key) in self.meant.inserted:
             if source.target is not _COMPRESS:
                 raise Differs(path, f"nothing compresses the {side} of `{path}`")
-            # The hook that compresses was there before the mark's, so the mark marks what it has made.
+            # The hook that compresses was there before the marker's, so the marker marks what it has made.
             source = source.args[0]
         if self.image.get(a.args[0]) is not source:
             raise Differs(path, f"the {side} of `{path}` is another value at the new width")

@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
-from normconvert.analysis.streams import Analysis, Spot, Stream
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import Centring, axis_of, insertion, root_of_taint
@@ -21,7 +21,7 @@ from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MarkKey, mark_key
+from normconvert.tracing.in_place_writes import Boundary, boundary_of
 
 
 @rewrite("rmsnorm")
@@ -34,7 +34,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     norms = find_norms(graph)
     analysis = Analysis(graph, norms)
     centring = centre_streams(analysis, options)
-    where = {norm: (stream, spot) for stream in analysis.streams for norm, spot in stream.norms}
+    where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     calls: dict[str, list[Norm]] = defaultdict(list)
     for norm in norms:
         calls[norm.path].append(norm)
@@ -61,11 +61,11 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
 
 
 def shifted_doors(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]
+    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]
 ) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return a stream which converted norms read."""
     streams = {id(where[norm][0]): where[norm][0] for norm in converted}
-    nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+    nodes = dict.fromkeys(leak.ref[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
     rows = [(name, str(node.args[1])) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
 
@@ -83,7 +83,7 @@ def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:
 def _verdict(
     path: str,
     group: list[Norm],
-    where: dict[Norm, tuple[Stream, Spot]],
+    where: dict[Norm, tuple[Stream, AxisRef]],
     analysis: Analysis,
     centring: Centring,
     options: Options,
@@ -92,9 +92,9 @@ def _verdict(
     if found := obstacle(group, where, options):
         return Verdict(path, kind, False, found.reason, found.code)
     for norm in group:
-        stream, spot = where[norm]
-        if spot not in centring.clean:
-            root = root_of_taint(stream, centring, spot)
+        stream, ref = where[norm]
+        if ref not in centring.clean:
+            root = root_of_taint(stream, centring, ref)
             return Verdict(path, kind, False, f"what it reads is not mean-free: it contains {root}.", "not-mean-free")
     if found := misuse(path, group, analysis.graph):
         return Verdict(path, kind, False, found.reason, found.code)
@@ -102,21 +102,21 @@ def _verdict(
 
 
 def _needed(
-    converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], centring: Centring
-) -> tuple[set[Spot], dict[MarkKey, int], bool]:
+    converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], centring: Centring
+) -> tuple[set[AxisRef], dict[Boundary, int], bool]:
     """What the converted norms rest on.
 
     Returns:
         Tensors and layer scales to edit; the centring operations, with their axis; whether there is a cast to float32.
     """
     inserted = set(centring.inserted)
-    needed: set[Spot] = set()
-    used: dict[MarkKey, int] = {}
-    seen: set[Spot] = set()
+    needed: set[AxisRef] = set()
+    used: dict[Boundary, int] = {}
+    seen: set[AxisRef] = set()
     float32 = any(norm.float32 for norm in converted)
     for norm in converted:
-        stream, spot = where[norm]
-        work = [spot]
+        stream, ref = where[norm]
+        work = [ref]
         while work:
             at = work.pop()
             if at in seen:
@@ -124,11 +124,11 @@ def _needed(
             seen.add(at)
             float32 = float32 or is_float32_cast(at[0])
             made, node = stream.members[at], at[0]
-            key = mark_key(node)
+            key = boundary_of(node)
             # What is before a centring operation needs no edit for the sake of what is behind it.
             if key is not None and key in inserted:
                 used[key] = axis_of(at)
-            elif made.how == "sum":
+            elif made.kind == "sum":
                 work += made.parts
             else:
                 needed.add(at)
@@ -137,13 +137,17 @@ def _needed(
 
 
 def _notes(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options, float32: bool
+    analysis: Analysis,
+    converted: list[Norm],
+    where: dict[Norm, tuple[Stream, AxisRef]],
+    options: Options,
+    float32: bool,
 ) -> list[str]:
     notes = []
     streams = {id(where[n][0]): where[n][0] for n in converted}
     if options.allow_shifted_outputs:
         returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
-        names = [n for leak in returned for n in analysis.graph.outputs.get(leak.spot[0], ())]
+        names = [n for leak in returned for n in analysis.graph.outputs.get(leak.ref[0], ())]
         if names:
             notes.append("shifted outputs: " + ", ".join(dict.fromkeys(names)))
     if float32:

@@ -15,11 +15,11 @@ from typing import Any
 from torch import fx, nn
 
 from normconvert.analysis.channel_axes import Place, shape_of
-from normconvert.analysis.streams import Spot, Stream
+from normconvert.analysis.streams import AxisRef, Stream
 from normconvert.rewrites.regions import Stays
 from normconvert.rewrites.retrace import Differs, narrowed
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 SIZES = (
     ("out_features", "in_features"),
@@ -33,7 +33,7 @@ Attributes = Mapping[str, Mapping[str, int]]
 """Module path -> attribute -> new value."""
 
 
-def resize_edits(graph: Graph, compressed: Collection[Spot], attributes: Attributes) -> list[dict[str, Any]]:
+def resize_edits(graph: Graph, compressed: Collection[AxisRef], attributes: Attributes) -> list[dict[str, Any]]:
     """Rows that give the stored tensors among ``compressed`` their new shapes, and modules their new attributes."""
     places: dict[fx.Node, list[Place]] = defaultdict(list)
     for node, place in compressed:
@@ -137,8 +137,8 @@ class Remedies:
             yield from (_Attempt(change, expanded) for change in changes)
 
     def surrender(
-        self, difference: Differs, streams: Collection[Stream], compressed: Collection[Spot]
-    ) -> dict[Spot, Stays]:
+        self, difference: Differs, streams: Collection[Stream], compressed: Collection[AxisRef]
+    ) -> dict[AxisRef, Stays]:
         """The values that have to stay as they are, since a module cannot run without all their channels.
 
         Of the streams that such a module touches they are the one with the fewest norms.
@@ -147,17 +147,17 @@ class Remedies:
         where = f"`{difference.path}`" if difference.path else "the model"
         why = Stays("", f"{where} does not run in one channel less, or computes something else: {difference}", "width")
         inside = tuple(f"{path}." if path else "" for path in paths)
-        found: list[tuple[Stream, list[Spot]]] = []
+        found: list[tuple[Stream, list[AxisRef]]] = []
         # What the module itself touches comes first; only a container touches nothing but what is inside.
         for touches in (lambda node: _runs_in(node, paths), lambda node: module_path(node).startswith(inside)):
             found = [(s, [p for p in s.members if p in compressed and touches(p[0])]) for s in streams]
-            found = [(stream, spots) for stream, spots in found if spots]
+            found = [(stream, refs) for stream, refs in found if refs]
             if found:
                 break
         least = min((len(stream.norms) for stream, _ in found), default=0)
-        spots = [spot for stream, spots in found if len(stream.norms) == least for spot in spots]
+        refs = [ref for stream, refs in found if len(stream.norms) == least for ref in refs]
         # Nothing is found to blame: all is given up rather than tried again without end.
-        return dict.fromkeys(spots or compressed, why)
+        return dict.fromkeys(refs or compressed, why)
 
     def _alike(self, path: str) -> tuple[Hashable, set[str]]:
         """The kind of a module, and the paths of all of that kind."""
@@ -172,8 +172,8 @@ class Remedies:
 
 def _runs_in(node: fx.Node, paths: Collection[str]) -> bool:
     """Whether a module at one of the paths runs the node, or takes or gives the value that is marked here."""
-    path = str(node.args[1]) if node.target is MARK else module_path(node)
-    return path in paths or (node.target is not MARK and path.rpartition(".")[0] in paths)
+    path = str(node.args[1]) if node.target is MARKER else module_path(node)
+    return path in paths or (node.target is not MARKER and path.rpartition(".")[0] in paths)
 
 
 def _widths(module: nn.Module, sizes: Collection[int]) -> dict[str, int]:

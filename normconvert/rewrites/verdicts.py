@@ -8,12 +8,12 @@ from torch import nn
 
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import readers
-from normconvert.analysis.streams import Leak, Spot, Stream, operation
+from normconvert.analysis.streams import AxisRef, Leak, Stream, operation
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Verdict
 from normconvert.rewrites.centring import leaks_of
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import mark_key
+from normconvert.tracing.in_place_writes import boundary_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Obstacle:
     returned: str = ""
 
 
-def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options) -> Obstacle | None:
+def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], options: Options) -> Obstacle | None:
     """What keeps a norm (all calls of one module) from being converted: what it is, or what its streams are."""
     for norm in group:
         if norm.module is None:
@@ -62,8 +62,8 @@ def never_called(graph: Graph, called: set[str]) -> list[Verdict]:
 
 def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
     """Who uses the module or its parameters in another way than by calling the norm; empty if nobody does."""
-    calls = [n for n in graph.nodes if mark_key(n) == (path, "output", "")]
-    # Each call of a module ends in a mark, so there is one for every norm in it, or it is not the norm alone.
+    calls = [n for n in graph.nodes if boundary_of(n) == (path, "output", "")]
+    # Each call of a module ends in a marker, so there is one for every norm in it, or it is not the norm alone.
     if len(calls) != len(group):
         return f"`{path}` does something else in {len(calls) - len(group)} of its calls"
     names = {f"{path}.{leaf}" for key in ("weight", "bias") if (leaf := (group[0].module or {}).get(key))}
@@ -82,26 +82,26 @@ def explain_leak(leaks: list[Leak], stream: Stream) -> Obstacle:
     features = [leak for leak in leaks if leak.code == "features"]
     others = [leak for leak in leaks if leak.code not in ("returned", "features")]
     for leak in others:
-        if leak.code == "linear" and _from_norm(leak.spot, stream):
+        if leak.code == "linear" and _from_norm(leak.ref, stream):
             return Obstacle("post-norm", f"{operation(leak.reader)} reads the normalised stream directly (Post-LN).")
     if others:
         leak = others[0]
-        maker = f"in `{module_path(leak.spot[0])}`" if module_path(leak.spot[0]) else "in the model"
+        maker = f"in `{module_path(leak.ref[0])}`" if module_path(leak.ref[0]) else "in the model"
         rest = len(others) - 1
         more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
         return Obstacle(leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}.")
     if not returned:
         return Obstacle("features", f"{features[0].reason}, with its mean, which --keep-features keeps.")
     leak = returned[0]
-    if _from_norm(leak.spot, stream):
+    if _from_norm(leak.ref, stream):
         return Obstacle("post-norm", f"its stream is the normalised value itself, and {leak.reason} (Post-LN).")
     allowed = f"{leak.reason}, with its mean; --allow-shifted-outputs lets that mean change."
     return Obstacle("returned", allowed, leak.reason)
 
 
-def _from_norm(spot: Spot, stream: Stream) -> bool:
-    """Whether the value at ``spot`` is a norm's output, moved or cast."""
-    made = stream.members.get(spot)
-    while made is not None and made.how == "sum" and len(made.parts) == 1:
+def _from_norm(ref: AxisRef, stream: Stream) -> bool:
+    """Whether the value at ``ref`` is a norm's output, moved or cast."""
+    made = stream.members.get(ref)
+    while made is not None and made.kind == "sum" and len(made.parts) == 1:
         made = stream.members.get(made.parts[0])
-    return made is not None and made.how == "norm"
+    return made is not None and made.kind == "norm"

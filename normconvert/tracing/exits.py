@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from normconvert.tracing.in_place_writes import mark_key
+from normconvert.tracing.in_place_writes import boundary_of
 from normconvert.tracing.probes.choose import is_timm
 
 METHODS = ("forward_features",)
@@ -20,7 +20,7 @@ METHODS = ("forward_features",)
 BY_LAYER = ("forward_intermediates", "get_intermediate_layers")
 """Methods that return the outputs of the modules which the model names as its features."""
 SIDE = "exit"
-"""The side of a mark at what a method returns; no hook can stand there."""
+"""The side of a marker at what a method returns; no hook can stand there."""
 
 
 def feature_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -71,7 +71,7 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
     """Value -> the ways out that return it."""
     modules, found = feature_modules(model), dict[fx.Node, tuple[str, ...]]()
     for node in nodes:
-        if place := mark_key(node):
+        if place := boundary_of(node):
             path, side, key = place
             names = modules.get(path, ()) if side == "output" else (key.partition("/")[0],) if side == SIDE else ()
             if names:

@@ -2,8 +2,8 @@
 
 No weight is read and no kernel runs. Two things are added to what ``torch.export`` gives:
 
-- *marks*: identity operations at the inputs and outputs of modules, so that a place where a centring operation may be
-  put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
+- *boundary markers*: identity operations at the inputs and outputs of modules, so that a place where a centring
+  operation may be put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
 - *flattening*: regions such as no_grad, which export keeps as sub-graphs, are inlined, and in-place
   operations are made functional, so that the analysis sees one list of pure operations.
 """
@@ -23,13 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normconvert.errors import TraceError
+from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in
-from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
+from normconvert.tracing.in_place_writes import make_functional, markers_that_lie
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.lean_export import lean_export
-from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
@@ -61,7 +61,7 @@ class Graph:
         unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         constants: what the model made tensors of while it was traced, in order, as text: a graph has no values.
         calls: the traced calls, keyword inputs and the path of the module that was called, to trace them again.
-        unmarked: modules without marks in one of the calls, where a hook would act unseen.
+        unmarked: modules without markers in one of the calls, where a hook would act unseen.
         outside: placeholders of embeddings that a further call is given in place of what they are made of.
         doors: arguments that such a call was traced for.
         untraced_doors: arguments for which none could be.
@@ -170,11 +170,11 @@ def merge(first: Graph, second: Graph) -> Graph:
 def _export(
     model: nn.Module, inputs: Mapping[str, Any], entry: nn.Module | None, device: str
 ) -> tuple[Any, tuple[str, ...], frozenset[str]]:
-    """Export with marks, functional in the end; what the model made constants of; the modules left without marks.
+    """Export with markers, functional in the end; what the model made constants of; the modules left without markers.
 
-    A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
-    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
-    buffer that is written to is no constant: then the program is exported again without its values.
+    A marker copies, so it would hide a write through one name of a tensor from its other names. Where the program
+    writes in place to a tensor after a marker of it, under whatever name, the program is exported again without that
+    marker. A buffer that is written to is no constant: then the program is exported again without its values.
     """
     without: set[str] = set()
     held = constant_buffers(model)
@@ -184,8 +184,8 @@ def _export(
         with hooks[0], hooks[1], made[0], made[1], made[2], _Constants() as constants:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-        # A module without marks stays without, so the loop ends.
-        written = set().union(*(marks_that_lie(graph) for graph in graphs))
+        # A module without markers stays without, so the loop ends.
+        written = set().union(*(markers_that_lie(graph) for graph in graphs))
         if written:
             without |= written
             continue

@@ -1,6 +1,6 @@
-"""The op table against torch itself: whatever a row says passes along the channels does.
+"""The op table against torch itself: whatever a rule says passes along the channels does.
 
-A row claims that its operation is a sum of products. So for any linear map B along the channels: applied to one operand
+A rule claims that its operation is a sum of products. So for any linear map B along the channels: applied to one operand
 of each product, with the others the same in all channels, it must come out as B applied to the result, but for the
 products that no operand's channels reach.
 """
@@ -108,7 +108,7 @@ def _is_carried(operand: Operand, place: Place, node: fx.Node) -> bool:
 
 
 def holds(node: fx.Node, values: Values, terms: tuple[tuple[Operand, ...], ...], place: Place, choice: int) -> bool:
-    """Whether the claim of a row at one place of the result is true; ``choice`` of the factors varies by channel."""
+    """Whether the claim of a rule at one place of the result is true; ``choice`` of the factors varies by channel."""
     values = dict(values)
     kept: dict[fx.Node, Place] = {}
     constant = False
@@ -160,7 +160,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "example"), cases())
-def test_what_a_row_claims_is_true(name: str, example: Example) -> None:
+def test_what_a_rule_claims_is_true(name: str, example: Example) -> None:
     node, values = build(example)
     assert name_of(node) == name
     terms = terms_of(node)
@@ -184,7 +184,7 @@ def test_what_is_called_constant_is_the_same_for_all_channels(name: str, example
 
 
 @pytest.mark.parametrize(("name", "example"), cases())
-def test_a_row_mentions_every_operand_that_matters(name: str, example: Example) -> None:
+def test_a_rule_mentions_every_operand_that_matters(name: str, example: Example) -> None:
     node, values = build(example)
     terms = terms_of(node)
     mentioned = {operand.node for term in terms or () for operand in term}
@@ -198,7 +198,7 @@ def test_a_row_mentions_every_operand_that_matters(name: str, example: Example) 
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_row_has_an_example_that_shows_it(name: str) -> None:
+def test_every_rule_has_an_example_that_shows_it(name: str) -> None:
     if name in NOT_TORCH:
         return
     shown = 0
@@ -217,8 +217,8 @@ def test_constants_are_the_same_in_all_channels(name: str) -> None:
         assert node.meta["val"].unique().numel() == 1
 
 
-def test_a_wrong_row_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test of the tests: a row that lets every dimension pass is found out."""
+def test_a_wrong_rule_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of the tests: a rule that lets every dimension pass is found out."""
 
     def everything(node: fx.Node) -> tuple[tuple[Operand, ...], ...]:
         arguments = [a for a in node.all_input_nodes if len(shape_of(a)) == len(shape_of(node))]
@@ -230,8 +230,8 @@ def test_a_wrong_row_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         found = False
         for example in EXAMPLES[name]:
             try:
-                test_what_a_row_claims_is_true(name, example)
-                test_a_row_mentions_every_operand_that_matters(name, example)
+                test_what_a_rule_claims_is_true(name, example)
+                test_a_rule_mentions_every_operand_that_matters(name, example)
             except (AssertionError, RuntimeError):
                 found = True
         assert found, name
