@@ -14,7 +14,6 @@ is the same with them. What is proved of such a graph holds for these values, as
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,44 +111,38 @@ class KnownValues(TorchFunctionMode):
         args, kwargs = self._with_numbers(name, args, kwargs or {})
         tensors = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         call = _Call(func, name, args, kwargs, tensors)
-        match self._kind(call):
-            case _Kind.UNCOUNTED:
-                for tensor in tensors:
-                    self._forget(tensor)
-                return call.run()
-            case _Kind.FILLED:
-                return self._filled(call.run(), _FILLED[name])
-            case _Kind.PARTLY:
-                return self._partly(func, name, args, kwargs)
-            case _Kind.ROWS:
-                rows = args[0].unbind(0)
-                with _real():
-                    found = self._values[args[0]].value.unbind(0)
-                return iter(self._noted(rows, found, tensors))
-            case _Kind.ANSWER:
-                return self._answer(call)
-            case _Kind.FOLLOWED:
-                return self._followed(call)
-            case _Kind.OTHER:
-                return call.run()
+        return self._handler(call)(call)
 
-    def _kind(self, call: _Call) -> _Kind:
+    def _handler(self, call: _Call) -> Callable[[_Call], Any]:
         """What is to be done about a call: the first that applies."""
         # torch does not count what is written through these
         if call.func == Tensor.data.__get__ or call.name == "__set__":  # type: ignore[attr-defined]
-            return _Kind.UNCOUNTED
+            return self._uncounted
         if call.name in _FILLED and call.tensors and self.value(call.tensors[0]) is None:
-            return _Kind.FILLED
+            return self._filled
         if any(self._known(tensor) is None for tensor in call.tensors):
-            return _Kind.PARTLY
+            return self._partly
         # What neither takes nor makes a tensor may be a switch, which must not be thrown twice.
         if not call.tensors and call.name not in _FACTORIES:
-            return _Kind.OTHER
+            return _Call.run
         if call.name == "__iter__":
-            return _Kind.ROWS
+            return self._rows
         if call.name in _ANSWERS or self._shape_by_value(call.name, call.args, call.kwargs):
-            return _Kind.ANSWER
-        return _Kind.FOLLOWED
+            return self._answer
+        return self._followed
+
+    def _uncounted(self, call: _Call) -> Any:
+        """A call that may write to its operands unseen."""
+        for tensor in call.tensors:
+            self._forget(tensor)
+        return call.run()
+
+    def _rows(self, call: _Call) -> Any:
+        """Python goes through the rows of a known tensor."""
+        made = call.args[0].unbind(0)
+        with _real():
+            found = self._values[call.args[0]].value.unbind(0)
+        return iter(self._noted(made, found, call.tensors))
 
     def _answer(self, call: _Call) -> Any:
         """The number, or the result of a known shape, where the model would stop without."""
@@ -251,11 +244,12 @@ class KnownValues(TorchFunctionMode):
             or (self._integers and (leaf.is_floating_point() or leaf.is_complex()))
         )
 
-    def _filled(self, made: Any, value: int) -> Any:
-        """A result that is ``value`` everywhere, whatever its shape and dtype were taken from."""
+    def _filled(self, call: _Call) -> Any:
+        """A result that is one number everywhere, whatever its shape and dtype were taken from."""
+        made = call.run()
         if isinstance(made, Tensor) and not made.is_floating_point() and not self._is_passed_over(made):
             with _real():
-                self._remember(made, torch.full(tuple(made.shape), value, dtype=made.dtype))
+                self._remember(made, torch.full(tuple(made.shape), _FILLED[call.name], dtype=made.dtype))
         return made
 
     def _constant(self, value: Any, device: torch.device) -> Any:
@@ -269,13 +263,14 @@ class KnownValues(TorchFunctionMode):
         self._remember(made, value)
         return made
 
-    def _partly(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    def _partly(self, call: _Call) -> Any:
         """A call with unknown operands, whose result's shape may follow from the known ones."""
+        name, args, kwargs = call.name, call.args, call.kwargs
         if name in ("__getitem__", "__setitem__") and len(args) > 1:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(_is_mask(self.value(i)) for i in index):
                 positions = tuple(part for i in index for part in self._positions(i, args[0].device))
-                return func(args[0], positions, *args[2:], **kwargs)
+                return call.func(args[0], positions, *args[2:], **kwargs)
         masks = name == "masked_select" and len(args) == 2 and _is_mask(self.value(args[1]))
         # A mask that is stretched would have other positions.
         if masks and args[0].shape == args[1].shape:
@@ -288,7 +283,7 @@ class KnownValues(TorchFunctionMode):
                     assert repeats is not None
                     chosen = torch.arange(len(repeats)).repeat_interleave(repeats)
                 return args[0].index_select(dim, self._constant(chosen, args[0].device))
-        return func(*args, **kwargs)
+        return call.run()
 
     def _shape_by_value(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the shape of a call's result depends on the values of its operands."""
@@ -324,24 +319,6 @@ class KnownValues(TorchFunctionMode):
             for other in list(self._values):
                 if _memory(other) == _memory(tensor):
                     del self._values[other]
-
-
-class _Kind(enum.Enum):
-    """What a call is to the values that are known."""
-
-    UNCOUNTED = enum.auto()
-    """It may write to its operands unseen."""
-    FILLED = enum.auto()
-    """Its result is one number everywhere."""
-    PARTLY = enum.auto()
-    """Some of its operands are unknown."""
-    ROWS = enum.auto()
-    """Python goes through the rows of a known tensor."""
-    ANSWER = enum.auto()
-    """Python goes on by the values, or by a shape that depends on them."""
-    FOLLOWED = enum.auto()
-    """It makes tensors of known ones."""
-    OTHER = enum.auto()
 
 
 @dataclass(frozen=True)

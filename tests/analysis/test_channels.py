@@ -1,8 +1,8 @@
 """The op table against torch itself: whatever a rule says passes along the channels does.
 
-A rule claims that its operation is a sum of products. So for any linear map B along the channels: applied to one operand
-of each product, with the others the same in all channels, it must come out as B applied to the result, but for the
-products that no operand's channels reach.
+A rule claims that its operation is a sum of products. So for any linear map B along the channels: applied to one
+operand of each product, with the others the same in all channels, it must come out as B applied to the result, but for
+the products that no operand's channels reach.
 """
 
 from __future__ import annotations
