@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from normconvert.analysis.operations import VIEWS, keeps_constants, readers
 from normconvert.options import Options
 from tests.support.equivalence import check
 from tests.support.small_models import IDS, VOCAB, D, Model, PreNorm, plan_of
@@ -73,3 +74,39 @@ def test_a_tied_table_is_split_in_two_if_it_has_two_uses(again: str) -> None:
     assert outcome.plan is not None
     assert not outcome.problems, outcome.problems
     assert ("embed.weight" in outcome.plan.tensors) == (not again)
+
+
+def test_a_reader_is_who_reads_the_values() -> None:
+    graph, aten = fx.Graph(), torch.ops.aten
+    x = graph.placeholder("x")
+    graph.call_function(aten.zeros_like.default, (x,))
+    graph.call_function(aten._assert_tensor_metadata.default, (x,))
+    view = graph.call_function(aten.view.default, (x, [-1]))
+    bits = graph.call_function(aten.view.dtype, (x, torch.int32))
+    graph.call_function(aten.type_as.default, (view, x))
+    cast = graph.call_function(aten.type_as.default, (x, view))
+    checked = graph.call_function(aten._assert_async.default, (x,))
+    assert list(readers(x)) == [view, bits, cast, checked]
+    (other,) = readers(view)
+    assert list(readers(x, VIEWS)) == [other, bits, cast, checked]
+
+
+@pytest.mark.parametrize(
+    ("pool", "kept"),
+    [
+        (lambda x: F.avg_pool1d(x[0], 2), True),
+        (lambda x: F.avg_pool2d(x, 2, padding=1), False),
+        (lambda x: F.avg_pool2d(x, 2, padding=1, count_include_pad=False), True),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
+        (lambda x: F.pad(x, (1, 1)), False),
+        (lambda x: torch.stack([x, x]), True),
+    ],
+)
+def test_a_constant_is_kept_where_nothing_else_is_averaged_in(pool: Any, kept: bool) -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return pool(x)
+
+    x = torch.full((2, 3, 6, 6), 1.7)
+    node = [n for n in torch.export.export(Wrapped(), (x,)).graph.nodes if n.op == "call_function"][-1]
+    assert keeps_constants(node) == kept == bool((pool(x) - 1.7).abs().max() < 1e-6)
