@@ -59,11 +59,6 @@ def view_rule(node: Call) -> tuple[Term, ...]:
     return ((Operand(node.args[0], {}, view=True),),)
 
 
-def view_dtype_rule(node: Call) -> tuple[Term, ...] | None:
-    """Never understood."""
-    return None  # a reinterpretation of bits
-
-
 def expand_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions of one are stretched."""
     return ((Operand(node.args[0], broadcast(node.args[0], node)),),)

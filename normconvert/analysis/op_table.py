@@ -56,7 +56,6 @@ TABLE: dict[str, rules.AxisRule] = {
     "aten.numpy_T": moves.reverse_rule,
     "aten.movedim": moves.movedim_rule,
     **dict.fromkeys(sorted(VIEWS), moves.view_rule),
-    "aten.view.dtype": moves.view_dtype_rule,
     **dict.fromkeys(sorted(STRETCHES), moves.expand_rule),
     "aten.slice": moves.slice_rule,
     **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_rule),

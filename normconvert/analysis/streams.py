@@ -122,7 +122,7 @@ class Analysis:
                 found.add(node)
         return found
 
-    def grow(self, start: AxisRef, back_only: bool = False) -> Stream:
+    def grow(self, start: AxisRef) -> Stream:
         """The stream through ``start``, its members in execution order."""
         stream = Stream(size=start[1].size)
         work, leaks = [start], {}

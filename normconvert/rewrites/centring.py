@@ -219,18 +219,15 @@ def axis_of(ref: AxisRef) -> int:
     return ref[1].dim - len(shape_of(ref[0]))
 
 
-def embedding_boundaries(ref: AxisRef, result: Centring) -> set[fx.Node]:
-    """The marker itself, if it is the output of the module that looks up a tied embedding."""
-    node = ref[0]
-    if node.args[2] != "output":
-        return set()
-    tied = {s[0] for s in result.blocked}
-    at = node
-    while isinstance(at, fx.Node) and at.op == "call_function" and module_path(at) == node.args[1]:
+def leaves_tied_table(marker: fx.Node, result: Centring) -> bool:
+    """Whether a marker is the output of the module that looks up a tied embedding."""
+    tied = {ref[0] for ref in result.blocked}
+    at: Any = marker
+    while isinstance(at, fx.Node) and at.op == "call_function" and module_path(at) == marker.args[1]:
         if any(n in tied for n in at.all_input_nodes):
-            return {node}
-        at = at.args[0]  # type: ignore[assignment]
-    return set()
+            return bool(marker.args[2] == "output")
+        at = at.args[0]
+    return False
 
 
 def root_of_taint(stream: Stream, result: Centring, ref: AxisRef) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream
 from normconvert.options import Options
-from normconvert.rewrites.centring import Centring, editability, embedding_boundaries
+from normconvert.rewrites.centring import Centring, editability, leaves_tied_table
 from normconvert.tracing.in_place_writes import Boundary
 
 Boundaries = Mapping[Boundary, list[AxisRef]]
@@ -140,9 +140,7 @@ def _places_of_tied_tables(group: _Group, result: Centring, options: Options) ->
     """Tells whether values hold all norms that an operation behind a tied embedding would win, if there are any."""
     if options.tied != "center":
         return lambda new: False
-    behind = [
-        key for key in group.places if any(s[0] in embedding_boundaries(s, result) for s in group.boundaries[key])
-    ]
+    behind = [key for key in group.places if any(leaves_tied_table(s[0], result) for s in group.boundaries[key])]
     won = [group.spread(group.at(key), result.clean) for key in behind]
     read = [{ref for norms_at in group.norms_at for ref in norms_at if ref in new} for new in won]
     read = [refs for refs in read if refs]
