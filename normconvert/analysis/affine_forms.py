@@ -14,11 +14,19 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.op_table import name_of
+from normconvert.analysis.operations import name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
 
-SAME = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.detach"}
+SAME = {
+    "normconvert.boundary",
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.contiguous",
+    "aten.clone",
+    "aten.detach",
+}
 """Operations that change no value."""
 
 _RESHAPED = SAME | {"aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten"}

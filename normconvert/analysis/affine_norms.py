@@ -17,11 +17,11 @@ from torch import fx
 
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from, is_batch_norm
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 LARGEST = 256
 """Operations, marks included, in the largest module that is looked at."""
@@ -122,7 +122,7 @@ def calls_with_forms(graph: Graph, wanted: Callable[[list[fx.Node]], bool]) -> d
     inside: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         # A mark belongs to the module whose boundary it marks.
-        path = str(node.args[1]) if node.target is MARK else module_path(node)
+        path = str(node.args[1]) if node.target is MARKER else module_path(node)
         while node.op == "call_function" and path:
             inside[path].append(node)
             path = path.rpartition(".")[0]
@@ -130,7 +130,7 @@ def calls_with_forms(graph: Graph, wanted: Callable[[list[fx.Node]], bool]) -> d
     vectors = Vectors(graph)
     calls: dict[str, list[Call | None]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target is MARK and node.args[2:4] == ("input", "0") and (path := str(node.args[1])) in looked_at:
+        if node.target is MARKER and node.args[2:4] == ("input", "0") and (path := str(node.args[1])) in looked_at:
             calls[path].append(_call(path, node, forms_from(graph, node, inside[path], vectors)))
     return {path: [c for c in group if c is not None] for path, group in calls.items() if None not in group}
 
@@ -142,7 +142,7 @@ def _call(path: str, source: fx.Node, forms: dict[fx.Node, Form]) -> Call | None
         return None
     (result,) = last
     keep = () if _is_output(result, path) else _children_after(result, path)
-    own = [module_path(n) for n in forms[result].nodes if n.target is not MARK]
+    own = [module_path(n) for n in forms[result].nodes if n.target is not MARKER]
     # A module that does nothing itself is a container of the norm or block. A child that is a part of it and runs again
     # behind it can neither go nor stay.
     if keep is None or path not in own or {_child(path, inner) for inner in own} & set(keep):
@@ -151,7 +151,7 @@ def _call(path: str, source: fx.Node, forms: dict[fx.Node, Form]) -> Call | None
 
 
 def _is_output(node: fx.Node, path: str) -> bool:
-    return node.target is MARK and node.args[1:4] == (path, "output", "")
+    return node.target is MARKER and node.args[1:4] == (path, "output", "")
 
 
 def _read_by_others(node: fx.Node, forms: dict[fx.Node, Form]) -> bool:
@@ -173,7 +173,7 @@ def _children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
                 continue
             seen.add(user)
             work.append(user)
-            inner = module_path(user) if user.target is not MARK else str(user.args[1])
+            inner = module_path(user) if user.target is not MARKER else str(user.args[1])
             if inner == path and name_of(user) in SAME:
                 continue
             if (child := _child(path, inner)) is None:
@@ -245,7 +245,7 @@ def _reads_data(node: Any) -> bool:
         if at in seen or not isinstance(at, fx.Node):
             continue
         seen.add(at)
-        if at.target is MARK:
+        if at.target is MARKER:
             return True  # marks are put at data only
         work += at.all_input_nodes
     return False

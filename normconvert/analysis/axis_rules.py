@@ -1,8 +1,8 @@
 """One function an operation: the terms of a node, or None where this use of the operation is not understood.
 
-A row says which dimensions of each operand arrive unchanged at which dimension of the result. What is not listed does
+A rule says which dimensions of each operand arrive unchanged at which dimension of the result. What is not listed does
 not pass. Here are arithmetic, linear maps and attention; what only moves values is in
-`normconvert.analysis.moving_rules`. `normconvert.analysis.op_table` lists which operation has which row.
+`normconvert.analysis.moving_rules`. `normconvert.analysis.op_table` lists which operation has which rule.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import Operand, Term, is_float, shape_of
+from normconvert.analysis.operations import COPIES, STRETCHES, TRANSPOSED, argument, name_of
 
 
 def kept_dims(node: Call, but: Sequence[int] = ()) -> dict[int, int]:
@@ -28,11 +29,6 @@ def broadcast(arg: Call, result: fx.Node) -> dict[int, int]:
     old, new = shape_of(arg), shape_of(result)
     shift = len(new) - len(old)
     return {d: d + shift for d in range(len(old)) if d + shift >= 0 and old[d] == new[d + shift]}
-
-
-def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
-    """An argument of the call, by position or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def dims_argument(value: Any, rank: int) -> list[int]:
@@ -50,11 +46,11 @@ def _is_number(value: object) -> bool:
 Call = Any
 """A node of the graph; its arguments have no types."""
 
-Row = Callable[[fx.Node], "tuple[Term, ...] | None"]
+AxisRule = Callable[[fx.Node], "tuple[Term, ...] | None"]
 
 
-def unary_row(node: Call) -> tuple[Term, ...] | None:
-    """The same values on the same axes: casts between floating dtypes, copies, marks, negation."""
+def unary_rule(node: Call) -> tuple[Term, ...] | None:
+    """The same values on the same axes: casts between floating dtypes, copies, boundary markers, negation."""
     x = node.args[0]
     # A cast to integers rounds, one to truth values compares: neither is linear.
     if not (is_float(x) and is_float(node)):
@@ -62,23 +58,23 @@ def unary_row(node: Call) -> tuple[Term, ...] | None:
     return ((Operand(x, kept_dims(x)),),)
 
 
-def dropout_row(node: Call) -> tuple[Term, ...] | None:
+def dropout_rule(node: Call) -> tuple[Term, ...] | None:
     """Nothing happens in eval mode."""
-    return None if argument(node, 2, "train", True) else unary_row(node)
+    return None if argument(node, 2, "train", True) else unary_rule(node)
 
 
-def add_row(node: Call) -> tuple[Term, ...]:
+def add_rule(node: Call) -> tuple[Term, ...]:
     """a + b, a - b; a number is a term that is the same for all channels."""
     # A sign or alpha of the second operand leaves it linear. Zero is left out, or as a constant it would taint the sum.
     return tuple((Operand(a, broadcast(a, node)),) if not _is_number(a) else () for a in node.args[:2] if a != 0)
 
 
-def mul_row(node: Call) -> tuple[Term, ...]:
+def mul_rule(node: Call) -> tuple[Term, ...]:
     """a * b: a product, whatever carries the channels."""
     return (tuple(Operand(a, broadcast(a, node)) for a in node.args[:2] if not _is_number(a)),)
 
 
-def div_row(node: Call) -> tuple[Term, ...] | None:
+def div_rule(node: Call) -> tuple[Term, ...] | None:
     """a / b: linear in a."""
     top, bottom = node.args[:2]
     # One over a value is not linear in it, and a rounded quotient in nothing.
@@ -88,7 +84,7 @@ def div_row(node: Call) -> tuple[Term, ...] | None:
     return ((Operand(top, broadcast(top, node)), *gate),)
 
 
-def where_row(node: Call) -> tuple[Term, ...] | None:
+def where_rule(node: Call) -> tuple[Term, ...] | None:
     """Chosen by a mask."""
     # With a condition alone it returns positions.
     if len(node.args) != 3:
@@ -99,7 +95,7 @@ def where_row(node: Call) -> tuple[Term, ...] | None:
     )
 
 
-def masked_fill_row(node: Call) -> tuple[Term, ...]:
+def masked_fill_rule(node: Call) -> tuple[Term, ...]:
     """Replaced by a number where the mask says so."""
     x, mask, value = node.args[:3]
     gate = Operand(mask, broadcast(mask, node), linear=False)
@@ -108,7 +104,7 @@ def masked_fill_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, broadcast(x, node)), gate), *fill)
 
 
-def masked_scatter_row(node: Call) -> tuple[Term, ...]:
+def masked_scatter_rule(node: Call) -> tuple[Term, ...]:
     """Rows of ``source`` replace the rows of x that the mask selects; the mask must be the same along the channels."""
     x, mask, source = node.args[:3]
     last, rank = len(shape_of(source)) - 1, len(shape_of(node))
@@ -121,25 +117,25 @@ def masked_scatter_row(node: Call) -> tuple[Term, ...]:
 def _one_for_all(mask: Call) -> bool:
     """Whether a mask is the same along its whole last dimension: one value, or one value stretched."""
     while shape_of(mask)[-1] != 1:
-        if not any(f".{name}" in str(mask.target) for name in ("expand", "to.", "_to_copy", "contiguous", "clone")):
+        if name_of(mask) not in COPIES | STRETCHES:
             return False
         mask = mask.args[0]
     return True
 
 
-def except_dim(position: int, name: str = "dim") -> Row:
+def except_dim(position: int, name: str = "dim") -> AxisRule:
     """All dimensions pass except the one named by an argument (slice, roll, index_select, ...)."""
 
-    def row(node: Call) -> tuple[Term, ...]:
+    def rule(node: Call) -> tuple[Term, ...]:
         x = node.args[0]
         rank = len(shape_of(x))
         dims = dims_argument(argument(node, position, name), rank)
         return ((Operand(x, kept_dims(x, dims)),),)
 
-    return row
+    return rule
 
 
-def reduce_row(node: Call) -> tuple[Term, ...]:
+def reduce_rule(node: Call) -> tuple[Term, ...]:
     """mean and sum over other dimensions."""
     x = node.args[0]
     rank = len(shape_of(x))
@@ -149,17 +145,18 @@ def reduce_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, {d: d if keep else left.index(d) for d in left}),),)
 
 
-def spatial_row(node: Call) -> tuple[Term, ...]:
-    """Linear in each channel on its own, over the trailing dimensions: average pooling, interpolation."""
-    x = node.args[0]
-    rank = len(shape_of(x))
-    trailing = {"1d": 1, "2d": 2, "3d": 3}
-    count = next((n for key, n in trailing.items() if key in str(node.target)), rank - 2)
-    return ((Operand(x, kept_dims(x, list(range(rank - count, rank)))),),)
+def spatial(count: int) -> AxisRule:
+    """Linear in each channel on its own, over ``count`` trailing dimensions: average pooling, interpolation."""
+
+    def rule(node: Call) -> tuple[Term, ...]:
+        x = node.args[0]
+        return ((Operand(x, kept_dims(x, range(-count, 0))),),)
+
+    return rule
 
 
-def linear_row(node: Call) -> tuple[Term, ...] | None:
-    """x W + b: the last dimension of the result is dimension 0 of W and b. A vector for W has no row."""
+def linear_rule(node: Call) -> tuple[Term, ...] | None:
+    """x W + b: the last dimension of the result is dimension 0 of W and b. A vector for W has no rule."""
     x, weight = node.args[0], node.args[1]
     bias = argument(node, 2, "bias")
     # A vector's only dimension is summed over, so dimension 0 is none of the result's.
@@ -189,34 +186,34 @@ def _matmul_term(a: Call, b: Call, node: Call) -> Term | None:
     return (Operand(a, dims_a), Operand(b, dims_b))
 
 
-def matmul_row(node: Call) -> tuple[Term, ...] | None:
+def matmul_rule(node: Call) -> tuple[Term, ...] | None:
     """(A B): rows from A, columns from B."""
     term = _matmul_term(node.args[0], node.args[1], node)
     return None if term is None else (term,)
 
 
-def addmm_row(node: Call) -> tuple[Term, ...] | None:
-    """c + A B (also baddbmm, addbmm is not the same and has no row)."""
+def addmm_rule(node: Call) -> tuple[Term, ...] | None:
+    """c + A B (also baddbmm, addbmm is not the same and has no rule)."""
     term = _matmul_term(node.args[1], node.args[2], node)
     return None if term is None else ((Operand(node.args[0], broadcast(node.args[0], node)),), term)
 
 
-def embedding_row(node: Call) -> tuple[Term, ...]:
+def embedding_rule(node: Call) -> tuple[Term, ...]:
     """The last dimension is dimension 1 of the table."""
     weight, index = node.args[0], node.args[1]
     rank = len(shape_of(node))
     return ((Operand(weight, {1: rank - 1}), Operand(index, kept_dims(index), linear=False)),)
 
 
-def conv_row(node: Call) -> tuple[Term, ...] | None:
-    """W * x + b. With groups each output channel sees other inputs, so no map across channels moves into W: no row."""
+def conv_rule(node: Call) -> tuple[Term, ...] | None:
+    """W * x + b. With groups each output channel sees other inputs, so no map across channels moves into W: no rule."""
     x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
     if argument(node, 6, "groups", 1) != 1:
         return None
     batched = len(shape_of(x)) == len(shape_of(weight))
     channel = 1 if batched else 0
     # The weight of a transposed convolution is (inputs, outputs, ...).
-    source = 1 if "transpose" in str(node.target) else 0
+    source = 1 if name_of(node) in TRANSPOSED else 0
     # The kernel mixes the places of x, so nothing but its batch dimension passes.
     terms: list[Term] = [(Operand(x, {0: 0} if batched else {}), Operand(weight, {source: channel}))]
     if bias is not None:
@@ -224,7 +221,7 @@ def conv_row(node: Call) -> tuple[Term, ...] | None:
     return tuple(terms)
 
 
-def attention_row(node: Call) -> tuple[Term, ...]:
+def attention_rule(node: Call) -> tuple[Term, ...]:
     """softmax(q k') v: mixes tokens of v, and passes its last dimension."""
     q, k, v = node.args[:3]
     rank = len(shape_of(node))
@@ -237,7 +234,7 @@ def attention_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(v, {**{d: d for d in range(rank - 2)}, rank - 1: rank - 1}), *gates),)
 
 
-def einsum_row(node: Call) -> tuple[Term, ...] | None:
+def einsum_rule(node: Call) -> tuple[Term, ...] | None:
     """Each letter of the result passes from the operands that have it."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     if "." in equation or "->" not in equation:
@@ -252,12 +249,12 @@ def einsum_row(node: Call) -> tuple[Term, ...] | None:
     return (tuple(term),)
 
 
-def zeros_row(node: Call) -> tuple[Term, ...]:
+def zeros_rule(node: Call) -> tuple[Term, ...]:
     """No term at all: zero is in every stream."""
     return ()
 
 
-def full_row(node: Call) -> tuple[Term, ...]:
+def full_rule(node: Call) -> tuple[Term, ...]:
     """A number everywhere: nothing, or a constant."""
     # new_full has its size here, which is never 0: it counts as a constant, which may cost a norm and is always right.
     return () if node.args[1] == 0 else ((),)

@@ -7,6 +7,7 @@ height`` and splits again later is still the same axis.
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ class Operand:
             may not depend on.
         view: the operand is reshaped: row-major order is kept, dimensions are not; ``dims`` is not used.
         regroup: dimensions that are cut or joined in whole blocks (split, cat): ``outer`` may change there.
+        slot: dimension of the result in which the operand is one of several (stack).
     """
 
     node: fx.Node
@@ -51,6 +53,16 @@ class Operand:
     linear: bool = True
     view: bool = False
     regroup: int | None = None
+    slot: int | None = None
+
+
+class NoPlace(enum.Enum):
+    """What an operand is to channels of the result that it does not carry."""
+
+    CONSTANT = enum.auto()
+    """The same for all of them."""
+    LOST = enum.auto()
+    """They are made of its values, but cut, mixed or rearranged."""
 
 
 Term = tuple[Operand, ...]
@@ -87,46 +99,49 @@ def _quotient(a: Any, b: Any) -> Any | None:
     return numerator if denominator == 1 else None
 
 
-def reshaped(axis: ChannelAxis, old: Sequence[Any], new: Sequence[Any]) -> ChannelAxis | None:
-    """The channel axis after a row-major reshape, or None if it is cut."""
+def reshaped(place: ChannelAxis, old: Sequence[Any], new: Sequence[Any]) -> ChannelAxis | None:
+    """The place after a row-major reshape, or None if the channel axis is cut."""
     # Row-major order is kept, so the axis is known by the number of elements before it and behind it.
-    before = _product(old[: axis.dim]) * axis.outer
-    after = axis.inner * _product(old[axis.dim + 1 :])
+    before = _product(old[: place.dim]) * place.outer
+    after = place.inner * _product(old[place.dim + 1 :])
     for dim in range(len(new)):
         outer = _quotient(before, _product(new[:dim]))
         inner = _quotient(after, _product(new[dim + 1 :]))
-        if outer is not None and inner is not None and outer * axis.size * inner == new[dim]:
-            return ChannelAxis(dim, axis.size, outer, inner)
+        if outer is not None and inner is not None and outer * place.size * inner == new[dim]:
+            return ChannelAxis(dim, place.size, outer, inner)
     return None
 
 
-def carry_forward(operand: Operand, axis: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
-    """Where the channels of ``operand`` at ``axis`` are in ``result``; None if they do not arrive."""
+def carry_forward(operand: Operand, place: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
+    """Where the channels of ``operand`` at ``place`` are in ``result``; None if they do not arrive."""
     old, new = shape_of(operand.node), shape_of(result)
     if operand.view:
-        return reshaped(axis, old, new)
-    if operand.regroup is not None and axis.dim == operand.regroup:
-        return _regrouped(axis, new[operand.regroup])
-    target = operand.dims.get(axis.dim)
-    # A row may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
-    return None if target is None or old[axis.dim] != new[target] else replace(axis, dim=target)
+        return reshaped(place, old, new)
+    if operand.regroup is not None and place.dim == operand.regroup:
+        return _regrouped(place, new[operand.regroup])
+    target = operand.dims.get(place.dim)
+    # A rule may name a dimension that this very call cuts or stretches (the unequal parts of a split): its size tells.
+    return None if target is None or old[place.dim] != new[target] else replace(place, dim=target)
 
 
-def carry_back(operand: Operand, axis: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
-    """Where ``operand`` carries the channels that ``result`` has at ``axis``; None if it is constant along them."""
+def carry_back(operand: Operand, place: ChannelAxis, result: fx.Node) -> ChannelAxis | NoPlace:
+    """Where ``operand`` carries the channels that ``result`` has at ``place``, or what it is to them.
+
+    An operand whose channels are lost is no factor by channel if another one of its term carries them: a linear map is
+    a sum over its input's own channels, of which each result's channel sees all.
+    """
     old, new = shape_of(operand.node), shape_of(result)
-    # None means here that the axis is cut. Such an operand is alone in its term, so that who takes it for a constant
-    # term taints the result, and never drops a factor.
     if operand.view:
-        return reshaped(axis, new, old)
-    if operand.regroup is not None and axis.dim == operand.regroup:
-        return _regrouped(axis, old[operand.regroup])
+        return reshaped(place, new, old) or NoPlace.LOST
+    if operand.regroup is not None and place.dim == operand.regroup:
+        return _regrouped(place, old[operand.regroup]) or NoPlace.LOST
     for source, target in operand.dims.items():
-        if target == axis.dim:
-            return replace(axis, dim=source) if old[source] == new[target] else None
-    return None
+        if target == place.dim:
+            return replace(place, dim=source) if old[source] == new[target] else NoPlace.LOST
+    hidden = any(size != 1 for dim, size in enumerate(old) if dim not in operand.dims)
+    return NoPlace.LOST if hidden or place.dim == operand.slot else NoPlace.CONSTANT
 
 
-def _regrouped(axis: ChannelAxis, size: Any) -> ChannelAxis | None:
-    outer = _quotient(size, axis.size * axis.inner)
-    return None if outer is None else replace(axis, outer=outer)
+def _regrouped(place: ChannelAxis, size: Any) -> ChannelAxis | None:
+    outer = _quotient(size, place.size * place.inner)
+    return None if outer is None else replace(place, outer=outer)

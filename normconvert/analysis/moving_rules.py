@@ -1,6 +1,6 @@
 """The terms of operations that move values and change none: permutations, views, slices, parts, paddings, indexing.
 
-Rows as those of `normconvert.analysis.axis_rules`; `normconvert.analysis.op_table` lists which operation has which.
+Rules as those of `normconvert.analysis.axis_rules`; `normconvert.analysis.op_table` lists which operation has which.
 """
 
 from __future__ import annotations
@@ -8,21 +8,22 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from normconvert.analysis.axis_rules import Call, argument, broadcast, dims_argument, kept_dims, unary_row
+from normconvert.analysis.axis_rules import Call, broadcast, dims_argument, kept_dims, unary_rule
 from normconvert.analysis.channel_axes import Operand, Term, shape_of
+from normconvert.analysis.operations import argument, name_of
 
 PARTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unbind"}
 """Operations whose result is a tuple of parts."""
 
 
-def permute_row(node: Call) -> tuple[Term, ...]:
+def permute_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions in another order."""
     x = node.args[0]
     order = dims_argument(node.args[1], len(shape_of(x)))
     return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
 
 
-def swap_row(node: Call) -> tuple[Term, ...]:
+def swap_rule(node: Call) -> tuple[Term, ...]:
     """Two dimensions change places."""
     x = node.args[0]
     rank = len(shape_of(x))
@@ -33,14 +34,14 @@ def swap_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, dims),),)
 
 
-def reverse_row(node: Call) -> tuple[Term, ...]:
+def reverse_rule(node: Call) -> tuple[Term, ...]:
     """All dimensions in reverse order: ``x.T``."""
     x = node.args[0]
     rank = len(shape_of(x))
     return ((Operand(x, {d: rank - 1 - d for d in range(rank)}),),)
 
 
-def movedim_row(node: Call) -> tuple[Term, ...]:
+def movedim_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions move."""
     x = node.args[0]
     rank = len(shape_of(x))
@@ -53,22 +54,17 @@ def movedim_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, {source: target for target, source in enumerate(order)}),),)
 
 
-def view_row(node: Call) -> tuple[Term, ...]:
+def view_rule(node: Call) -> tuple[Term, ...]:
     """Row-major order is kept."""
     return ((Operand(node.args[0], {}, view=True),),)
 
 
-def view_dtype_row(node: Call) -> tuple[Term, ...] | None:
-    """Never understood."""
-    return None  # a reinterpretation of bits
-
-
-def expand_row(node: Call) -> tuple[Term, ...]:
+def expand_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions of one are stretched."""
     return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
 
 
-def slice_row(node: Call) -> tuple[Term, ...]:
+def slice_rule(node: Call) -> tuple[Term, ...]:
     """Other dimensions pass; along ``dim`` a channel axis passes if whole blocks of channels are taken."""
     x = node.args[0]
     dim = argument(node, 1, "dim", 0) % len(shape_of(x))
@@ -83,7 +79,7 @@ def slice_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, dims, regroup=dim if blocks and not whole else None),),)
 
 
-def split_row(node: Call) -> tuple[Term, ...]:
+def split_rule(node: Call) -> tuple[Term, ...]:
     """The first part's shape stands for all; parts of equal size may cut the channel axis in whole blocks."""
     x = node.args[0]
     dim = argument(node, 2, "dim", 0) % len(shape_of(x))
@@ -92,28 +88,23 @@ def split_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, kept_dims(x, [dim]), regroup=dim if equal else None),),)
 
 
-def unbind_row(node: Call) -> tuple[Term, ...]:
+def unbind_rule(node: Call) -> tuple[Term, ...]:
     """One dimension vanishes: unbind, select."""
     x = node.args[0]
     dim = argument(node, 1, "dim", 0) % len(shape_of(x))
     return ((Operand(x, {d: d - (d > dim) for d in range(len(shape_of(x))) if d != dim}),),)
 
 
-def getitem_row(node: Call) -> tuple[Term, ...] | None:
-    """One part of a split: what a part looks like is said by the row of the operation that made the parts."""
+def getitem_rule(node: Call) -> tuple[Term, ...] | None:
+    """One part of a split: what a part looks like is said by the rule of the operation that made the parts."""
     parts = node.args[0]
     # Of other tuples (a pool's values and indices) each part is something else.
-    if not isinstance(parts, fx.Node) or str(parts.target).rpartition(".")[0] not in PARTS:
+    if not isinstance(parts, fx.Node) or name_of(parts) not in PARTS:
         return None
     return ((Operand(parts, kept_dims(node)),),)
 
 
-def squeeze_row(node: Call) -> tuple[Term, ...]:
-    """Dimensions of one vanish or appear; as for every view, row-major order is kept."""
-    return view_row(node)
-
-
-def cat_row(node: Call) -> tuple[Term, ...]:
+def cat_rule(node: Call) -> tuple[Term, ...]:
     """Other dimensions pass; parts of equal size along ``dim`` keep whole blocks of channels together."""
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
     # torch passes over an empty vector here, whatever the shape of the others.
@@ -122,13 +113,13 @@ def cat_row(node: Call) -> tuple[Term, ...]:
     return tuple((Operand(p, kept_dims(p, [dim]), regroup=dim if equal else None),) for p in parts)
 
 
-def stack_row(node: Call) -> tuple[Term, ...]:
+def stack_rule(node: Call) -> tuple[Term, ...]:
     """One dimension appears."""
     dim = argument(node, 1, "dim", 0) % len(shape_of(node))
-    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}),) for p in node.args[0])
+    return tuple((Operand(p, {d: d + (d >= dim) for d in range(len(shape_of(p)))}, slot=dim),) for p in node.args[0])
 
 
-def pad_row(node: Call) -> tuple[Term, ...]:
+def pad_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions that are not padded pass; a number other than zero is a constant."""
     x, pads = node.args[0], list(node.args[1])
     mode, value = ("constant", argument(node, 2, "value", 0))
@@ -141,12 +132,12 @@ def pad_row(node: Call) -> tuple[Term, ...]:
     return ((Operand(x, kept_dims(x, padded)),), *fill)
 
 
-def repeat_row(node: Call) -> tuple[Term, ...]:
+def repeat_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions that are not repeated pass."""
     return ((Operand(node.args[0], broadcast(node.args[0], node)),),)
 
 
-def index_row(node: Call) -> tuple[Term, ...] | None:
+def index_rule(node: Call) -> tuple[Term, ...] | None:
     """Advanced indexing: dimensions indexed by nothing pass.
 
     The indexed ones become new ones in their place, or in front if they are not neighbours.
@@ -161,14 +152,14 @@ def index_row(node: Call) -> tuple[Term, ...] | None:
         used += range(dim, dim + width) if value is not None else []
         dim += width
     if not used:
-        return unary_row(node)
+        return unary_rule(node)
     free = [d for d in range(len(shape_of(x))) if d not in used]
     made = len(shape_of(node)) - len(free)
     neighbours = used == list(range(used[0], used[-1] + 1))
     return ((Operand(x, {d: i if neighbours and d < used[0] else i + made for i, d in enumerate(free)}),),)
 
 
-def gather_row(node: Call) -> tuple[Term, ...]:
+def gather_rule(node: Call) -> tuple[Term, ...]:
     """Dimensions of equal size other than the gathered one pass."""
     x, dim, index = node.args[0], node.args[1], node.args[2]
     # The index may be smaller than x along other dimensions, and then only the first channels arrive.

@@ -15,10 +15,11 @@ from torch import fx, nn
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, shape_of
-from normconvert.analysis.op_table import name_of, terms_of
+from normconvert.analysis.op_table import terms_of
+from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import boundary_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,6 @@ class Norm:
     Attributes:
         path: module path of the norm.
         kind: the module's class.
-        function: ``layer_norm``, or the operation found (``rms_norm``, ``group_norm``, ``batch_norm``).
         source: the value it reads; ``read`` the node that reads it; ``result`` the normalised value, before any cast.
         output: the value after the weight and bias (``result`` itself for a call of layer_norm).
         place: where ``source`` carries the channels; None if the norm is over several axes.
@@ -39,7 +39,6 @@ class Norm:
 
     path: str
     kind: str
-    function: str
     source: fx.Node
     read: fx.Node
     result: fx.Node
@@ -55,24 +54,38 @@ def find_norms(graph: Graph) -> list[Norm]:
     found = []
     for node in graph.nodes:
         if name_of(node) == "aten.layer_norm":
-            found.append(_called(graph, node))
+            found.append(_norm(graph, _called(node)))
         elif (source := _handwritten(node)) is not None:
-            found.append(_by_hand(graph, node, source))
+            found.append(_norm(graph, _by_hand(node, source)))
     return found
 
 
-def _called(graph: Graph, node: fx.Node) -> Norm:
+@dataclass(frozen=True)
+class _Found:
+    """A norm as it stands in the graph, before its module is looked at; the names are those of `Norm`."""
+
+    source: fx.Node
+    read: fx.Node
+    result: fx.Node
+    output: fx.Node
+    place: ChannelAxis | None
+    weight: Any
+    bias: Any
+    eps: float
+    called: bool = False
+
+
+def _called(node: fx.Node) -> _Found:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     axes = list(node.args[1])  # type: ignore[arg-type]
     shape = shape_of(source)
     place = ChannelAxis(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
-    weight, bias = (_get(node, 2, "weight"), _get(node, 3, "bias"))
-    eps = _get(node, 4, "eps")
-    return _norm(graph, node, node, source, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
+    weight, bias, eps = (argument(node, i, name) for i, name in ((2, "weight"), (3, "bias"), (4, "eps")))
+    return _Found(source, node, node, node, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
 
 
-def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
+def _by_hand(node: fx.Node, source: _Handwritten) -> _Found:
     """The affine part, if there is one, follows the normalised value inside the same module."""
     weight = bias = None
     at = node
@@ -90,14 +103,14 @@ def _by_hand(graph: Graph, node: fx.Node, source: _Handwritten) -> Norm:
         elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
-    return _norm(graph, node, at, source.x, source.place, weight, bias, source.eps, read=source.read)
+    return _Found(source.x, source.read, node, at, source.place, weight, bias, source.eps)
 
 
 def _aligned(vector: fx.Node, user: fx.Node, place: ChannelAxis) -> bool:
     """Whether an affine operand lies along the norm's channels and is the same everywhere else."""
     at = carry_back(Operand(vector, broadcast(vector, user)), place, user)
     shape = shape_of(vector)
-    return at is not None and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
+    return isinstance(at, ChannelAxis) and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
 
 
 def _plain(node: fx.Node) -> bool:
@@ -105,62 +118,57 @@ def _plain(node: fx.Node) -> bool:
     return bool(node.kwargs.get("alpha", 1) == 1)
 
 
-def _norm(
-    graph: Graph,
-    result: fx.Node,
-    end: fx.Node,
-    source: fx.Node,
-    place: ChannelAxis | None,
-    weight: Any,
-    bias: Any,
-    eps: float,
-    read: fx.Node | None = None,
-    called: bool = False,
-) -> Norm:
-    path = module_path(result)
+def _norm(graph: Graph, found: _Found) -> Norm:
+    path = module_path(found.result)
     module = graph.modules.get(path)
-    settings: dict[str, Any] | None = None
-    float32 = False
-    obstacle = ""
-    if place is None:
-        obstacle = "it normalises over several axes at once"
-    else:
-        entry, float32 = _boundary_in(source, path)
-        leave = _boundary_out(end, path)
-        w, offset = _named_parameter(graph, weight, path)
-        b, shift = _named_parameter(graph, bias, path)
-        if entry is None or leave is None:
-            obstacle = f"it is called inside `{path or type(module).__name__}`, not as a module of its own"
-        elif any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
-            obstacle = f"`{path}` moves the dimensions of what it normalises"
-        # weight + 1 is a setting of the replacement, bias + 1 is not.
-        elif (weight is not None and w is None) or (bias is not None and b is None) or shift != 0:
-            obstacle = f"its weight or bias is not a parameter of `{path}`"
-        else:
-            axis = entry[place.dim] - len(entry)
-            # A replacement for layer_norm has the channels innermost whatever the module's input.
-            at = ChannelAxis(-1 if called else axis, place.size)
-            obstacle = _not_taken_over(graph.modules[path], path, {n for n in (w, b) if n is not None}, at, len(entry))
-            if w is not None and w == b:
-                obstacle = f"`{path}` has one parameter for weight and bias"
-        if not obstacle:
-            settings = {
-                "op": "replace",
-                "path": path,
-                "kind": "rmsnorm",
-                "size": place.size,
-                "eps": eps,
-                "axis": axis,
-                "weight": w,
-                "bias": b,
-                "offset": offset,
-                "upcast": float32,
-            }
-            if called and settings["axis"] != -1:
-                settings["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
     kind = type(module).__name__ if module is not None else "layer_norm"
-    reader = read if read is not None else result
-    return Norm(path, kind, "layer_norm", source, reader, result, end, place, settings, obstacle, float32)
+    entry, float32 = _boundary_in(found.source, path) if found.place is not None else (None, False)
+    settings = _replacement(graph, found, path, entry, float32)
+    row, obstacle = (None, settings) if isinstance(settings, str) else (settings, "")
+    return Norm(
+        path, kind, found.source, found.read, found.result, found.output, found.place, row, obstacle,
+        float32,
+    )  # fmt: skip
+
+
+def _replacement(
+    graph: Graph, found: _Found, path: str, entry: list[int] | None, float32: bool
+) -> dict[str, Any] | str:
+    """The settings of what could stand in for the norm's module, or why nothing can.
+
+    Args:
+        graph: the model.
+        found: the norm.
+        path: of the module that runs it.
+        entry: for each dimension of what it reads the dimension of the module's input, if it is that.
+        float32: whether it casts its input.
+    """
+    place = found.place
+    if place is None:
+        return "it normalises over several axes at once"
+    leave = _boundary_out(found.output, path)
+    if entry is None or leave is None:
+        return f"it is called inside `{path or type(graph.modules.get(path)).__name__}`, not as a module of its own"
+    if any(leave[d] != source_dim for d, source_dim in enumerate(entry)):
+        return f"`{path}` moves the dimensions of what it normalises"
+    weight, offset = _named_parameter(graph, found.weight, path)
+    bias, shift = _named_parameter(graph, found.bias, path)
+    # weight + 1 is a setting of the replacement, bias + 1 is not.
+    if (found.weight is not None and weight is None) or (found.bias is not None and bias is None) or shift != 0:
+        return f"its weight or bias is not a parameter of `{path}`"
+    if weight is not None and weight == bias:
+        return f"`{path}` has one parameter for weight and bias"
+    axis = entry[place.dim] - len(entry)
+    # A replacement for layer_norm has the channels innermost whatever the module's input.
+    at = ChannelAxis(-1 if found.called else axis, place.size)
+    names = {name for name in (weight, bias) if name is not None}
+    if obstacle := _not_taken_over(graph.modules[path], path, names, at, len(entry)):
+        return obstacle
+    row = {"op": "replace", "path": path, "kind": "rmsnorm", "size": place.size, "eps": found.eps, "axis": axis}
+    row |= {"weight": weight, "bias": bias, "offset": offset, "upcast": float32}
+    if found.called and axis != -1:
+        row["channels_last"] = True  # in memory: layer_norm's result is contiguous before it is moved back
+    return row
 
 
 def _not_taken_over(module: nn.Module, path: str, names: set[str], at: ChannelAxis, rank: int) -> str:
@@ -195,15 +203,6 @@ def _float(value: Any) -> float:
     return float(value)
 
 
-def _get(node: fx.Node, index: int, name: str) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
-
-
-MOVES = {"aten.permute", "aten.transpose", "aten.swapaxes", "aten.movedim"}
-COPIES = {"normconvert.mark", "aten.to", "aten._to_copy", "aten.type_as", "aten.contiguous", "aten.clone", "aten.float"}
-"""Between a module's boundary and its norm: anything else would be lost with the module."""
-
-
 def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     """Walk back from the norm's source to the input of its module.
 
@@ -214,9 +213,10 @@ def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
     float32 = False
     order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1:3] == (path, "input"):
+        key = boundary_of(node)
+        if key is not None and key[:2] == (path, "input"):
             # A replacement is called with the first argument only.
-            return (order if node.args[3] == "0" else None), float32
+            return (order if key[2] == "0" else None), float32
         step = _moved(node, path)
         if step is None:
             return None, float32
@@ -230,10 +230,11 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
     """Walk on from the norm to the output of its module: where each dimension of the norm's result is there."""
     order = list(range(len(shape_of(node))))
     while True:
-        if node.target is MARK and node.args[1:3] == (path, "output"):
+        key = boundary_of(node)
+        if key is not None and key[:2] == (path, "output"):
             # A key says that the module returns more than this value.
-            return order if node.args[3] == "" else None
-        users = [u for u in node.users if not name_of(u).startswith("aten._assert")]
+            return order if key[2] == "" else None
+        users = list(readers(node))
         step = _moved(users[0], path) if len(users) == 1 else None
         if step is None:
             return None
@@ -242,7 +243,10 @@ def _boundary_out(node: fx.Node, path: str) -> list[int] | None:
 
 
 def _moved(node: fx.Node, path: str) -> tuple[fx.Node, dict[int, int]] | None:
-    """The operand of a cast or permutation inside the module, and where its dimensions go."""
+    """The operand of a cast or permutation inside the module, and where its dimensions go.
+
+    Anything else between a module's boundary and its norm would be lost with the module.
+    """
     if name_of(node) not in MOVES | COPIES or module_path(node) != path:
         return None
     terms = terms_of(node)

@@ -1,135 +1,120 @@
 """The op table: for each ATen operation, how a channel axis passes from its operands to its result.
 
-Every row describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
+Every rule describes its operation as a *sum of terms*, each term a *product of operands*, and tells for each operand
 which of its dimensions arrive unchanged at which dimension of the result. ``linear(x, W, b)`` is ``x W + b``: the last
 dimension of the result is dimension 0 of W and of b; the other dimensions are those of x. From this one description
 follow both directions: what a channel of the result is made of, and where a channel of an operand goes. What is
-not listed does not pass: an operation without a row is never assumed harmless.
+not listed does not pass: an operation without a rule is never assumed harmless.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
-from normconvert.analysis import axis_rules as rows
+from normconvert.analysis import axis_rules as rules
 from normconvert.analysis import moving_rules as moves
-from normconvert.analysis.channel_axes import ChannelAxis, Operand, Term, carry_back, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, shape_of
+from normconvert.analysis.operations import (
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    EMBEDDING,
+    GETITEM,
+    LIKE_ANOTHER,
+    STRETCHES,
+    TRANSPOSED,
+    VIEWS,
+    name_of,
+)
 
-TABLE: dict[str, rows.Row] = {
+TABLE: dict[str, rules.AxisRule] = {
     # the same values
     **dict.fromkeys(
-        ["normconvert.mark", "aten.clone", "aten.contiguous", "aten.alias", "aten.detach", "aten.detach_", "aten.to"]
+        [
+            "normconvert.boundary",
+            "aten.clone",
+            "aten.contiguous",
+            "aten.alias",
+            "aten.detach",
+            "aten.detach_",
+            "aten.to",
+        ]
         + ["aten._to_copy", "aten.type_as", "aten.lift_fresh_copy", "aten.neg", "aten.float", "aten.half"],
-        rows.unary_row,
+        rules.unary_rule,
     ),
-    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rows.dropout_row),
+    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rules.dropout_rule),
     # sums and products
-    **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rows.add_row),
-    "aten.mul": rows.mul_row,
-    "aten.div": rows.div_row,
-    # Rows of their own keep these from being taken for quotients: with a rounding mode they are none.
-    **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rows.div_row),
-    "aten.where": rows.where_row,
-    "aten.masked_fill": rows.masked_fill_row,
-    "aten.masked_scatter": rows.masked_scatter_row,
+    **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rules.add_rule),
+    "aten.mul": rules.mul_rule,
+    "aten.div": rules.div_rule,
+    **dict.fromkeys(["aten.div.Tensor_mode", "aten.div.Scalar_mode"], rules.div_rule),
+    "aten.where": rules.where_rule,
+    "aten.masked_fill": rules.masked_fill_rule,
+    "aten.masked_scatter": rules.masked_scatter_rule,
     # views and moves
-    "aten.permute": moves.permute_row,
-    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_row),
-    "aten.numpy_T": moves.reverse_row,
-    "aten.movedim": moves.movedim_row,
-    **dict.fromkeys(
-        ["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten"], moves.view_row
-    ),
-    # A row of its own keeps the overload in the name; without it this would be taken for a reshape.
-    "aten.view.dtype": moves.view_dtype_row,
-    **dict.fromkeys(["aten.squeeze", "aten.unsqueeze"], moves.squeeze_row),
-    **dict.fromkeys(["aten.expand", "aten.expand_as", "aten.broadcast_to"], moves.expand_row),
-    "aten.slice": moves.slice_row,
-    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_row),
-    **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_row),
-    "<built-in function getitem>": moves.getitem_row,
-    **dict.fromkeys(["aten.cat", "aten.concat", "aten.concatenate"], moves.cat_row),
-    "aten.stack": moves.stack_row,
-    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_row),
-    **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_row),
+    "aten.permute": moves.permute_rule,
+    **dict.fromkeys(["aten.transpose", "aten.t", "aten.swapaxes", "aten.swapdims", "aten.mT"], moves.swap_rule),
+    "aten.numpy_T": moves.reverse_rule,
+    "aten.movedim": moves.movedim_rule,
+    **dict.fromkeys(sorted(VIEWS), moves.view_rule),
+    **dict.fromkeys(sorted(STRETCHES), moves.expand_rule),
+    "aten.slice": moves.slice_rule,
+    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_rule),
+    **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_rule),
+    GETITEM: moves.getitem_rule,
+    **dict.fromkeys(sorted(CONCATENATIONS), moves.cat_rule),
+    "aten.stack": moves.stack_rule,
+    **dict.fromkeys(["aten.pad", "aten.constant_pad_nd"], moves.pad_rule),
+    **dict.fromkeys(["aten.repeat", "aten.tile"], moves.repeat_rule),
     # Called without a dimension it flattens first, as roll does: then none passes.
-    "aten.repeat_interleave": rows.except_dim(2, "dim"),
-    "aten.cumsum": rows.except_dim(1),
-    "aten.roll": rows.except_dim(2, "dims"),
-    "aten.flip": rows.except_dim(1, "dims"),
-    "aten.index_select": rows.except_dim(1),
-    "aten.index": moves.index_row,
-    "aten.gather": moves.gather_row,
+    "aten.repeat_interleave": rules.except_dim(2, "dim"),
+    "aten.cumsum": rules.except_dim(1),
+    "aten.roll": rules.except_dim(2, "dims"),
+    "aten.flip": rules.except_dim(1, "dims"),
+    "aten.index_select": rules.except_dim(1),
+    "aten.index": moves.index_rule,
+    "aten.gather": moves.gather_rule,
     # linear over other dimensions
-    **dict.fromkeys(["aten.mean", "aten.sum"], rows.reduce_row),
+    **dict.fromkeys(["aten.mean", "aten.sum"], rules.reduce_rule),
     **dict.fromkeys(
-        ["aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d", "aten.adaptive_avg_pool1d"]
-        + ["aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d", "aten.upsample_nearest2d", "aten.upsample_linear1d"]
-        + ["aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa"]
-        + ["aten._upsample_bilinear2d_aa", "aten.upsample_nearest1d", "aten.upsample_trilinear3d"],
-        rows.spatial_row,
+        ["aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"],
+        rules.spatial(1),
     ),
+    **dict.fromkeys(
+        ["aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d"]
+        + ["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
+        rules.spatial(2),
+    ),
+    **dict.fromkeys(["aten.avg_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"], rules.spatial(3)),
     # linear maps
-    "aten.linear": rows.linear_row,
-    **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rows.matmul_row),
-    **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rows.addmm_row),
-    "aten.embedding": rows.embedding_row,
-    **dict.fromkeys(
-        ["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d"]
-        + ["aten.conv_transpose3d"],
-        rows.conv_row,
-    ),
-    "aten.scaled_dot_product_attention": rows.attention_row,
-    "aten.einsum": rows.einsum_row,
+    "aten.linear": rules.linear_rule,
+    **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rules.matmul_rule),
+    **dict.fromkeys(["aten.addmm", "aten.baddbmm"], rules.addmm_rule),
+    EMBEDDING: rules.embedding_rule,
+    **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rules.conv_rule),
+    "aten.scaled_dot_product_attention": rules.attention_rule,
+    "aten.einsum": rules.einsum_rule,
     # constants
-    **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rows.zeros_row),
-    **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rows.full_row),
+    **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rules.zeros_rule),
+    **dict.fromkeys(["aten.full", "aten.full_like", "aten.new_full"], rules.full_rule),
 }
-
-NEUTRAL = {
-    "aten.sym_size",
-    "aten._assert_tensor_metadata",
-    "aten.zeros_like",
-    "aten.ones_like",
-    "aten.empty_like",
-    "aten.full_like",
-    "aten.new_zeros",
-    "aten.new_ones",
-    "aten.new_full",
-    "aten.new_empty",
-}
-"""Operations that look at a tensor's shape and dtype, never at its values."""
 
 POINTWISE = {
     *["aten.add", "aten.sub", "aten.rsub", "aten.mul", "aten.div", "aten.to", "aten._to_copy", "aten.clone"],
     *["aten.eq", "aten.ne", "aten.lt", "aten.le", "aten.gt", "aten.ge", "aten.logical_not", "aten.logical_and"],
     *["aten.logical_or", "aten.bitwise_not", "aten.bitwise_and", "aten.bitwise_or", "aten.__and__", "aten.__or__"],
     *["aten.sigmoid", "aten.exp", "aten.neg", "aten.contiguous", "aten.type_as", "aten.where", "aten.expand"],
-    *["aten.expand_as", "aten.clamp", "aten.tanh", "normconvert.mark", "aten.detach", "aten.pow", "aten.sqrt"],
+    *["aten.expand_as", "aten.clamp", "aten.tanh", "normconvert.boundary", "aten.detach", "aten.pow", "aten.sqrt"],
     *["aten.rsqrt", "aten.reciprocal", "aten.abs", "aten.softplus"],
 }
 """Element by element (after broadcasting): constant along an axis if every operand is."""
 
 
-def name_of(node: fx.Node) -> str:
-    """The operation without its overload, e.g. ``aten.add``; the full name if that means something else.
-
-    That is so for overloads with a row of their own, and for those that write their result elsewhere.
-    """
-    if node.op != "call_function":
-        return node.op
-    full = str(node.target)
-    # A built-in function has no overload that could be dropped.
-    name, _, overload = full.rpartition(".") if full.count(".") > 1 else (full, "", "")
-    return full if full in TABLE or "out" in overload.split("_") else name
-
-
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
-    """The terms of ``node``; None if its operation has no row, or not for this use."""
+    """The terms of ``node``; None if its operation has no rule, or not for this use."""
     if node.op != "call_function":
         return None
-    row = TABLE.get(name_of(node))
-    return None if row is None else row(node)
+    rule = TABLE.get(name_of(node))
+    return None if rule is None else rule(node)
 
 
 def varies(node: fx.Node, place: ChannelAxis) -> bool:
@@ -139,15 +124,22 @@ def varies(node: fx.Node, place: ChannelAxis) -> bool:
         return False
     name = name_of(node)
     if name in POINTWISE:
-        for arg in node.all_input_nodes:
-            # None: the operand is stretched along the channels, so it is the same for all of them.
-            source = carry_back(Operand(arg, rows.broadcast(arg, node)), place, node)
-            if source is not None and varies(arg, source):
+        for arg in node.all_input_nodes if name not in LIKE_ANOTHER else node.all_input_nodes[:1]:
+            source = carry_back(Operand(arg, rules.broadcast(arg, node)), place, node)
+            if source is NoPlace.LOST or (isinstance(source, ChannelAxis) and varies(arg, source)):
                 return True
         return False
-    if TABLE.get(name) in (moves.view_row, moves.squeeze_row, moves.permute_row, moves.swap_row):
+    if TABLE.get(name) in (moves.view_rule, moves.permute_rule, moves.swap_rule):
         (((operand,),)) = TABLE[name](node)  # type: ignore[misc]
         source = carry_back(operand, place, node)
-        # None means here that the channels are cut, which is no reason to be the same for all: in doubt they vary.
-        return source is None or varies(operand.node, source)
+        return source is NoPlace.LOST or (isinstance(source, ChannelAxis) and varies(operand.node, source))
     return name not in ("aten.full", "aten.ones", "aten.zeros", "aten.new_ones", "aten.new_zeros", "aten.ones_like")
+
+
+def carried(operand: Operand, place: ChannelAxis, result: fx.Node) -> ChannelAxis | None:
+    """Where an operand carries channels of the result that differ; None if all of them see the same of it.
+
+    What is the same along the channels is a number to them, however much it differs elsewhere.
+    """
+    source = carry_back(operand, place, result)
+    return source if isinstance(source, ChannelAxis) and varies(operand.node, source) else None

@@ -3,7 +3,8 @@
 A stream is grown from a norm's input, both ways along the op table: back to what its values are made of, on to
 who reads them. Values that depend on parameters alone (position embeddings, weights before a linear map) are members
 when a stream is made of them, but are not followed onwards: who else reads a parameter is asked of the parameter
-(`uses`), so that an embedding table that is also the output head is a tied parameter and no leak of the stream.
+(`other_readers`), so that an embedding table that is also the output head is a tied parameter and no leak of the
+stream.
 """
 
 from __future__ import annotations
@@ -14,30 +15,31 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from normconvert.analysis.channel_axes import ChannelAxis, Operand, Term, carry_back, carry_forward, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.norms import Norm, reads_centred
-from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of, varies
+from normconvert.analysis.op_table import carried, terms_of
+from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
 
-Spot = tuple[fx.Node, ChannelAxis]
+AxisRef = tuple[fx.Node, ChannelAxis]
 """A value and where it carries the channels."""
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """What a member is made of.
 
     Attributes:
-        how: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
-            parameter parts[1], channel by channel) or ``opaque`` (nothing can be moved into it).
+        kind: ``parameter`` (a tensor of the checkpoint), ``sum`` (linear in ``parts``), ``scale`` (parts[0] times the
+            parameter parts[1], channel by channel), ``norm`` or ``opaque`` (nothing can be moved into either).
         parts: the members it is linear in.
-        constant: something equal in all channels is added, so that the sum is not mean-free.
-        reason: for ``opaque``, in words.
+        rest: a clause that says what is added besides the parts, so that the sum is not mean-free; empty if nothing.
+        reason: what it is, in words, if nothing can be moved into it.
     """
 
-    how: str
-    parts: tuple[Spot, ...] = ()
-    constant: bool = False
+    kind: str
+    parts: tuple[AxisRef, ...] = ()
+    rest: str = ""
     reason: str = ""
 
 
@@ -46,14 +48,14 @@ class Leak:
     """A reader that sees more of the stream than a norm does.
 
     Attributes:
-        spot: the value that is read.
+        ref: the value that is read.
         reader: the node that reads it.
         code: ``returned``, ``linear``, ``product``, ``norm-axes``, ``unknown-op``, ``unreached``, ``cut``
             or ``features``.
         reason: one clause in words.
     """
 
-    spot: Spot
+    ref: AxisRef
     reader: fx.Node
     code: str
     reason: str
@@ -64,16 +66,16 @@ class Stream:
     """A stream with ``size`` channels: its members and what they are made of, its norms and its leaks."""
 
     size: int
-    members: dict[Spot, Made] = field(default_factory=dict)
-    norms: list[tuple[Norm, Spot]] = field(default_factory=list)
+    members: dict[AxisRef, Provenance] = field(default_factory=dict)
+    norms: list[tuple[Norm, AxisRef]] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Onward:
-    """Where one reader takes a value: ``to`` the next spot, or a norm, a leak, or (all None) nowhere that matters."""
+class Use:
+    """Where one reader takes a value: ``to`` the next ref, or a norm, a leak, or (all None) nowhere that matters."""
 
-    to: Spot | None = None
+    to: AxisRef | None = None
     norm: Norm | None = None
     leak: Leak | None = None
 
@@ -90,7 +92,7 @@ class Analysis:
         self.data = self._data_dependent()
         self.live = self._reaching_an_output()
         self.streams: list[Stream] = []
-        self.stream_of: dict[Spot, Stream] = {}
+        self.stream_of: dict[AxisRef, Stream] = {}
         for norm in norms:
             if norm.place is not None and (norm.source, norm.place) not in self.stream_of:
                 # Norms that read one stream find it grown by the first of them.
@@ -114,36 +116,32 @@ class Analysis:
         found: set[fx.Node] = set()
         for node in reversed(self.graph.nodes):
             has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
-            silent = (
-                node.op == "call_function"
-                and has_value
-                and not any(u in found and name_of(u) not in NEUTRAL for u in node.users)
-            )
+            silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
             # Unlike other assertions this one looks at shape and dtype alone.
             if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
                 found.add(node)
         return found
 
-    def grow(self, start: Spot, back_only: bool = False) -> Stream:
+    def grow(self, start: AxisRef) -> Stream:
         """The stream through ``start``, its members in execution order."""
         stream = Stream(size=start[1].size)
         work, leaks = [start], {}
         while work:
-            spot = work.pop()
-            if spot in stream.members:
+            ref = work.pop()
+            if ref in stream.members:
                 continue
-            made = stream.members[spot] = self.made(spot)
+            made = stream.members[ref] = self.provenance(ref)
             # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
-            work += made.parts if made.how == "sum" else ()
-            if spot[0] not in self.data and spot != start:
+            work += made.parts if made.kind == "sum" else ()
+            if ref[0] not in self.data and ref != start:
                 continue
-            for onward in self.onward(spot):
-                if onward.to is not None:
-                    work.append(onward.to)
-                elif onward.norm is not None:
-                    stream.norms.append((onward.norm, spot))
-                elif onward.leak is not None:
-                    leaks[(onward.leak.reader, onward.leak.code)] = onward.leak
+            for use in self.uses(ref):
+                if use.to is not None:
+                    work.append(use.to)
+                elif use.norm is not None:
+                    stream.norms.append((use.norm, ref))
+                elif use.leak is not None:
+                    leaks[(use.leak.reader, use.leak.code)] = use.leak
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
         if name := self._unreached_that_fits(stream.size):
@@ -163,40 +161,40 @@ class Analysis:
         counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
         return next((name for name, count in counts if count and count % size == 0), None)
 
-    def made(self, spot: Spot) -> Made:
-        """What the value at ``spot`` is made of."""
-        node, place = spot
+    def provenance(self, ref: AxisRef) -> Provenance:
+        """What the value at ``ref`` is made of."""
+        node, place = ref
         if node.op == "placeholder":
             parameter = self.graph.parameters.get(node)
             if parameter is None:
-                return Made("opaque", reason=f"the model's input `{node.name}`")
+                return Provenance("opaque", reason=f"the model's input `{node.name}`")
             if not parameter.stored:
-                return Made("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
-            return Made("parameter")
+                return Provenance("opaque", reason=f"the constant `{parameter.name}`, which no checkpoint holds")
+            return Provenance("parameter")
         # Before the table is asked: a norm written by hand is a product, and would be taken for one.
         if node in self._made_by:
-            return Made("opaque", reason=f"the output of the norm {described(self._made_by[node].path)}")
+            return Provenance("norm", reason=f"the output of the norm {described(self._made_by[node].path)}")
         terms = terms_of(node)
         if terms is None:
-            return Made("opaque", reason=f"the result of {operation(node)}")
-        parts: list[Spot] = []
-        constant = False
+            return Provenance("opaque", reason=f"the result of {operation(node)}")
+        parts: list[AxisRef] = []
+        rest = ""
         for term in terms:
-            # What is the same along the channels is a number to them, however much it differs elsewhere.
-            carriers = [(o, p) for o in term if (p := carry_back(o, place, node)) is not None and varies(o.node, p)]
+            carriers = [(o, p) for o in term if (p := carried(o, place, node)) is not None]
             if not carriers:
-                constant = True
+                lost = any(carry_back(o, place, node) is NoPlace.LOST for o in term)
+                rest = "which takes channels apart" if lost else rest or "which adds the same number to all channels"
             elif len(carriers) == 1 and carriers[0][0].linear:
                 parts.append((carriers[0][0].node, carriers[0][1]))
             elif scale := self._layer_scale(node, terms, carriers):
                 return scale
             else:
-                return Made("opaque", reason=f"a product that differs by channel, {operation(node)}")
-        return Made("sum", tuple(parts), constant)
+                return Provenance("opaque", reason=f"a product that differs by channel, {operation(node)}")
+        return Provenance("sum", tuple(parts), rest)
 
     def _layer_scale(
         self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, ChannelAxis]]
-    ) -> Made | None:
+    ) -> Provenance | None:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
             return None
@@ -206,98 +204,77 @@ class Analysis:
         if len(fixed) != 1 or len(moving) != 1:
             return None
         (value, value_place), (factor, factor_place) = moving[0], fixed[0]
-        return Made("scale", ((value.node, value_place), (factor.node, factor_place)))
+        return Provenance("scale", ((value.node, value_place), (factor.node, factor_place)))
 
-    def onward(self, spot: Spot) -> Iterator[Onward]:
-        """Where each reader of the value at ``spot`` takes it."""
-        node, place = spot
+    def uses(self, ref: AxisRef) -> Iterator[Use]:
+        """Where each reader of the value at ``ref`` takes it."""
+        node, place = ref
         # A value of parameters alone is returned in no other way than by what is made of it.
         if (exits := self.graph.exits.get(node)) and node in self.data:
             why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
-            yield Onward(leak=Leak(spot, node, "features", why))
-        for user in node.users:
-            name = name_of(user)
+            yield Use(leak=Leak(ref, node, "features", why))
+        for user in readers(node):
             if user not in self.live:
                 continue
             if user.op == "output":
                 if exits and node not in self.graph.outputs:
                     continue  # a method of features returns it, which is said above
                 names = ", ".join(f"`{n}`" for n in self.graph.outputs.get(node, ())) or "an output"
-                yield Onward(leak=Leak(spot, user, "returned", f"the model returns it as {names}"))
-            elif name in NEUTRAL or (name in LIKE_ANOTHER and node is not user.args[0]):
-                yield Onward()  # only its shape or dtype is asked for
+                yield Use(leak=Leak(ref, user, "returned", f"the model returns it as {names}"))
             # The same node reads the norm's weight and bias, and those not through P: hence the question for the
             # source.
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
                 if norm.place == place:
-                    yield Onward(norm=norm)
+                    yield Use(norm=norm)
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
-                    yield Onward(leak=Leak(spot, user, "norm-axes", why))
+                    yield Use(leak=Leak(ref, user, "norm-axes", why))
             # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
             elif reads_centred(user, node, place):
-                yield Onward()
+                yield Use()
             else:
-                yield from self._through(user, spot)
+                yield from self._through(user, ref)
 
-    def _through(self, user: fx.Node, spot: Spot) -> Iterator[Onward]:
-        node = spot[0]
+    def _through(self, user: fx.Node, ref: AxisRef) -> Iterator[Use]:
+        node = ref[0]
         terms = terms_of(user)
         if terms is None:
-            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+            yield Use(leak=Leak(ref, user, "unknown-op", f"{operation(user)} reads it"))
             return
-        # An operand that the row does not name (the value of a masked_fill, an index) is used in a way nobody
+        # An operand that the rule does not name (the value of a masked_fill, an index) is used in a way nobody
         # described.
         if not any(operand.node is node for term in terms for operand in term):
-            yield Onward(leak=Leak(spot, user, "unknown-op", f"{operation(user)} reads it"))
+            yield Use(leak=Leak(ref, user, "unknown-op", f"{operation(user)} reads it"))
         for term in terms:
             for operand in term:
                 if operand.node is node:
-                    yield self._step(user, term, operand, spot)
+                    yield self._step(user, term, operand, ref)
 
-    def _step(self, user: fx.Node, term: Term, operand: Operand, spot: Spot) -> Onward:
-        place = carry_forward(operand, spot[1], user) if operand.linear else None
+    def _step(self, user: fx.Node, term: Term, operand: Operand, ref: AxisRef) -> Use:
+        place = carry_forward(operand, ref[1], user) if operand.linear else None
         if place is None:
             is_map = name_of(user) in LINEAR_MAPS and operand.linear
             code = "linear" if is_map else "cut" if operand.linear else "unknown-op"
             verb = "reads it directly" if is_map else "takes its channels apart" if operand.linear else "reads it"
-            return Onward(leak=Leak(spot, user, code, f"{operation(user)} {verb}"))
+            return Use(leak=Leak(ref, user, code, f"{operation(user)} {verb}"))
         # gamma * x hides the mean of x behind gamma, from where no P removes it again.
-        for other in term:
-            if other is not operand:
-                at = carry_back(other, place, user)
-                if at is not None and varies(other.node, at):
-                    why = f"{operation(user)} multiplies it channel by channel"
-                    return Onward(leak=Leak(spot, user, "product", why))
-        return Onward(to=(user, place))
+        if any(other is not operand and carried(other, place, user) for other in term):
+            return Use(leak=Leak(ref, user, "product", f"{operation(user)} multiplies it channel by channel"))
+        return Use(to=(user, place))
 
-    def uses(self, spot: Spot, allowed: Callable[[Spot], bool]) -> fx.Node | None:
-        """The first reader of a parameter (followed through values made of parameters alone) that is not ``allowed``.
+    def other_readers(self, ref: AxisRef, allowed: Callable[[AxisRef], bool]) -> Iterator[fx.Node]:
+        """The readers of a parameter (followed through values made of parameters alone) that are not ``allowed``.
 
-        A reader is fine if it is a norm, or takes the parameter to a spot for which ``allowed`` holds.
+        A reader is fine if it is a norm, or takes the parameter to a ref for which ``allowed`` holds.
         """
-        for onward in self.onward(spot):
-            if onward.leak is not None:
-                return onward.leak.reader
-            # A value of parameters alone is followed even if it is a member: `grow` does not look for its other
-            # readers.
-            if onward.to is not None and not (allowed(onward.to) and onward.to[0] in self.data):
-                if onward.to[0] in self.data:
-                    return onward.to[0]
-                blocked = self.uses(onward.to, allowed)
-                if blocked is not None:
-                    return blocked
-        return None
-
-
-LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
-"""Operations that take the shape or the dtype of their second operand."""
-
-LINEAR_MAPS = {
-    *["aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum", "aten.conv1d"],
-    *["aten.conv2d", "aten.conv3d", "aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"],
-}
-"""Operations with a weight that mixes channels: a leak through one of them is a linear map reading the raw stream."""
+        for use in self.uses(ref):
+            if use.leak is not None:
+                yield use.leak.reader
+            elif use.to is not None and use.to[0] not in self.data:
+                # Even if it is a member: `grow` does not look for its other readers.
+                yield from self.other_readers(use.to, allowed)
+            elif use.to is not None and not allowed(use.to):
+                yield use.to[0]
 
 
 def described(path: str) -> str:
@@ -307,17 +284,17 @@ def described(path: str) -> str:
 
 def operation(node: fx.Node) -> str:
     """An operation and the module that runs it, for a sentence: ``aten.gelu in `encoder```."""
-    if "getitem" in name_of(node) and node.all_input_nodes:  # one result of several: name what made it
+    if name_of(node) == GETITEM:  # one result of several: name what made it
         node = node.all_input_nodes[0]
     path = module_path(node)
     name = name_of(node).removeprefix("aten.")
     if node.op == "placeholder":
         return f"the input `{node.name}`"
-    if name_of(node) in LINEAR_MAPS or name == "embedding":
+    if name_of(node) in LINEAR_MAPS or name_of(node) == EMBEDDING:
         return f"`{path}`" if path else name
     return f"{name} in `{path}`" if path else f"{name} in the model's own forward"
 
 
-def spans(spot: Spot) -> bool:
+def spans(ref: AxisRef) -> bool:
     """Whether the channels are one whole dimension of the value."""
-    return spot[1].whole and shape_of(spot[0])[spot[1].dim] == spot[1].size
+    return ref[1].whole and shape_of(ref[0])[ref[1].dim] == ref[1].size

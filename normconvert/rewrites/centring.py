@@ -14,27 +14,25 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.streams import Analysis, Made, Spot, Stream, operation, spans
+from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, MOVES, STRETCHES, VIEWS, name_of, readers
+from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, operation, spans
 from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import module_path
-from normconvert.tracing.in_place_writes import MARK
-
-MarkKey = tuple[str, str, str]
-"""Module path, ``input`` or ``output``, and which one of them."""
+from normconvert.tracing.in_place_writes import MARKER, Boundary, boundary_of
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A layer scale that folds into the writers before it: their spots, and the parameter that becomes one."""
+    """A layer scale that folds into the writers before it: their refs, and the parameter that becomes one."""
 
-    writers: tuple[Spot, ...]
-    factor: Spot
+    writers: tuple[AxisRef, ...]
+    factor: AxisRef
 
 
 @dataclass
 class Centring:
-    """The outcome: mean-free spots, tensors to edit, layer scales to fold, centring operations to insert.
+    """The outcome: mean-free refs, tensors to edit, layer scales to fold, centring operations to insert.
 
     Attributes:
         clean: values that are mean-free, given the edits.
@@ -47,14 +45,14 @@ class Centring:
         optional: places at an input that holds embeddings from outside, and that a call may leave out.
     """
 
-    clean: set[Spot] = field(default_factory=set)
+    clean: set[AxisRef] = field(default_factory=set)
     usable: list[Stream] = field(default_factory=list)
-    editable: set[Spot] = field(default_factory=set)
-    untied: set[Spot] = field(default_factory=set)
-    blocked: dict[Spot, fx.Node] = field(default_factory=dict)
-    scales: dict[Spot, Scale] = field(default_factory=dict)
-    inserted: list[MarkKey] = field(default_factory=list)
-    optional: set[MarkKey] = field(default_factory=set)
+    editable: set[AxisRef] = field(default_factory=set)
+    untied: set[AxisRef] = field(default_factory=set)
+    blocked: dict[AxisRef, fx.Node] = field(default_factory=dict)
+    scales: dict[AxisRef, Scale] = field(default_factory=dict)
+    inserted: list[Boundary] = field(default_factory=list)
+    optional: set[Boundary] = field(default_factory=set)
 
 
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
@@ -64,92 +62,97 @@ def leaks_of(stream: Stream, options: Options) -> list[Any]:
     return [leak for leak in stream.leaks if leak.code not in allowed]
 
 
-def survey(analysis: Analysis, options: Options) -> tuple[Centring, dict[MarkKey, list[Spot]]]:
+def editability(analysis: Analysis, options: Options) -> tuple[Centring, dict[Boundary, list[AxisRef]]]:
     """Which streams, tensors and layer scales may be changed, and where an operation may be inserted.
 
     Returns:
-        The outcome so far, without mean-free spots; and for each place at a module's boundary the values there, one
+        The outcome so far, without mean-free refs; and for each place at a module's boundary the values there, one
         for each call.
     """
     result = Centring(usable=[s for s in analysis.streams if not leaks_of(s, options)])
-    usable = {spot for stream in result.usable for spot in stream.members}
+    usable = {ref for stream in result.usable for ref in stream.members}
     places: dict[fx.Node, set[ChannelAxis]] = defaultdict(set)
     for node, place in usable:
         places[node].add(place)
     for stream in result.usable:
-        for spot, made in stream.members.items():
-            if made.how == "parameter":
-                reader = analysis.uses(spot, usable.__contains__)
+        for ref, made in stream.members.items():
+            if made.kind == "parameter":
+                others = list(analysis.other_readers(ref, usable.__contains__))
                 # A tensor that carries channels on two axes would need two edits, each of which is seen by what reads
                 # the other axis.
-                if reader is None and len(places[spot[0]]) == 1:
-                    result.editable.add(spot)
+                if not others and len(places[ref[0]]) == 1:
+                    result.editable.add(ref)
                 else:
-                    result.blocked[spot] = reader if reader is not None else spot[0]
-    products = [(s, m) for stream in result.usable for s, m in stream.members.items() if m.how == "scale"]
+                    result.blocked[ref] = others[0] if others else ref[0]
+                    if options.tied == "untie" and can_untie(analysis, ref, others):
+                        result.untied.add(ref)
+    products = [(s, m) for stream in result.usable for s, m in stream.members.items() if m.kind == "scale"]
     result.scales = _resolve_scales(analysis, products)
-    if options.tied == "untie":
-        result.untied = {s for s in result.blocked if can_untie(analysis, s, result.blocked[s])}
-    marks = _marks(analysis, usable)
+    boundaries = _boundaries(analysis, usable)
     outside = analysis.graph.outside
-    result.optional = {key for key, spots in marks.items() if all(_unmarked(s[0]) in outside for s in spots)}
-    return result, marks
+    result.optional = {key for key, refs in boundaries.items() if all(_unmarked(s[0]) in outside for s in refs)}
+    return result, boundaries
 
 
 def _unmarked(node: fx.Node) -> fx.Node:
-    """What a mark marks."""
-    while node.target is MARK:
+    """What a marker marks."""
+    while node.target is MARKER:
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
-def can_untie(analysis: Analysis, spot: Spot, reader: fx.Node) -> bool:
-    """Whether a tied table can be split in two: an embedding on one side, one linear map on the other, two names."""
-    parameter = analysis.graph.parameters[spot[0]]
-    readers = [u for u in spot[0].users if not u.name.startswith("_assert")]
-    tables = [u for u in readers if "embedding" in str(u.target)]
-    heads = [u for u in readers if u not in tables]
-    names = {f"{module_path(u)}.weight" for u in readers}
+def can_untie(analysis: Analysis, ref: AxisRef, others: list[fx.Node]) -> bool:
+    """Whether a tied table can be split in two: embeddings on one side, one linear map on the other, two names.
+
+    Args:
+        analysis: the streams.
+        ref: the table.
+        others: its readers that would see it change; all of them have to be on the side of the linear map.
+    """
+    parameter = analysis.graph.parameters[ref[0]]
+    tables = [u for u in readers(ref[0]) if name_of(u) == EMBEDDING]
+    heads = [u for u in readers(ref[0]) if u not in tables]
+    names = {f"{module_path(u)}.weight" for u in (*tables, *heads)}
     # A graph may hold several calls of the model, and in one of them embeddings may come from outside.
     alike = all(len({module_path(u) for u in side}) == 1 for side in (tables, heads))
-    one_of_each = bool(tables) and reader in heads and alike
+    one_of_each = bool(tables) and bool(others) and set(others) <= set(heads) and alike
     # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
     # again when the result is loaded.
-    return one_of_each and spot[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
+    return one_of_each and ref[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
 
 
 @dataclass(frozen=True)
 class _Call:
     """One product of a layer scale: where, what it multiplies, and the leaves on both sides."""
 
-    spot: Spot
+    ref: AxisRef
     inner: Stream
-    writers: frozenset[Spot]
-    factor: Spot
+    writers: frozenset[AxisRef]
+    factor: AxisRef
 
 
-def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[Spot, Scale]:
+def _resolve_scales(analysis: Analysis, refs: list[tuple[AxisRef, Provenance]]) -> dict[AxisRef, Scale]:
     """gamma * (Wx + b) = (diag(gamma) W) x + gamma b, if nobody else sees Wx + b, W, b or gamma.
 
     A layer that is called several times has several such products of the same tensors; they fold together or not.
     """
-    calls = [call for spot, made in spots if (call := _scale_call(analysis, spot, made)) is not None]
-    groups: dict[Spot, list[_Call]] = defaultdict(list)
+    calls = [call for ref, made in refs if (call := _scale_call(analysis, ref, made)) is not None]
+    groups: dict[AxisRef, list[_Call]] = defaultdict(list)
     for call in calls:
         groups[call.factor].append(call)
-    found: dict[Spot, Scale] = {}
+    found: dict[AxisRef, Scale] = {}
     for factor, group in groups.items():
-        inner = {spot for call in group for spot in call.inner.members}
+        inner = {ref for call in group for ref in call.inner.members}
         if len({call.writers for call in group}) != 1:
             continue
-        if any(analysis.uses(s, inner.__contains__) is not None for s in group[0].writers):
+        if any(next(analysis.other_readers(s, inner.__contains__), None) for s in group[0].writers):
             continue
         # gamma becomes one, so it must have no other readers than the calls that fold.
-        if _reached_by_moves(factor[0]) != {call.spot[0] for call in group}:
+        if set(readers(factor[0], _REARRANGES)) != {call.ref[0] for call in group}:
             continue
         scale = Scale(tuple(sorted(group[0].writers, key=lambda s: s[0].name)), factor)
-        found |= {call.spot: scale for call in group}
-    taken: dict[Spot, set[Spot]] = defaultdict(set)
+        found |= {call.ref: scale for call in group}
+    taken: dict[AxisRef, set[AxisRef]] = defaultdict(set)
     for scale in found.values():
         for writer in scale.writers:
             taken[writer].add(scale.factor)
@@ -157,69 +160,47 @@ def _resolve_scales(analysis: Analysis, spots: list[tuple[Spot, Made]]) -> dict[
     return {s: scale for s, scale in found.items() if all(len(taken[w]) == 1 for w in scale.writers)}
 
 
-def _scale_call(analysis: Analysis, spot: Spot, made: Made) -> _Call | None:
+def _scale_call(analysis: Analysis, ref: AxisRef, made: Provenance) -> _Call | None:
     value, factor = made.parts
     inner = analysis.grow(value)
     # Who else reads Wx + b would see it multiplied by gamma.
-    if inner.norms or any(leak.reader is not spot[0] or leak.code != "product" for leak in inner.leaks):
+    if inner.norms or any(leak.reader is not ref[0] or leak.code != "product" for leak in inner.leaks):
         return None
     # What is no parameter, or a number added to all channels, has nowhere to put gamma.
-    if any(m.how not in ("parameter", "sum") or m.constant for m in inner.members.values()):
+    if any(m.kind not in ("parameter", "sum") or m.rest for m in inner.members.values()):
         return None
     chain = analysis.grow(factor)  # from the factor back to its parameter
-    leaves = [s for s, m in chain.members.items() if m.how == "parameter"]
-    if len(leaves) != 1 or any(m.how not in ("parameter", "sum") or m.constant for m in chain.members.values()):
+    leaves = [s for s, m in chain.members.items() if m.kind == "parameter"]
+    if len(leaves) != 1 or any(m.kind not in ("parameter", "sum") or m.rest for m in chain.members.values()):
         return None
     leaf = leaves[0]
     # A factor with further dimensions differs by token too, and no weight can do that.
     if not (spans(leaf) and all(n == 1 or d == leaf[1].dim for d, n in enumerate(shape_of(leaf[0])))):
         return None
-    writers = frozenset(s for s, m in inner.members.items() if m.how == "parameter")
-    return _Call(spot, inner, writers, leaf)
+    writers = frozenset(s for s, m in inner.members.items() if m.kind == "parameter")
+    return _Call(ref, inner, writers, leaf)
 
 
-def _reached_by_moves(leaf: fx.Node) -> set[fx.Node]:
-    """The first readers of a parameter that do more than reshape or cast it."""
-    found: set[fx.Node] = set()
-    work = [leaf]
-    while work:
-        node = work.pop()
-        for user in node.users:
-            if user.name.startswith("_assert"):
-                continue
-            if _is_move(user, node):
-                work.append(user)
-            else:
-                found.add(user)
-    return found
+_REARRANGES = COPIES | ALIASES | MOVES | VIEWS | STRETCHES
+"""What a factor may go through on its way to a product and still be no other factor."""
 
 
-def _is_move(node: fx.Node, source: fx.Node) -> bool:
-    """Whether the node only reshapes or casts: it has no other operand and no number that it multiplies by."""
-    name = str(node.target)
-    moves = ("view", "reshape", "unsqueeze", "squeeze", "to.", "_to_copy", "type_as", "expand", "detach", "mark")
-    return node.args[0] is source and any(f".{m}" in name for m in moves)
-
-
-def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
+def _boundaries(analysis: Analysis, usable: set[AxisRef]) -> dict[Boundary, list[AxisRef]]:
     """Places where a centring operation may stand: at every call the value is a usable stream's, on the same axis."""
-    spots: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
+    refs: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
     for node, place in usable:
-        if node.target is MARK:
-            spots[node].append(place)
-    found: dict[MarkKey, list[Spot]] = defaultdict(list)
-    bad: set[MarkKey] = set()
+        refs[node].append(place)
+    found: dict[Boundary, list[AxisRef]] = defaultdict(list)
+    bad: set[Boundary] = set()
     for node in analysis.graph.nodes:
-        if node.target is not MARK:
-            continue
-        key: MarkKey = (str(node.args[1]), str(node.args[2]), str(node.args[3]))
-        if key[0] in analysis.graph.unmarked or key[1] == EXIT:
-            continue  # a call without its mark would not show what a hook there does
-        places = spots.get(node, [])
+        key = boundary_of(node)
+        if key is None or key[0] in analysis.graph.unmarked or key[1] == EXIT:
+            continue  # a call without its marker would not show what a hook there does
+        places = refs[node]
         # One hook serves all calls of a module, so one bad call spoils the place for all.
         if len(places) != 1 or not spans((node, places[0])):
             bad.add(key)
-        elif node not in analysis.data and analysis.uses((node, places[0]), usable.__contains__) is not None:
+        elif node not in analysis.data and next(analysis.other_readers((node, places[0]), usable.__contains__), None):
             bad.add(key)  # a value of parameters alone, which others read too
         else:
             found[key].append((node, places[0]))
@@ -227,43 +208,40 @@ def _marks(analysis: Analysis, usable: set[Spot]) -> dict[MarkKey, list[Spot]]:
     return {key: calls for key, calls in found.items() if key not in bad and len(axes[key]) == 1}
 
 
-def insertion(op: str, key: MarkKey, axis: int, centring: Centring) -> dict[str, Any]:
+def insertion(op: str, key: Boundary, axis: int, centring: Centring) -> dict[str, Any]:
     """The module edit of an operation at a place."""
     row = {"op": op, "path": key[0], "side": key[1], "key": key[2], "axis": axis}
     return {**row, "optional": True} if key in centring.optional else row
 
 
-def axis_of(spot: Spot) -> int:
+def axis_of(ref: AxisRef) -> int:
     """The channel dimension counted from the end."""
-    return spot[1].dim - len(shape_of(spot[0]))
+    return ref[1].dim - len(shape_of(ref[0]))
 
 
-def embedding_marks(spot: Spot, result: Centring) -> set[fx.Node]:
-    """The mark itself, if it is the output of the module that looks up a tied embedding."""
-    node = spot[0]
-    if node.args[2] != "output":
-        return set()
-    tied = {s[0] for s in result.blocked}
-    at = node
-    while isinstance(at, fx.Node) and at.op == "call_function" and module_path(at) == node.args[1]:
+def leaves_tied_table(marker: fx.Node, result: Centring) -> bool:
+    """Whether a marker is the output of the module that looks up a tied embedding."""
+    tied = {ref[0] for ref in result.blocked}
+    at: Any = marker
+    while isinstance(at, fx.Node) and at.op == "call_function" and module_path(at) == marker.args[1]:
         if any(n in tied for n in at.all_input_nodes):
-            return {node}
-        at = at.args[0]  # type: ignore[assignment]
-    return set()
+            return bool(marker.args[2] == "output")
+        at = at.args[0]
+    return False
 
 
-def root_of_taint(stream: Stream, result: Centring, spot: Spot) -> str:
-    """Why the value at ``spot`` is not mean-free: the first thing behind it that cannot be centred, in words."""
+def root_of_taint(stream: Stream, result: Centring, ref: AxisRef) -> str:
+    """Why the value at ``ref`` is not mean-free: the first thing behind it that cannot be centred, in words."""
     while True:
-        made = stream.members[spot]
-        if made.how == "parameter":
-            reader = result.blocked.get(spot)
-            return f"the parameter `{spot[0].name}`, which {operation(reader)} reads too" if reader else "a parameter"
-        if made.how == "scale":
-            return f"{operation(spot[0])}, a scale by channel that cannot be folded"
-        if made.how == "opaque":
+        made = stream.members[ref]
+        if made.kind == "parameter":
+            reader = result.blocked.get(ref)
+            return f"the parameter `{ref[0].name}`, which {operation(reader)} reads too" if reader else "a parameter"
+        if made.kind == "scale":
+            return f"{operation(ref[0])}, a scale by channel that cannot be folded"
+        if made.reason:
             return made.reason
-        if made.constant:
-            return f"{operation(spot[0])}, which adds the same number to all channels"
+        if made.rest:
+            return f"{operation(ref[0])}, {made.rest}"
         # There is one, or the sum were mean-free itself.
-        spot = next(part for part in made.parts if part not in result.clean)
+        ref = next(part for part in made.parts if part not in result.clean)

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms
-from normconvert.analysis.streams import Analysis, Spot, operation
+from normconvert.analysis.streams import Analysis, AxisRef, operation
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, survey
+from normconvert.rewrites.centring import Centring, axis_of, editability
 from normconvert.rewrites.fold import fold_norms
 from normconvert.rewrites.verdicts import misuse
 from normconvert.rewrites.writers import writer_edits
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import Boundary
 
 CENTRED = "center"
 
@@ -35,15 +36,15 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
     if plan.method != "rmsnorm":
         return ""
     analysis = Analysis(graph, find_norms(graph))
-    found, marks = survey(analysis, options)
+    found, boundaries = editability(analysis, options)
     calls: dict[str, list[Norm]] = defaultdict(list)
     for norm in analysis.norms:
         calls[norm.path].append(norm)
-    inserted: set[MarkKey] = set()
+    inserted: set[Boundary] = set()
     for row in plan.modules:
         if row["op"] == CENTRED:
             key = (row["path"], row["side"], row["key"])
-            if {axis_of(spot) for spot in marks.get(key, ())} != {row["axis"]}:
+            if {axis_of(ref) for ref in boundaries.get(key, ())} != {row["axis"]}:
                 return f"nothing may be centred at the {row['side']} of `{row['path']}`"
             inserted.add(key)
     paths = {row["path"] for row in plan.modules if row["op"] == "replace"}
@@ -51,7 +52,7 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
         return f"what `{min(missing)}` reads is not mean-free"
     replaced = [calls[path] for path in sorted(paths)]
     return _refused_edit(analysis, found, plan.tensors, replaced) or _norm_with_a_mean(
-        analysis, found, marks, inserted, replaced, plan.tensors
+        analysis, found, boundaries, inserted, replaced, plan.tensors
     )
 
 
@@ -59,7 +60,7 @@ def _refused_edit(
     analysis: Analysis, found: Centring, tensors: Mapping[str, list[dict[str, Any]]], replaced: list[list[Norm]]
 ) -> str:
     """The first tensor that was changed and must not be, or otherwise; or the first that was not and must be."""
-    everything = {spot for stream in found.usable for spot in stream.members}
+    everything = {ref for stream in found.usable for ref in stream.members}
     allowed = writer_edits(analysis, found, everything, {"op": CENTRED})[0]
     # In the order of the planner, whose rows are compared as they stand.
     order = list(dict.fromkeys(norm.path for norm in analysis.norms))
@@ -85,12 +86,12 @@ def _own(calls: list[Norm]) -> str:
 
 
 def _reader(found: Centring, analysis: Analysis, name: str) -> str:
-    for spot, node in found.blocked.items():
-        if name in analysis.graph.parameters[spot[0]].aliases:
+    for ref, node in found.blocked.items():
+        if name in analysis.graph.parameters[ref[0]].aliases:
             return f" ({operation(node)})"
     for stream in analysis.streams:
-        for spot in stream.members:
-            parameter = analysis.graph.parameters.get(spot[0])
+        for ref in stream.members:
+            parameter = analysis.graph.parameters.get(ref[0])
             if parameter is not None and name in parameter.aliases and stream.leaks:
                 return f": {stream.leaks[0].reason}"
     return ""
@@ -99,30 +100,30 @@ def _reader(found: Centring, analysis: Analysis, name: str) -> str:
 def _norm_with_a_mean(
     analysis: Analysis,
     found: Centring,
-    marks: Mapping[MarkKey, list[Spot]],
-    inserted: set[MarkKey],
+    boundaries: Mapping[Boundary, list[AxisRef]],
+    inserted: set[Boundary],
     replaced: list[list[Norm]],
     tensors: Mapping[str, list[dict[str, Any]]],
 ) -> str:
     """The first replaced norm whose input is not mean-free by these edits and operations."""
     parameters = analysis.graph.parameters
 
-    def edited(spot: Spot, op: str = CENTRED) -> bool:
-        return any(row["op"] == op for name in parameters[spot[0]].aliases for row in tensors.get(name, ()))
+    def edited(ref: AxisRef, op: str = CENTRED) -> bool:
+        return any(row["op"] == op for name in parameters[ref[0]].aliases for row in tensors.get(name, ()))
 
-    clean = {spot for key in inserted for spot in marks[key]}
+    clean = {ref for key in inserted for ref in boundaries[key]}
     for stream in found.usable:
         # In execution order the parts of a member come before it.
-        for spot, made in stream.members.items():
-            if made.how == "parameter":
-                fits = spot in found.editable | found.untied and edited(spot)
-            elif made.how == "scale":
-                scale = found.scales.get(spot)
+        for ref, made in stream.members.items():
+            if made.kind == "parameter":
+                fits = ref in found.editable | found.untied and edited(ref)
+            elif made.kind == "scale":
+                scale = found.scales.get(ref)
                 fits = scale is not None and edited(scale.factor, "fill") and all(map(edited, scale.writers))
             else:
-                fits = made.how == "sum" and not made.constant and all(part in clean for part in made.parts)
+                fits = made.kind == "sum" and not made.rest and all(part in clean for part in made.parts)
             if fits:
-                clean.add(spot)
+                clean.add(ref)
     for calls in replaced:
         path = calls[0].path
         if any((norm.source, norm.place) not in clean for norm in calls) or misuse(path, calls, analysis.graph):

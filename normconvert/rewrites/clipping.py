@@ -17,13 +17,13 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.channel_axes import shape_of
-from normconvert.analysis.op_table import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
 from normconvert.rewrites.linear_maps import Blocked, Share
 from normconvert.rewrites.moving import Settled, into_consumers, stop_at_exit
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 TENSORS = ("start", "lower", "upper")
 """Names of the tensors of a clamp."""
@@ -88,13 +88,13 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
         node = users[0]
         if node.op == "output":
             raise Blocked("the model returns it", "returned")
-        if node.target is not MARK:
+        if node.target is not MARKER:
             break
     if name_of(node) != "aten.relu":
         raise Blocked(f"{operation(node)} reads it", "unknown-op")
     path = module_path(node)
     inside = path.startswith(f"{norm.path}.")
-    further = [u for u in node.users if u.target is not MARK and module_path(u).startswith(f"{norm.path}.")]
+    further = [u for u in node.users if u.target is not MARKER and module_path(u).startswith(f"{norm.path}.")]
     # A clamp takes the place of the norm or of the activation's module, and whatever else they run would be gone.
     if inside != bool(norm.keep) or further:
         raise Blocked(f"{operation(node)} is only a part of what runs there", "not-a-module")
@@ -149,5 +149,5 @@ def _check_module(graph: Graph, path: str, own: set[fx.Node]) -> None:
     if module is None or sum(m is module for m in graph.modules.values()) > 1 or list(module.children()):
         raise Blocked(f"`{path}` is more than one activation", "not-a-module")
     for node in graph.nodes:
-        if node.op == "call_function" and module_path(node) == path and node not in own and node.target is not MARK:
+        if node.op == "call_function" and module_path(node) == path and node not in own and node.target is not MARKER:
             raise Blocked(f"`{path}` is the activation of other values, too", "not-a-module")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.op_table import NEUTRAL, POINTWISE, name_of, varies
+from normconvert.analysis.op_table import POINTWISE, varies
+from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import TENSORS
@@ -37,7 +38,7 @@ from normconvert.rewrites.expected_changes import (
     unmarked,
 )
 from normconvert.tracing.graph import Graph, Parameter, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 
 def prove(graph: Graph, plan: Plan, changes: ExpectedChanges) -> None:
@@ -105,7 +106,7 @@ class _Comparison:
             label = self.changes.labels.get(node)
             if label is not None:
                 self._changed(label, node)
-            elif node.target is MARK:
+            elif node.target is MARKER:
                 self._is(node, self._image_of(node.args[0]))
                 if node in self.image:
                     self._shapes(node, self.image[node])
@@ -140,7 +141,7 @@ class _Comparison:
         replaced = [label.path for label in self.changes.labels.values() if isinstance(label, Replaced)]
         paths, inside = set(replaced), tuple(f"{path}." for path in set(replaced))
         for node in self.new.nodes:
-            if node.op in ("placeholder", "output") or node.target in (MARK, INSERTED) or name_of(node) in _SILENT:
+            if node.op in ("placeholder", "output") or node.target in (MARKER, INSERTED) or name_of(node) in _SILENT:
                 continue
             # What a norm of the runtime does inside is its own; what it made it of is seen.
             path = module_path(node)
@@ -169,7 +170,7 @@ class _Comparison:
 
     @_changed.register
     def _(self, label: Gone, node: fx.Node) -> None:
-        if node.target is MARK:  # of what stands there instead, if anything does
+        if node.target is MARKER:  # of what stands there instead, if anything does
             self._is(node, self._image_of(node.args[0]))
 
     @_changed.register
@@ -342,7 +343,7 @@ _CLAMP = ("aten.sub", "aten.maximum", "aten.minimum")
 def _by_key(graph: Graph) -> dict[Any, Iterator[fx.Node]]:
     found: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.target is MARK:
+        if node.target is MARKER:
             found[tuple(node.args[1:4])].append(node)
     return {key: iter(nodes) for key, nodes in found.items()}
 

@@ -21,23 +21,23 @@ from torch import fx
 from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.op_table import terms_of
-from normconvert.analysis.streams import Analysis, Spot, Stream, described
+from normconvert.analysis.streams import Analysis, AxisRef, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, insertion, survey
+from normconvert.rewrites.centring import Centring, editability, insertion
 from normconvert.rewrites.comparison import narrowed, prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import ExpectedChanges, expected_changes
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
-from normconvert.rewrites.regions import Marks, Region, Stays, choose_region
+from normconvert.rewrites.regions import Boundaries, Region, Stays, choose_region
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.sizes import Remedies, resize_edits
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import Boundary, boundary_of
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class _Model:
     """What is known of the traced model before anything is decided."""
 
     analysis: Analysis
-    survey: Centring
-    marks: Marks
+    editability: Centring
+    boundaries: Boundaries
     calls: dict[str, list[Norm]]
-    where: dict[Norm, tuple[Stream, Spot]]
+    where: dict[Norm, tuple[Stream, AxisRef]]
     obstacles: dict[str, Obstacle]
     options: Options
 
@@ -62,7 +62,7 @@ class _Draft:
     """A plan, and what the proof has to find in the edited model."""
 
     region: Region
-    folded: dict[str, tuple[list[Reader], set[Spot]]] = field(default_factory=dict)
+    folded: dict[str, tuple[list[Reader], set[AxisRef]]] = field(default_factory=dict)
     expanded: dict[str, str] = field(default_factory=dict)
     plan: Plan = field(default_factory=lambda: Plan("crmsnorm"))
     expected: ExpectedChanges = field(default_factory=ExpectedChanges)
@@ -78,8 +78,8 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     options = replace(options.for_method("crmsnorm"), allow_shifted_outputs=False)
     norms = find_norms(graph)
     analysis = Analysis(graph, norms)
-    found, marks = survey(analysis, options)
-    where = {norm: (stream, spot) for stream in analysis.streams for norm, spot in stream.norms}
+    found, boundaries = editability(analysis, options)
+    where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     calls: dict[str, list[Norm]] = defaultdict(list)
     for norm in norms:
         calls[norm.path].append(norm)
@@ -88,7 +88,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
         for path, group in calls.items()
         if (why := obstacle(group, where, options) or misuse(path, group, graph)) is not None
     }
-    model = _Model(analysis, found, marks, calls, where, obstacles, options)
+    model = _Model(analysis, found, boundaries, calls, where, obstacles, options)
     stay = {
         where[norm][1]: Stays(f"what the norm {described(path)} reads, and that norm cannot be converted")
         for path in obstacles
@@ -98,13 +98,13 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     remedies = Remedies(graph)
     # Every round tries what was not tried before, or leaves more values as they are: it ends.
     while True:
-        draft = _draft(model, choose_region(analysis, found, marks, stay, options.min_gain or 1), remedies)
+        draft = _draft(model, choose_region(analysis, found, boundaries, stay, options.min_gain or 1), remedies)
         if not draft.region.compressed:
             return draft.plan
         try:
             prove(graph, draft.plan, draft.expected)
         except Differs as difference:
-            values = {path: (starts | {s[0] for s in spots}) for path, starts, spots in _touched(draft)}
+            values = {path: (starts | {s[0] for s in refs}) for path, starts, refs in _touched(draft)}
             if not remedies.next(difference, values, {s[1].size for s in draft.region.compressed}):
                 stay |= remedies.surrender(difference, found.usable, draft.region.compressed)
                 remedies = Remedies(graph)  # what was tried for the model as a whole may not be needed any more
@@ -112,7 +112,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
             return draft.plan
 
 
-def _touched(draft: _Draft) -> list[tuple[str, set[fx.Node], set[Spot]]]:
+def _touched(draft: _Draft) -> list[tuple[str, set[fx.Node], set[AxisRef]]]:
     """For each folded norm its readers, and the values between."""
     return [
         (path, set().union(*(r.nodes for r in readers)), values) for path, (readers, values) in draft.folded.items()
@@ -123,11 +123,11 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
     draft = _Draft(region)
     verdicts = [_verdict(model, region, path, group) for path, group in model.calls.items()]
     converted = [v.path for v in verdicts if v.converted]
-    needed = [spot for spot in region.compressed if spot in model.survey.editable | model.survey.untied]
-    needed += [spot for spot in region.compressed if spot in model.survey.scales]
+    needed = [ref for ref in region.compressed if ref in model.editability.editable | model.editability.untied]
+    needed += [ref for ref in region.compressed if ref in model.editability.scales]
     basis = model.options.basis
     change = {"op": "compress", "basis": basis}
-    tensors, aliases, config, notes = writer_edits(model.analysis, model.survey, set(needed), change)
+    tensors, aliases, config, notes = writer_edits(model.analysis, model.editability, set(needed), change)
     # After the writers' edits, which say which name of a tied table is the copy.
     untied = _untied(model, region, tensors)
     for path in converted:
@@ -141,7 +141,7 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
     compressed = _places(model, draft)
     modules, removed = _module_edits(model, draft, compressed, biases, remedies)
     float32 = any(n.float32 for path in converted for n in model.calls[path])
-    float32 = float32 or any(is_float32_cast(spot[0]) for spot in region.compressed)
+    float32 = float32 or any(is_float32_cast(ref[0]) for ref in region.compressed)
     draft.plan = Plan(
         method="crmsnorm",
         tensors=tensors,
@@ -178,14 +178,13 @@ def _verdict(model: _Model, region: Region, path: str, group: list[Norm]) -> Ver
     kind = group[0].kind
     why = model.obstacles.get(path)
     if why is not None:
-        reason = why.reason
-        if why.code == "returned":
-            reason = f"{reason.split(', with its mean')[0]}, in all its channels."
+        # What a user may allow of another conversion is nothing to this one.
+        reason = f"{why.returned}, in all its channels." if why.returned else why.reason
         return Verdict(path, kind, False, reason, why.code)
     # One call speaks for all: `regions` joins what the calls of a norm read.
-    spot = model.where[group[0]][1]
-    if spot not in region.compressed:
-        root = region.reasons[spot]
+    ref = model.where[group[0]][1]
+    if ref not in region.compressed:
+        root = region.reasons[ref]
         return Verdict(path, kind, False, f"{root[0]}.", root[1])
     return Verdict(path, kind, True, "", "converted")
 
@@ -200,8 +199,8 @@ def _converted(verdict: Verdict, draft: _Draft) -> Verdict:
 def _untied(model: _Model, region: Region, tensors: Edits) -> dict[str, str]:
     """Tied table -> the name that its reading side has once it is untied."""
     found = {}
-    for spot in model.survey.untied & region.compressed:
-        parameter = model.graph.parameters[spot[0]]
+    for ref in model.editability.untied & region.compressed:
+        parameter = model.graph.parameters[ref[0]]
         found[parameter.name] = next(n for n in parameter.aliases if tensors.get(n, [{}])[0].get("op") == "copy")
     return found
 
@@ -242,12 +241,12 @@ def _shape(graph: Graph, name: str) -> tuple[int, ...]:
     return tuple(shape_of(next(n for n, p in graph.parameters.items() if name in p.aliases)))
 
 
-def _places(model: _Model, draft: _Draft) -> set[Spot]:
+def _places(model: _Model, draft: _Draft) -> set[AxisRef]:
     """All values that have one channel less: of the streams, behind folded norms, and the weights on both sides."""
     found = set(draft.region.compressed)
     analysis = model.analysis
-    for spot in draft.region.compressed & model.survey.scales.keys():
-        made = model.analysis.made(spot)
+    for ref in draft.region.compressed & model.editability.scales.keys():
+        made = model.analysis.provenance(ref)
         for part in made.parts:
             # What is between a writer and its layer scale is in no stream, and has one channel less as well.
             found |= analysis.grow(part).members.keys()
@@ -260,9 +259,9 @@ def _places(model: _Model, draft: _Draft) -> set[Spot]:
     return found
 
 
-def _carried(node: fx.Node, place: ChannelAxis, until: frozenset[fx.Node]) -> set[Spot]:
+def _carried(node: fx.Node, place: ChannelAxis, until: frozenset[fx.Node]) -> set[AxisRef]:
     """A weight, and what it becomes on its way to the maps that use it."""
-    found: set[Spot] = {(node, place)}
+    found: set[AxisRef] = {(node, place)}
     for user in node.users:
         terms = terms_of(user) if user not in until else None
         if terms and len(terms) == 1 and len(terms[0]) == 1:
@@ -272,19 +271,19 @@ def _carried(node: fx.Node, place: ChannelAxis, until: frozenset[fx.Node]) -> se
     return found
 
 
-def _width(graph: Graph, key: MarkKey, axis: int) -> int:
+def _width(graph: Graph, key: Boundary, axis: int) -> int:
     """The number of channels at a module's boundary, in the original."""
-    return int(next(shape_of(n)[axis] for n in graph.nodes if n.target is MARK and tuple(n.args[1:4]) == key))
+    return int(next(shape_of(n)[axis] for n in graph.nodes if boundary_of(n) == key))
 
 
 def _module_edits(
-    model: _Model, draft: _Draft, compressed: set[Spot], biases: dict[fx.Node, str], remedies: Remedies
+    model: _Model, draft: _Draft, compressed: set[AxisRef], biases: dict[fx.Node, str], remedies: Remedies
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows for the runtime, and the tensors that are gone."""
     basis = model.options.basis
     edits: list[dict[str, Any]] = []
     for key, axis in draft.region.inserted.items():
-        row = {**insertion("compress", key, axis, model.survey), "basis": basis}
+        row = {**insertion("compress", key, axis, model.editability), "basis": basis}
         # Embeddings from outside may be rows of the table itself, which has been compressed: their size tells.
         edits.append({**row, "size": _width(model.graph, key, axis)} if row.get("optional") else row)
     edits += resize_edits(model.graph, compressed, remedies.attributes)

@@ -16,12 +16,12 @@ from torch import fx
 from normconvert.analysis.affine_norms import find_affine_norms
 from normconvert.analysis.norms import find_norms
 from normconvert.analysis.parallel_branches import find_blocks
-from normconvert.analysis.streams import Spot
+from normconvert.analysis.streams import AxisRef
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import clamp_behind
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ExpectedChanges:
     """
 
     labels: Mapping[fx.Node, Label] = field(default_factory=dict)
-    compressed: Collection[Spot] = ()
+    compressed: Collection[AxisRef] = ()
     live: Collection[fx.Node] | None = None
     untied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -103,7 +103,7 @@ def expected_changes(
     graph: Graph,
     plan: Plan,
     *,
-    compressed: Collection[Spot] = (),
+    compressed: Collection[AxisRef] = (),
     live: Collection[fx.Node] | None = None,
     untied: Mapping[str, tuple[int, ...]] | None = None,
     biases: Mapping[fx.Node, str] | None = None,
@@ -147,7 +147,7 @@ Rows = Mapping[Any, Mapping[str, Any]]
 def _insertions(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
     found: dict[fx.Node, Label] = {}
     for node in graph.nodes:
-        row = rows.get(tuple(node.args[1:4])) if node.target is MARK else None
+        row = rows.get(tuple(node.args[1:4])) if node.target is MARKER else None
         if row is not None:
             what = f"compress {row['basis']}" if row["op"] == "compress" else "center"
             found[node] = Inserted(what, row["axis"])
@@ -158,14 +158,14 @@ def _replacements(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
     inside = tuple(f"{path}." for path in rows)
     found: dict[fx.Node, Label] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not MARK:
+        if node.op == "call_function" and node.target is not MARKER:
             path = module_path(node)
             if path in rows or path.startswith(inside):
                 found[node] = Gone()
     settings = {norm.path: norm.module for norm in find_norms(graph)}
     entered: dict[str, fx.Node] = {}
     for node in graph.nodes:
-        path = str(node.args[1]) if node.target is MARK else ""
+        path = str(node.args[1]) if node.target is MARKER else ""
         if path in rows and node.args[2:4] == ("input", "0"):
             entered[path] = node
         elif path in rows and node.args[2:4] == ("output", ""):
@@ -259,6 +259,6 @@ def _made_of(graph: Graph, removed: set[str]) -> set[fx.Node]:
 
 def unmarked(node: Any) -> Any:
     """What a mark marks."""
-    while isinstance(node, fx.Node) and node.target is MARK:
+    while isinstance(node, fx.Node) and node.target is MARKER:
         node = node.args[0]
     return node

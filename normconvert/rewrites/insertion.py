@@ -8,116 +8,119 @@ a place behind them where both are the same value, and one operation there serve
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
-from normconvert.analysis.streams import Analysis, Made, Spot, Stream
+from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream
 from normconvert.options import Options
-from normconvert.rewrites.centring import Centring, MarkKey, embedding_marks, survey
+from normconvert.rewrites.centring import Centring, editability, leaves_tied_table
+from normconvert.tracing.in_place_writes import Boundary
 
-Marks = Mapping[MarkKey, list[Spot]]
+Boundaries = Mapping[Boundary, list[AxisRef]]
 
 
 def centre_streams(analysis: Analysis, options: Options) -> Centring:
     """Decide for all streams of the graph."""
-    result, marks = survey(analysis, options)
-    for streams in together(result.usable, marks):
-        insert(streams, result, options, marks)
+    result, boundaries = editability(analysis, options)
+    for streams in together(result.usable, boundaries):
+        insert(streams, result, options, boundaries)
     return result
 
 
-def together(streams: Sequence[Stream], marks: Marks) -> Iterator[list[Stream]]:
+def together(streams: Sequence[Stream], boundaries: Boundaries) -> Iterator[list[Stream]]:
     """The streams in groups that share no place for an operation, in order."""
-    stream_of = {spot: number for number, stream in enumerate(streams) for spot in stream.members}
+    stream_of = {ref: number for number, stream in enumerate(streams) for ref in stream.members}
     group = list(range(len(streams)))
-    for spots in marks.values():
-        joined = {group[stream_of[spot]] for spot in spots if spot in stream_of}
+    for refs in boundaries.values():
+        joined = {group[stream_of[ref]] for ref in refs if ref in stream_of}
         group = [min(joined) if own in joined else own for own in group]
     for first in dict.fromkeys(group):
         yield [stream for stream, own in zip(streams, group, strict=True) if own == first]
 
 
 class _Group:
-    """Streams that are decided together."""
+    """Streams that are decided together. Nothing in here changes: what is mean-free is always an argument."""
 
-    def __init__(self, streams: list[Stream], result: Centring, marks: Marks) -> None:
-        self.streams, self.result, self.marks = streams, result, marks
-        self.members: dict[Spot, Made] = {spot: made for stream in streams for spot, made in stream.members.items()}
-        self.key_of = {spot: key for key, calls in marks.items() for spot in calls if spot in self.members}
-        self.dependents: dict[Spot, list[Spot]] = defaultdict(list)
-        for spot, made in self.members.items():
-            for part in made.parts if made.how == "sum" else ():
-                self.dependents[part].append(spot)
-        self.norms_at: list[dict[Spot, int]] = []
+    def __init__(self, streams: list[Stream], rules: Centring, boundaries: Boundaries) -> None:
+        self.rules, self.boundaries = rules, boundaries
+        self.members: dict[AxisRef, Provenance] = {
+            ref: made for stream in streams for ref, made in stream.members.items()
+        }
+        self.dependents: dict[AxisRef, list[AxisRef]] = defaultdict(list)
+        for ref, made in self.members.items():
+            for part in made.parts if made.kind == "sum" else ():
+                self.dependents[part].append(ref)
+        self.norms_at: list[dict[AxisRef, int]] = []
         for stream in streams:
-            norms_at: dict[Spot, int] = defaultdict(int)
-            for norm, spot in stream.norms:
+            norms_at: dict[AxisRef, int] = defaultdict(int)
+            for norm, ref in stream.norms:
                 # A norm that cannot be replaced gains nothing from a mean-free input.
-                norms_at[spot] += norm.module is not None
+                norms_at[ref] += norm.module is not None
             self.norms_at.append(norms_at)
-        clean, inserted = result.clean, set(result.inserted)
-        for spot in self.members:
-            # In execution order the parts are decided first. A hook that another stream wanted works here as well.
-            if self.key_of.get(spot) in inserted or self.is_clean(spot, set()):
-                clean.add(spot)
+        used = {
+            key: sum(any(s in stream.members for s in calls) for stream in streams) for key, calls in boundaries.items()
+        }
+        # What is a place of more calls serves more of them with one operation.
+        key_of = {ref: key for key, calls in boundaries.items() for ref in calls}
+        found = dict.fromkeys(key_of[ref] for ref in self.members if ref in key_of)
+        self.places = sorted(found, key=used.__getitem__, reverse=True)
 
-    def is_clean(self, spot: Spot, also: set[Spot]) -> bool:
-        """Whether a value is mean-free, if those of ``also`` are."""
-        made, result = self.members[spot], self.result
-        if made.how == "parameter":
-            return spot in result.editable or spot in result.untied
-        if made.how == "scale":
-            return spot in result.scales
-        if made.how != "sum" or made.constant:
-            return False
+    def at(self, key: Boundary) -> list[AxisRef]:
+        """The values of the group at a place."""
+        return [ref for ref in self.boundaries[key] if ref in self.members]
+
+    def follows(self, ref: AxisRef, clean: Set[AxisRef], new: Set[AxisRef] = frozenset()) -> bool:
+        """Whether a value is mean-free by itself, given the edits, or because all that it is made of is."""
+        made, rules = self.members[ref], self.rules
+        if made.kind == "parameter":
+            return ref in rules.editable or ref in rules.untied
+        if made.kind == "scale":
+            return ref in rules.scales
         # P(a + b) = Pa + Pb: every part has to be mean-free (arXiv 2305.14858, section 3).
-        return all(part in result.clean or part in also for part in made.parts)
+        return made.kind == "sum" and not made.rest and all(part in clean or part in new for part in made.parts)
 
-    def flips(self, key: MarkKey) -> set[Spot]:
-        """The values that a centring operation here makes mean-free."""
-        clean = self.result.clean
-        work = [s for s in self.marks[key] if s in self.members and s not in clean]
-        new = set(work)
+    def spread(self, given: Iterable[AxisRef], clean: Set[AxisRef]) -> set[AxisRef]:
+        """What becomes mean-free in addition to ``clean`` once the values ``given`` are."""
+        new = {ref for ref in given if ref not in clean}
+        work = list(new)
         while work:
-            for spot in self.dependents[work.pop()]:
-                if spot not in clean and spot not in new and self.is_clean(spot, new):
-                    new.add(spot)
-                    work.append(spot)
+            for ref in self.dependents[work.pop()]:
+                if ref not in clean and ref not in new and self.follows(ref, clean, new):
+                    new.add(ref)
+                    work.append(ref)
         return new
 
-    def dirty(self) -> int:
+    def dirty(self, clean: Set[AxisRef]) -> int:
         """Calls of norms that read what is not mean-free."""
-        clean = self.result.clean
-        return sum(count for norms_at in self.norms_at for spot, count in norms_at.items() if spot not in clean)
+        return sum(count for norms_at in self.norms_at for ref, count in norms_at.items() if ref not in clean)
 
-    def gains(self, new: Collection[Spot]) -> list[int]:
+    def gains(self, new: Collection[AxisRef]) -> list[int]:
         """For each stream how many norms would read mean-free values in addition."""
-        return [sum(norms_at.get(spot, 0) for spot in new) for norms_at in self.norms_at]
-
-    def calls(self, key: MarkKey) -> int:
-        """In how many of the streams the place is."""
-        return sum(any(spot in stream.members for spot in self.marks[key]) for stream in self.streams)
+        return [sum(norms_at.get(ref, 0) for ref in new) for norms_at in self.norms_at]
 
 
-def insert(streams: list[Stream], result: Centring, options: Options, marks: Marks) -> None:
+def insert(streams: list[Stream], result: Centring, options: Options, boundaries: Boundaries) -> None:
     """Find the mean-free values of some streams, inserting centring operations where they win enough norms.
+
+    ``result.clean`` is closed at every step: it holds a member if and only if an operation stands there, it is a tensor
+    or a scale that is edited, or it is a sum of members that it holds. An operation only adds to it, so one that pays
+    is never regretted, and the search ends.
 
     Args:
         streams: a group of :func:`together`.
         result: gains mean-free values and operations.
         options: of the conversion.
-        marks: places, and the values there.
+        boundaries: places, and the values there.
     """
-    group = _Group(streams, result, marks)
-    keys = dict.fromkeys(group.key_of[s] for s in group.members if s in group.key_of)
-    # What is a place of more calls serves more of them with one operation.
-    keys = dict.fromkeys(sorted(keys, key=group.calls, reverse=True))
-    own = _places_of_tied_tables(group, keys, options)
-    while dirty := group.dirty():
-        best: tuple[int, MarkKey, set[Spot]] | None = None
-        for key in keys:
-            if all(s in result.clean for s in marks[key] if s in group.members):
-                continue
-            new = group.flips(key)
+    group = _Group(streams, result, boundaries)
+    # A hook that another stream wanted works here as well.
+    given = [ref for key in result.inserted for ref in group.at(key)]
+    given += [ref for ref in group.members if group.follows(ref, result.clean)]
+    result.clean |= group.spread(given, result.clean)
+    own = _places_of_tied_tables(group, result, options)
+    while dirty := group.dirty(result.clean):
+        best: tuple[int, Boundary, set[AxisRef]] | None = None
+        for key in group.places:
+            new = group.spread(group.at(key), result.clean)
             gains = group.gains(new)
             # On an input that a call may leave out an operation costs nothing where there is none.
             least = 1 if key in result.optional or own(new) else options.min_gain or 1
@@ -133,13 +136,12 @@ def insert(streams: list[Stream], result: Centring, options: Options, marks: Mar
         result.clean |= best[2]
 
 
-def _places_of_tied_tables(
-    group: _Group, keys: Collection[MarkKey], options: Options
-) -> Callable[[Collection[Spot]], bool]:
+def _places_of_tied_tables(group: _Group, result: Centring, options: Options) -> Callable[[Collection[AxisRef]], bool]:
     """Tells whether values hold all norms that an operation behind a tied embedding would win, if there are any."""
     if options.tied != "center":
         return lambda new: False
-    behind = [key for key in keys if any(s[0] in embedding_marks(s, group.result) for s in group.marks[key])]
-    read = [{spot for norms_at in group.norms_at for spot in norms_at if spot in group.flips(key)} for key in behind]
-    read = [spots for spots in read if spots]
-    return lambda new: any(spots <= set(new) for spots in read)
+    behind = [key for key in group.places if any(leaves_tied_table(s[0], result) for s in group.boundaries[key])]
+    won = [group.spread(group.at(key), result.clean) for key in behind]
+    read = [{ref for norms_at in group.norms_at for ref in norms_at if ref in new} for new in won]
+    read = [refs for refs in read if refs]
+    return lambda new: any(refs <= set(new) for refs in read)

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.axis_rules import argument
 from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
-from normconvert.analysis.norms import COPIES, MOVES
-from normconvert.analysis.op_table import NEUTRAL, name_of, terms_of
+from normconvert.analysis.op_table import terms_of
+from normconvert.analysis.operations import (
+    CONVOLUTIONS,
+    COPIES,
+    MOVES,
+    TRANSPOSED,
+    VIEWS,
+    all_are,
+    argument,
+    name_of,
+    readers,
+)
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
 from normconvert.tracing.graph import Graph
 
-CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
-TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
 PRODUCTS = {"aten.linear", "aten.addmm", "aten.mm", "aten.matmul"}
 LINEAR = CONVOLUTIONS | TRANSPOSED | PRODUCTS
 
-CONSTANT_KEPT = {
-    *COPIES,
-    *MOVES,
-    *["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze"],
-    *["aten.unsqueeze", "aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.expand", "aten.expand_as"],
-    *["aten.reshape_as", "aten.view_as", "aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.broadcast_to"],
-    *["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind"],
-    *["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "<built-in function getitem>"],
-    *["aten.repeat", "aten.tile", "aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select"],
-    *["aten.index", "aten.mean", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
-    *["aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d"],
-    *["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
-    *["aten.upsample_trilinear3d"],
-}
-"""Operations that map values which are all c to values which are all c."""
-
-VIEWS = {"aten.t", "aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten", "aten.mT"}
 MOVED = MOVES | COPIES | VIEWS
 """What may stand between a stored weight and the linear map that uses it."""
-
-POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
 
 
 class Blocked(Exception):
@@ -116,19 +103,9 @@ def is_input(node: fx.Node, value: fx.Node) -> bool:
     return node.args[position] is value and sum(a is value for a in node.all_input_nodes) == 1
 
 
-def asks_only(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a reader of ``node`` asks for its shape or dtype alone."""
-    like = name_of(user) in ("aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as")
-    return name_of(user) in NEUTRAL or (like and user.args[0] is not node)
-
-
 def groups_of(node: fx.Node) -> int:
     """conv(input, weight, bias, stride, padding, dilation, groups); transposed: (..., output_padding, groups, ...)."""
     return int(argument(node, 6, "groups", 1))
-
-
-def _all(value: Any, wanted: int) -> bool:
-    return all(v == wanted for v in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def check_borders(node: fx.Node, weight: fx.Node) -> None:
@@ -142,26 +119,12 @@ def check_borders(node: fx.Node, weight: fx.Node) -> None:
     padding = argument(node, 4, "padding", 0)
     kernel = [int(n) for n in shape_of(weight)[2:]]
     if name_of(node) in CONVOLUTIONS:
-        if padding != "valid" and not (isinstance(padding, (int, list, tuple)) and _all(padding, 0)):
+        if padding != "valid" and not all_are(padding, 0):
             raise Blocked(f"{operation(node)} pads it with zeros, which a shift would have to be zero for", "padding")
         return
     # With a stride of two, every other result sees no tap at all.
-    if not all(n == 1 for n in kernel) or not _all(argument(node, 3, "stride", 1), 1):
+    if not all(n == 1 for n in kernel) or not all_are(argument(node, 3, "stride", 1), 1):
         raise Blocked(f"{operation(node)} makes results of different taps, which a shift would tell apart", "padding")
-
-
-def keeps_constants(node: fx.Node) -> bool:
-    """Whether the operation maps a constant to the same constant."""
-    name = name_of(node)
-    if name in POOLS:
-        padding = argument(node, 3, "padding", 0)
-        counted = argument(node, 5, "count_include_pad", True)
-        # Zeros that are counted, or another divisor, make an average of a constant another number.
-        divisor = None if name == "aten.avg_pool1d" else argument(node, 6, "divisor_override", None)
-        return divisor is None and (_all(padding, 0) or counted is False)
-    if name == "aten.add" or name not in CONSTANT_KEPT:
-        return False
-    return not any(o.node for t in terms_of(node) or () for o in t[1:] if o.linear)
 
 
 def share_of(
@@ -229,19 +192,11 @@ def _parameter(graph: Graph, node: fx.Node, dim: int, reader: fx.Node) -> tuple[
         terms = terms_of(node)
         plain = terms is not None and len(terms) == 1 and len(terms[0]) == 1
         back = carry_back(terms[0][0], axis, node) if terms is not None and plain else None
-        if terms is None or back is None or not back.whole or name_of(node) not in MOVED:
+        whole = isinstance(back, ChannelAxis) and back.whole and name_of(node) in MOVED
+        if terms is None or not isinstance(back, ChannelAxis) or not whole:
             raise Blocked(f"the weight of {operation(reader)} is computed", "computed-weight")
         node, axis = terms[0][0].node, back
     # The plan names no aliases: an edit by one name would leave the tensor as it was under the others.
     if not parameter.stored or len(parameter.aliases) > 1:
         raise Blocked(f"the weight of {operation(reader)} is tied or not stored", "tied")
-    return parameter.name, axis.dim, frozenset(_linear_readers(node))
-
-
-def _linear_readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Who reads a parameter, through moves and copies."""
-    for user in node.users:
-        if name_of(user) in MOVED:
-            yield from _linear_readers(user)
-        elif name_of(user) not in NEUTRAL:
-            yield user
+    return parameter.name, axis.dim, frozenset(readers(node, MOVED))

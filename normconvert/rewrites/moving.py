@@ -15,23 +15,19 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
-from normconvert.analysis.axis_rules import argument
-from normconvert.analysis.channel_axes import ChannelAxis, carry_back, carry_forward, shape_of
-from normconvert.analysis.op_table import name_of, terms_of, varies
+from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
+from normconvert.analysis.op_table import carried, terms_of
+from normconvert.analysis.operations import CONCATENATIONS, argument, keeps_constants, name_of, readers
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression, part, times
 from normconvert.rewrites.linear_maps import (
     LINEAR,
     Blocked,
     Share,
-    asks_only,
     is_input,
-    keeps_constants,
     share_of,
 )
 from normconvert.tracing.graph import Graph
-
-CONCATENATIONS = {"aten.cat", "aten.concat", "aten.concatenate"}
 
 
 @dataclass
@@ -122,7 +118,7 @@ class Walk:
             raise Blocked(between, "unknown-op")
         found: list[tuple[fx.Node, ChannelAxis]] = []
         for term in terms:
-            carriers = [(o, p) for o in term if (p := carry_back(o, axis, node)) is not None and varies(o.node, p)]
+            carriers = [(o, p) for o in term if (p := carried(o, axis, node)) is not None]
             if len(carriers) != 1 or not carriers[0][0].linear:
                 raise Blocked(between, "product")
             found.append((carriers[0][0].node, carriers[0][1]))
@@ -142,9 +138,7 @@ class Walk:
             Blocked: something reads it that cannot take the map.
         """
         self._enter(node)
-        for user in node.users:
-            if asks_only(user, node):
-                continue
+        for user in readers(node):
             if user.op == "output":
                 names = ", ".join(f"`{n}`" for n in self.settled.graph.outputs.get(node, ())) or "an output"
                 raise Blocked(f"the model returns it as {names}", "returned")
@@ -202,8 +196,7 @@ class Walk:
         if at is None:
             raise Blocked(f"{operation(user)} takes its channels apart", "cut")
         for other in terms[0]:
-            back = carry_back(other, at, user) if other is not operands[0] else None
-            if back is not None and varies(other.node, back):
+            if other is not operands[0] and carried(other, at, user):
                 raise Blocked(f"{operation(user)} multiplies it channel by channel", "product")
         return at, start
 
@@ -233,9 +226,9 @@ def into_producers(norm: Affine, settled: Settled) -> list[Share]:
     unused = [*norm.calls, *(call for result, call in settled.gone.items() if result in changed)]
     changed |= {n for call in unused for n in call.nodes}
     for node in (n for walk in walks for n in walk.changed):
-        for user in node.users:
+        for user in readers(node):
             # The value changes for all its readers, so each has to be on the way.
-            if user not in changed and not asks_only(user, node):
+            if user not in changed:
                 stop_at_exit(settled.graph, user)
                 if user.op == "output":
                     raise Blocked("the model returns what it reads", "returned")

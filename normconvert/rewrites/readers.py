@@ -7,16 +7,25 @@ is (a zero padding does not) and the map has, or can be given, a bias of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx, nn
 
 from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
-from normconvert.analysis.norms import COPIES, MOVES, Norm
-from normconvert.analysis.op_table import name_of, terms_of
-from normconvert.analysis.streams import Analysis, Leak, Spot, described, operation
+from normconvert.analysis.norms import Norm
+from normconvert.analysis.op_table import terms_of
+from normconvert.analysis.operations import (
+    ALIASES,
+    CONVOLUTIONS,
+    COPIES,
+    MOVES,
+    all_are,
+    argument,
+    keeps_constants,
+    name_of,
+    readers,
+)
+from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
 from normconvert.tracing.graph import module_path
 
 
@@ -56,36 +65,21 @@ class _Form:
     out: int
 
 
-_CONVOLUTIONS = ("aten.conv1d", "aten.conv2d", "aten.conv3d")
 _FORMS = {
     "aten.linear": _Form(0, 1, 2, 1, 0),
     "aten.addmm": _Form(1, 2, 0, 0, 1),
     "aten.mm": _Form(0, 1, None, 0, 1),
     "aten.matmul": _Form(0, 1, None, 0, 1),
-    **dict.fromkeys(_CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
+    **dict.fromkeys(CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
 }
 
-KEEPS_CONSTANTS = {
-    *MOVES,
-    *COPIES,
-    *["aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze"],
-    *["aten.unsqueeze", "aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.expand", "aten.expand_as"],
-    *["aten.alias", "aten.detach", "aten.lift_fresh_copy", "aten.broadcast_to", "aten.dropout"],
-    *["aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind", "aten.split"],
-    *["aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "<built-in function getitem>", "aten.repeat"],
-    *["aten.tile", "aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select", "aten.index"],
-    *["aten.gather", "aten.mean", "aten.cat", "aten.concat", "aten.concatenate", "aten.stack"],
-    *["aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
-}
-"""Operations that make of values which are all b a value which is all b. Padding, masks and sums are not among them."""
-
-_STORED = MOVES | COPIES | {"aten.t", "aten.mT", "aten.numpy_T", "aten.swapdims", "aten.detach", "aten.alias"}
+_STORED = MOVES | COPIES | ALIASES
 """What may stand between a stored weight and the map that uses it."""
 
 
 def readers_of(
     analysis: Analysis, calls: list[Norm], untied: dict[str, str] | None = None, new_biases: bool = False
-) -> tuple[list[Reader], set[Spot]]:
+) -> tuple[list[Reader], set[AxisRef]]:
     """The linear maps that read a norm, one entry for each weight, and the values between.
 
     Args:
@@ -99,7 +93,7 @@ def readers_of(
     """
     module = calls[0].module or {}
     has_bias = module.get("bias") is not None
-    starts: list[Spot] = [(call.output, call.place) for call in calls if call.place is not None]
+    starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
     values, leaks = _values(analysis, starts, has_bias)
     if not leaks:
         raise Unfoldable("nothing reads it")
@@ -114,9 +108,9 @@ def readers_of(
         name = operation(next(iter(same[0].nodes)))
         if any(replace(other, nodes=reader.nodes) != reader for other in same):
             raise Unfoldable(f"{name} reads it in several ways")
-        for argument, tensor in (("weight", reader.weight), ("bias", reader.bias)):
+        for role, tensor in (("weight", reader.weight), ("bias", reader.bias)):
             if tensor is not None and tensor not in apart:
-                _check_users(analysis, tensor, f"{argument} of {name}", reader.nodes)
+                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes)
         result.append(reader)
     biases = [reader.bias for reader in result if reader.bias is not None]
     if len(set(biases)) != len(biases):
@@ -124,36 +118,36 @@ def readers_of(
     return result, values
 
 
-def _values(analysis: Analysis, starts: list[Spot], has_bias: bool) -> tuple[set[Spot], list[Leak]]:
+def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[set[AxisRef], list[Leak]]:
     """What is made of the norm's result alone, channel by channel, and what reads that."""
-    values: set[Spot] = set()
+    values: set[AxisRef] = set()
     leaks: list[Leak] = []
     work = list(starts)
     while work:
-        spot = work.pop()
-        if spot in values:
+        ref = work.pop()
+        if ref in values:
             continue
-        values.add(spot)
-        for onward in analysis.onward(spot):
-            if onward.norm is not None:
-                raise Unfoldable(f"the norm {described(onward.norm.path)} reads it")
-            if onward.leak is not None:
-                leaks.append(onward.leak)
-            elif onward.to is not None:
+        values.add(ref)
+        for use in analysis.uses(ref):
+            if use.norm is not None:
+                raise Unfoldable(f"the norm {described(use.norm.path)} reads it")
+            if use.leak is not None:
+                leaks.append(use.leak)
+            elif use.to is not None:
                 # Zeros that join on the way (padding, a mask) have no b in them, and would be given W b behind the map.
-                if has_bias and name_of(onward.to[0]) not in KEEPS_CONSTANTS:
-                    raise Unfoldable(f"{operation(onward.to[0])} does not keep its bias as it is")
-                work.append(onward.to)
-    for spot in values - set(starts):
-        made = analysis.made(spot)
+                if has_bias and not keeps_constants(use.to[0]):
+                    raise Unfoldable(f"{operation(use.to[0])} does not keep its bias as it is")
+                work.append(use.to)
+    for ref in values - set(starts):
+        made = analysis.provenance(ref)
         # Where anything else joins the norm's result, the map would apply g to that, too.
-        if made.how != "sum" or made.constant or not set(made.parts) <= values:
-            raise Unfoldable(f"{operation(spot[0])} adds it to {made.reason or 'other values'}")
+        if made.kind != "sum" or made.rest or not set(made.parts) <= values:
+            raise Unfoldable(f"{operation(ref[0])} adds it to {made.reason or 'other values'}")
     return values, leaks
 
 
 def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
-    node, (value, place) = leak.reader, leak.spot
+    node, (value, place) = leak.reader, leak.ref
     form = _FORMS.get(name_of(node))
     # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
     if leak.code != "linear" or form is None or node.kwargs:
@@ -162,7 +156,7 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     weight, bias = args[form.weight], args[form.bias] if form.bias is not None else None
     if args[form.x] is not value or not isinstance(weight, fx.Node):
         raise Unfoldable(leak.reason)
-    convolution = name_of(node) in _CONVOLUTIONS
+    convolution = name_of(node) in CONVOLUTIONS
     rank = len(shape_of(weight))
     batched = convolution and len(shape_of(value)) == rank
     if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or (rank != 2 and not convolution):
@@ -189,8 +183,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
 
 
 def _unpadded(node: fx.Node) -> bool:
-    padding: Any = node.args[4] if len(node.args) > 4 else 0
-    return padding in ("valid", 0) or (isinstance(padding, (list, tuple)) and not any(padding))
+    padding = argument(node, 4, "padding", 0)
+    return bool(padding == "valid") or all_are(padding, 0)
 
 
 def _stored(
@@ -209,30 +203,19 @@ def _stored(
         operand = terms[0][0]
         back = carry_back(operand, place, node)
         # Both dimensions have to be found, the one that g scales and the one that W b lies along.
-        if back is None or out not in operand.dims.values():
+        if not isinstance(back, ChannelAxis) or out not in operand.dims.values():
             raise Unfoldable(f"the weight of {operation(reader)} is computed")
         out = next(source for source, target in operand.dims.items() if target == out)
         node, place = operand.node, back
 
 
-def _check_users(analysis: Analysis, name: str, described_as: str, readers: frozenset[fx.Node]) -> None:
+def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node]) -> None:
     """Refuse a tensor that anything but these readers uses."""
     for node, parameter in analysis.graph.parameters.items():
         if parameter.name != name:
             continue
         if len(parameter.aliases) > 1:
             raise Unfoldable(f"the {described_as} is tied")
-        for user in _users(node):
-            if user not in readers:
+        for user in readers(node, _STORED):
+            if user not in allowed:
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")
-
-
-def _users(node: fx.Node) -> Iterator[fx.Node]:
-    """Who does more with a tensor than to reshape or cast it."""
-    for user in node.users:
-        if name_of(user).startswith("aten._assert"):
-            continue
-        if name_of(user) in _STORED and user.all_input_nodes == [node]:
-            yield from _users(user)
-        else:
-            yield user

@@ -15,14 +15,15 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from normconvert.analysis.streams import Analysis, Spot, Stream, operation
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of
+from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation
+from normconvert.rewrites.centring import Centring, axis_of
+from normconvert.tracing.in_place_writes import Boundary
 
 if TYPE_CHECKING:
     import networkx as nx
     from networkx.utils import UnionFind
 
-Marks = Mapping[MarkKey, list[Spot]]
+Boundaries = Mapping[Boundary, list[AxisRef]]
 
 UNIT = 5040
 """What a norm counts, so that the price of an operation divides by the number of its calls."""
@@ -47,28 +48,28 @@ class Region:
         reasons: for every value that stays as it is why, and the class of the reason.
     """
 
-    compressed: frozenset[Spot]
-    inserted: dict[MarkKey, int]
-    reasons: dict[Spot, tuple[str, str]]
+    compressed: frozenset[AxisRef]
+    inserted: dict[Boundary, int]
+    reasons: dict[AxisRef, tuple[str, str]]
 
 
 def choose_region(
-    analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], min_gain: int
+    analysis: Analysis, editability: Centring, boundaries: Boundaries, stay: Mapping[AxisRef, Stays], min_gain: int
 ) -> Region:
     """The best region of the usable streams.
 
     Args:
         analysis: the streams.
-        survey: which of them and which tensors may be changed.
-        marks: where operations may stand.
+        editability: which of them and which tensors may be changed.
+        boundaries: where operations may stand.
         stay: values that cannot be compressed, with the reason.
         min_gain: what an operation costs, in norms.
     """
-    forbidden: set[MarkKey] = set()
+    forbidden: set[Boundary] = set()
     while True:
-        problem = _build(analysis, survey, marks, stay, forbidden)
-        graph, staying = _solve(_capacities(problem, survey, marks, min_gain))
-        region, halfway = _read(problem, survey, marks, graph, staying)
+        problem = _build(analysis, editability, boundaries, stay, forbidden)
+        graph, staying = _solve(_capacities(problem, editability, boundaries, min_gain))
+        region, halfway = _read(problem, editability, boundaries, graph, staying)
         if not halfway:
             return region
         # A hook runs in every call of its module, so it cannot compress in one and not in another.
@@ -86,53 +87,57 @@ class _Problem:
     """
 
     sets: UnionFind
-    seeds: dict[Spot, Stays]
-    steps: list[tuple[Spot, Spot, MarkKey]]
+    seeds: dict[AxisRef, Stays]
+    steps: list[tuple[AxisRef, AxisRef, Boundary]]
 
 
 def _build(
-    analysis: Analysis, survey: Centring, marks: Marks, stay: Mapping[Spot, Stays], forbidden: set[MarkKey]
+    analysis: Analysis,
+    editability: Centring,
+    boundaries: Boundaries,
+    stay: Mapping[AxisRef, Stays],
+    forbidden: set[Boundary],
 ) -> _Problem:
     """Join what can only be compressed together."""
     from networkx.utils import UnionFind  # takes a while, and other conversions need no cut
 
-    key_of = {spot: key for key, calls in marks.items() if key not in forbidden for spot in calls}
+    key_of = {ref: key for key, calls in boundaries.items() if key not in forbidden for ref in calls}
     problem = _Problem(UnionFind(), dict(stay), [])
-    calls: dict[Hashable, Spot] = {}  # a norm or a layer scale that is used several times
-    for stream in survey.usable:
-        for spot, made in stream.members.items():
-            if what := _obstacle(analysis, stream, spot, survey):
-                problem.seeds.setdefault(spot, Stays(what))
-            if spot in key_of:
-                problem.steps += [(part, spot, key_of[spot]) for part in made.parts]
-            elif made.how == "sum":
+    calls: dict[Hashable, AxisRef] = {}  # a norm or a layer scale that is used several times
+    for stream in editability.usable:
+        for ref, made in stream.members.items():
+            if what := _obstacle(analysis, stream, ref, editability):
+                problem.seeds.setdefault(ref, Stays(what))
+            if ref in key_of:
+                problem.steps += [(part, ref, key_of[ref]) for part in made.parts]
+            elif made.kind == "sum":
                 for part in made.parts:
-                    problem.sets.union(spot, part)
-            elif spot in survey.scales:
-                problem.sets.union(spot, calls.setdefault(survey.scales[spot].factor, spot))
-        for norm, spot in stream.norms:
-            problem.sets.union(spot, calls.setdefault(norm.path, spot))
+                    problem.sets.union(ref, part)
+            elif ref in editability.scales:
+                problem.sets.union(ref, calls.setdefault(editability.scales[ref].factor, ref))
+        for norm, ref in stream.norms:
+            problem.sets.union(ref, calls.setdefault(norm.path, ref))
     return problem
 
 
 def _capacities(
-    problem: _Problem, survey: Centring, marks: Marks, min_gain: int
+    problem: _Problem, editability: Centring, boundaries: Boundaries, min_gain: int
 ) -> dict[tuple[Hashable, Hashable], float]:
     """The edges of the network, with what it costs to cut each."""
     sets = problem.sets
-    norms: dict[Spot, set[str]] = defaultdict(set)
-    for stream in survey.usable:
-        for norm, spot in stream.norms:
-            norms[sets[spot]].add(norm.path)
+    norms: dict[AxisRef, set[str]] = defaultdict(set)
+    for stream in editability.usable:
+        for norm, ref in stream.norms:
+            norms[sets[ref]].add(norm.path)
     capacity: dict[tuple[Hashable, Hashable], float] = defaultdict(float)
-    for spot in problem.seeds:
-        capacity["stay", sets[spot]] = math.inf
+    for ref in problem.seeds:
+        capacity["stay", sets[ref]] = math.inf
     for root, paths in norms.items():
         capacity[root, "norms"] = UNIT * len(paths)
-    for part, spot, key in problem.steps:
-        a, b = sets[part], sets[spot]
+    for part, ref, key in problem.steps:
+        a, b = sets[part], sets[ref]
         if a != b:
-            capacity[a, b] += -(-UNIT * min_gain // len(marks[key]))
+            capacity[a, b] += -(-UNIT * min_gain // len(boundaries[key]))
             capacity[b, a] = math.inf  # what stays as it is is made of what stays as it is
     return capacity
 
@@ -150,56 +155,56 @@ def _solve(capacity: Mapping[tuple[Hashable, Hashable], float]) -> tuple[nx.DiGr
 
 
 def _read(
-    problem: _Problem, survey: Centring, marks: Marks, graph: nx.DiGraph, staying: set[Hashable]
-) -> tuple[Region, set[MarkKey]]:
+    problem: _Problem, editability: Centring, boundaries: Boundaries, graph: nx.DiGraph, staying: set[Hashable]
+) -> tuple[Region, set[Boundary]]:
     """The region that a cut means, and the places at which some calls would compress and others not."""
-    spots = [spot for stream in survey.usable for spot in stream.members]
-    compressed = {spot for spot in spots if problem.sets[spot] not in staying}
+    refs = [ref for stream in editability.usable for ref in stream.members]
+    compressed = {ref for ref in refs if problem.sets[ref] not in staying}
     inserted, halfway = {}, set()
-    cuts: dict[MarkKey, set[tuple[bool, bool]]] = defaultdict(set)
-    for part, spot, key in problem.steps:
-        cuts[key].add((part in compressed, spot in compressed))
+    cuts: dict[Boundary, set[tuple[bool, bool]]] = defaultdict(set)
+    for part, ref, key in problem.steps:
+        cuts[key].add((part in compressed, ref in compressed))
     for key, cut in cuts.items():
         if (False, True) in cut:
-            inserted[key] = axis_of(marks[key][0])
+            inserted[key] = axis_of(boundaries[key][0])
             halfway |= {key} if len(cut) > 1 else set()
-    reasons = _reasons(graph, problem.sets, spots, compressed, problem.seeds)
+    reasons = _reasons(graph, problem.sets, refs, compressed, problem.seeds)
     return Region(frozenset(compressed), inserted, reasons), halfway
 
 
-def _obstacle(analysis: Analysis, stream: Stream, spot: Spot, survey: Centring) -> str:
+def _obstacle(analysis: Analysis, stream: Stream, ref: AxisRef, editability: Centring) -> str:
     """Why a value cannot be compressed by changing what it is made of; empty if it can."""
-    made = stream.members[spot]
-    if made.how == "parameter" and spot not in survey.editable and spot not in survey.untied:
-        reader = survey.blocked.get(spot)
-        name = analysis.graph.parameters[spot[0]].name
+    made = stream.members[ref]
+    if made.kind == "parameter" and ref not in editability.editable and ref not in editability.untied:
+        reader = editability.blocked.get(ref)
+        name = analysis.graph.parameters[ref[0]].name
         return f"the parameter `{name}`, which {operation(reader) if reader else 'others'} reads too"
-    if made.how == "scale" and spot not in survey.scales:
-        return f"{operation(spot[0])}, a scale by channel that cannot be folded"
-    if made.how == "opaque":
+    if made.kind == "scale" and ref not in editability.scales:
+        return f"{operation(ref[0])}, a scale by channel that cannot be folded"
+    if made.reason:
         return made.reason
-    if made.constant:
-        return f"{operation(spot[0])}, which adds the same number to all channels"
+    if made.rest:
+        return f"{operation(ref[0])}, {made.rest}"
     return ""
 
 
 def _reasons(
-    graph: nx.DiGraph, sets: UnionFind, spots: list[Spot], compressed: set[Spot], seeds: Mapping[Spot, Stays]
-) -> dict[Spot, tuple[str, str]]:
+    graph: nx.DiGraph, sets: UnionFind, refs: list[AxisRef], compressed: set[AxisRef], seeds: Mapping[AxisRef, Stays]
+) -> dict[AxisRef, tuple[str, str]]:
     """For each value that stays the nearest one that cannot be compressed, as a sentence, and the class of reason."""
-    nearest: dict[Spot, Stays] = {}
-    for spot, reason in seeds.items():
-        nearest.setdefault(sets[spot], reason)
+    nearest: dict[AxisRef, Stays] = {}
+    for ref, reason in seeds.items():
+        nearest.setdefault(sets[ref], reason)
     work = list(nearest)
     for root in work:  # breadth first; the list grows
         for other in (*graph.successors(root), *graph.predecessors(root)):
             if other not in ("stay", "norms") and other not in nearest:
                 nearest[other] = nearest[root]
                 work.append(other)
-    found: dict[Spot, tuple[str, str]] = {}
-    for spot in spots:
-        stays = nearest.get(sets[spot]) if spot not in compressed else None
+    found: dict[AxisRef, tuple[str, str]] = {}
+    for ref in refs:
+        stays = nearest.get(sets[ref]) if ref not in compressed else None
         if stays is not None:
             text = f"its stream cannot be stored in fewer channels, or not with gain: it contains {stays.what}"
-            found[spot] = (stays.whole or text, stays.code)
+            found[ref] = (stays.whole or text, stays.code)
     return found

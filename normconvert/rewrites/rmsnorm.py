@@ -11,10 +11,10 @@ from collections import defaultdict
 from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
-from normconvert.analysis.streams import Analysis, Spot, Stream
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, MarkKey, axis_of, insertion, root_of_taint
+from normconvert.rewrites.centring import Centring, axis_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
 from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
@@ -22,6 +22,7 @@ from normconvert.rewrites.verdicts import misuse, never_called, obstacle
 from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import Boundary, boundary_of
 
 
 @rewrite("rmsnorm", compared="verification")
@@ -34,7 +35,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     norms = find_norms(graph)
     analysis = Analysis(graph, norms)
     centring = centre_streams(analysis, options)
-    where = {norm: (stream, spot) for stream in analysis.streams for norm, spot in stream.norms}
+    where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     calls: dict[str, list[Norm]] = defaultdict(list)
     for norm in norms:
         calls[norm.path].append(norm)
@@ -63,11 +64,11 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
 
 
 def shifted_doors(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]
+    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]
 ) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return a stream which converted norms read."""
     streams = {id(where[norm][0]): where[norm][0] for norm in converted}
-    nodes = dict.fromkeys(leak.spot[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+    nodes = dict.fromkeys(leak.ref[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
     rows = [(name, exit_module(node)) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
 
@@ -85,7 +86,7 @@ def _replacement(norm: Norm, tensors: Edits) -> dict[str, Any]:
 def _verdict(
     path: str,
     group: list[Norm],
-    where: dict[Norm, tuple[Stream, Spot]],
+    where: dict[Norm, tuple[Stream, AxisRef]],
     analysis: Analysis,
     centring: Centring,
     options: Options,
@@ -94,9 +95,9 @@ def _verdict(
     if found := obstacle(group, where, options):
         return Verdict(path, kind, False, found.reason, found.code)
     for norm in group:
-        stream, spot = where[norm]
-        if spot not in centring.clean:
-            root = root_of_taint(stream, centring, spot)
+        stream, ref = where[norm]
+        if ref not in centring.clean:
+            root = root_of_taint(stream, centring, ref)
             return Verdict(path, kind, False, f"what it reads is not mean-free: it contains {root}.", "not-mean-free")
     if found := misuse(path, group, analysis.graph):
         return Verdict(path, kind, False, found.reason, found.code)
@@ -104,21 +105,21 @@ def _verdict(
 
 
 def _needed(
-    converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]], centring: Centring
-) -> tuple[set[Spot], dict[MarkKey, int], bool]:
+    converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], centring: Centring
+) -> tuple[set[AxisRef], dict[Boundary, int], bool]:
     """What the converted norms rest on.
 
     Returns:
         Tensors and layer scales to edit; the centring operations, with their axis; whether there is a cast to float32.
     """
     inserted = set(centring.inserted)
-    needed: set[Spot] = set()
-    used: dict[MarkKey, int] = {}
-    seen: set[Spot] = set()
+    needed: set[AxisRef] = set()
+    used: dict[Boundary, int] = {}
+    seen: set[AxisRef] = set()
     float32 = any(norm.float32 for norm in converted)
     for norm in converted:
-        stream, spot = where[norm]
-        work = [spot]
+        stream, ref = where[norm]
+        work = [ref]
         while work:
             at = work.pop()
             if at in seen:
@@ -126,11 +127,11 @@ def _needed(
             seen.add(at)
             float32 = float32 or is_float32_cast(at[0])
             made, node = stream.members[at], at[0]
-            key = tuple(node.args[1:4]) if node.op == "call_function" and len(node.args) == 4 else None
+            key = boundary_of(node)
             # What is before a centring operation needs no edit for the sake of what is behind it.
-            if key in inserted and "mark" in str(node.target):
+            if key is not None and key in inserted:
                 used[key] = axis_of(at)
-            elif made.how == "sum":
+            elif made.kind == "sum":
                 work += made.parts
             else:
                 needed.add(at)
@@ -138,11 +139,11 @@ def _needed(
     return needed, {key: used[key] for key in centring.inserted if key in used}, float32
 
 
-def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, Spot]]) -> list[str]:
+def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]) -> list[str]:
     """The outputs that are a stream which converted norms read."""
     streams = {id(where[n][0]): where[n][0] for n in converted}
     returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
-    return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.spot[0], ())))
+    return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.ref[0], ())))
 
 
 def _notes(shifted: list[str], float32: bool) -> list[str]:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.streams import Spot, Stream
+from normconvert.analysis.streams import AxisRef, Stream
 from normconvert.rewrites.comparison import narrowed
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.regions import Stays
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 SIZES = (
     ("out_features", "in_features"),
@@ -34,7 +34,7 @@ Attributes = Mapping[str, Mapping[str, int]]
 """Module path -> attribute -> new value."""
 
 
-def resize_edits(graph: Graph, compressed: Collection[Spot], attributes: Attributes) -> list[dict[str, Any]]:
+def resize_edits(graph: Graph, compressed: Collection[AxisRef], attributes: Attributes) -> list[dict[str, Any]]:
     """Rows that give the stored tensors among ``compressed`` their new shapes, and modules their new attributes."""
     places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
     for node, place in compressed:
@@ -65,13 +65,12 @@ def _named_sizes(module: nn.Module, leaf: str, old: tuple[int, ...], new: tuple[
     return {}
 
 
-@dataclass
-class _Attempts:
-    """What is left to try for one kind of module: (attributes to change, whether norms give it all channels)."""
+@dataclass(frozen=True)
+class _Attempt:
+    """What is tried for one kind of module: attributes to set, and norms that give all channels, with the reason."""
 
-    left: list[tuple[list[str], bool]]
-    norms: list[str]
-    reason: str
+    attributes: Attributes
+    expanded: Mapping[str, str]
 
 
 @dataclass
@@ -83,17 +82,26 @@ class Remedies:
 
     Attributes:
         graph: the traced model.
-        expanded: norms that have to give all channels, and why.
-        attributes: sizes that modules keep.
+        tried: the attempt that is under way for each kind of module.
+        untried: what is left to try for it.
     """
 
     graph: Graph
-    expanded: dict[str, str] = field(default_factory=dict)
-    attributes: dict[str, dict[str, int]] = field(default_factory=dict)
-    attempts: dict[Hashable, _Attempts] = field(default_factory=dict)
+    tried: dict[Hashable, _Attempt] = field(default_factory=dict)
+    untried: dict[Hashable, Iterator[_Attempt]] = field(default_factory=dict)
+
+    @property
+    def expanded(self) -> dict[str, str]:
+        """Norms that have to give all channels, and why."""
+        return {norm: why for attempt in self.tried.values() for norm, why in attempt.expanded.items()}
+
+    @property
+    def attributes(self) -> Attributes:
+        """Sizes that modules keep."""
+        return {path: sizes for attempt in self.tried.values() for path, sizes in attempt.attributes.items()}
 
     def next(self, difference: Differs, values: Mapping[str, Collection[fx.Node]], sizes: Collection[int]) -> bool:
-        """Prepare the next attempt.
+        """Prepare the next attempt; each stands alone, in place of the one before.
 
         Args:
             difference: where the model stopped, and why.
@@ -104,31 +112,34 @@ class Remedies:
             False if there is nothing left to try.
         """
         kind, paths = self._alike(difference.path)
-        if kind not in self.attempts:
-            norms = [norm for norm, nodes in values.items() if any(_runs_in(node, paths) for node in nodes)]
-            # type, not isinstance: True is no width.
-            own = [n for n, v in vars(self.graph.modules[difference.path]).items() if type(v) is int and v in sizes]
-            choices = ([own] if own else []) + ([[name] for name in own] if len(own) > 1 else [])
-            left: list[tuple[list[str], bool]] = [([], True)] if norms else []
-            left += [(choice, False) for choice in choices]
-            left += [(choice, True) for choice in choices] if norms else []
-            self.attempts[kind] = _Attempts(left, norms, str(difference))
-        attempts = self.attempts[kind]
-        if not attempts.left:
+        attempt = next(self.untried.setdefault(kind, self._attempts(difference, paths, values, sizes)), None)
+        if attempt is None:
             return False
-        names, expand = attempts.left.pop(0)
-        # Each attempt stands alone: what the last one changed is taken back.
-        for norm in attempts.norms:
-            self.expanded.pop(norm, None)
-        self.expanded |= dict.fromkeys(attempts.norms if expand else [], attempts.reason)
-        for path in paths:
-            found = {name: getattr(self.graph.modules[path], name, None) for name in names}
-            self.attributes[path] = {n: v - 1 for n, v in found.items() if type(v) is int and v in sizes}
+        self.tried[kind] = attempt
         return True
 
+    def _attempts(
+        self, difference: Differs, paths: Set[str], values: Mapping[str, Collection[fx.Node]], sizes: Collection[int]
+    ) -> Iterator[_Attempt]:
+        """All that can be tried for the modules at ``paths``, in order."""
+        norms = [norm for norm, nodes in values.items() if any(_runs_in(node, paths) for node in nodes)]
+        expanded = dict.fromkeys(norms, str(difference))
+        widths = {path: _widths(self.graph.modules[path], sizes) for path in paths}
+        own = list(widths[difference.path])
+        choices = ([own] if own else []) + ([[name] for name in own] if len(own) > 1 else [])
+        changes = [
+            {path: {n: v - 1 for n, v in found.items() if n in names} for path, found in widths.items()}
+            for names in choices
+        ]
+        if norms:
+            yield _Attempt({}, expanded)
+        yield from (_Attempt(change, {}) for change in changes)
+        if norms:
+            yield from (_Attempt(change, expanded) for change in changes)
+
     def surrender(
-        self, difference: Differs, streams: Collection[Stream], compressed: Collection[Spot]
-    ) -> dict[Spot, Stays]:
+        self, difference: Differs, streams: Collection[Stream], compressed: Collection[AxisRef]
+    ) -> dict[AxisRef, Stays]:
         """The values that have to stay as they are, since a module cannot run without all their channels.
 
         Of the streams that such a module touches they are the one with the fewest norms.
@@ -137,17 +148,17 @@ class Remedies:
         where = f"`{difference.path}`" if difference.path else "the model"
         why = Stays("", f"{where} does not run in one channel less, or computes something else: {difference}", "width")
         inside = tuple(f"{path}." if path else "" for path in paths)
-        found: list[tuple[Stream, list[Spot]]] = []
+        found: list[tuple[Stream, list[AxisRef]]] = []
         # What the module itself touches comes first; only a container touches nothing but what is inside.
         for touches in (lambda node: _runs_in(node, paths), lambda node: module_path(node).startswith(inside)):
             found = [(s, [p for p in s.members if p in compressed and touches(p[0])]) for s in streams]
-            found = [(stream, spots) for stream, spots in found if spots]
+            found = [(stream, refs) for stream, refs in found if refs]
             if found:
                 break
         least = min((len(stream.norms) for stream, _ in found), default=0)
-        spots = [spot for stream, spots in found if len(stream.norms) == least for spot in spots]
+        refs = [ref for stream, refs in found if len(stream.norms) == least for ref in refs]
         # Nothing is found to blame: all is given up rather than tried again without end.
-        return dict.fromkeys(spots or compressed, why)
+        return dict.fromkeys(refs or compressed, why)
 
     def _alike(self, path: str) -> tuple[Hashable, set[str]]:
         """The kind of a module, and the paths of all of that kind."""
@@ -162,5 +173,11 @@ class Remedies:
 
 def _runs_in(node: fx.Node, paths: Collection[str]) -> bool:
     """Whether a module at one of the paths runs the node, or takes or gives the value that is marked here."""
-    path = str(node.args[1]) if node.target is MARK else module_path(node)
-    return path in paths or (node.target is not MARK and path.rpartition(".")[0] in paths)
+    path = str(node.args[1]) if node.target is MARKER else module_path(node)
+    return path in paths or (node.target is not MARKER and path.rpartition(".")[0] in paths)
+
+
+def _widths(module: nn.Module, sizes: Collection[int]) -> dict[str, int]:
+    """The attributes of a module that are one of the sizes."""
+    # type, not isinstance: True is no width.
+    return {name: value for name, value in vars(module).items() if type(value) is int and value in sizes}

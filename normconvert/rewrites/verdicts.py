@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from normconvert.analysis.norms import Norm
-from normconvert.analysis.streams import Leak, Spot, Stream, operation
+from normconvert.analysis.operations import readers
+from normconvert.analysis.streams import AxisRef, Leak, Stream, operation
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Verdict
 from normconvert.rewrites.centring import leaks_of
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import boundary_of
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """The class of a reason, and the reason as a sentence."""
+    """The class of a reason, and the reason as a sentence; ``returned``: what returns the stream, if that is it."""
 
     code: str
     reason: str
+    returned: str = ""
 
 
-def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options: Options) -> Obstacle | None:
+def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], options: Options) -> Obstacle | None:
     """What keeps a norm (all calls of one module) from being converted: what it is, or what its streams are."""
     for norm in group:
         if norm.module is None:
@@ -32,7 +34,7 @@ def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, Spot]], options:
             return Obstacle("unused", "nothing that the model returns depends on it.")
         stream = where[norm][0]
         if leaks := leaks_of(stream, options):
-            return Obstacle(*explain_leak(leaks, stream))
+            return explain_leak(leaks, stream)
     return None
 
 
@@ -60,48 +62,46 @@ def never_called(graph: Graph, called: set[str]) -> list[Verdict]:
 
 def _reader_outside(path: str, group: list[Norm], graph: Graph) -> str:
     """Who uses the module or its parameters in another way than by calling the norm; empty if nobody does."""
-    calls = [n for n in graph.nodes if n.target is MARK and n.args[1:4] == (path, "output", "")]
-    # Each call of a module ends in a mark, so there is one for every norm in it, or it is not the norm alone.
+    calls = [n for n in graph.nodes if boundary_of(n) == (path, "output", "")]
+    # Each call of a module ends in a marker, so there is one for every norm in it, or it is not the norm alone.
     if len(calls) != len(group):
         return f"`{path}` does something else in {len(calls) - len(group)} of its calls"
     names = {f"{path}.{leaf}" for key in ("weight", "bias") if (leaf := (group[0].module or {}).get(key))}
     for node, parameter in graph.parameters.items():
         if names & set(parameter.aliases):
-            outside = next((u for u in node.users if module_path(u) != path), None)
+            outside = next((u for u in readers(node) if module_path(u) != path), None)
             if outside is not None:
                 return f"{operation(outside)} uses `{parameter.name}`"
     return ""
 
 
-def explain_leak(leaks: list[Leak], stream: Stream) -> tuple[str, str]:
+def explain_leak(leaks: list[Leak], stream: Stream) -> Obstacle:
     """The most telling leak, in words."""
     # A returned stream is named only if nothing else leaks: that the user may allow.
     returned = [leak for leak in leaks if leak.code == "returned"]
     features = [leak for leak in leaks if leak.code == "features"]
     others = [leak for leak in leaks if leak.code not in ("returned", "features")]
     for leak in others:
-        if leak.code == "linear" and _from_norm(leak.spot, stream):
-            return "post-norm", f"{operation(leak.reader)} reads the normalised stream directly (Post-LN)."
+        if leak.code == "linear" and _from_norm(leak.ref, stream):
+            return Obstacle("post-norm", f"{operation(leak.reader)} reads the normalised stream directly (Post-LN).")
     if others:
         leak = others[0]
-        maker = f"in `{module_path(leak.spot[0])}`" if module_path(leak.spot[0]) else "in the model"
+        maker = f"in `{module_path(leak.ref[0])}`" if module_path(leak.ref[0]) else "in the model"
         rest = len(others) - 1
         more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
-        return leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}."
+        return Obstacle(leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}.")
     if not returned:
-        return "features", f"{features[0].reason}, with its mean, which --keep-features keeps."
+        return Obstacle("features", f"{features[0].reason}, with its mean, which --keep-features keeps.")
     leak = returned[0]
-    if _from_norm(leak.spot, stream):
-        return "post-norm", f"its stream is the normalised value itself, and {leak.reason} (Post-LN)."
-    return "returned", f"{leak.reason}, with its mean; --allow-shifted-outputs lets that mean change."
+    if _from_norm(leak.ref, stream):
+        return Obstacle("post-norm", f"its stream is the normalised value itself, and {leak.reason} (Post-LN).")
+    allowed = f"{leak.reason}, with its mean; --allow-shifted-outputs lets that mean change."
+    return Obstacle("returned", allowed, leak.reason)
 
 
-def _from_norm(spot: Spot, stream: Stream) -> bool:
-    """Whether the value at ``spot`` is a norm's output, moved or cast."""
-    while True:
-        made = stream.members.get(spot)
-        if made is None or made.how == "opaque":
-            return made is not None and made.reason.startswith("the output of the norm")
-        if made.how != "sum" or len(made.parts) != 1:
-            return False
-        spot = made.parts[0]
+def _from_norm(ref: AxisRef, stream: Stream) -> bool:
+    """Whether the value at ``ref`` is a norm's output, moved or cast."""
+    made = stream.members.get(ref)
+    while made is not None and made.kind == "sum" and len(made.parts) == 1:
+        made = stream.members.get(made.parts[0])
+    return made is not None and made.kind == "norm"

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from normconvert.analysis.norms import find_norms
-from normconvert.analysis.streams import Analysis, Spot
+from normconvert.analysis.operations import EMBEDDING, name_of, readers
+from normconvert.analysis.streams import Analysis, AxisRef
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, survey
+from normconvert.rewrites.centring import Centring, editability
 from normconvert.rewrites.fold import along
 from normconvert.tracing.graph import Graph, module_path
 
@@ -22,7 +23,7 @@ Edits = dict[str, list[dict[str, Any]]]
 
 
 def writer_edits(
-    analysis: Analysis, centring: Centring, needed: Collection[Spot], change: Mapping[str, Any]
+    analysis: Analysis, centring: Centring, needed: Collection[AxisRef], change: Mapping[str, Any]
 ) -> tuple[Edits, dict[str, list[str]], dict[str, Any], list[str]]:
     """The edits of the stored tensors and layer scales among ``needed``.
 
@@ -40,17 +41,17 @@ def writer_edits(
     config: dict[str, Any] = {}
     notes: list[str] = []
 
-    def edit(spot: Spot, name: str, **row: Any) -> None:
+    def edit(ref: AxisRef, name: str, **row: Any) -> None:
         rows = tensors.setdefault(name, [])
         # Two calls may ask for the same edit of one tensor, which must not be scaled twice.
         if row not in rows:
             rows.append(row)
-        names = analysis.graph.parameters[spot[0]].aliases
-        if len(names) > 1 and spot not in centring.untied:
+        names = analysis.graph.parameters[ref[0]].aliases
+        if len(names) > 1 and ref not in centring.untied:
             aliases[name] = list(names)
 
-    for spot in (s for s in centring.scales if s in needed):
-        scale = centring.scales[spot]
+    for ref in (s for s in centring.scales if s in needed):
+        scale = centring.scales[ref]
         by = analysis.graph.parameters[scale.factor[0]].name
         for writer in scale.writers:
             name = analysis.graph.parameters[writer[0]].name
@@ -61,32 +62,32 @@ def writer_edits(
         if change["op"] == "compress":
             # The ones lie along the channels, of which there is one less.
             edit(scale.factor, by, op="drop", **along(scale.factor[1]))
-    for spot in (s for stream in centring.usable for s in stream.members if s in needed):
-        if spot in centring.untied:
-            own, other = _table_and_head(analysis.graph, spot)
+    for ref in (s for stream in centring.usable for s in stream.members if s in needed):
+        if ref in centring.untied:
+            own, other = _table_and_head(analysis.graph, ref)
             # The head keeps the table as it was: edits read the values of the source, whatever their order.
             tensors[other] = [{"op": "copy", "from": own}]
-            edit(spot, own, **change, **along(spot[1]))
+            edit(ref, own, **change, **along(ref[1]))
             config["tie_word_embeddings"] = False
             notes.append(f"`{own}` and `{other}` are no longer tied: the output has one table more.")
-        elif spot in centring.editable:
-            edit(spot, analysis.graph.parameters[spot[0]].name, **change, **along(spot[1]))
+        elif ref in centring.editable:
+            edit(ref, analysis.graph.parameters[ref[0]].name, **change, **along(ref[1]))
     return tensors, aliases, config, notes
 
 
-def _table_and_head(graph: Graph, spot: Spot) -> tuple[str, str]:
+def _table_and_head(graph: Graph, ref: AxisRef) -> tuple[str, str]:
     """The two names of a tied table: as the embedding, and as the output head."""
-    table = next(u for u in spot[0].users if "embedding" in str(u.target))
+    table = next(u for u in readers(ref[0]) if name_of(u) == EMBEDDING)
     own = f"{module_path(table)}.weight"
-    return own, next(n for n in graph.parameters[spot[0]].aliases if n != own)
+    return own, next(n for n in graph.parameters[ref[0]].aliases if n != own)
 
 
 def with_untied_heads(graph: Graph, plan: Plan) -> Plan:
     """A plan whose tied tables are two tensors, for whoever is to change the head and not the embedding."""
-    centring, _ = survey(Analysis(graph, find_norms(graph)), Options(tied="untie"))
+    centring, _ = editability(Analysis(graph, find_norms(graph)), Options(tied="untie"))
     tensors, config = dict(plan.tensors), dict(plan.config)
-    for spot in centring.untied:
-        own, other = _table_and_head(graph, spot)
+    for ref in centring.untied:
+        own, other = _table_and_head(graph, ref)
         if other not in tensors and own not in tensors:
             tensors[other] = [{"op": "copy", "from": own}]
             config["tie_word_embeddings"] = False

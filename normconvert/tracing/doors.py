@@ -42,8 +42,8 @@ def with_doors(model: nn.Module, graph: Graph, inputs: Inputs) -> Graph:
             found |= taken
         if (inside := encoder_outputs(model, inputs, shapes)) is not None:
             names.append("encoder_outputs")
-            if (call := _traced(model, Entrance(("encoder_outputs",), inside))) is not None:
-                graph = merge(graph, call)
+            if (entered := _traced(model, Entrance(("encoder_outputs",), inside))) is not None:
+                graph = merge(graph, entered)
                 found.add("encoder_outputs")
         for method, arguments in feature_methods(model, inputs):
             names.append(method)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.compat.torch import pytree
+from normconvert.tracing.in_place_writes import boundary_of
 from normconvert.tracing.probes.choose import is_timm
 
 METHODS = ("forward_features",)
@@ -21,7 +21,7 @@ METHODS = ("forward_features",)
 BY_LAYER = ("forward_intermediates", "get_intermediate_layers")
 """Methods that return the outputs of the modules which the model names as its features."""
 SIDE = "exit"
-"""The side of a mark at what a method returns; no hook can stand there."""
+"""The side of a marker at what a method returns; no hook can stand there."""
 
 
 def feature_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -87,8 +87,8 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
     """Value -> the ways out that return it."""
     modules, found = feature_modules(model), dict[fx.Node, tuple[str, ...]]()
     for node in nodes:
-        if node.target is MARK:
-            path, side, key = (str(a) for a in node.args[1:4])
+        if place := boundary_of(node):
+            path, side, key = place
             names = modules.get(path, ()) if side == "output" else (key.partition("/")[0],) if side == SIDE else ()
             if names:
                 found[node] = names
@@ -97,4 +97,5 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
 
 def exit_module(node: fx.Node) -> str:
     """The module that returns the value of a way out; empty for the model itself."""
-    return str(node.args[1]) if node.target is MARK else ""
+    place = boundary_of(node)
+    return place[0] if place is not None else ""

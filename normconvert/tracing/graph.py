@@ -2,8 +2,8 @@
 
 No weight is read and no kernel runs. Two things are added to what ``torch.export`` gives:
 
-- *marks*: identity operations at the inputs and outputs of modules, so that a place where a centring operation may be
-  put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
+- *boundary markers*: identity operations at the inputs and outputs of modules, so that a place where a centring
+  operation may be put later ("the output of ``transformer.wte``") is an ordinary node of the graph;
 - *flattening*: regions such as no_grad, which export keeps as sub-graphs, are inlined, and in-place
   operations are made functional, so that the analysis sees one list of pure operations.
 """
@@ -25,12 +25,12 @@ from normconvert.compat.lean_export import lean_export
 from normconvert.compat.torch import FakeTensor, pytree
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
+from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
-from normconvert.tracing.in_place_writes import make_functional, marks_that_lie
+from normconvert.tracing.in_place_writes import make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
-from normconvert.tracing.marks import marked
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
@@ -64,7 +64,7 @@ class Graph:
         modules: module path -> module on the meta device.
         unreached: name -> shape of the parameters and floating buffers that the traced calls do not read.
         calls: the traced calls, keyword inputs and the path of the module that was called, or a method's name.
-        unmarked: modules without marks in one of the calls, where a hook would act unseen.
+        unmarked: modules without markers in one of the calls, where a hook would act unseen.
         outside: placeholders of embeddings that a further call is given in place of what they are made of.
         doors: arguments and methods that such a call was traced for.
         untraced_doors: those for which none could be.
@@ -175,11 +175,11 @@ def merge(first: Graph, second: Graph) -> Graph:
 
 
 def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str) -> tuple[Any, frozenset[str]]:
-    """Export with marks, functional in the end; the modules left without marks.
+    """Export with markers, functional in the end; the modules left without markers.
 
-    A mark copies, so it would hide a write through one name of a tensor from its other names. Where the program writes
-    in place to a tensor after a mark of it, under whatever name, the program is exported again without that mark. A
-    buffer that is written to is no constant: then the program is exported again without its values.
+    A marker copies, so it would hide a write through one name of a tensor from its other names. Where the program
+    writes in place to a tensor after a marker of it, under whatever name, the program is exported again without that
+    marker. A buffer that is written to is no constant: then the program is exported again without its values.
     """
     without: set[str] = set()
     held = constant_buffers(model)
@@ -189,8 +189,10 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
         with hooks[0], hooks[1], made[0], made[1], made[2]:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
-        # A module without marks stays without, so the loop ends.
-        written = set().union(*(marks_that_lie(graph) for graph in graphs))
+        for graph in graphs:
+            without_detaching(graph)
+        # A module without markers stays without, so the loop ends.
+        written = set().union(*(markers_that_lie(graph) for graph in graphs))
         if written:
             without |= written
             continue

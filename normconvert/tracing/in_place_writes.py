@@ -1,8 +1,8 @@
-"""Marks, and what in-place writes do to them.
+"""Boundary markers, and what in-place writes do to them.
 
-A mark is an identity operation at a module's input or output. It copies, so a tensor that is written to in place after
-its mark has two versions in the graph where the model has one. Such marks are found here, and a second trace does
-without them.
+A marker is an identity operation at a module's input or output. It copies, so a tensor that is written to in place
+after its marker has two versions in the graph where the model has one. Such markers are found here, and a second trace
+does without them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,34 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from normconvert.compat.torch import OpOverload, pytree, schema
 
 
-@torch.library.custom_op("normconvert::mark", mutates_args=())
-def mark(x: Tensor, path: str, side: str, key: str) -> Tensor:
+@torch.library.custom_op("normconvert::boundary", mutates_args=())
+def boundary_marker(x: Tensor, path: str, side: str, key: str) -> Tensor:
     """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
     # torch does not let a custom operation return its input.
     return x.clone()
 
 
-@mark.register_fake
+@boundary_marker.register_fake
 def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
     return torch.empty_like(x)
 
 
-MARK = torch.ops.normconvert.mark.default
+MARKER = torch.ops.normconvert.boundary.default
+
+Boundary = tuple[str, str, str]
+"""Module path, ``input`` or ``output``, and which one of them."""
+
+
+def boundary_of(node: fx.Node) -> Boundary | None:
+    """The place that a marker is of; None for any other operation."""
+    return tuple(map(str, node.args[1:4])) if node.target is MARKER else None  # type: ignore[return-value]
+
+
+def without_detaching(graph: fx.Graph) -> None:
+    """Take ``detach_`` for no write: it changes what autograd knows, not the memory; constants have it behind them."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
 
 
 def mutates(node: fx.Node) -> bool:
@@ -46,28 +61,24 @@ _MAY_RETURN_ITS_INPUT = (
 """Operations that return their input itself, or a view of it, at some dtypes and strides, and may not at the traced."""
 
 
-def marks_that_lie(graph: fx.Graph) -> set[str]:
-    """Module paths of the marks that hide a write.
+def markers_that_lie(graph: fx.Graph) -> set[str]:
+    """Module paths of the markers that hide a write.
 
-    Nodes that are names of one memory form a class; a mark joins two classes that are one in the model. A write to one
-    of them hides something if another, joined to it by marks before the write, is still used after it.
+    Nodes that are names of one memory form a class; a marker joins two classes that are one in the model. A write to
+    one of them hides something if another, joined to it by markers before the write, is still used after it.
     """
-    for node in graph.nodes:
-        # It changes what autograd knows of a tensor, not the memory; torch.tensor() leaves one behind each constant.
-        if node.target is torch.ops.aten.detach_.default:
-            node.target = torch.ops.aten.detach.default
     order = {node: i for i, node in enumerate(graph.nodes)}
     root, members = _classes(graph)
     last_use = {r: max((order[u] for n in nodes for u in n.users), default=-1) for r, nodes in members.items()}
-    marks = [n for n in graph.nodes if n.target is MARK]
+    markers = [n for n in graph.nodes if n.target is MARKER]
     found: set[str] = set()
     for write in (n for n in graph.nodes if mutates(n)):
-        earlier = [m for m in marks if order[m] < order[write]]
+        earlier = [m for m in markers if order[m] < order[write]]
         joined: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for m in earlier:
             source = m.args[0]
             assert isinstance(source, fx.Node)
-            # Both ways: the write may go through the name before the mark or the one behind it.
+            # Both ways: the write may go through the name before the marker or the one behind it.
             joined[root[source]].append(root[m])
             joined[root[m]].append(root[source])
         reached, work = {root[write]}, [root[write]]
@@ -142,7 +153,7 @@ def _returning(write: fx.Node) -> OpOverload | None:
 
 
 def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, list[fx.Node]]]:
-    """Each node's class, and the members of each: nodes that may be names of one memory, marks left out.
+    """Each node's class, and the members of each: nodes that may be names of one memory, markers left out.
 
     They are if the traced values shared their storage, as those of dropout in eval mode do, whatever its schema says;
     and, for other dtypes and strides than the traced, if the operation may return what it was given.
@@ -156,7 +167,7 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
         return node
 
     for node in graph.nodes:
-        sources = _named_again(node) if node.op == "call_function" and node.target is not MARK else []
+        sources = _named_again(node) if node.op == "call_function" and node.target is not MARKER else []
         for source in [*sources, *(holder.setdefault(storage, node) for storage in _storages(node))]:
             if find(source) is not find(node):
                 parent[find(source)] = find(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import fx
@@ -41,7 +42,7 @@ def inline_regions(module: fx.GraphModule) -> None:
                 results = module.graph.graph_copy(body.graph, mapping)
             results = results[0] if isinstance(results, tuple) and _wraps_twice(body) else results
             for user in list(region.users):
-                if isinstance(results, (tuple, list)) and user.target is not None and "getitem" in str(user.target):
+                if isinstance(results, (tuple, list)) and user.target is operator.getitem:
                     user.replace_all_uses_with(results[user.args[1]])
                     module.graph.erase_node(user)
             if region.users:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -114,50 +115,68 @@ class KnownValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        args, kwargs = self._with_numbers(name, args, kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        args, kwargs = self._with_numbers(name, args, kwargs or {})
+        tensors = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        call = _Call(func, name, args, kwargs, tensors)
+        return self._handler(call)(call)
+
+    def _handler(self, call: _Call) -> Callable[[_Call], Any]:
+        """What is to be done about a call: the first that applies."""
         # torch does not count what is written through these
-        if func == Tensor.data.__get__ or name == "__set__":  # type: ignore[attr-defined]
-            for tensor in tensors:
-                self._forget(tensor)
-            return func(*args, **kwargs)
-        if name in _FILLED and tensors and self.value(tensors[0]) is None:
-            return self._filled(func(*args, **kwargs), _FILLED[name])
-        held = {id(tensor): self._known(tensor) for tensor in tensors}
-        values = {key: known.value for key, known in held.items() if known is not None}
-        if len(values) < len(held):
-            return self._partly(func, name, args, kwargs)
+        if call.func == Tensor.data.__get__ or call.name == "__set__":  # type: ignore[attr-defined]
+            return self._uncounted
+        if call.name in _FILLED and call.tensors and self.value(call.tensors[0]) is None:
+            return self._filled
+        if any(self._known(tensor) is None for tensor in call.tensors):
+            return self._partly
         # What neither takes nor makes a tensor may be a switch, which must not be thrown twice.
-        if not tensors and name not in _FACTORIES:
-            return func(*args, **kwargs)
-        if name == "__iter__":
-            rows = args[0].unbind(0)
-            with _real():
-                found = values[id(args[0])].unbind(0)
-            return iter(self._noted(rows, found, tensors))
-        if name in _ANSWERS or self._shape_by_value(name, args, kwargs):
-            result = self._compute(func, args, kwargs, values)
-            if result is _UNKNOWN:
-                return func(*args, **kwargs)
-            return pytree.tree_map(lambda leaf: self._constant(leaf, tensors[0].device), result)
-        made = func(*args, **kwargs)
+        if not call.tensors and call.name not in _FACTORIES:
+            return _Call.run
+        if call.name == "__iter__":
+            return self._rows
+        if call.name in _ANSWERS or self._shape_by_value(call.name, call.args, call.kwargs):
+            return self._answer
+        return self._followed
+
+    def _uncounted(self, call: _Call) -> Any:
+        """A call that may write to its operands unseen."""
+        for tensor in call.tensors:
+            self._forget(tensor)
+        return call.run()
+
+    def _rows(self, call: _Call) -> Any:
+        """Python goes through the rows of a known tensor."""
+        made = call.args[0].unbind(0)
+        with _real():
+            found = self._values[call.args[0]].value.unbind(0)
+        return iter(self._noted(made, found, call.tensors))
+
+    def _answer(self, call: _Call) -> Any:
+        """The number, or the result of a known shape, where the model would stop without."""
+        result = self._compute(call)
+        if result is _UNKNOWN:
+            return call.run()
+        return pytree.tree_map(lambda leaf: self._constant(leaf, call.tensors[0].device), result)
+
+    def _followed(self, call: _Call) -> Any:
+        """The call as it is, with the values of its results remembered."""
+        held = [(tensor, self._values[tensor]) for tensor in call.tensors]
+        made = call.run()
         if any(map(self._is_passed_over, pytree.tree_leaves(made))):
             return made  # a mask over all positions, say: not worth its memory
-        result = self._compute(func, args, kwargs, values)
+        result = self._compute(call)
         if result is _UNKNOWN:
             return made
         # The same trace every time: fresh memory may hold anything.
-        if name.startswith(_EMPTY) and isinstance(result, Tensor):
+        if call.name.startswith(_EMPTY) and isinstance(result, Tensor):
             with _real():
                 result.zero_()
-        for tensor in tensors:
-            known = held[id(tensor)]
-            if known is not None and known.version != _version(tensor):
+        for tensor, known in held:
+            if known.version != _version(tensor):
                 # The write was followed on the values too, so they hold at the new count.
                 self._written(known)
-        return self._noted(made, result, tensors)
+        return self._noted(made, result, call.tensors)
 
     def _with_numbers(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Known tensors of one element as numbers, where a function wants numbers."""
@@ -186,15 +205,15 @@ class KnownValues(TorchFunctionMode):
             return (*first, *pytree.tree_map(number, rest)), pytree.tree_map(number, kwargs)
         return args, kwargs
 
-    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any, values: Mapping[int, Tensor]) -> Any:
-        """The function on the known values, by the tensors' ids; :data:`_UNKNOWN` if it cannot run on them."""
+    def _compute(self, call: _Call) -> Any:
+        """The function on the known values; :data:`_UNKNOWN` if it cannot run on them."""
 
         def real(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
-                return values[id(leaf)]
+                return self._values[leaf].value
             return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
-        args, kwargs = pytree.tree_map(real, (args, kwargs))
+        args, kwargs = pytree.tree_map(real, (call.args, call.kwargs))
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "cpu"}
         devices = ("meta", "cuda", "cpu")
@@ -203,7 +222,7 @@ class KnownValues(TorchFunctionMode):
             return _UNKNOWN
         try:
             with _real(), _Determined():
-                return func(*args, **kwargs)
+                return call.func(*args, **kwargs)
         except Exception:  # whatever a function says of arguments that it takes on other devices only
             return _UNKNOWN
 
@@ -233,11 +252,12 @@ class KnownValues(TorchFunctionMode):
             or (self._integers and (leaf.is_floating_point() or leaf.is_complex()))
         )
 
-    def _filled(self, made: Any, value: int) -> Any:
-        """A result that is ``value`` everywhere, whatever its shape and dtype were taken from."""
+    def _filled(self, call: _Call) -> Any:
+        """A result that is one number everywhere, whatever its shape and dtype were taken from."""
+        made = call.run()
         if isinstance(made, Tensor) and not made.is_floating_point() and not self._is_passed_over(made):
             with _real():
-                self._remember(made, torch.full(tuple(made.shape), value, dtype=made.dtype))
+                self._remember(made, torch.full(tuple(made.shape), _FILLED[call.name], dtype=made.dtype))
         return made
 
     def _constant(self, value: Any, device: torch.device) -> Any:
@@ -251,13 +271,14 @@ class KnownValues(TorchFunctionMode):
         self._remember(made, value)
         return made
 
-    def _partly(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    def _partly(self, call: _Call) -> Any:
         """A call with unknown operands, whose result's shape may follow from the known ones."""
+        name, args, kwargs = call.name, call.args, call.kwargs
         if name in ("__getitem__", "__setitem__") and len(args) > 1:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(_is_mask(self.value(i)) for i in index):
                 positions = tuple(part for i in index for part in self._positions(i, args[0].device))
-                return func(args[0], positions, *args[2:], **kwargs)
+                return call.func(args[0], positions, *args[2:], **kwargs)
         masks = name == "masked_select" and len(args) == 2 and _is_mask(self.value(args[1]))
         # A mask that is stretched would have other positions.
         if masks and args[0].shape == args[1].shape:
@@ -270,7 +291,7 @@ class KnownValues(TorchFunctionMode):
                     assert repeats is not None
                     chosen = torch.arange(len(repeats)).repeat_interleave(repeats)
                 return args[0].index_select(dim, self._constant(chosen, args[0].device))
-        return func(*args, **kwargs)
+        return call.run()
 
     def _shape_by_value(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the shape of a call's result depends on the values of its operands."""
@@ -306,6 +327,20 @@ class KnownValues(TorchFunctionMode):
             for other in list(self._values):
                 if _memory(other) == _memory(tensor):
                     del self._values[other]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function and its operands, ``tensors`` those among them that are tensors."""
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+
+    def run(self) -> Any:
+        return self.func(*self.args, **self.kwargs)
 
 
 class _Determined(TorchDispatchMode):

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from torch import fx
 
 from normconvert.analysis.norms import Norm, find_norms
-from normconvert.analysis.op_table import name_of
+from normconvert.analysis.operations import name_of
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MARK
+from normconvert.tracing.in_place_writes import MARKER
 
 ATTENTION = ("attention", "softmax")
 """How the names of operations begin or end that say: this branch is attention."""
@@ -100,7 +100,7 @@ def _role(norm: Norm, sources: set[fx.Node]) -> str:
                 continue
             seen.add(user)
             name = name_of(user)
-            if user.target is not MARK and any(word in name for word in ATTENTION):
+            if user.target is not MARKER and any(word in name for word in ATTENTION):
                 return "attention"
             # Not past the next norm: what comes behind that is fed by it.
             if user in sources:

@@ -311,7 +311,8 @@ def _report(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) ->
 
 def _implausible(report: Report) -> Iterator[Finding]:
     """Recorded figures of which this or any other conversion could not have appeared."""
-    from normconvert.verification.equivalence import ROUNDING_TOLERANCE, tolerance_for
+    from normconvert.verification.equivalence import tolerance_for
+    from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
     found = report.fidelity
     if found is None:

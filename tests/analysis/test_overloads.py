@@ -1,4 +1,4 @@
-"""An operation is known by its overload: one name may be two functions, and only one of them has a row."""
+"""An operation is known by its overload: one name may be two functions, and only one of them has a rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normconvert.analysis.op_table import TABLE, name_of
+from normconvert.analysis.op_table import TABLE
+from normconvert.analysis.operations import name_of
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
@@ -86,7 +87,7 @@ def test_only_the_overloads_that_mean_the_same_share_a_name() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(n for n in TABLE if n.startswith("aten.") and n.count(".") == 1))
-def test_a_row_is_of_overloads_without_further_arguments(name: str) -> None:
+def test_a_rule_is_of_overloads_without_further_arguments(name: str) -> None:
     """An overload that rounds its result or writes it elsewhere is not what its name alone says."""
     operation = getattr(torch.ops.aten, name.removeprefix("aten."), None)
     for overload in operation.overloads() if operation is not None else ():

@@ -1,4 +1,4 @@
-"""Readers of a stream: operands that a row does not name, and means of other axes."""
+"""Readers of a stream: operands that a rule does not name, and means of other axes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.network_parts import Op
 from tests.support.small_models import VOCAB, D, Model, PreNorm, converted
 
 
-def test_an_operand_that_its_row_does_not_name_is_a_leak() -> None:
-    """No model has channels in the value of a masked_fill yet; its row says nothing of them, so they may not pass."""
+def test_an_operand_that_its_rule_does_not_name_is_a_leak() -> None:
+    """No model has channels in the value of a masked_fill yet; its rule says nothing of them, so they may not pass."""
     graph = fx.Graph()
     nodes = [graph.placeholder(name) for name in ("x", "mask", "value")]
     for node, value in zip(nodes, (torch.rand(2, D), torch.ones(2, 1, dtype=torch.bool), torch.rand(D)), strict=True):
@@ -26,9 +26,9 @@ def test_an_operand_that_its_row_does_not_name_is_a_leak() -> None:
     filled.meta["val"] = torch.rand(2, D)
     graph.output(filled)
     analysis = Analysis(Graph(tuple(graph.nodes), {}, {filled: ("output",)}, {}, {}), [])
-    (named,) = analysis.onward((nodes[0], ChannelAxis(1, D)))
+    (named,) = analysis.uses((nodes[0], ChannelAxis(1, D)))
     assert named.to == (filled, ChannelAxis(1, D))
-    (unnamed,) = analysis.onward((nodes[2], ChannelAxis(0, D)))
+    (unnamed,) = analysis.uses((nodes[2], ChannelAxis(0, D)))
     assert unnamed.to is None
     assert unnamed.leak is not None
     assert unnamed.leak.code == "unknown-op"

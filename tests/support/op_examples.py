@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import normconvert.tracing.graph  # noqa: F401  # registers normconvert::mark
+import normconvert.tracing.graph  # noqa: F401  # registers normconvert::boundary
 
 aten = torch.ops.aten
 
@@ -84,7 +84,7 @@ def conv_transpose(target: Any, spatial: int) -> list[Example]:
 
 _X, _LAST = (2, 3, 4), (4, 4, 4)
 EXAMPLES: dict[str, list[Example]] = {
-    "normconvert.mark": same(torch.ops.normconvert.mark.default, "a", "input", "0"),
+    "normconvert.boundary": same(torch.ops.normconvert.boundary.default, "a", "input", "0"),
     "aten.clone": same(aten.clone.default),
     "aten.contiguous": same(aten.contiguous.default),
     "aten.alias": same(aten.alias.default),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tools.census.doors import outcome, with_doors
 
 PAGE = """# Coverage
@@ -19,7 +21,7 @@ PAGE = """# Coverage
 | --- | --- |
 | bloom | 1 |
 """
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"library": "transformers", "name": "bloom", "converted": 6,
      "doors": {"labels": "proved", "hidden_states": "shifted"}},
     {"library": "timm", "name": "beit_base", "converted": 5, "doors": {"forward_features": "SILENT DIFFERENCE"}},

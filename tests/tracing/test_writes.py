@@ -1,4 +1,4 @@
-"""Marks and writes in place: a mark stays where it tells the truth, and goes where it would hide a write."""
+"""Boundary markers: they stay where they tell the truth, and go where they would hide a write in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from normconvert.tracing.graph import Graph, trace
-from normconvert.tracing.in_place_writes import MARK, make_functional, mutates
+from normconvert.tracing.in_place_writes import MARKER, make_functional, mutates
 from normconvert.tracing.probes.builders import call_fake
 
 
@@ -43,7 +43,7 @@ def marked(join: Callable[[Tensor, Tensor], Tensor]) -> set[tuple[str, str]]:
     with torch.device("meta"):
         model = Model(join).eval()
     graph: Graph = trace(model, {"x": torch.empty(2, 4, device="meta")})
-    return {(str(n.args[1]), str(n.args[2])) for n in graph.nodes if n.target is MARK}
+    return {(str(n.args[1]), str(n.args[2])) for n in graph.nodes if n.target is MARKER}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An rmsnorm conversion has its edited model compared with the original's graph where it is verified, and only there."""
+"""An rmsnorm conversion has its edited model compared with the original's graph if it is verified, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Marks: identity operations at the inputs and outputs of modules, and at what methods of features return."""
+"""Identity operations at the boundaries of modules, and at what methods of features return, as markers of places."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from normconvert.tracing.exits import feature_modules, marked_exits
-from normconvert.tracing.in_place_writes import mark
+from normconvert.tracing.in_place_writes import boundary_marker
 
 
 @contextmanager
 def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
-    """Hooks that put a mark at each floating tensor that enters or leaves a module worth naming."""
+    """Hooks that put a marker at each floating tensor that enters or leaves a module worth naming."""
     with ExitStack() as stack:
         features = feature_modules(model)
         if "" not in without:
@@ -48,8 +48,8 @@ def _mark_inputs(path: str) -> Callable[..., Any]:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
             return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
-        new_args = tuple(mark(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
-        new_kwargs = {k: mark(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
+        new_args = tuple(boundary_marker(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: boundary_marker(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
         return new_args, new_kwargs
 
     return hook
@@ -61,14 +61,16 @@ def _mark_outputs(path: str, side: str = "output", name: str = "") -> Callable[.
 
     def hook(module: nn.Module | None, args: tuple[Any, ...], output: Any) -> Any:
         if _markable(output):
-            return mark(output, path, side, named(""))
+            return boundary_marker(output, path, side, named(""))
         # Not isinstance: a named tuple cannot be made of an iterator.
         if type(output) in (tuple, list):
-            return type(output)(mark(a, path, side, named(str(i))) if _markable(a) else a for i, a in enumerate(output))
+            return type(output)(
+                boundary_marker(a, path, side, named(str(i))) if _markable(a) else a for i, a in enumerate(output)
+            )
         if isinstance(output, dict):  # transformers' ModelOutput among them
             for key, value in list(output.items()):
                 if _markable(value):
-                    output[key] = mark(value, path, side, named(str(key)))
+                    output[key] = boundary_marker(value, path, side, named(str(key)))
         return output
 
     return hook
