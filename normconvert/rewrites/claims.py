@@ -74,7 +74,10 @@ def _refused_edit(
     for name, rows in tensors.items():
         if name in analysis.graph.unreached:
             return f"no traced input makes the model use `{name}`"
-        if not any(rows == allowed.get(alias) for alias in names.get(name, (name,))):
+        asked = [allowed[alias] for alias in names.get(name, (name,)) if alias in allowed]
+        if asked and rows not in asked:
+            return f"`{name}` is edited otherwise than those ask who read it and write with it"
+        if not asked:
             return f"`{name}` has readers that see its mean{_reader(found, analysis, name)}"
     left_out = next((n for n, rows in needed.items() if any(row not in tensors.get(n, ()) for row in rows)), None)
     return f"`{left_out}` reads a norm whose weight has moved, and does not take it" if left_out else ""

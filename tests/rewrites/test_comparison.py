@@ -262,11 +262,11 @@ UNFOUNDED: dict[str, tuple[Callable[[Plan], Plan], str]] = {
     ),
     "a writer along the wrong axis": (
         lambda p: dataclasses.replace(p, tensors={**p.tensors, "block.weight": [{"op": "center", "axis": 1}]}),
-        "`block.weight` has readers that see its mean",
+        "`block.weight` is edited otherwise",
     ),
     "a writer left out": (
-        lambda p: dataclasses.replace(p, tensors={n: r for n, r in p.tensors.items() if n != "block.bias"}),
-        "what `last` reads is not mean-free",
+        lambda p: dataclasses.replace(p, tensors={**p.tensors, "block.bias": p.tensors["block.bias"][:-1]}),
+        "`block.bias` is edited otherwise",
     ),
     "a reader left out": (
         lambda p: dataclasses.replace(p, tensors={n: r for n, r in p.tensors.items() if n != "other.weight"}),

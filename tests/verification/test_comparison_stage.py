@@ -1,4 +1,4 @@
-"""An rmsnorm conversion has its edited model compared with the original's graph if it is verified, and only then."""
+"""The edited model of an rmsnorm conversion is compared with the original's graph where it is verified, only there."""
 
 from __future__ import annotations
 
