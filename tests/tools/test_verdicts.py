@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tools.census.verdict_cases import MUTATIONS, cases
 from tools.census.verdicts import Tally, right, section, subjects, wrong
 
