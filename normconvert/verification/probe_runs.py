@@ -41,13 +41,16 @@ class Run:
     constants: dict[str, torch.dtype] = field(default_factory=dict)
 
 
-def algebra_model(truth: nn.Module, plan: Plan, *, share: bool = False) -> nn.Module:
+def algebra_model(
+    truth: nn.Module, plan: Plan, *, share: bool = False, seen: Callable[[str, Tensor], None] | None = None
+) -> nn.Module:
     """A copy of the float64 model with the plan's tensor edits and module edits applied.
 
     Args:
         truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
         plan: names of tensors as in ``truth.state_dict()``.
         share: parameters that the plan leaves as they are stay those of `truth` itself, in no memory of their own.
+        seen: called with each edited tensor.
 
     Raises:
         InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
@@ -78,6 +81,8 @@ def algebra_model(truth: nn.Module, plan: Plan, *, share: bool = False) -> nn.Mo
             value = apply_edits(old, edits, lookup).to(old.device)
         except (RuntimeError, ValueError, IndexError) as error:
             raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
+        if seen is not None:
+            seen(name, value)
         if untied or name not in target:
             _set_parameter(model, name, value)
         else:

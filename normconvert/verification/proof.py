@@ -23,7 +23,7 @@ from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.moved_weights import WHOLE, moved
 from normconvert.verification.probe_runs import Run, Told, algebra_model, default_dtype, inputs_of, run_model
 from normconvert.verification.run_comparison import Distances, compare_runs, rank
-from normconvert.verification.stored_weights import Stored, with_exact_weights
+from normconvert.verification.stored_weights import Made, Stored, with_exact_weights
 
 UNITS = 16.0
 """What moving the weights by one unit of float64 does, times this, may be the distance at an ill-conditioned input."""
@@ -124,7 +124,7 @@ def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
     far = run.failures or any(not d.relative <= test.tolerance for d in distances.values())
     if far and stored is not None and edited.reload is not None and edited.plan is not None:
         model = edited.reload()
-        with_exact_weights(model, algebra_model(truth, edited.plan, share=True), None)
+        with_exact_weights(model, _applied(truth, edited.plan), None)
         run = test.run(model, "the result in float64, loaded again", truth_run)
         distances = compare_runs(truth_run, run, test.shifted)
     cannot = {name: why for name, why in run.failures.items() if name in truth_run.outputs}
@@ -147,11 +147,14 @@ def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
 def _edited_model(truth: nn.Module, edited: Edited) -> tuple[nn.Module, Stored | None]:
     if edited.algebra is not None:
         return edited.algebra(), None
-    applied = algebra_model(truth, edited.plan or Plan(""), share=True)
+    applied = _applied(truth, edited.plan or Plan(""))
     if edited.converted is None:
-        return applied, None
-    stored = with_exact_weights(edited.converted, applied, truth)
-    return edited.converted, stored
+        return applied(None), None
+    return edited.converted, with_exact_weights(edited.converted, applied, truth)
+
+
+def _applied(truth: nn.Module, plan: Plan) -> Callable[[Made | None], nn.Module]:
+    return lambda seen: algebra_model(truth, plan, share=True, seen=seen)
 
 
 def _tolerances(truth: nn.Module, run: Run, distances: Distances, test: Test) -> dict[tuple[str, str], float]:

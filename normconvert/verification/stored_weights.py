@@ -8,6 +8,7 @@ files has to be the original's equal in float64: that shows what is no weight, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ ALLOWED = 0.51
 NOISE = 1e-13
 """Of a tensor's largest number: sums of the edits in float64, taken in another order."""
 BLOCK = 1 << 22
+
+Made = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,40 @@ class Stored:
         return self.units <= ALLOWED
 
 
-def with_exact_weights(converted: nn.Module, edited: nn.Module, original: nn.Module | None) -> Stored:
-    """Give ``converted`` the tensors of ``edited``, each after it was compared; the loaded ones are freed.
+def with_exact_weights(
+    converted: nn.Module, edited: Callable[[Made | None], nn.Module], original: nn.Module | None
+) -> Stored:
+    """Give ``converted`` the tensors of the edited model, each after it was compared; the loaded ones are freed.
 
     Args:
         converted: as it was loaded from the files, in any dtype; in float64 afterwards.
-        edited: the original in float64 with the plan's edits.
-        original: in float64, without them; None leaves the comparison out.
+        edited: makes the original in float64 with the plan's edits; calls what it is given with each edited tensor, so
+            that the loaded ones can go one by one.
+        original: in float64, without the edits; None leaves the comparison out.
     """
-    theirs = named_tensors(edited)
+    mine, stored = named_tensors(converted), set(converted.state_dict())
     before = named_tensors(original) if original is not None else {}
-    stored, worst = set(converted.state_dict()), Stored()
-    for name, value in named_tensors(converted).items():
-        exact = theirs.get(name)
-        if exact is None or exact.shape != value.shape or not value.is_floating_point():
-            if value.is_floating_point():
-                value.data = value.data.double()
-            continue
-        if original is not None and name in stored and value.dtype.itemsize <= exact.dtype.itemsize:
+    worst = Stored()
+
+    def replace(name: str, exact: Tensor) -> None:
+        nonlocal worst
+        value = mine.get(name)
+        if value is None or exact.shape != value.shape or not value.is_floating_point():
+            return
+        if original is not None and name in stored:
             units = _units(value.detach(), exact.detach(), before.get(name))
             if not units <= worst.units:
                 worst = Stored(units, name)
         value.data = exact.data
-    _plain_tensors(converted, edited)
+
+    model = edited(replace)
+    theirs = named_tensors(model)
+    for name, value in mine.items():
+        if name in theirs:
+            replace(name, theirs[name])
+        if value.is_floating_point():
+            value.data = value.data.double()
+    _plain_tensors(converted, model)
     return worst
 
 
@@ -78,7 +92,7 @@ def _plain_tensors(converted: nn.Module, edited: nn.Module) -> None:
 
 def _units(stored: Tensor, exact: Tensor, original: Tensor | None) -> float:
     """The largest distance of a stored number from the exact one, in units of the stored dtype at that number."""
-    if torch.equal(exact.to(stored.dtype), stored):
+    if stored.data_ptr() == exact.data_ptr() or torch.equal(exact.to(stored.dtype), stored):
         return 0.0
     kinds = [stored.dtype]
     if original is not None:

@@ -13,7 +13,6 @@ wrong.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import sys
 import time
@@ -87,10 +86,8 @@ class Subject:
 
 def subjects(case: Case) -> list[Subject]:
     """The case in each of its dtypes."""
-    with torch.device("meta"):
-        skeleton = case.make().to("meta") if case.name.endswith("(trained)") or ":" in case.name else None
     model = case.make().eval()
-    plan = plan_model(skeleton or copy.deepcopy(model).to("meta"), Options(fold=case.fold), case.method)
+    plan = plan_model(copy_model(model).to("meta"), Options(fold=case.fold), case.method)
     assert plan.converted, (case.name, [v.reason for v in plan.verdicts])
 
     @functools.cache
