@@ -113,7 +113,7 @@ def check_sizes(model: nn.Module, edits: list[Mapping[str, Any]]) -> None:
     if len(edits) > 16 * modules:
         raise ValueError(f"module edit: {len(edits)} of them for {modules} modules")
     for number, edit in enumerate(edits):
-        made = 1
+        made = 0
         if edit["op"] == "merge":  # branches of smaller kernels may make a larger one
             made = edit["outputs"] * edit["inputs"] * math.prod(edit["kernel"]) // edit["groups"] // 64
         elif edit["op"] in ("clip", "resize"):

@@ -104,7 +104,7 @@ FOLDERS: list[tuple[str, Spoil, str]] = [
     ("only other formats", lambda f: (f / SAFE).rename(f / "model.gguf"), "found only model.gguf"),
     ("config is no JSON", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ("config is a list", lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-    ("config is binary", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), "not valid JSON"),
+    ("config is binary", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), "not a text file"),
     ("config says nothing", lambda f: (f / "config.json").write_text("{}"), "names no architecture"),
     ("config does not fit its class", change_config(n_head="x"), "config"),
     ("unknown model type", change_config(model_type="gpt22"), "gpt2"),

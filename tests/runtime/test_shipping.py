@@ -97,7 +97,18 @@ def test_the_file_needs_nothing_but_torch() -> None:
     tree = ast.parse(shipped_source())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"__future__", "collections", "functools", "inspect", "json", "pathlib", "re", "threading", "typing"}
+    allowed = {
+        "__future__",
+        "collections",
+        "functools",
+        "inspect",
+        "json",
+        "math",
+        "pathlib",
+        "re",
+        "threading",
+        "typing",
+    }
     allowed |= {"warnings", "torch", "transformers"}
     assert {name.split(".")[0] for name in imported} <= allowed
 

@@ -39,18 +39,18 @@ def mutated_json(draw: st.DrawFn, data: Any) -> bytes:
         holder, key = _place(draw, data)
         action = draw(st.sampled_from(("replace", "replace", "replace", "drop", "add", "wrap", "swap")))
         if holder is None:
-            data = draw(_values()) if action == "replace" else data
+            data = copy.deepcopy(draw(_values())) if action == "replace" else data
         elif action == "drop":
             del holder[key]
         elif action == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(KEYS))] = draw(_values())
+            holder[draw(st.sampled_from(KEYS))] = copy.deepcopy(draw(_values()))
         elif action == "wrap":
             holder[key] = [holder[key]]
         elif action == "swap" and isinstance(holder, dict):
             other = draw(st.sampled_from(sorted(holder, key=str)))
             holder[key], holder[other] = holder[other], holder[key]
         else:
-            holder[key] = draw(_values())
+            holder[key] = copy.deepcopy(draw(_values()))
     return json.dumps(data).encode("utf-8", "surrogatepass")
 
 
