@@ -287,9 +287,7 @@ def _unwrapped(source: Source) -> dict[str, Any]:
     try:
         generation = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     except OSError:  # as from_pretrained finds it where there is no file of its own
-        generation = GenerationConfig.from_pretrained(
-            source.folder, "config.json", local_files_only=True, _from_model_config=True
-        )
+        generation = GenerationConfig.from_model_config(_config(source))
     return {"state_dict": weights, "generation_config": generation}
 
 

@@ -56,12 +56,11 @@ _BY_VALUE = frozenset(("nonzero", "argwhere", "unique", "unique_consecutive", "b
 
 _SIZES = frozenset(
     ("arange", "linspace", "zeros", "ones", "full", "tensor", "as_tensor", "new_tensor", "empty", "new_zeros",
-     "new_ones", "new_full", "view", "reshape", "expand",
-     "repeat", "tile", "split", "tensor_split", "split_with_sizes", "narrow", "unflatten", "pad", "roll", "interpolate",
-     "repeat_interleave", "chunk", "broadcast_to", "select", "avg_pool2d", "adaptive_avg_pool2d")
+     "new_ones", "new_full", "view", "reshape", "expand", "repeat", "tile", "split", "tensor_split", "narrow", "pad",
+     "split_with_sizes", "unflatten", "roll", "interpolate", "repeat_interleave", "chunk", "broadcast_to", "select",
+     "avg_pool2d", "adaptive_avg_pool2d")
 )  # fmt: skip
 """Functions that take numbers where a model may give them tensors of one element."""
-
 
 _FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full", "linspace", "eye", "empty"))
 """Functions that make tensors of numbers."""

@@ -126,11 +126,7 @@ def verify_models(
     with watch_means(model, converted_norms) as means:
         told_of = progress.of("the result")
         converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
-    files = algebra is None and plan is not None and not any(isinstance(p, LazyWeight) for p in model.parameters())
-    edited = Edited(
-        None if algebra is None else partial(_take, algebra), plan,
-        able_to_change(model, model is not converted) if files else None, exact,
-    )  # fmt: skip
+    edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
     del edited
@@ -161,6 +157,15 @@ def verify_models(
         remarks=_remarks(proof, errors, rounding),
     )
     return judge(fidelity, proof, rounding, dtype, converted_run)
+
+
+def _edited(
+    model: nn.Module, algebra: ModelOrMaker | None, plan: Plan | None, exact: Maker | None, *, made_here: bool
+) -> Edited:
+    """Where the edited model comes from: ``model``, as it was loaded from the files, if its weights can be compared."""
+    lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
+    files = None if algebra is not None or plan is None or lazy else able_to_change(model, made_here)
+    return Edited(None if algebra is None else partial(_take, algebra), plan, files, exact)
 
 
 def _take(model: ModelOrMaker) -> nn.Module:

@@ -72,11 +72,11 @@ def test_a_docstring_does_not_count(tmp_path: Path) -> None:
 
 
 LIBRARIES = ("torch", "transformers", "timm", "huggingface_hub", "safetensors", "onnx", "peft", "datasets")
-TABLES = {"_parameters", "_buffers", "_modules"}
+TABLES = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
 """Of a module, what it holds by name: as old as torch, and what its own documentation works with."""
 STANDARD_LIBRARY = {"_exit", "_run_exitfuncs", "_fields", "_lru_cache_wrapper"}
-PARTS = {"_to_copy", "_assert", "_embeds", "_hook"}
-"""Of the names of ATen operations, arguments and attributes."""
+PARTS = {"_to_copy", "_assert", "_embeds", "_hook", "_features", "_normconvert_lock"}
+"""Of the names of ATen operations, arguments, methods and attributes, and a name of our own."""
 
 
 def private_names(file: Path) -> Iterator[str]:
