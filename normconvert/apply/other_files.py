@@ -13,7 +13,7 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
-from normconvert.files.weight_files import leads_inside, load_json
+from normconvert.files.weight_files import leads_inside, load_json, read_text
 
 # Weights in any format: the converted ones replace them, the others would be stale.
 WEIGHT_PATTERNS = (
@@ -86,16 +86,33 @@ def list_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def module_folders(folder: Path) -> tuple[str, ...]:
+    """The sub-folders of modules that stand behind the model, as sentence-transformers lists them in modules.json.
+
+    Their weights are no part of what is converted.
+    """
+    try:
+        listed = json.loads(read_text(folder / "modules.json"))
+    except (InputError, ValueError, RecursionError):  # none, or not theirs
+        return ()
+    paths = [row.get("path") for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    return tuple(path.strip("/") for path in paths if isinstance(path, str) and path.strip("./"))
+
+
 def _files(folder: Path, copied: Copied) -> Iterator[Path]:
+    modules = module_folders(folder)
     for root, folders, names in os.walk(folder):
         # In place: os.walk goes down into what is left of the list, but not into links.
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
         copied.links += [
             (Path(root) / name).relative_to(folder).as_posix() for name in folders if (Path(root) / name).is_symlink()
         ]
+        here = f"{Path(root).relative_to(folder).as_posix()}/"
+        of_module = any(here.startswith(f"{module}/") for module in modules)
         for name in sorted(names):
             path = Path(root) / name
-            if any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) or not path.is_file():
+            weights = any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) and not of_module
+            if weights or not path.is_file():
                 continue
             # Somebody else's checkpoint could have any file of this machine copied into what is published then.
             if leads_inside(folder, path):
