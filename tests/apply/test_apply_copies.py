@@ -127,7 +127,7 @@ def test_nothing_stays_when_the_trace_fails(
     def fail(*arguments: Any) -> None:
         raise error
 
-    monkeypatch.setattr("normconvert.rewrites.planning.plan_model", fail)
+    monkeypatch.setattr("normconvert.rewrites.planning.planned", fail)
     with pytest.raises(type(error)):
         convert(src, tmp_path / "new" / "out", verify=False)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
