@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from normconvert.errors import InputError
 from normconvert.files.weight_files import inside, load_json
 from normconvert.plan.conversion_plan import FORMAT, Plan
-from normconvert.runtime import STRUCTURAL, check_module_edits
 
 RECORD_FILE = "normconvert.json"
 _STRICT = ConfigDict(strict=True, extra="allow", protected_namespaces=())
@@ -65,6 +64,8 @@ def structural_edits(folder: Path) -> tuple[dict[str, Any], ...]:
         modules = read_record(folder)["modules"]
     except InputError:  # no record, or none that can be read: then the plain architecture has to fit
         return ()
+    from normconvert.runtime import STRUCTURAL  # torch comes with it, and to find a record takes none
+
     return tuple(modules) if any(edit["op"] in STRUCTURAL for edit in modules) else ()
 
 
@@ -95,6 +96,8 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder}: not converted by normconvert (no {RECORD_FILE}): load it with transformers or timm, "
             "or convert it first with `normconvert rmsnorm`"
         )
+    from normconvert.runtime import check_module_edits  # as above
+
     try:
         check_module_edits(modules)
     except ValueError as error:
@@ -114,6 +117,8 @@ def read_whole_record(folder: Path) -> dict[str, Any]:
         raise NotConverted(f"{folder}: {what}: nothing to check")
     data = load_json(inside(folder, RECORD_FILE))
     _checked(file, data, _Whole)
+    from normconvert.runtime import check_module_edits  # as above
+
     try:
         Plan.from_json(data["plan"])
         check_module_edits(data.get("modules") or data["plan"]["modules"])
