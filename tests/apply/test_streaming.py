@@ -283,7 +283,7 @@ def test_a_conversion_that_runs_is_not_disturbed(hub: Hub, name: str, home: Path
     child = start(home / "first", name, str(tmp_path / "out"), "--stream", "--no-verify")
     assert asked.wait(60)
     _, errors = run(home, name, str(tmp_path / "out"), "--stream", "--no-verify", status=2)
-    assert "another conversion to it is running" in errors
+    assert "another process is making it" in errors
     seen.set()
     child.join(60)
     assert child.exitcode == 0
