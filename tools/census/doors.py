@@ -34,6 +34,7 @@ MEANINGS = (
     "*proved* is traced and compared; *exact* is compared; *shifted* is listed by the plan; *not traced* is named by "
     "it as not proved; *not called* takes none of the inputs."
 )
+BASE = "base model"
 SIZES = ("random", "single", "one-token", "padded-right")
 """The probes that every door is called with."""
 OUTCOMES = ("proved", "exact", "shifted", "not traced", "not called", "SILENT DIFFERENCE")
@@ -160,7 +161,18 @@ def census_of(library: str, name: str, method: str) -> Row:
         for door, found in worst.items()
     }
     doors |= {door: "not traced" for door in plan.untraced_doors if door not in doors}
+    base = next((door for door in doors if door.startswith(BASE)), "")
+    if doors.get(base) == "SILENT DIFFERENCE" and _is_named(case.skeleton(), plan):
+        doors[base] = "shifted"
     return {**row, "doors": doors, "errors": worst}
+
+
+def _is_named(skeleton: Any, plan: Any) -> bool:
+    """Whether a conversion names the class of the model's base as one for which the plan is not proved."""
+    from normconvert.options import Options
+    from normconvert.rewrites.families import obstacle_in
+
+    return bool(obstacle_in(getattr(skeleton, skeleton.base_model_prefix), plan, Options()))
 
 
 def outcome(door: str, error: float, tolerance: float, proved: set[str], shifted: set[str], untraced: set[str]) -> str:
@@ -197,7 +209,7 @@ def calls(skeleton: Any, model: Any) -> Iterator[tuple[str, tuple[str, dict[str,
         for door, taken in feature_methods(skeleton, inputs):
             yield door, (door, taken)
         if (base := getattr(type(model), "base_model_prefix", "")) and hasattr(model, base):
-            yield f"base model `{base}`", (f"{base}.__call__", inputs)
+            yield f"{BASE} `{base}`", (f"{base}.__call__", inputs)
 
 
 def results(model: Any, call: tuple[str, dict[str, Any]]) -> Row:
