@@ -336,7 +336,7 @@ def test_a_folder_without_a_record_is_refused_with_what_to_do(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, expected 1"),
+        ({"format": 2}, "format '2', expected 1"),
         ({"plan": 3}, "not a conversion record"),
         ({"architecture": "BertModel"}, "record is of a BertModel, not of a GPT2LMHeadModel"),
         ({"plan": {"modules": [{"op": "center", "path": "nowhere", "side": "output"}]}}, "no module 'nowhere'"),
@@ -357,7 +357,7 @@ def test_a_record_that_does_not_fit_is_refused(
 
 def test_a_checkpoint_with_its_own_code_keeps_its_auto_map() -> None:
     config = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine", "AutoConfig": "c.C"}}
-    files = huggingface_files(config, Plan("rmsnorm"), "Mine")
+    files = huggingface_files(config, Plan("rmsnorm"), "Mine", own_code=True)
     assert set(files) == {"config.json"}
     assert json.loads(files["config.json"])["auto_map"] == config["auto_map"]
 

@@ -128,6 +128,12 @@ def test_a_class_of_transformers_with_code_beside_it_stays_that_class(tmp_path: 
         truth = model(inputs).logits
         trusted = normconvert.load(tmp_path / "out", trust_remote_code=True)(inputs).logits
     assert float((trusted - truth).norm() / truth.norm()) < 1e-5
-    found = run([*how_to_load(report), *card_lines(report)], inputs, tmp_path)
-    assert [kinds for kinds, _ in found] == norms * 2
+    lines = [*how_to_load(report), *card_lines(report)]
+    found = run(lines, inputs, tmp_path)
+    # The code beside it is left behind, so that trust_remote_code runs the shipped file.
+    assert [kinds for kinds, _ in found] == [
+        ["LayerNorm"] if line.endswith("# the original architecture") else norms[0] for line in lines
+    ]
+    assert any("trust_remote_code" in line for line in lines)
+    assert not (tmp_path / "out" / "mine.py").exists()
     assert all(float((logits - truth).norm() / truth.norm()) < 1e-5 for _, logits in found)
