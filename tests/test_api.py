@@ -99,10 +99,18 @@ def test_an_output_that_exists_is_replaced_only_on_request(source: Path, tmp_pat
     (out / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="--overwrite"):
         normconvert.convert(source, out, verify=False)
+    # What somebody else keeps there is not replaced even then.
+    with pytest.raises(InputError, match="was not made by normconvert"):
+        normconvert.convert(source, out, verify=False, overwrite=True)
     assert contents(out) == {"precious.txt": b"mine"}
-    normconvert.convert(source, out, verify=False, overwrite=True)
-    assert "precious.txt" not in contents(out)
-    assert (out / "normconvert.json").is_file()
+    made = tmp_path / "made"
+    normconvert.convert(source, made, verify=False)
+    (made / "note.txt").write_text("old")
+    with pytest.raises(InputError, match="--overwrite"):
+        normconvert.convert(source, made, verify=False)
+    normconvert.convert(source, made, verify=False, overwrite=True)
+    assert "note.txt" not in contents(made)
+    assert (made / "normconvert.json").is_file()
 
 
 def test_another_dtype_is_stored_and_reported(source: Path, tmp_path: Path) -> None:
