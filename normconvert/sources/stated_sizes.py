@@ -17,6 +17,8 @@ from normconvert.files.tensor_info import TensorInfo
 
 COUNTS = re.compile(r"(^|_)(n|num|number)_|(layer|depth|block|label|expert|stage|head|repeat|class|group)s?(_|$)")
 """Names of what a library makes one by one."""
+NO_COUNTS = re.compile(r"eps(ilon)?$|(^|_)(theta|base|scale|factor|decay|std|value)(_|$)")
+"""Names of numbers that may be large: an unfused norm has an epsilon of 1e12."""
 LAYERS = re.compile(r"(^|_)(layer|depth|block|stage|repeat)s?$")
 """Names of what has tensors of its own, each time."""
 FEW_LAYERS = 200
@@ -61,7 +63,7 @@ def _numbers(data: Any, key: str, depth: int, counts: bool = False) -> Iterator[
     elif isinstance(data, (list, tuple)):
         for value in data:
             yield from _numbers(value, key, depth + 1, counts)
-    elif counts and isinstance(data, (int, float)) and math.isfinite(data):
+    elif counts and isinstance(data, (int, float)) and math.isfinite(data) and not NO_COUNTS.search(key):
         yield key, int(abs(data))
 
 
