@@ -10,14 +10,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from normconvert.errors import TraceError
+from normconvert.tracing.exits import BY_LAYER, layers_are_named, ways_by_layer
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.probes import quiet
+from normconvert.tracing.probes.choose import is_timm
 from normconvert.tracing.probes.entrances import Entrance, entrance_names, entrances
 from normconvert.tracing.probes.extras import encoder_outputs, extra_arguments, feature_methods
 
@@ -53,6 +56,12 @@ def with_doors(model: nn.Module, graph: Graph, inputs: Inputs) -> Graph:
                 continue
             graph = merge(graph, call)
             found.add(method)
+        if is_timm(model) and hasattr(model, BY_LAYER[0]) and not layers_are_named(model):
+            names.append(BY_LAYER[0])
+            with suppress(TraceError):
+                call = trace(model, inputs, BY_LAYER[0])
+                graph = merge(graph, replace(call, exits=dict.fromkeys(call.exits, ways_by_layer(model))))
+                found.add(BY_LAYER[0])
     return replace(
         graph,
         doors=tuple(name for name in names if name in found),

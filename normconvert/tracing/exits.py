@@ -28,16 +28,36 @@ def feature_modules(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Path of a module -> the ways out that return its output."""
     paths = dict(model.named_modules())
     if is_timm(model):
-        names = ("features_only", *(name for name in BY_LAYER if hasattr(model, name)))
-        info = getattr(model, "feature_info", None) or ()
-        rows = info if isinstance(info, (list, tuple)) else getattr(info, "info", ())
-        found = [str(row.get("module", "")) for row in rows if isinstance(row, Mapping)]
-        return {path: names for path in found if path in paths}
+        return {path: ways_by_layer(model) for path in _named_features(model) if path in paths}
     if not hasattr(model, "main_input_name"):
         return {}
-    lists = [path for path, module in paths.items() if isinstance(module, nn.ModuleList)]
+    lists = [path for path, module in paths.items() if _is_list(module)]
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     return {f"{path}.{name}": ("hidden_states",) for path in outermost for name, _ in paths[path].named_children()}
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether a module holds layers one behind the other, whose outputs a model may return as its hidden states."""
+    layers = list(module.children())
+    alike = len({type(layer) for layer in layers}) == 1 and len(layers) > 1 and any(True for _ in layers[0].children())
+    return isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and alike)
+
+
+def ways_by_layer(model: nn.Module) -> tuple[str, ...]:
+    """The ways out of a timm model that return the outputs of layers."""
+    return ("features_only", *(name for name in BY_LAYER if hasattr(model, name)))
+
+
+def layers_are_named(model: nn.Module) -> bool:
+    """Whether a timm model names modules that it has; a few name others, and what they return is known to nobody."""
+    paths, named = dict(model.named_modules()), _named_features(model)
+    return bool(named) and all(path in paths for path in named)
+
+
+def _named_features(model: nn.Module) -> list[str]:
+    info = getattr(model, "feature_info", None) or ()
+    rows = info if isinstance(info, (list, tuple)) else getattr(info, "info", ())
+    return [str(row.get("module", "")) for row in rows if isinstance(row, Mapping)]
 
 
 @contextmanager

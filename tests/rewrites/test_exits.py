@@ -88,6 +88,14 @@ def test_what_comes_out_shifted_is_listed(name: str, method: str) -> None:
     assert all(door in note for door in listed)
 
 
+def test_layers_that_a_model_does_not_name_are_listed_too() -> None:
+    """Its ``feature_info`` names modules that it has not; what returns them is traced instead."""
+    row: tuple[str, dict[str, Any]] = ("mvitv2_tiny", {"img_size": 64})
+    plan, truth, converted = models(row, "rmsnorm")
+    assert wrong(truth, converted, pixels(row)) == {"forward_intermediates"}
+    assert {"forward_intermediates", "features_only"} <= {entry["door"] for entry in plan.shifted_doors}
+
+
 @pytest.mark.parametrize("method", ["rmsnorm", "crmsnorm"])
 def test_features_are_kept_if_asked_for(method: str) -> None:
     plan, truth, converted = models(VITS["avg"], method, keep_features=True)
