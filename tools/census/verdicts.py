@@ -25,6 +25,7 @@ from statistics import mean, variance
 import torch
 from torch import nn
 
+from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
@@ -177,7 +178,11 @@ def main() -> int:
             continue
         start = time.process_time()
         for subject in subjects(case):
-            right(subject, 2 if arguments.quick else arguments.seeds, tally)
+            try:
+                right(subject, 2 if arguments.quick else arguments.seeds, tally)
+            except InputError as error:  # float16 may be too narrow for the original itself
+                print(f"{subject.name}: {error}", file=sys.stderr)
+                continue
             if not case.name.endswith("(trained)") and "levit" not in case.name:
                 wrong(subject, 1, tally)
         print(f"{case.name}, {case.method}: {time.process_time() - start:.0f} s", file=sys.stderr, flush=True)
