@@ -138,6 +138,8 @@ def problems(case: Case, doors: Doors, method: str) -> tuple[Plan, list[str]] | 
         wrong = [
             f"{' and '.join(call)}: {name} is off by {error:.2g}"
             for call, values in zip(made, expected, strict=True)
+            # A door that could not be traced is named as not proved.
+            if call.keys().isdisjoint(plan.untraced_doors)
             for name, error in _errors(_result(converted, call), values)
             if not error <= TOLERANCE
         ]
