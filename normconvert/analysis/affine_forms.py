@@ -14,25 +14,14 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.operations import name_of
+from normconvert.analysis.operations import ALIASES, CONVOLUTIONS, COPIES, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
 
-SAME = {
-    "normconvert.boundary",
-    "aten.to",
-    "aten._to_copy",
-    "aten.type_as",
-    "aten.contiguous",
-    "aten.clone",
-    "aten.detach",
-}
+SAME = COPIES | ALIASES
 """Operations that change no value."""
 
 _RESHAPED = SAME | {"aten.view", "aten.reshape", "aten.unsqueeze", "aten.squeeze", "aten.flatten"}
-
-CONVOLUTIONS = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
-"""Convolution -> its number of dimensions."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +154,9 @@ def _convolved(graph: Graph, node: fx.Node, form: Form) -> Form | None:
     # Of the input itself only: taps of taps are another kernel, and a shift would not reach into the zero padding.
     if form.taps != (Tap(),) or form.shift != 0:
         return None
-    count = CONVOLUTIONS[name_of(node)]
     args: list[Any] = [*node.args, *[None] * 7]
     weight, bias, stride, padding, dilation, groups = args[1:7]
+    count = len(shape_of(weight)) - 2
     # "same" pads one side more where the kernel is even, and without a batch the channels are dimension 0.
     if node.kwargs or isinstance(padding, str) or len(shape_of(node)) != count + 2:
         return None
