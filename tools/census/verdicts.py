@@ -13,6 +13,7 @@ wrong.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import sys
 import time
@@ -85,10 +86,16 @@ class Subject:
         return replace(found, probes=[])
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values, in which what is tied stays tied; ``model.to("meta")`` would make tensors of their own."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, {**tensors, **{id(b): b.detach().to("meta") for b in model.buffers()}})
+
+
 def subjects(case: Case) -> list[Subject]:
     """The case in each of its dtypes."""
     model = case.make().eval()
-    plan = plan_model(copy_model(model).to("meta"), Options(fold=case.fold), case.method)
+    plan = plan_model(on_meta(model), Options(fold=case.fold), case.method)
     assert plan.converted, (case.name, [v.reason for v in plan.verdicts])
 
     @functools.cache
