@@ -29,7 +29,7 @@ from normconvert.options import (
 )
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
-from normconvert.wording.words import moved
+from normconvert.wording.words import with_changes
 
 if TYPE_CHECKING:
     import torch
@@ -307,8 +307,8 @@ def _verify(
             reasons = [f"the edited model is not the old one: {why}", *fidelity.reasons]
             fidelity = replace(fidelity, passed=False, reasons=reasons)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
-    notes = (f"relative change of what else is returned: {moved(fidelity)}",) if fidelity.moved else ()
-    report = replace(report, fidelity=fidelity, seconds=seconds, notes=(*report.notes, *notes))
+    notes = tuple(with_changes(note, fidelity) for note in report.notes)
+    report = replace(report, fidelity=fidelity, seconds=seconds, notes=notes)
     if not fidelity.passed:
         raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
     return report

@@ -137,6 +137,7 @@ def _loader(reference: str, revision: str | None, trust: bool) -> Loader:
 def _convert(adapter: Adapter, plan: Plan, original: Loader, converted: Loader) -> tuple[Adapter, Fidelity, list[str]]:
     """The converted adapter as it is stored, how faithful it is, and sentences for the user."""
     from normconvert.tracing.probes import verification_inputs
+    from normconvert.tracing.probes.choose import floating_dtype
     from normconvert.verification.equivalence import tolerance_for, verify_models
     from normconvert.verification.probe_runs import algebra_model
 
@@ -149,7 +150,7 @@ def _convert(adapter: Adapter, plan: Plan, original: Loader, converted: Loader) 
         result, notes = convert_changes(adapter, plan, truth, edited)
     kept = _stored(result, adapter)
     last = converted(None)
-    dtype = next((p.dtype for p in last.parameters() if p.is_floating_point()), torch.float32)
+    dtype = floating_dtype(last)
     if dtype == torch.float64:  # the truth is in float64 itself: nothing to measure rounding errors against
         dtype, last = torch.float32, last.float()
     probes = verification_inputs(truth)

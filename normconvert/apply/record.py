@@ -77,15 +77,18 @@ def versions(library: str) -> dict[str, str]:
 def write_card(folder: Path, source: Source, report: Report) -> None:
     """README.md: what was done, how to load it, how faithful it is."""
     from normconvert.apply.model_card import auto_class, model_card, remote_code
-    from normconvert.wording.words import in_words
+    from normconvert.wording.words import in_words, with_changes
 
     existing = source.folder / "README.md" if source.folder else None
     # The same that is copied: a link could have any file of this machine published.
     if existing and not (existing.is_file() and leads_inside(existing.parent, existing)):
         existing = None
+    fidelity, plan = report.fidelity, report.plan
+    if fidelity is not None:
+        plan = replace(plan, notes=[with_changes(note, fidelity) for note in plan.notes])
     text = model_card(
         report.source,
-        report.plan,
+        plan,
         in_words(report.fidelity) if report.fidelity else None,
         library=source.library,
         architecture=source.architecture,

@@ -17,6 +17,7 @@ from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
+from normconvert.wording.words import EXACT
 
 
 def plan_model(
@@ -82,7 +83,7 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
         names = ", ".join(dict.fromkeys(row["door"] for row in plan.shifted_doors))
-        notes.append(f"forward() is exact; these return {what.get(plan.method, 'other values')}: {names}")
+        notes.append(f"{EXACT}{what.get(plan.method, 'other values')}: {names}")
     return replace(plan, notes=[*plan.notes, *notes], doors=list(graph.doors), untraced_doors=untraced)
 
 

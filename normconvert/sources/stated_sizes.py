@@ -47,7 +47,8 @@ def check_stated_sizes(where: str, config: Mapping[str, Any], tensors: Mapping[s
     for key, value in _numbers(config, "", 0):
         if value > (layers if LAYERS.search(key) else most):
             raise InputError(
-                f"{where}: config.json says {key}: {value}, and no tensor of the weights is wider than {widest}"
+                f"{where}: config.json says {key}: {value}, and the weights hold {len(tensors)} tensors, none wider "
+                f"than {widest}"
             )
 
 

@@ -90,17 +90,21 @@ def _marking(method: Callable[..., Any], hook: Callable[..., Any]) -> Callable[.
 
 def with_tensors(output: Any) -> Any:
     """What a model returns, with objects that ``torch.export`` does not know, a cache say, as the tensors they hold."""
-    return pytree.tree_map(lambda leaf: _held(leaf) if hasattr(leaf, "__dict__") else leaf, output)
+    return pytree.tree_map(lambda leaf: _held(leaf, set()) if hasattr(leaf, "__dict__") else leaf, output)
 
 
-def _held(value: Any, depth: int = 3) -> Any:
-    """A tensor as it is; of another object its attributes, of containers their items, so far as there are tensors."""
+def _held(value: Any, seen: set[int]) -> Any:
+    """A tensor as it is; of another object its attributes, of containers their items; of a module nothing."""
     if isinstance(value, Tensor):
         return value
+    # Objects may lead back to one another, and to the model.
+    if isinstance(value, (nn.Module, type)) or id(value) in seen:
+        return None
+    seen.add(id(value))
     if isinstance(value, (list, tuple)):
-        return [_held(item, depth) for item in value]
+        return [_held(item, seen) for item in value]
     held = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return {str(name): _held(item, depth - 1) for name, item in held.items()} if depth else None
+    return {str(name): _held(item, seen) for name, item in held.items()}
 
 
 def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from normconvert.errors import InputError
 from normconvert.options import taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
+from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.lazy_weights import LazyWeight
@@ -211,7 +212,7 @@ def _run_original(
 ) -> tuple[Run, list[Probe], torch.dtype]:
     """The original's outputs, the probes that it was run on and can take, and its dtype."""
     model = _take(original)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = floating_dtype(model)
     run = run_model(model, native, dtype=dtype, seed=seed, told=progress.of("the original"))
     if not run.outputs:  # those that it is not like in use are better than none
         native = probes

@@ -21,6 +21,7 @@ from normconvert.errors import InputError, first_line
 from normconvert.runtime import PostActivation
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
+from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.divergence import (
     Call,
     apart,
@@ -35,7 +36,6 @@ from normconvert.verification.fidelity import next_token_loss
 from normconvert.verification.probe_runs import (
     algebra_model,
     constant_dtypes,
-    floating_dtype,
     inputs_of,
     prepare,
     run_model,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from normconvert.verification.fidelity import distance
 
 Values = dict[str, Tensor]
 Rows = Sequence[Mapping[str, Any]]
@@ -64,12 +65,5 @@ def movements(rows: Rows, before: Values, after: Values) -> dict[str, float]:
         key = str(row["output"] or row["door"])
         if key in before and key in after:
             door = str(row["door"])
-            found[door] = max(found.get(door, 0.0), _distance(after[key], before[key]))
+            found[door] = max(found.get(door, 0.0), distance(after[key], before[key]).relative)
     return found
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return math.inf
-    size = float(expected.double().norm())
-    return float((found.double() - expected.double()).norm()) / size if size > 0 else 0.0

@@ -20,6 +20,7 @@ from normconvert.runtime import process_lock
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe
+from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.fidelity import Outputs
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
 
@@ -202,11 +203,6 @@ def plain_experts(model: nn.Module) -> None:
         return
     for module in model.modules():
         compat.plain_experts(getattr(module, "config", None))
-
-
-def floating_dtype(model: nn.Module) -> torch.dtype:
-    """That of the first floating parameter; float32 without one."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def inputs_of(probe: Probe, through: torch.dtype, model: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,10 @@ BECOMES = {
 """Conversion -> what its norms become."""
 
 
+EXACT = "forward() is exact; these return "
+"""How the note begins that lists the ways out which return something else."""
+
+
 def becomes(method: str) -> str:
     """What the norms become, for ``LayerNorm → …``."""
     return BECOMES.get(method, "converted")
@@ -31,15 +35,18 @@ def in_words(fidelity: Fidelity) -> dict[str, str]:
         limit = f"{fidelity.rounding_tolerance:g}"
         words["rounding in the stored dtype"] = f"{fidelity.rounding:.3g} times the original's (at most {limit})"
     words["what users feel"] = felt(fidelity)
-    if fidelity.moved:
-        words["other ways out, relative change"] = moved(fidelity)
     return words
 
 
-def moved(fidelity: Fidelity) -> str:
-    """``hidden_states 0.071, forward_features in another shape``: what the listed ways out return, in float64."""
-    ways = fidelity.moved.items()
-    return ", ".join(f"{way} {f'{size:.2g}' if size < inf else 'in another shape'}" for way, size in ways)
+def with_changes(note: str, fidelity: Fidelity) -> str:
+    """A note that lists ways out with what was measured of each, in float64: ``hidden_states (changed by 0.071)``."""
+    if not note.startswith(EXACT):
+        return note
+    head, _, ways = note.rpartition(": ")
+    sizes = fidelity.moved
+    return f"{head}: " + ", ".join(
+        f"{way} (changed by {sizes[way]:.2g})" if sizes.get(way, inf) < inf else way for way in ways.split(", ")
+    )
 
 
 def felt(fidelity: Fidelity) -> str:

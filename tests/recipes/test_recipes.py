@@ -321,7 +321,7 @@ def test_the_schema_is_valid_and_agrees_with_the_checks(capsys: pytest.CaptureFi
     refused: tuple[dict[str, Any], ...] = (
         {}, {"sources": []}, {"sources": [{"source": "a", "folder": "b"}]}, {"sources": [{}]},
         {"sources": ["a"], "defaults": {"options": {"min_gian": 1}}}, {"sources": ["a"], "matrix": ["nonsense"]},
-        {"sources": ["a"], "defaults": {"limits": {"rounding": 3}}}, {"sources": ["a"], "defaults": {"dtype": None}},
+        {"sources": ["a"], "defaults": {"limits": {"rounding": 4}}}, {"sources": ["a"], "defaults": {"dtype": None}},
     )  # fmt: skip
     for bad in refused:
         assert not validator.is_valid(bad), bad

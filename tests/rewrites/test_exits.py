@@ -22,6 +22,7 @@ from normconvert.report.html import html_report
 from normconvert.rewrites.planning import plan_model
 from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.probe_runs import algebra_model
+from normconvert.wording.words import EXACT
 from tests.support.perturb import perturb, settle
 from tests.support.zoo_cases import named_cases
 
@@ -148,8 +149,8 @@ def test_how_much_they_move_is_measured_and_told_everywhere(tmp_path: Path, meth
     moved = report.fidelity.moved
     assert moved.keys() == {"hidden_states"}
     assert moved["hidden_states"] == float("inf") if method == "crmsnorm" else 1e-3 < moved["hidden_states"] < 1
-    told = "hidden_states in another shape" if method == "crmsnorm" else f"hidden_states {moved['hidden_states']:.2g}"
-    assert any(note.endswith(told) for note in report.notes)
+    told = "hidden_states" if method == "crmsnorm" else f"hidden_states (changed by {moved['hidden_states']:.2g})"
+    assert any(note.startswith(EXACT) and note.endswith(f": {told}") for note in report.notes)
     assert told in (tmp_path / "b" / "README.md").read_text()
     document = report_document("convert", report)
     assert told in json.dumps(document)

@@ -215,19 +215,14 @@ def calls(skeleton: Any, model: Any) -> Iterator[tuple[str, tuple[str, dict[str,
 def results(model: Any, call: tuple[str, dict[str, Any]]) -> Row:
     """What a call returns, by name; nothing if the model does not take it."""
     import torch
-    from torch.utils._pytree import keystr, tree_flatten_with_path
 
     from normconvert.tracing.exits import with_tensors
+    from normconvert.tracing.output_paths import named_values
 
     with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         found = with_tensors(operator.attrgetter(call[0])(model)(**_in_float64(call[1])))
-        leaves = tree_flatten_with_path(found)[0]
-        return {
-            keystr(path).strip("[].'"): leaf
-            for path, leaf in leaves
-            if torch.is_tensor(leaf) and leaf.is_floating_point()
-        }
+        return {name: v for name, v in named_values(found) if torch.is_tensor(v) and v.is_floating_point()}
     return {}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.tracing.probes.choose import is_timm
+from normconvert.tracing.probes.choose import floating_dtype, is_timm
 from normconvert.tracing.probes.facts import Facts
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,8 +64,8 @@ def encoder_outputs(model: nn.Module, inputs: Mapping[str, Any], outputs: Shapes
         return None
     main = getattr(model, "main_input_name", "input_ids")
     kept = {k: v for k, v in inputs.items() if k != main}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {**kept, name: (torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),)}
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return {**kept, name: (values.to(floating_dtype(model)),)}
 
 
 def feature_methods(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
