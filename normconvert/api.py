@@ -208,13 +208,12 @@ def _plan(
     say = request.stage or _silent
     say("open")
     start = time.perf_counter()
-    opening = {name: getattr(request, name) for name in ("revision", "arch", "trust_remote_code")}
     if stream is not None:
-        source = stream.open(str(request.src), **opening)
+        source = stream.open(str(request.src), request.how)
     else:
         from normconvert.sources import open_source
 
-        source = open_source(str(request.src), found=found, **opening)
+        source = open_source(str(request.src), found=found, **request.opening)
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")

@@ -21,6 +21,9 @@ from normconvert.errors import InputError, first_line
 METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
 """Conversion -> the norm that it looks for, in words."""
 
+SETS = ("ema", "model")
+"""Which weights of a checkpoint of training: averaged, or as they were trained."""
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
 
@@ -233,7 +236,27 @@ class Opening:
         "Architecture of bare weights; else found by their names and shapes.",
         metavar="timm:NAME", recorded=True,
     )  # fmt: skip
+    variant: str | None = option(
+        None,
+        "Weights of this name, such as fp16; else those without one, or the only ones.",
+        metavar="NAME", recorded=True,
+    )  # fmt: skip
+    weights: str | None = option(
+        None,
+        "Of a checkpoint of training: the averaged or the trained weights; else the averaged.",
+        choices=tuple(SETS), recorded=True,
+    )  # fmt: skip
     trust_remote_code: bool = option(False, TRUST, recipe=True)
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """The arguments of :func:`normconvert.sources.open_source`."""
+        return {one.name: getattr(self, one.name) for one in fields(Opening)}
+
+    @property
+    def how(self) -> Opening:
+        """These options alone, without those of the request that they are part of."""
+        return Opening(**self.opening)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def _write_weights(
 ) -> tuple[tuple[str, ...], int, dict[str, str]]:
     # Buffers are let be: masks hold infinities.
     parameters = [name for name, target in source.name_map.items() if target not in source.buffers]
-    reader.require(parameters)
+    reader.require(source.tensors[name] for name in parameters)
     if can_stream(source, plan):
         layout = make_layout(source, plan, dtype, max_shard_size)
         notes += layout.notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,14 +14,16 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
-from normconvert.files.weight_files import leads_inside, load_json, read_text
+from normconvert.files.weight_files import ADAPTER_FILES, leads_inside, load_json, read_text
 
 # Weights in any format: the converted ones replace them, the others would be stale.
 WEIGHT_PATTERNS = (
     "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
-    "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index.json", "*.bin.index.json",
+    "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index*.json", "*.bin.index*.json",
 )  # fmt: skip
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+TRAINING = re.compile(r"checkpoint-\d+")
+"""What transformers' trainer calls the states that it goes on from."""
 CODE_PATTERNS = ("*.py", "custom_generate/*")
 """What transformers runs of a checkpoint that is trusted."""
 
@@ -33,11 +36,15 @@ class Copied:
         files: copied.
         links: left out, because they lead out of the folder, or to another folder in it.
         code: left out, because the code of a checkpoint is not to run in the name of its conversion.
+        training: folders left out, because they hold checkpoints of the training.
+        weights: left out, because they are others than those that are converted, in other folders.
     """
 
     files: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+    training: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
@@ -45,10 +52,18 @@ class Copied:
         found = [f"{name} is a link and was not copied" for name in self.links]
         if self.code:
             found.append(
-                f"code that came with the source was left out ({', '.join(self.code[:5])}"
-                f"{', ...' if len(self.code) > 5 else ''}): take it from the source, and read it, if you need it"
+                f"code that came with the source was left out ({_few(self.code)}): "
+                "take it from the source, and read it, if you need it"
             )
+        if self.training:
+            found.append(f"checkpoints of the training were left out: {_few(self.training)}")
+        if self.weights:
+            found.append(f"weights in other folders were left out: {_few(self.weights)}")
         return found
+
+
+def _few(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
 def copy_other_files(folder: Path, out: Path, *, with_code: bool = False) -> Copied:
@@ -103,7 +118,9 @@ def _files(folder: Path, copied: Copied) -> Iterator[Path]:
     modules = module_folders(folder)
     for root, folders, names in os.walk(folder):
         # In place: os.walk goes down into what is left of the list, but not into links.
-        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS)
+        training = [f for f in folders if TRAINING.fullmatch(f)]
+        copied.training += [f"{(Path(root) / f).relative_to(folder).as_posix()}/" for f in sorted(training)]
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS and f not in training)
         copied.links += [
             (Path(root) / name).relative_to(folder).as_posix() for name in folders if (Path(root) / name).is_symlink()
         ]
@@ -112,7 +129,10 @@ def _files(folder: Path, copied: Copied) -> Iterator[Path]:
         for name in sorted(names):
             path = Path(root) / name
             weights = any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) and not of_module
-            if weights or not path.is_file():
+            if weights and here != "./":
+                copied.weights.append(f"{here}{name}")
+            # A model beside which an adapter's configuration lies is taken for that adapter.
+            if weights or (here == "./" and name in ADAPTER_FILES) or not path.is_file():
                 continue
             # Somebody else's checkpoint could have any file of this machine copied into what is published then.
             if leads_inside(folder, path):

@@ -25,6 +25,7 @@ from normconvert.errors import FidelityError, NormConvertError, Unfinished
 
 if TYPE_CHECKING:
     from normconvert.apply.writer import Task, Writer
+    from normconvert.options import Opening
     from normconvert.sources import Source
     from normconvert.sources.remote import RemoteShards
 
@@ -98,14 +99,12 @@ class Stream:
         self._writing = False
         self.verifiable = False
 
-    def open(self, reference: str, *, revision: str | None, arch: str | None, trust_remote_code: bool) -> Source:
+    def open(self, reference: str, how: Opening) -> Source:
         """See :func:`normconvert.sources.remote.open_remote`."""
         from normconvert.sources.remote import open_remote
 
         (self._folder / "source").mkdir(exist_ok=True)
-        source, self._shards = open_remote(
-            reference, self._folder / "source", revision=revision, arch=arch, trust_remote_code=trust_remote_code
-        )
+        source, self._shards = open_remote(reference, self._folder / "source", how=how)
         return source
 
     @contextmanager
@@ -179,7 +178,7 @@ class Stream:
         self._shards.fetch(name)
         with SourceReader() as reader:
             reader.begin(info for info in source.tensors.values() if info.file.name == name)
-            reader.require(required)
+            reader.require(source.tensors[name] for name in required)
             writer.run(tasks, reader)
             # Before the shard counts as done: a value that is not finite may be in its last bytes.
             reader.finish()

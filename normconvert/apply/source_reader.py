@@ -79,7 +79,7 @@ class SourceReader:
         self._hashing = hashing
         self._tensors: dict[str, TensorInfo] = {}
         self._bad: list[TensorInfo] = []
-        self._required: frozenset[str] = frozenset()
+        self._required: frozenset[tuple[Path, int]] = frozenset()
         self._error: BaseException | None = None
         self._copies: Path | None = None
         self._files: dict[str, list[Span]] = {}
@@ -138,9 +138,10 @@ class SourceReader:
         else:
             self._bad.append(self._tensors[what])
 
-    def require(self, names: Iterable[str]) -> None:
-        """Say which tensors must be finite (checkpoint names); until then :meth:`check` lets all pass."""
-        self._required = frozenset(names)
+    def require(self, tensors: Iterable[TensorInfo]) -> None:
+        """Say which tensors must be finite; until then :meth:`check` lets all pass."""
+        # By their places: names may have lost a prefix since the pass began.
+        self._required = frozenset((info.file, info.start) for info in tensors)
 
     def keep_copies(self, names: Set[str]) -> dict[str, int]:
         """Stop copying; copies of other names than these are removed. Returns how many bytes of each are there."""
@@ -166,7 +167,7 @@ class SourceReader:
             raise self._error
         # A copy: the other thread goes on adding.
         for info in list(self._bad):
-            if info.name in self._required:
+            if (info.file, info.start) in self._required:
                 from normconvert.files.safetensors_file import map_tensor
 
                 # The pass saw bits; what the values are and how many is told from the tensor itself.

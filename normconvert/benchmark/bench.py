@@ -45,8 +45,7 @@ def bench(request: Benchmarking) -> Benchmark:
     from normconvert.sources import open_source
 
     say = request.progress or (lambda line: None)
-    opening = {name: getattr(request, name) for name in ("revision", "arch", "trust_remote_code")}
-    source, out = open_source(str(request.src), **opening), request.out
+    source, out = open_source(str(request.src), **request.opening), request.out
     plan = _recorded_plan(source, out) if out is not None else _made_plan(source, request.method)
     works = grid(source.skeleton(), request.batch, request.length, request.decode)
     setting = _Setting(

@@ -1,4 +1,4 @@
-"""Pickled checkpoints (.bin, .pth, .pt), only ever read with ``weights_only=True`` (invariant I7)."""
+"""Pickled checkpoints (.bin, .pth, .pt, .ckpt), only ever read with ``weights_only=True`` (invariant I7)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,16 @@ from normconvert.files.tensor_info import check_name
 if TYPE_CHECKING:
     import torch
 
-# Training checkpoints wrap the weights; the order is timm's (timm.models._helpers.load_state_dict).
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# One of them twice: what was compiled before it was parallel has it inside, what was compiled after it outside.
-PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
+# Training checkpoints wrap the weights. Within each kind the order is timm's (timm.models._helpers.load_state_dict),
+# and as there the averaged ones go first; then what others call them (BasicSR, DINO, a teacher being an average).
+AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "ema", "teacher")
+TRAINED = ("state_dict", "model", "model_state_dict", "params", "net", "student")
+SETS = {"ema": AVERAGED, "model": TRAINED}
+"""What ``--weights`` may ask for (:data:`normconvert.options.SETS`) -> the entries that hold it."""
+DEEPEST = 3
+"""Entries inside entries in which weights are looked for."""
+ARGUMENTS = ("args", "hparams", "hyper_parameters", "config")
+"""Entries that say how a model was made and trained."""
 ALLOWED = ("torch.", "collections.OrderedDict", "argparse.Namespace")
 """Names that are no reason for a refusal, and not worth telling of."""
 INFLATED = 4
@@ -30,17 +37,67 @@ SMALL = 1 << 24
 """Bytes that are harmless whatever they are made of."""
 
 
-def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class Pickled:
+    """The weights of a pickle.
+
+    Attributes:
+        tensors: name in the file -> value.
+        note: which of several sets of weights these are; empty if there is one.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    note: str = ""
+
+
+def read_pickle(path: Path, weights: str | None = None) -> Pickled:
     """The tensors of a pickled checkpoint, mapped from the file where the format allows it.
 
+    Args:
+        path: the file.
+        weights: ``ema`` or ``model``: which of the sets that a checkpoint of training holds; None: the averaged ones
+            where there are any, as timm takes them.
+
     Raises:
-        InputError: the pickle wants to run code, the file is no checkpoint, or would be far larger in memory.
+        InputError: the pickle wants to run code, the file is no checkpoint, lacks the set that is asked for, or would
+            be far larger in memory.
     """
     loaded = _load(path)
-    tensors = _tensors(path, loaded)
-    if not tensors:
+    sets = dict(_sets(loaded, DEEPEST))
+    plain = _tensors(loaded)
+    if weights == "ema" and not _of(sets, "ema"):
+        held = ", ".join(sets) or "one set, under no name"
+        raise InputError(f"{path}: --weights ema: it holds no averaged weights ({', '.join(AVERAGED)}): found {held}")
+    chosen = _of(sets, weights) if weights else [*_of(sets, "ema"), *_of(sets, "model")]
+    if weights == "model" and not chosen and (sets or not plain):
+        raise InputError(f"{path}: --weights model: it holds no trained weights ({', '.join(TRAINED)})")
+    if not chosen and not plain:
         raise InputError(f"{path}: holds no tensors: expected a state dict, found {type(loaded).__name__}")
-    return tensors
+    tensors = sets[chosen[0]] if chosen else plain
+    for name, value in tensors.items():
+        check_name(path, name)
+        _refuse_expanded(path, name, value)
+    return Pickled({name: value.detach() for name, value in tensors.items()}, _choice(sets, chosen))
+
+
+def _of(sets: Mapping[str, Any], kind: str) -> list[str]:
+    """The sets of a kind, in the order of :data:`SETS`; an entry inside another counts as what the inner one is."""
+    return [name for key in SETS[kind] for name in sets if _kind(name) == kind and key in name.split(".")]
+
+
+def _kind(name: str) -> str:
+    return "ema" if set(AVERAGED) & set(name.split(".")) else "model"
+
+
+def _choice(sets: Mapping[str, Any], chosen: list[str]) -> str:
+    """What to say where there was a choice."""
+    if len(sets) < 2:
+        return ""
+    taken, others = chosen[0], [name for name in sets if name != chosen[0]]
+    words = {"ema": "averaged", "model": "trained"}
+    other = next((name for name in others if _kind(name) != _kind(taken)), None)
+    how = f"; --weights {_kind(other)} takes {other}" if other is not None else ""
+    return f"of the weights in {' and '.join(sets)}, {taken} ({words[_kind(taken)]}) is taken{how}"
 
 
 def read_pickle_entries(path: Path) -> dict[str, str]:
@@ -53,12 +110,25 @@ def read_pickle_entries(path: Path) -> dict[str, str]:
     if not isinstance(loaded, Mapping):
         return {}
     found = {str(key): value for key, value in loaded.items() if isinstance(value, str)}
-    for key in ("args", "hparams", "hyper_parameters", "config"):
-        value = loaded.get(key)
-        inner = vars(value) if isinstance(value, argparse.Namespace) else value
-        if isinstance(inner, Mapping):
-            found.update({f"{key}.{name}": text for name, text in inner.items() if isinstance(text, str)})
+    for key in ARGUMENTS:
+        found.update({f"{key}.{name}": text for name, text in _arguments(loaded, key).items() if isinstance(text, str)})
     return found
+
+
+def read_training_arguments(path: Path) -> dict[str, Any]:
+    """The ``args`` that timm's ``train.py`` keeps beside the weights; empty if there are none.
+
+    Raises:
+        InputError: as :func:`read_pickle`.
+    """
+    loaded = _load(path)
+    return _arguments(loaded, "args") if isinstance(loaded, Mapping) else {}
+
+
+def _arguments(loaded: Mapping[Any, Any], key: str) -> dict[str, Any]:
+    value = loaded.get(key)
+    inner = vars(value) if isinstance(value, argparse.Namespace) else value
+    return {str(name): one for name, one in inner.items()} if isinstance(inner, Mapping) else {}
 
 
 def _load(path: Path) -> Any:
@@ -129,29 +199,25 @@ def _globals(path: Path) -> list[str]:
     return [name for name in dict.fromkeys(found) if not name.startswith(ALLOWED)]
 
 
-def unprefixed(name: str) -> str:
-    """A tensor's name without what data parallelism and compilation put before it."""
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+def _sets(loaded: Any, depth: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The sets of weights below the names that wrap them, ``model`` or ``model.state_dict``."""
+    for key in (*AVERAGED, *TRAINED):
+        inner = loaded.get(key) if isinstance(loaded, Mapping) else None
+        if not isinstance(inner, Mapping):
+            continue
+        if tensors := _tensors(inner):
+            yield key, tensors
+        elif depth > 1:
+            yield from ((f"{key}.{name}", found) for name, found in _sets(inner, depth - 1))
 
 
-def _tensors(path: Path, loaded: Any) -> dict[str, torch.Tensor]:
+def _tensors(loaded: Any) -> dict[str, torch.Tensor]:
+    """Training checkpoints hold counters and optimizer states beside the weights."""
     import torch
 
-    if isinstance(loaded, Mapping):
-        # The first in timm's order: a file that holds averaged weights beside the trained ones means the averaged.
-        loaded = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), Mapping)), loaded)
     if not isinstance(loaded, Mapping):
         return {}
-    result: dict[str, torch.Tensor] = {}
-    for name, value in loaded.items():
-        # Training checkpoints hold counters and optimizer states beside the weights.
-        if isinstance(name, str) and isinstance(value, torch.Tensor):
-            check_name(path, name)
-            _refuse_expanded(path, name, value)
-            result[unprefixed(name)] = value.detach()
-    return result
+    return {n: value for n, value in loaded.items() if isinstance(n, str) and isinstance(value, torch.Tensor)}
 
 
 def _refuse_expanded(path: Path, name: str, value: torch.Tensor) -> None:

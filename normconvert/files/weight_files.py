@@ -6,7 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from normconvert.errors import InputError
 from normconvert.files.pickle_file import read_pickle
 from normconvert.files.safetensors_file import FLOATING, dtype_name, read_header, torch_dtype
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.files.wrapping import unwrapped
 
 if TYPE_CHECKING:
     import torch
 
-PICKLES = (".bin", ".pth", ".pt", ".pth.tar")
+PICKLES = (".bin", ".pth", ".pt", ".pth.tar", ".ckpt")
 # In the order the libraries prefer them; transformers first, then timm's further names (timm.models._hub).
 WEIGHT_FILES = (
     "model.safetensors",
@@ -34,6 +36,7 @@ TIMM_FILES = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.npz", "*.ot", "adapter_model.*")
 
 LARGEST_TEXT = 100_000_000
@@ -48,38 +51,60 @@ QUANTISED = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a checkpoint: their places, and the values of those that come from pickles."""
+    """The tensors of a checkpoint: their places, and the values of those that come from pickles.
+
+    Attributes:
+        tensors: by their names without what training puts before them (:mod:`normconvert.files.wrapping`).
+        pickled: name -> value.
+        taken: what was taken out of the names.
+        notes: sentences for the user: which of several sets of weights these are.
+    """
 
     tensors: dict[str, TensorInfo]
     pickled: dict[str, torch.Tensor] = field(default_factory=dict)
+    taken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
+def find_weights(folder: Path, config: dict[str, Any], library: str, variant: str | None = None) -> Path:
     """The weight file (or index) that the library would load from ``folder``.
+
+    Args:
+        folder: the checkpoint's.
+        config: its config.json.
+        library: that loads it.
+        variant: ``fp16`` for ``model.fp16.safetensors``; None: the plain files, or the only variant.
 
     Raises:
         InputError: there is none.
     """
+    found = _variants(folder)
+    if variant is not None:
+        if variant not in found:
+            held = f"has {', '.join(sorted(found))}" if found else "has none"
+            raise InputError(f"{folder}: no weights of the variant {variant!r}: the folder {held}")
+        return _linked(folder, found[variant])
     named = config.get("transformers_weights")
     if isinstance(named, str) and library == "transformers":
         # The name is the checkpoint's own, and need not be one of a file beside it.
         return inside(folder, named, "config.json")
     names = WEIGHT_FILES + (TIMM_FILES if library == "timm" else ())
     for name in names:
-        path = folder / name
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"{path}: a link that leads nowhere ({os.readlink(path)!r}); download it again")
-        if path.is_file():
-            return inside(folder, name)
+        if (folder / name).is_symlink() or (folder / name).is_file():
+            return _linked(folder, name)
+    if len(found) == 1:
+        return _linked(folder, next(iter(found.values())))
+    if found:
+        raise InputError(f"{folder}: weights of the variants {', '.join(sorted(found))}: say which by --variant NAME")
     if library == "timm":
         for suffix in (".safetensors", *PICKLES):
-            found = sorted(folder.glob(f"*{suffix}"))
+            files = sorted(folder.glob(f"*{suffix}"))
             # As timm does it: a file of any name, as long as there is no choice.
-            if len(found) == 1:
-                return inside(folder, found[0].name)
-            if found and not any("-of-" in path.name for path in found):
-                listed = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
-                raise InputError(f"{folder}: {len(found)} weight files, {listed}: pass one of them")
+            if len(files) == 1:
+                return _linked(folder, files[0].name)
+            if files and not any("-of-" in path.name for path in files):
+                listed = ", ".join(path.name for path in files[:3]) + (" ..." if len(files) > 3 else "")
+                raise InputError(f"{folder}: {len(files)} weight files, {listed}: pass one of them")
     # Only the index says how many there should be: without it one that is missing would go unnoticed.
     shards = sorted(folder.glob("model-*-of-*.safetensors")) + sorted(folder.glob("pytorch_model-*-of-*.bin"))
     if shards:
@@ -89,35 +114,88 @@ def find_weights(folder: Path, config: dict[str, Any], library: str) -> Path:
     raise InputError(f"{folder}: no weights: expected model.safetensors, pytorch_model.bin or an index of shards{hint}")
 
 
-def read_checkpoint(weights: Path) -> Checkpoint:
+def _variants(folder: Path) -> dict[str, str]:
+    """Variant -> the file or index of its weights, named as transformers names it: before the last ending."""
+    found: dict[str, str] = {}
+    listed = sorted(path.name for path in folder.iterdir())
+    for plain in WEIGHT_FILES:
+        stem, _, ending = plain.rpartition(".")
+        for name in listed:
+            variant = name.removeprefix(f"{stem}.").removesuffix(f".{ending}")
+            if f"{stem}.{variant}.{ending}" == name and re.fullmatch(r"(?!.*-of-)[\w-]+", variant):
+                found.setdefault(variant, name)
+    return found
+
+
+def adapter_files(folder: Path) -> list[str]:
+    """The files of an adapter (PEFT) in a folder."""
+    return [name for name in ADAPTER_FILES if (folder / name).is_file()]
+
+
+def variant_of(weights: Path) -> str | None:
+    """The variant that the name of a weight file states: ``fp16`` of ``model.fp16.safetensors``."""
+    return next((variant for variant, name in _variants(weights.parent).items() if name == weights.name), None)
+
+
+def _linked(folder: Path, name: str) -> Path:
+    """A weight file; a link that leads nowhere is named, since it would look like a file that is not there."""
+    path = folder / name
+    refuse_dangling(path)
+    return inside(folder, name)
+
+
+def refuse_dangling(path: Path) -> None:
+    """Refuse a link to what is gone.
+
+    Raises:
+        InputError: it is one.
+    """
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: a link that leads nowhere ({os.readlink(path)!r}); download it again")
+
+
+def is_index(weights: Path) -> bool:
+    """Whether this is the index of shards, ``*.index.json`` or that of a variant."""
+    return weights.suffix == ".json" and ".index." in weights.name
+
+
+def read_checkpoint(weights: Path, kind: str | None = None) -> Checkpoint:
     """List the tensors of a weight file or of all the shards of an index.
 
     Args:
         weights: a .safetensors file, a pickle, or an ``*.index.json``.
+        kind: which of several sets of weights of a pickle, see :func:`normconvert.files.pickle_file.read_pickle`.
 
     Raises:
         InputError: a file is missing, corrupt, quantised, or lies outside the folder.
     """
-    is_index = weights.name.endswith(".index.json")
-    checkpoint = _read_index(weights) if is_index else _read_file(weights)
+    checkpoint = _read_index(weights, kind) if is_index(weights) else _read_file(weights, kind)
     if not checkpoint.tensors:
         raise InputError(f"{weights}: holds no tensors")
     if quantised := next((name for name in checkpoint.tensors if QUANTISED.search(name)), None):
         raise InputError(
             f"{weights}: quantised checkpoint (tensor {quantised}): convert the original weights, quantise afterwards"
         )
-    return checkpoint
+    names, taken = unwrapped(checkpoint.tensors)
+    return replace(renamed(checkpoint, names), taken=taken)
 
 
-def _read_file(path: Path) -> Checkpoint:
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The same tensors under other names, none of which is that of two."""
+    tensors = {names[name]: replace(info, name=names[name]) for name, info in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, pickled={names[n]: value for n, value in checkpoint.pickled.items()})
+
+
+def _read_file(path: Path, kind: str | None) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".safetensors":
+        if kind is not None:
+            raise InputError(f"{path}: --weights {kind}: a safetensors file holds one set of weights, without a name")
         return Checkpoint(read_header(path).tensors)
-    pickled = read_pickle(path)
-    return Checkpoint(
-        {name: TensorInfo(name, path, dtype_name(x.dtype), tuple(x.shape)) for name, x in pickled.items()}, pickled
-    )
+    found = read_pickle(path, kind)
+    tensors = {n: TensorInfo(n, path, dtype_name(x.dtype), tuple(x.shape)) for n, x in found.tensors.items()}
+    return Checkpoint(tensors, found.tensors, notes=(found.note,) if found.note else ())
 
 
 def shards_of(index: Path) -> dict[str, str]:
@@ -134,7 +212,7 @@ def shards_of(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_index(index: Path) -> Checkpoint:
+def _read_index(index: Path, kind: str | None) -> Checkpoint:
     weight_map = shards_of(index)
     tensors: dict[str, TensorInfo] = {}
     pickled: dict[str, torch.Tensor] = {}
@@ -143,7 +221,7 @@ def _read_index(index: Path) -> Checkpoint:
         shard = index.parent / name
         if not shard.is_file():
             raise InputError(f"{index.parent}: shard {name} is missing (named by {index.name}); download it again")
-        found = _read_file(shard)
+        found = _read_file(shard, kind)
         # Which of the two is loaded would depend on the order in which a library reads the files.
         if doubled := next((t for t in found.tensors if t in tensors), None):
             raise InputError(f"{shard}: tensor {doubled} is in {tensors[doubled].file.name} as well")

@@ -89,6 +89,7 @@ class Identification:
         nearest: if none fits, those that differ least.
         stated: what the checkpoint or its file name says of its architecture.
         notes: sentences for the user.
+        prefix: what all names begin with, where they fit without it alone.
     """
 
     path: str
@@ -97,6 +98,7 @@ class Identification:
     nearest: tuple[Near, ...] = ()
     stated: tuple[Stated, ...] = ()
     notes: tuple[str, ...] = ()
+    prefix: str = ""
 
     @property
     def chosen(self) -> Candidate | None:

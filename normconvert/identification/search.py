@@ -46,11 +46,14 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     if exact:
         return replace(found, exact=tuple(Candidate("timm", fit.name, fit.num_classes) for fit in exact))
     nearest = _grouped(fit for fit in fits if _resembles(fit, names))
+    if prefixed := _prefixed(names, models):
+        prefix, fits = prefixed
+        note = f"all names begin with {prefix!r}: they fit without it"
+        exact = tuple(Candidate("timm", fit.name, fit.num_classes) for fit in fits)
+        return replace(found, exact=exact, prefix=prefix, notes=(*found.notes, note))
     # Only the first group, since each proof builds models.
     if prove and nearest:
         nearest[0] = _explained(nearest[0], fits, models, names)
-    if hint := _prefixed(names, models):
-        found = replace(found, notes=(*found.notes, hint))
     index = load_types()
     kinds = search_types(names.shapes, names.integers, index.rows)
     # These fit exactly: what comes near in timm is of no interest then.
@@ -129,20 +132,14 @@ def _explained(near: Near, fits: list[Fit], models: Mapping[str, str], names: Na
     return replace(near, arguments=arguments)
 
 
-def _prefixed(names: Names, models: Mapping[str, str]) -> str:
-    """What to say if all names begin with the same word and fit without it."""
-    prefixes = {name.partition(".")[0] for name in names.shapes}
-    prefix = next(iter(prefixes)) + "."
-    if len(prefixes) > 1 or not all(name.startswith(prefix) for name in names.shapes):
-        return ""
-    shapes = {name.removeprefix(prefix): shape for name, shape in names.shapes.items()}
-    integers = frozenset(name.removeprefix(prefix) for name in names.integers)
-    # Proved like any other: that all names share a word is common.
-    exact = [fit.name for fit in search(shapes, integers, models) if is_exact(fit)]
-    if not exact:
-        return ""
-    more = f" and {len(exact) - 3} more" if len(exact) > 3 else ""
-    return (
-        f"all names begin with {prefix!r}; without it they fit {', '.join(exact[:3])}{more}: "
-        "save the weights without that prefix"
-    )
+def _prefixed(names: Names, models: Mapping[str, str]) -> tuple[str, list[Fit]] | None:
+    """What all names begin with, and the models that they fit without it; None if they fit none."""
+    prefix, shapes = "", dict(names.shapes)
+    while len({name.partition(".")[0] for name in shapes}) == 1 and all("." in name for name in shapes):
+        first = next(iter(shapes)).partition(".")[0] + "."
+        prefix, shapes = prefix + first, {name.removeprefix(first): shape for name, shape in shapes.items()}
+        integers = frozenset(name.removeprefix(prefix) for name in names.integers)
+        # Proved like any other: that all names share a word is common.
+        if exact := [fit for fit in search(shapes, integers, models) if is_exact(fit)]:
+            return prefix, exact
+    return None

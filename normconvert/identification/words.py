@@ -31,14 +31,13 @@ def refused(found: Identification, ask: str = ASK) -> str:
         )
     if found.exact:
         return f"{found.path}: {_without_config(found.exact)}"
-    hints = "".join(f"; {note}" for note in found.notes if note.startswith("all names"))
     if not found.nearest:
-        return f"{found.path}: a bare weight file of no architecture that is known{hints}: {ask}"
+        return f"{found.path}: a bare weight file of no architecture that is known: {ask}"
     near = found.nearest[0]
     nearest = f"nearest: {few(near.names)} ({explained(near) or differences(near)})"
     if near.library == "transformers":
         ask = WITH_CONFIG
-    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{hints}: {ask}"
+    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}: {ask}"
 
 
 def _without_config(exact: tuple[Candidate, ...]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, read_header
 from normconvert.files.user_paths import user_path
-from normconvert.files.weight_files import find_weights, inside, load_json, shards_of
+from normconvert.files.weight_files import find_weights, inside, is_index, load_json, shards_of
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
 from normconvert.sources.opening import WEIGHT_SUFFIXES, library_of
@@ -151,7 +151,7 @@ def _identified(path: Path) -> str:
 
 
 def _files(weights: Path) -> Iterator[Path]:
-    if weights.name.endswith(".index.json"):
+    if is_index(weights):
         yield from (weights.parent / name for name in sorted(set(shards_of(weights).values())))
     else:
         yield weights

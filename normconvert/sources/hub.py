@@ -24,7 +24,7 @@ SKIPPED = (
 )  # fmt: skip
 
 
-def wanted_files(names: list[str]) -> list[str]:
+def wanted_files(names: list[str], variant: str | None = None) -> list[str]:
     """The files to download: safetensors if there are any, else pickles; and everything small.
 
     Only weights in the root are taken: those in subfolders are other variants of the model.
@@ -32,11 +32,16 @@ def wanted_files(names: list[str]) -> list[str]:
     # What a server calls a file is no path out of a folder.
     names = [n for n in names if n.isprintable() and not n.startswith("/") and not {"..", ""} & {*n.split("/")}]
     safe = [n for n in names if n.endswith(".safetensors") and "/" not in n]
+    if variant is not None:  # of these alone; that there are none is said by whoever looks for them
+        part = re.compile(rf"\.{re.escape(variant)}(\.|-\d+-of-\d+\.)")
+        of_variant = [n for n in names if "/" not in n and part.search(n) and n.endswith((".safetensors", ".bin"))]
+        names = [n for n in names if not n.endswith((".safetensors", ".bin"))]
+        safe = [n for n in of_variant if n.endswith(".safetensors")] or of_variant
     # training_args.bin is a pickle of settings, not of weights.
     pickles = [n for n in names if n.endswith((".bin", ".pth", ".pt")) and "/" not in n and "training" not in n]
     # A repository may hold the same weights under several names (model.safetensors, model.fp16.safetensors).
-    safe = [n for n in safe if n == "model.safetensors" or re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)] or safe
-    weights = safe or pickles
+    plain = [n for n in safe if n == "model.safetensors" or re.fullmatch(r"model-\d+-of-\d+\.safetensors", n)]
+    weights = plain or safe or pickles
     small = [
         n for n in names
         if not n.endswith((".safetensors", ".bin")) and not any(fnmatch(n, pattern) for pattern in SKIPPED)
@@ -108,7 +113,7 @@ def list_author(author: str) -> list[str]:
     return found
 
 
-def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
+def download(repo: str, revision: str | None, variant: str | None = None) -> tuple[Path, str | None]:
     """The folder in the hub's cache that holds the model, and its commit.
 
     Raises:
@@ -119,7 +124,7 @@ def download(repo: str, revision: str | None) -> tuple[Path, str | None]:
     with explained(repo, revision):
         names = _list_files(repo, revision)
         # Without a listing (offline, or cached by another tool) whatever is cached is taken and checked later.
-        patterns = [glob.escape(name) for name in wanted_files(names)] if names else None
+        patterns = [glob.escape(name) for name in wanted_files(names, variant)] if names else None
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, local_files_only=names is None
         )

@@ -14,7 +14,7 @@ from normconvert.runtime import one_at_a_time
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import in_proportion
-from normconvert.sources.tensor_names import missing_names, names_apart, tied_groups
+from normconvert.sources.tensor_names import DoesNotFit, missing_names, names_apart, tied_groups
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ def _check_missing(
     missing = missing_names(model, state, found, tied)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(
+        raise DoesNotFit(
             f"{source.reference}: the weights do not fit {source.architecture}: "
             f"tensors {', '.join(missing[:3])}{more} are missing ({len(state) - len(missing)} of {len(state)} found)"
         )

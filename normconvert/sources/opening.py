@@ -17,13 +17,18 @@ from normconvert.files.weight_files import (
     LARGEST_TEXT,
     PICKLES,
     Checkpoint,
+    adapter_files,
     find_weights,
     inside,
     load_json,
     majority_dtype,
     read_checkpoint,
+    refuse_dangling,
+    variant_of,
 )
+from normconvert.options import Opening, check_options
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
+from normconvert.sources.bare_weights import identified, training_arguments
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import check_stated_sizes
@@ -37,6 +42,8 @@ def open_source(
     *,
     revision: str | None = None,
     arch: str | None = None,
+    variant: str | None = None,
+    weights: str | None = None,
     trust_remote_code: bool = False,
     found: Found | None = None,
 ) -> Source:
@@ -50,6 +57,8 @@ def open_source(
         revision: branch, tag or commit on the hub.
         arch: ``timm:NAME``, the architecture of files that have no config.json; None: that whose names and shapes
             the weights have, if there is one only or the checkpoint states which.
+        variant: of the weights in a folder (``fp16``); None: the plain ones, or the only variant.
+        weights: ``ema`` or ``model``: which set of a checkpoint of training; None: the averaged one if there is one.
         trust_remote_code: allow code that comes with the checkpoint to run.
         found: called with the tensors' places and the folder as soon as they are known, before the library that
             builds the model is imported, which takes seconds.
@@ -57,12 +66,20 @@ def open_source(
     Raises:
         InputError: anything that is wrong with the reference or the files, in one line.
     """
-    path, commit = locate(reference, revision)
+    how = Opening(
+        revision=revision, arch=arch, variant=variant, weights=weights, trust_remote_code=trust_remote_code
+    )  # fmt: skip
+    check_options(how)
+    path, commit = locate(reference, revision, variant)
     if path.is_dir():
-        return open_folder(reference, path, commit, arch, trust_remote_code, found)
+        return open_folder(reference, path, commit, how, found)
+    if variant is not None:
+        raise InputError(f"{path}: --variant {variant} is for folders, and this is a weight file")
     if arch is None and (path.parent / "config.json").is_file():
+        if (named := variant_of(path)) is not None:
+            return open_folder(reference, path.parent, commit, replace(how, variant=named), found)
         raise InputError(f"{path}: a weight file beside a config.json: pass its folder {path.parent}, or --arch")
-    return _finish(reference, None, path, {}, arch, None, commit, trust_remote_code, found)
+    return _finish(reference, None, path, {}, how, None, commit, found)
 
 
 def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Source, Source]:
@@ -77,8 +94,20 @@ def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Sourc
         other = next(iter(opened.values()), None)
         named = other is not None and other.library == "timm" and _is_bare(reference)
         arch = f"timm:{other.architecture}" if other is not None and named else None
-        opened[reference] = open_source(reference, arch=arch, trust_remote_code=trust_remote_code)
+        chosen = recorded_choice(b if reference == a else a)
+        opened[reference] = open_source(reference, arch=arch, trust_remote_code=trust_remote_code, **chosen)
     return opened[a], opened[b]
+
+
+def recorded_choice(converted: str | Path) -> dict[str, str | None]:
+    """Which of several weights of its source a converted folder was made of: ``variant`` and ``weights``."""
+    folder = user_path(converted)
+    try:
+        said = load_json(inside(folder, RECORD_FILE)).get("options") if (folder / RECORD_FILE).is_file() else None
+    except InputError:  # told where the folder itself is opened
+        return {}
+    found = {name: said.get(name) for name in ("variant", "weights")} if isinstance(said, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _is_bare(reference: str) -> bool:
@@ -87,11 +116,12 @@ def _is_bare(reference: str) -> bool:
     return path.is_file() or (path.is_dir() and not (path / "config.json").is_file())
 
 
-def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
+def locate(reference: str, revision: str | None, variant: str | None = None) -> tuple[Path, str | None]:
     """The folder or file that ``reference`` means, and its commit if it comes from the hub."""
     if reference.startswith("demo:"):
         return demo_folder(reference.removeprefix("demo:")), None
     path = user_path(reference)
+    refuse_dangling(path)
     # Before the hub is asked: what is here is meant. An empty reference would be the current folder.
     if reference and path.exists():
         if revision is not None:
@@ -99,7 +129,7 @@ def locate(reference: str, revision: str | None) -> tuple[Path, str | None]:
         if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
         return path, None
-    return download(*hub_id(reference, revision))
+    return download(*hub_id(reference, revision), variant)
 
 
 def hub_id(reference: str, revision: str | None) -> tuple[str, str | None]:
@@ -121,8 +151,7 @@ def open_folder(
     reference: str,
     folder: Path,
     commit: str | None,
-    arch: str | None,
-    trust: bool,
+    how: Opening,
     found: Found | None,
     attach: Callable[[Source], Source] | None = None,
 ) -> Source:
@@ -130,18 +159,19 @@ def open_folder(
 
     ``attach`` gives the source what fetches its tensors, before any is read.
     """
-    config_file = folder / "config.json"
+    config_file, arch = folder / "config.json", how.arch
     # Whoever names an architecture means it, whatever a config.json says.
     config = _read_config(folder) if config_file.is_file() and arch is None else {}
     record = load_json(inside(folder, RECORD_FILE)) if (folder / RECORD_FILE).is_file() else None
     _refuse_large(folder)
+    _refuse_adapter(folder)
     _refuse_quantised(folder, config)
     bare = arch is None and not config_file.is_file()
     if bare and not any(path.name.endswith(WEIGHT_SUFFIXES) for path in folder.iterdir()):
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
-    weights = find_weights(folder, config, "timm" if bare else library_of(config, arch))
-    return _finish(reference, folder, weights, config, arch, record, commit, trust, found, attach)
+    weights = find_weights(folder, config, "timm" if bare else library_of(config, arch), how.variant)
+    return _finish(reference, folder, weights, config, how, record, commit, found, attach)
 
 
 class _Config(BaseModel):
@@ -169,6 +199,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder whose only weights are those of an adapter."""
+    named = adapter_files(folder)
+    if not named or any(p.name.endswith(WEIGHT_SUFFIXES) and p.name not in named for p in folder.iterdir()):
+        return
+    raise InputError(
+        f"{folder}: an adapter ({', '.join(named)}), not a model: merge it into its model first and convert that, or "
+        "convert the adapter for a converted model with `normconvert adapter`"
+    )
+
+
 def _refuse_large(folder: Path) -> None:
     """Refuse files that the libraries would read whole, and that nobody writes so large."""
     for path in folder.glob("*.json"):
@@ -181,18 +222,18 @@ def _finish(
     folder: Path | None,
     weights: Path,
     config: dict[str, Any],
-    arch: str | None,
+    how: Opening,
     record: dict[str, Any] | None,
     commit: str | None,
-    trust: bool,
     found: Found | None,
     attach: Callable[[Source], Source] | None = None,
 ) -> Source:
-    from normconvert.sources.libraries import LibraryModels, describe, map_names
+    from normconvert.sources.fitting import fitted, without_prefix
+    from normconvert.sources.libraries import LibraryModels
 
-    bare = arch is None and not (folder is not None and (folder / "config.json").is_file())
-    library = "timm" if bare else library_of(config, arch)
-    checkpoint = read_checkpoint(weights)
+    bare = how.arch is None and not (folder is not None and (folder / "config.json").is_file())
+    library = "timm" if bare else library_of(config, how.arch)
+    checkpoint = read_checkpoint(weights, how.weights)
     check_stated_sizes(str(folder or weights), config, checkpoint.tensors)
     if found is not None:
         found(checkpoint.tensors.values(), folder)
@@ -200,44 +241,45 @@ def _finish(
         dtype = majority_dtype(checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    notes: tuple[str, ...] = ()
+    arch, prefix, notes = how.arch, "", [*checkpoint.notes, *_notes(checkpoint, weights, folder)]
     if bare:
-        arch, note = _identified(reference, checkpoint, weights, folder)
-        notes = (note,)
+        arch, note, prefix = identified(reference, checkpoint, weights, folder)
+        notes.append(note)
     source = Source(
         reference=reference, library=library, folder=folder, config=config,
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
-        dtype=dtype, models=LibraryModels(), trust_remote_code=trust, record=record, revision=commit,
-        pickled=checkpoint.pickled,
-        modules=structural_edits(folder) if folder is not None else (), notes=notes,
+        dtype=dtype, models=LibraryModels(), trust_remote_code=how.trust_remote_code, record=record, revision=commit,
+        pickled=checkpoint.pickled, given=_found_by_us(checkpoint, weights, folder),
+        training=training_arguments(weights), modules=structural_edits(folder) if folder is not None else (),
+        notes=tuple(notes),
     )  # fmt: skip
-    source = source if attach is None else attach(source)
-    # The names can be mapped only when the class is known, so the source is made in two steps.
-    source = describe(source)
-    mapping = map_names(source)
-    return replace(
-        source,
-        name_map=mapping.name_map,
-        one_to_one=not mapping.merged,
-        buffers=mapping.buffers,
-        tied=mapping.tied,
-        apart=mapping.apart,
-        merged=mapping.merged,
-    )
+    return fitted(without_prefix(source, prefix) or source if prefix else source, attach)
 
 
-def _identified(reference: str, checkpoint: Checkpoint, weights: Path, folder: Path | None) -> tuple[str, str]:
-    """The architecture of weights that come without one, and the sentence that tells the user.
+def _found_by_us(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> bool:
+    """Whether the library would not find these weights under these names, but others or none."""
+    stray = folder is not None and bool(adapter_files(folder))  # transformers would load the adapter's model
+    return bool(checkpoint.taken) or stray or _is_variant(weights, folder)
 
-    Raises:
-        InputError: none fits, or several do and nothing says which.
-    """
-    from normconvert.identification import identify_names, names_of, stated, words
 
-    found = identify_names(reference, names_of(checkpoint.tensors, stated(weights, folder)))
-    if found.arch is None:
-        raise InputError(words.refused(found))
-    return found.arch, words.used(found)
+def _is_variant(weights: Path, folder: Path | None) -> bool:
+    return folder is not None and variant_of(weights) is not None
+
+
+def _notes(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> list[str]:
+    """Which weights were taken, where a user may have meant others."""
+    found = []
+    if _is_variant(weights, folder):
+        found.append(f"weights of the variant {variant_of(weights)}: {weights.name}")
+    if checkpoint.taken:
+        taken = " and ".join(map(repr, checkpoint.taken))
+        found.append(f"the tensors' names are taken without {taken}, as training left them")
+    if folder is not None and (stray := adapter_files(folder)):
+        found.append(
+            f"{' and '.join(stray)} beside the model's own weights: these are taken as they are, without the adapter, "
+            "and its files are left out (`normconvert adapter` converts one)"
+        )
+    return found
 
 
 def library_of(config: dict[str, Any], arch: str | None) -> str:

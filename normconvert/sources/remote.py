@@ -21,6 +21,7 @@ from normconvert.errors import InputError, Unfinished
 from normconvert.files.safetensors_file import MAX_HEADER
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.user_paths import user_path
+from normconvert.options import Opening
 from normconvert.sources.hub import explained, wanted_files
 from normconvert.sources.opening import hub_id, open_folder
 from normconvert.sources.source import Source
@@ -214,18 +215,14 @@ def open_remote(
     reference: str,
     folder: Path,
     *,
-    revision: str | None = None,
-    arch: str | None = None,
-    trust_remote_code: bool = False,
+    how: Opening,
 ) -> tuple[Source, RemoteShards]:
     """Open a checkpoint on the hub without its weights.
 
     Args:
         reference: a hub id.
         folder: for the shells and small files, and below it ``.cache/shards`` for what is downloaded.
-        revision: branch, tag or commit.
-        arch: as for :func:`normconvert.sources.open_source`.
-        trust_remote_code: likewise.
+        how: as for :func:`normconvert.sources.open_source`.
 
     Raises:
         InputError: not a hub id, no safetensors, or anything that is wrong with the files, in one line.
@@ -234,12 +231,12 @@ def open_remote(
 
     if reference.startswith("demo:") or user_path(reference).exists():
         raise InputError(f"{reference}: --stream is for models on the hub, and this one is here: convert it without")
-    repo, revision = hub_id(reference, revision)
+    repo, revision = hub_id(reference, how.revision)
     with explained(repo, revision):
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
     # From here on by commit: a branch may move while shards are fetched for hours.
     commit = info.sha
-    wanted = wanted_files([sibling.rfilename for sibling in info.siblings or []])
+    wanted = wanted_files([sibling.rfilename for sibling in info.siblings or []], how.variant)
     weights = [name for name in wanted if name.endswith(".safetensors") and "/" not in name]
     if not weights or commit is None:
         raise InputError(f"{reference}: no safetensors files on the hub, which --stream needs; convert it without")
@@ -254,7 +251,7 @@ def open_remote(
         shutil.copyfile(cached / name, folder / name)
     shards = RemoteShards(repo, commit, folder, folder / ".cache" / "shards")
     shards.prepare(weights)
-    source = open_folder(reference, folder, commit, arch, trust_remote_code, None, shards.attach)
+    source = open_folder(reference, folder, commit, how, None, shards.attach)
     return source, shards
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,6 +51,9 @@ class Source:
         revision: commit on the hub the files come from.
         modules: module edits without which the weights do not fit the architecture: rows of
             :data:`normconvert.runtime.MODULE_EDITS`, for a folder that normconvert wrote.
+        given: the library would not find these weights in the folder under the names that they have here, and is given
+            them.
+        training: what a checkpoint of training says of how its model was made (timm's ``args``).
         described: ``config`` was made from ``--arch`` or from what was identified, not read from the folder.
         notes: sentences for the user: how the architecture was found.
         fetch: to be called with a checkpoint name before that tensor's data is read, for files that are not here.
@@ -74,6 +77,8 @@ class Source:
     apart: frozenset[str] = frozenset()
     merged: frozenset[str] = frozenset()
     revision: str | None = None
+    given: bool = False
+    training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = False
     modules: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()

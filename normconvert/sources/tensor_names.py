@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from normconvert.compat.transformers import may_be_missing
+from normconvert.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model without them is broken
+
+
+class DoesNotFit(InputError):
+    """Tensors that a class needs are not there under the names that they have in it."""
 
 
 def tied_groups(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,8 +17,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from normconvert.compat.timm import written_config
 from normconvert.errors import InputError, first_line
 from normconvert.files.uninitialised import NoRandomInit
+from normconvert.identification.reading import architecture
+from normconvert.sources.bare_weights import creation
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
+from normconvert.sources.stated_sizes import check_stated_sizes, in_proportion
+
+HEADS = 4
+"""So many of the last tensors of a file may be those of its head."""
 
 
 def describe(source: Source) -> Source:
@@ -38,16 +45,42 @@ def describe(source: Source) -> Source:
     source = replace(source, architecture=name)
     if source.config:
         return source
-    config = _bare_config(source)
+    said, notes = _said(source)
+    config = _bare_config(source, said)
     arguments = config.get("model_args", {})
-    notes = [f"shapes say that the model was made with {k}={v}" for k, v in arguments.items()]
+    notes += [f"shapes say that the model was made with {k}={v}" for k, v in arguments.items() if k not in said]
     return replace(source, config=config, described=True, notes=(*source.notes, *notes))
 
 
-def _bare_config(source: Source) -> dict[str, Any]:
-    """A config.json as timm writes it, with the number of classes, the image size and the channels of the weights."""
+def _said(source: Source) -> tuple[dict[str, Any], list[str]]:
+    """The arguments that the model was made with in training, as the file tells them, and what to say of them.
+
+    Raises:
+        InputError: they are none, or out of all proportion to the weights.
+    """
+    if not source.training:
+        return {}, []
+    trained, name = architecture(str(source.training["model"])), source.architecture.split(".")[0]
+    if trained != name:
+        return {}, [f"the file's args are of {trained}: they are not used"]
+    try:
+        said = creation(source.training)
+    except InputError as error:
+        raise InputError(f"{source.reference}: {error}") from error
+    check_stated_sizes(source.reference, {"model_args": said}, source.tensors)
+    return said, [f"the file's args say that the model was made with {k}={v}" for k, v in said.items()]
+
+
+def _bare_config(source: Source, said: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as timm writes it, with the number of classes, the image size and the channels of the weights.
+
+    Args:
+        source: without a configuration.
+        said: arguments that the model was made with.
+    """
     name = source.architecture.split(".")[0]
-    model = _plain(source)
+    with in_proportion(source.reference, source.tensors):
+        model = _plain(source, said)
     pretrained = written_config(dict(getattr(model, "pretrained_cfg", {})))
     pretrained.pop("architecture", None)
     classifier = pretrained.get("classifier") or ()
@@ -56,32 +89,50 @@ def _bare_config(source: Source) -> dict[str, Any]:
     if classifiers:
         head = source.tensors.get(f"{classifiers[0]}.weight")
         # As many as the weights have: with the default number they would not fit.
-        classes = head.shape[0] if head and head.shape else 0
+        classes = head.shape[0] if head and head.shape else _classes_elsewhere(source, model, said)
     pretrained["num_classes"] = classes
     config = {"architecture": name, "num_classes": classes, "num_features": getattr(model, "num_features", None)}
-    if arguments := _arguments(source, name, model, classifiers):
+    if arguments := {**said, **(_arguments(source, name, model, classifiers) or {})}:
         config["model_args"] = arguments
         channels, *side = pretrained.get("input_size", (3, 224, 224))
-        side = [arguments["img_size"]] * 2 if "img_size" in arguments else side
+        if size := arguments.get("img_size"):
+            side = list(size) if isinstance(size, (list, tuple)) else [size] * 2
         pretrained["input_size"] = [arguments.get("in_chans", channels), *side]
     return {k: v for k, v in config.items() if v is not None} | {"pretrained_cfg": pretrained}
 
 
-def _plain(source: Source) -> nn.Module:
-    """The model with its default arguments, on the meta device where it can be made there."""
+def _classes_elsewhere(source: Source, model: nn.Module, said: dict[str, Any]) -> int:
+    """The number of classes of a head that the file has under a name that timm's own filter knows; else 0."""
+    strays = [info.shape[0] for name, info in source.tensors.items() if name not in model.state_dict() and info.shape]
+    name = source.architecture.split(".")[0]
+    for classes in [count for count, _ in Counter(strays[-HEADS:]).most_common()]:
+        config = {"architecture": name, "num_classes": classes, "model_args": said}
+        with suppress(InputError):
+            _load_filtered(replace(source, config=config, described=True))
+            return classes
+    return 0
+
+
+def _plain(source: Source, said: dict[str, Any]) -> nn.Module:
+    """The model with default arguments but for those that are said, on the meta device where it can be made there."""
     import timm
 
     try:
         with torch.device("meta"):
-            return timm.create_model(source.architecture, pretrained=False)
+            return timm.create_model(source.architecture, pretrained=False, **said)
+    except InputError:
+        raise
     except Exception:  # models that compute on tensors while they are built
         pass
     try:
         with NoRandomInit():
-            return timm.create_model(source.architecture, pretrained=False)
+            return timm.create_model(source.architecture, pretrained=False, **said)
+    except InputError:
+        raise
     except Exception as error:
         line = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{source.reference}: timm cannot build {source.architecture}: {line}") from error
+        given = f" with {', '.join(f'{k}={v}' for k, v in said.items())}" if said else ""
+        raise InputError(f"{source.reference}: timm cannot build {source.architecture}{given}: {line}") from error
 
 
 def _arguments(source: Source, name: str, model: nn.Module, classifiers: list[str]) -> dict[str, int] | None:

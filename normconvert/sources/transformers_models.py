@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from normconvert.compat.transformers import builder, kept_dtypes, renaming
 from normconvert.errors import InputError, first_line
 from normconvert.files.code_references import OWN_MODULE
-from normconvert.files.pickle_file import read_pickle
 from normconvert.sources.deferred import deferred
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import in_proportion
@@ -68,6 +67,13 @@ def _config(source: Source) -> Any:
                 source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
             )
     except Exception as error:
+        if model_type is None and "AutoConfig" not in remote:
+            name = stated_class(source)
+            kind = getattr(getattr(_native(name), "config_class", None), "model_type", None)
+            hint = f'; that of {name} is "{kind}"' if kind else ""
+            raise InputError(
+                f"{source.reference}: config.json names no model_type, which says how to read it{hint}: write it there"
+            ) from error
         if model_type not in CONFIG_MAPPING:
             near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), 3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -248,7 +254,7 @@ def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
     options = {"config": _config(source), "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         with quiet():
-            if source.is_pickle:
+            if source.is_pickle or source.given:
                 model, info = model_class.from_pretrained(None, **options, **_unwrapped(source))
                 model.name_or_path = model.config.name_or_path = str(source.folder)
             else:
@@ -277,13 +283,13 @@ def _keep_apart(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _unwrapped(source: Source) -> dict[str, Any]:
-    """What ``from_pretrained`` is given in place of the folder: it would find pickled weights as training wrapped them.
+    """What ``from_pretrained`` is given in place of the folder: it would find weights as training wrapped them.
 
-    Read anew, since the model may keep their memory and change it.
+    Each time in memory of its own, since the model may keep that and change it.
     """
     from transformers import GenerationConfig
 
-    weights = {name: value for file in source.files for name, value in read_pickle(file).items()}
+    weights = {name: source.read(name).clone() for name in source.tensors}
     try:
         generation = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     except OSError:  # as from_pretrained finds it where there is no file of its own

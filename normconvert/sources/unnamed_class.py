@@ -19,7 +19,7 @@ from normconvert.identification.words import few
 from normconvert.sources import transformers_models
 from normconvert.sources.families import family
 from normconvert.sources.source import Source
-from normconvert.sources.tensor_names import missing_names, tied_groups
+from normconvert.sources.tensor_names import DoesNotFit, missing_names, tied_groups
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def decide(source: Source) -> Source:
             f"{source.reference}: config.json names no class (architectures), and the tensors' names fit "
             f"{len(chosen)}, which may compute differently: {which}: {ask}"
         )
-    raise InputError(
+    raise DoesNotFit(
         f"{source.reference}: config.json names no class (architectures), and the tensors' names fit none of "
         f"{few(names)}: {ask}"
     )

@@ -48,8 +48,7 @@ def swap(request: Swapping) -> SwapReport:
     run.clock("open")
     from normconvert.sources import open_source
 
-    opening = {name: getattr(request, name) for name in ("revision", "arch", "trust_remote_code")}
-    source = open_source(str(request.src), **opening)
+    source = open_source(str(request.src), **request.opening)
     subject = analyse(source, run.settings, request.fuse, run.clock)
     lesson = _prepare(subject, run)
     if request.warn is not None:

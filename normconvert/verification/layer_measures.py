@@ -161,8 +161,10 @@ def measure(
     """
     from normconvert.sources import open_source
     from normconvert.sources.converted import load_opened
+    from normconvert.sources.opening import recorded_choice
 
-    first = open_source(str(a), revision=revision, arch=arch, trust_remote_code=trust_remote_code)
+    chosen = recorded_choice(b)
+    first = open_source(str(a), revision=revision, arch=arch, trust_remote_code=trust_remote_code, **chosen)
     second = open_source(str(b), trust_remote_code=trust_remote_code)
     plan = recorded_plan(second.record) if first.record is None else None
     used = dtype or second.dtype

@@ -96,6 +96,7 @@ def check(request: Checking) -> CheckReport:
         TraceError: the source cannot be traced any more.
     """
     from normconvert.sources import open_source
+    from normconvert.sources.opening import recorded_choice
 
     folder = user_path(request.out)
     folder = folder.parent if folder.name == RECORD_FILE else folder
@@ -106,7 +107,9 @@ def check(request: Checking) -> CheckReport:
     arch = record["options"].get("arch")
     if arch is not None and not isinstance(arch, str):
         raise InputError(f"{folder}: the arch in its record is {arch!r}, which is no name")
-    opened = open_source(reference, revision=commit, arch=arch, trust_remote_code=request.trust_remote_code)
+    opened = open_source(
+        reference, revision=commit, arch=arch, trust_remote_code=request.trust_remote_code, **recorded_choice(folder)
+    )
     say("trace")
     notes: list[str] = []
     findings: list[Finding] = []

@@ -303,13 +303,13 @@ def test_a_difference_that_no_image_size_explains_is_not_explained() -> None:
     assert identify_names("x", names).nearest[0].arguments == {}
 
 
-def test_names_behind_a_prefix_are_recognised_but_not_taken(tmp_path: Path) -> None:
-    path = write({f"model.{n}": t for n, t in state_of(UNIQUE).items()}, tmp_path / "w.safetensors")
+@pytest.mark.parametrize("prefix", ["model.", "net.model."])
+def test_names_behind_a_prefix_are_recognised(tmp_path: Path, prefix: str) -> None:
+    path = write({f"{prefix}{n}": t for n, t in state_of(UNIQUE).items()}, tmp_path / "w.safetensors")
     found = normconvert.identify(path)
-    assert found.arch is None
-    assert f"all names begin with 'model.'; without it they fit {UNIQUE}" in found.notes[0]
-    with pytest.raises(InputError, match=r"save the weights without that prefix"):
-        open_source(str(path))
+    assert (found.arch, found.prefix) == (f"timm:{UNIQUE}", prefix)
+    assert found.notes == (f"all names begin with {prefix!r}: they fit without it",)
+    assert open_source(str(path)).architecture == UNIQUE
 
 
 def test_weights_of_nothing_known_resemble_nothing(tmp_path: Path) -> None:

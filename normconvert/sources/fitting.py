@@ -1,0 +1,91 @@
+"""The class of a source and its names, where an outer model may have put a prefix before them.
+
+Lightning keeps a model in an attribute (``model.``), PEFT in two (``base_model.model.``): whatever is saved of the
+outer one has that before every name. As part of a name it may be the class's own, so nothing is taken away unless the
+names do not fit with it and all that the class needs is there without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from normconvert.files.weight_files import Checkpoint, renamed
+from normconvert.sources.libraries import describe, map_names
+from normconvert.sources.source import Source
+from normconvert.sources.tensor_names import DoesNotFit
+
+WRAPPERS = ("base_model.model.", "model.", "net.")
+"""Taken away even where not all names have them: a training module keeps its losses and metrics beside the model."""
+DEEPEST = 4
+"""Prefixes before a prefix."""
+
+Attach = Callable[[Source], Source]
+
+
+def prefixes(names: Iterable[str]) -> Iterator[str]:
+    """What may stand before the names of the model, the shortest first.
+
+    >>> list(prefixes(["net.model.a.weight", "net.model.a.bias"]))
+    ['net.', 'net.model.', 'net.model.a.']
+    """
+    names, prefix = list(names), ""
+    for _ in range(DEEPEST):
+        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        shared = {name.partition(".")[0] for name in inner if "." in name}
+        known = (wrapper for wrapper in WRAPPERS if any(name.startswith(wrapper) for name in inner))
+        found = next(known, f"{next(iter(shared))}." if len(shared) == 1 else "")
+        if not found:
+            return
+        prefix += found
+        yield prefix
+
+
+def without_prefix(source: Source, prefix: str) -> Source | None:
+    """The source with a prefix taken away where names have it; None if two would become one."""
+    names = {name: name.removeprefix(prefix) or name for name in source.tensors}
+    if len(set(names.values())) < len(names):
+        return None
+    made = renamed(Checkpoint(source.tensors, source.pickled), names)
+    note = f"the tensors' names are taken without {prefix!r}, with which they do not fit"
+    return replace(source, tensors=made.tensors, pickled=made.pickled, given=True, notes=(*source.notes, note))
+
+
+def fitted(source: Source, attach: Attach | None = None) -> Source:
+    """The source with its class and its names mapped to those of the model, without a prefix if need be.
+
+    Args:
+        source: with neither.
+        attach: gives the source what fetches its tensors, before any is read.
+
+    Raises:
+        InputError: the names do not fit the class, or no class.
+    """
+    try:
+        return _fitted(source, attach)
+    except DoesNotFit:
+        for prefix in prefixes(source.tensors):
+            inner = without_prefix(source, prefix)
+            # What is missing is told of the names as they are in the file. All else that is wrong ends the search:
+            # names that fit two classes might fit one of them once more is taken away.
+            with suppress(DoesNotFit):
+                if inner is not None:
+                    return _fitted(inner, attach)
+        raise
+
+
+def _fitted(source: Source, attach: Attach | None) -> Source:
+    source = source if attach is None else attach(source)
+    # The names can be mapped only when the class is known, so the source is made in two steps.
+    source = describe(source)
+    mapping = map_names(source)
+    return replace(
+        source,
+        name_map=mapping.name_map,
+        one_to_one=not mapping.merged,
+        buffers=mapping.buffers,
+        tied=mapping.tied,
+        apart=mapping.apart,
+        merged=mapping.merged,
+    )
