@@ -47,10 +47,10 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
         return replace(found, exact=tuple(Candidate("timm", fit.name, fit.num_classes) for fit in exact))
     nearest = _grouped(fit for fit in fits if _resembles(fit, names))
     if prefixed := _prefixed(names, models):
-        prefix, fits = prefixed
+        prefix, without = prefixed
         note = f"all names begin with {prefix!r}: they fit without it"
-        exact = tuple(Candidate("timm", fit.name, fit.num_classes) for fit in fits)
-        return replace(found, exact=exact, prefix=prefix, notes=(*found.notes, note))
+        types = tuple(Candidate("timm", fit.name, fit.num_classes) for fit in without)
+        return replace(found, exact=types, prefix=prefix, notes=(*found.notes, note))
     # Only the first group, since each proof builds models.
     if prove and nearest:
         nearest[0] = _explained(nearest[0], fits, models, names)

@@ -99,7 +99,7 @@ def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Sourc
     return opened[a], opened[b]
 
 
-def recorded_choice(converted: str | Path) -> dict[str, str | None]:
+def recorded_choice(converted: str | Path) -> dict[str, Any]:
     """Which of several weights of its source a converted folder was made of: ``variant`` and ``weights``."""
     folder = user_path(converted)
     try:
