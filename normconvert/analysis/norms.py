@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, shape_of
+from normconvert.analysis.handwritten import Forms, HandWritten
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
 from normconvert.runtime import contents
@@ -52,10 +53,11 @@ class Norm:
 def find_norms(graph: Graph) -> list[Norm]:
     """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand."""
     found = []
+    by_hand = Forms(graph.nodes).norms
     for node in graph.nodes:
         if name_of(node) == "aten.layer_norm":
             found.append(_norm(graph, _called(node)))
-        elif (source := _handwritten(node)) is not None:
+        elif (source := by_hand.get(node)) is not None:
             found.append(_norm(graph, _by_hand(node, source)))
     return found
 
@@ -85,7 +87,7 @@ def _called(node: fx.Node) -> _Found:
     return _Found(source, node, node, node, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
 
 
-def _by_hand(node: fx.Node, source: _Handwritten) -> _Found:
+def _by_hand(node: fx.Node, source: HandWritten) -> _Found:
     """The affine part, if there is one, follows the normalised value inside the same module."""
     weight = bias = None
     at = node
@@ -279,91 +281,3 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
             return None, offset
         node = node.args[0]
     return None, offset
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Written by hand: (x - mean(x)) * rsqrt(mean((x - mean(x))^2) + eps)
-
-
-@dataclass(frozen=True)
-class _Handwritten:
-    x: fx.Node
-    place: ChannelAxis
-    eps: float
-    read: fx.Node
-
-
-def _mean_over(node: Any) -> tuple[fx.Node, int] | None:
-    """``mean(x, one dim, keepdim=True)`` -> (x, dim)."""
-    # Without keepdim the mean of one token would be subtracted from another's channels.
-    if not (isinstance(node, fx.Node) and name_of(node) == "aten.mean" and len(node.args) > 2 and node.args[2] is True):
-        return None
-    x, dims = node.args[0], node.args[1]
-    if not (isinstance(x, fx.Node) and isinstance(dims, (list, tuple)) and len(dims) == 1):
-        return None
-    return x, int(_float(dims[0])) % len(shape_of(x))
-
-
-def _centred(node: Any) -> tuple[fx.Node, int] | None:
-    """``x - mean(x)`` -> (x, dim)."""
-    if not (isinstance(node, fx.Node) and name_of(node) == "aten.sub" and _plain(node)):
-        return None
-    mean = _mean_over(node.args[1])
-    return mean if mean is not None and mean[0] is node.args[0] else None
-
-
-def reads_centred(user: fx.Node, x: fx.Node, place: ChannelAxis) -> bool:
-    """Whether ``user`` sees x at ``place`` through P only: x - mean(x), or a mean that goes nowhere else."""
-    centred = _centred(user)
-    # Where a dimension holds more than the channels, its mean is not theirs.
-    if centred is not None and centred == (x, place.dim) and place.whole:
-        return True
-    mean = _mean_over(user)
-    if mean is not None and mean == (x, place.dim) and place.whole:
-        # The mean itself tells the mean, so all of its readers must take it from the same x.
-        return all(_centred(u) == mean and u.args[0] is x for u in user.users)
-    return False
-
-
-def _variance(node: Any) -> tuple[fx.Node, int] | None:
-    """``mean((x - mean(x))^2)`` -> (x, dim)."""
-    outer = _mean_over(node)
-    if outer is None:
-        return None
-    square, dim = outer
-    if (name_of(square) == "aten.pow" and square.args[1] == 2) or (
-        name_of(square) in ("aten.mul", "aten.square") and square.args[0] is square.args[-1]
-    ):
-        base = square.args[0]
-    else:
-        return None
-    centred = _centred(base)
-    return centred if centred is not None and centred[1] == dim else None
-
-
-def _plus_eps(node: Any) -> tuple[Any, float] | None:
-    if isinstance(node, fx.Node) and name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
-        return node.args[0], _float(node.args[1])
-    return None
-
-
-def _handwritten(node: fx.Node) -> _Handwritten | None:
-    """Match the normalised value: ``centred * rsqrt(variance + eps)`` or ``centred / sqrt(variance + eps)``."""
-    name = name_of(node)
-    if name not in ("aten.mul", "aten.div") or not all(isinstance(a, fx.Node) for a in node.args[:2]):
-        return None
-    # A product may stand either way round, a quotient may not.
-    pairs = [(node.args[0], node.args[1])] + ([(node.args[1], node.args[0])] if name == "aten.mul" else [])
-    root = "aten.rsqrt" if name == "aten.mul" else "aten.sqrt"
-    for top, bottom in pairs:
-        centred = _centred(top)
-        if centred is None or not isinstance(bottom, fx.Node) or name_of(bottom) != root:
-            continue
-        inside = _plus_eps(bottom.args[0])
-        # Both halves must be of the same x over the same axis: otherwise this is a quotient of two values.
-        if inside is None or _variance(inside[0]) != centred:
-            continue
-        x, dim = centred
-        assert isinstance(top, fx.Node)
-        return _Handwritten(x, ChannelAxis(dim, int(shape_of(x)[dim])), inside[1], top)
-    return None

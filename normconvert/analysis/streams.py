@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
-from normconvert.analysis.norms import Norm, reads_centred
+from normconvert.analysis.handwritten import Forms
+from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import carried, terms_of
 from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
@@ -87,6 +88,7 @@ class Analysis:
         self.graph = graph
         self.norms = norms
         self._reads = {norm.read: norm for norm in norms}
+        self._forms = Forms(graph.nodes)
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self.data = self._data_dependent()
@@ -230,7 +232,7 @@ class Analysis:
                     why = f"the norm {described(norm.path)} reads it over other axes"
                     yield Use(leak=Leak(ref, user, "norm-axes", why))
             # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
-            elif reads_centred(user, node, place):
+            elif self._forms.reads_centred(user, node, place):
                 yield Use()
             else:
                 yield from self._through(user, ref)

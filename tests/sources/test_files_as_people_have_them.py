@@ -207,7 +207,14 @@ def test_the_arguments_of_timms_training_are_honoured(
 
     made: nn.Module = timm.create_model(name, num_classes=5, **arguments)
     model = perturb(made.eval())
-    args: dict[str, Any] = {"model": name, "gp": None, "bn_eps": None, "in_chans": None, "input_size": None, "model_kwargs": {}}
+    args: dict[str, Any] = {
+        "model": name,
+        "gp": None,
+        "bn_eps": None,
+        "in_chans": None,
+        "input_size": None,
+        "model_kwargs": {},
+    }
     file = tmp_path / "last.pth.tar"
     torch.save({"arch": name, "args": Namespace(**(args | said)), "state_dict": model.state_dict()}, file)
     model, source = model.double(), open_source(str(file))

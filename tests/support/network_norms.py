@@ -38,6 +38,26 @@ def _uncentred_variance(m: Any, x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * m.gain + m.b
 
 
+def _moments(m: Any, x: Tensor) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x * x).mean(-1, keepdim=True) - mean**2 + 1e-5) ** 0.5 * m.gain + m.b
+
+
+def _var_mean(m: Any, x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, correction=0)
+    return (x - mean.unsqueeze(-1)) * (1 / torch.sqrt(variance + 1e-5)).unsqueeze(-1) * m.gain + m.b
+
+
+def _length(m: Any, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / centred.norm(dim=-1, keepdim=True) * x.shape[-1] ** 0.5 * m.gain + m.b
+
+
+def _spread(m: Any, x: Tensor, unbiased: bool, eps: float) -> Tensor:
+    """The epsilon stands outside the root, or the number of channels is less by one: no LayerNorm."""
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True, unbiased=unbiased) + eps) * m.gain + m.b
+
+
 def own(function: Callable[[Any, Tensor], Tensor], bias: bool = True) -> Build:
     """A norm module with a gain and a bias of its own."""
     return lambda s: Op(function, gain=param(s.width), **({"b": param(s.width)} if bias else {}))
@@ -115,6 +135,12 @@ NORMS: dict[str, Build] = {
     "sub_alpha": own(_alpha),
     "population": own(_population),
     "uncentred_variance": own(_uncentred_variance),
+    "moments": own(_moments),
+    "var_mean": own(_var_mean),
+    "length": own(_length),
+    "std": own(lambda m, x: _spread(m, x, False, 0.0)),
+    "std_outside": own(lambda m, x: _spread(m, x, False, 1e-3)),
+    "unbiased": own(lambda m, x: _spread(m, x, True, 0.0)),
     "gain_by_token": lambda s: Op(lambda m, x: m.gain * _by_hand(m, x), gain=param(s.fix(), s.width)),
     "gain_scalar": lambda s: Op(lambda m, x: m.gain * _by_hand(m, x), gain=param(1)),
     "gain_dynamic": lambda s: Op(
