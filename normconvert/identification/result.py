@@ -90,6 +90,7 @@ class Identification:
         stated: what the checkpoint or its file name says of its architecture.
         notes: sentences for the user.
         prefix: what all names begin with, where they fit without it alone.
+        origin: whose names these are, if they fit nothing here: another library's, in words.
     """
 
     path: str
@@ -99,6 +100,7 @@ class Identification:
     stated: tuple[Stated, ...] = ()
     notes: tuple[str, ...] = ()
     prefix: str = ""
+    origin: str = ""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -125,4 +127,6 @@ class Identification:
             "nearest": [vars(n) | {"differences": n.differences} for n in self.nearest],
             "stated": [vars(s) for s in self.stated],
             "notes": list(self.notes),
+            "prefix": self.prefix,
+            "origin": self.origin,
         }

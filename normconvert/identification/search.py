@@ -7,6 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from normconvert.identification.model_types import candidates, load_types, nearest_types, search_types
+from normconvert.identification.other_libraries import other_library
 from normconvert.identification.prints import (
     Fit,
     Index,
@@ -59,6 +60,7 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     # These fit exactly: what comes near in timm is of no interest then.
     if types := candidates(kinds):
         return replace(found, exact=types)
+    found = replace(found, origin=other_library(names.shapes))
     return replace(found, nearest=(*nearest, *nearest_types(kinds, len({pattern(n) for n in names.shapes}), NEAREST)))
 
 

@@ -31,13 +31,14 @@ def refused(found: Identification, ask: str = ASK) -> str:
         )
     if found.exact:
         return f"{found.path}: {_without_config(found.exact)}"
+    whose = f"; {found.origin}" if found.origin else ""
     if not found.nearest:
-        return f"{found.path}: a bare weight file of no architecture that is known: {ask}"
+        return f"{found.path}: a bare weight file of no architecture that is known{whose}: {ask}"
     near = found.nearest[0]
     nearest = f"nearest: {few(near.names)} ({explained(near) or differences(near)})"
     if near.library == "transformers":
         ask = WITH_CONFIG
-    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}: {ask}"
+    return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{whose}: {ask}"
 
 
 def _without_config(exact: tuple[Candidate, ...]) -> str:

@@ -47,7 +47,7 @@ def show_identification(console: Console, found: Identification, *, verbose: boo
     shown = chosen or (found.exact[0] if found.exact else None)
     if shown is not None and shown.library == "transformers":
         _show_config(table, shown, verbose)
-    for note in found.notes:
+    for note in (*found.notes, *([found.origin] if found.origin else [])):
         table.add_row("note", note)
     console.print(_indented(table))
     for near in found.nearest:

@@ -14,6 +14,7 @@ from normconvert.files.embedded import demo_folder
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.user_paths import user_path
 from normconvert.files.weight_files import (
+    GGUF,
     LARGEST_TEXT,
     PICKLES,
     Checkpoint,
@@ -126,6 +127,8 @@ def locate(reference: str, revision: str | None, variant: str | None = None) -> 
     if reference and path.exists():
         if revision is not None:
             raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
+        if path.is_file() and path.suffix == ".gguf":
+            raise InputError(f"{path}: {GGUF}")
         if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
         return path, None

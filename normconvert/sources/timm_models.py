@@ -49,6 +49,8 @@ def describe(source: Source) -> Source:
     config = _bare_config(source, said)
     arguments = config.get("model_args", {})
     notes += [f"shapes say that the model was made with {k}={v}" for k, v in arguments.items() if k not in said]
+    if not config["num_classes"] and config["pretrained_cfg"].get("classifier"):
+        notes.append("made without a classifier: the file holds none that timm knows as this model's")
     return replace(source, config=config, described=True, notes=(*source.notes, *notes))
 
 
@@ -231,7 +233,10 @@ def _load_filtered(source: Source) -> nn.Module:
     weights = {name: source.read(name) for name in source.tensors}
     with NoRandomInit(), _nothing_missing():
         # As timm loads weights it has downloaded, through the same filter, but from memory.
-        return _create(source, pretrained=True, pretrained_cfg_overlay={"source": "", "state_dict": weights})
+        overlay: dict[str, Any] = {"source": "", "state_dict": weights}
+        if source.described and source.config["num_classes"]:
+            overlay["num_classes"] = source.config["num_classes"]  # a head of another number would be dropped
+        return _create(source, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:

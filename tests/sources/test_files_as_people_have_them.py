@@ -363,3 +363,11 @@ def test_a_config_without_a_model_type_is_said(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r'names no model_type, .*that of GPT2LMHeadModel is "gpt2": write it there'):
         open_source(str(folder))
+
+
+def test_gguf_is_called_what_it_is(tmp_path: Path) -> None:
+    folder = save(gpt2(), tmp_path / "src")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    for path in (folder, folder / "model.gguf"):
+        with pytest.raises(InputError, match="GGUF holds weights as llama.cpp runs them"):
+            open_source(str(path))
