@@ -183,6 +183,28 @@ def read_checkpoint(weights: Path, kind: str | None = None) -> Checkpoint:
     return replace(renamed(checkpoint, names), taken=taken)
 
 
+def notes_on(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> tuple[str, ...]:
+    """Which weights were taken, where a user may have meant others.
+
+    Args:
+        checkpoint: as it was read.
+        weights: from this file or index.
+        folder: the checkpoint's; None for a bare file.
+    """
+    found = list(checkpoint.notes)
+    if folder is not None and (variant := variant_of(weights)) is not None:
+        found.append(f"weights of the variant {variant}: {weights.name}")
+    if checkpoint.taken:
+        taken = " and ".join(map(repr, checkpoint.taken))
+        found.append(f"the tensors' names are taken without {taken}, as training left them")
+    if folder is not None and (stray := adapter_files(folder)):
+        found.append(
+            f"{' and '.join(stray)} beside the model's own weights: these are taken as they are, without the adapter, "
+            "and its files are left out (`normconvert adapter` converts one)"
+        )
+    return tuple(found)
+
+
 def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The same tensors under other names, none of which is that of two."""
     tensors = {names[name]: replace(info, name=names[name]) for name, info in checkpoint.tensors.items()}

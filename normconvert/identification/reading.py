@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from normconvert.files.weight_files import (
     find_weights,
     inside,
     load_json,
+    notes_on,
     read_checkpoint,
 )
 from normconvert.identification.result import Shape, Stated
@@ -37,11 +38,13 @@ class Names:
         shapes: name -> shape.
         integers: names of those that hold no floating numbers.
         stated: what is said of the architecture.
+        notes: which of several weights these are, and what their names are taken without.
     """
 
     shapes: dict[str, Shape]
     integers: frozenset[str]
     stated: tuple[Stated, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_names(path: Path) -> Names:
@@ -55,7 +58,9 @@ def read_names(path: Path) -> Names:
         config = load_json(inside(path, "config.json")) if (path / "config.json").is_file() else {}
         library = "transformers" if "model_type" in config or "architectures" in config else "timm"
         weights = find_weights(path, config, library)
-    return names_of(read_checkpoint(weights).tensors, stated(weights, path if path.is_dir() else None))
+    checkpoint, folder = read_checkpoint(weights), path if path.is_dir() else None
+    names = names_of(checkpoint.tensors, stated(weights, folder))
+    return replace(names, notes=notes_on(checkpoint, weights, folder))
 
 
 def names_of(tensors: dict[str, TensorInfo], said: tuple[Stated, ...]) -> Names:

@@ -43,7 +43,7 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     exact = [fit for fit in fits if is_exact(fit)]
     if notes and exact:  # the index is of another version of timm
         exact = [fit for fit in exact if _still_fits(fit, names)]
-    found = Identification(path, len(names.shapes), stated=names.stated, notes=tuple(notes))
+    found = Identification(path, len(names.shapes), stated=names.stated, notes=(*names.notes, *notes))
     if exact:
         return replace(found, exact=tuple(Candidate("timm", fit.name, fit.num_classes) for fit in exact))
     nearest = _grouped(fit for fit in fits if _resembles(fit, names))

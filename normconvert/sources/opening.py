@@ -23,6 +23,7 @@ from normconvert.files.weight_files import (
     inside,
     load_json,
     majority_dtype,
+    notes_on,
     read_checkpoint,
     refuse_dangling,
     variant_of,
@@ -244,7 +245,7 @@ def _finish(
         dtype = majority_dtype(checkpoint.tensors)
     except InputError as error:
         raise InputError(f"{weights}: {error}") from error
-    arch, prefix, notes = how.arch, "", [*checkpoint.notes, *_notes(checkpoint, weights, folder)]
+    arch, prefix, notes = how.arch, "", [*notes_on(checkpoint, weights, folder)]
     if bare:
         arch, note, prefix = identified(reference, checkpoint, weights, folder)
         notes.append(note)
@@ -262,27 +263,7 @@ def _finish(
 def _found_by_us(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> bool:
     """Whether the library would not find these weights under these names, but others or none."""
     stray = folder is not None and bool(adapter_files(folder))  # transformers would load the adapter's model
-    return bool(checkpoint.taken) or stray or _is_variant(weights, folder)
-
-
-def _is_variant(weights: Path, folder: Path | None) -> bool:
-    return folder is not None and variant_of(weights) is not None
-
-
-def _notes(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> list[str]:
-    """Which weights were taken, where a user may have meant others."""
-    found = []
-    if _is_variant(weights, folder):
-        found.append(f"weights of the variant {variant_of(weights)}: {weights.name}")
-    if checkpoint.taken:
-        taken = " and ".join(map(repr, checkpoint.taken))
-        found.append(f"the tensors' names are taken without {taken}, as training left them")
-    if folder is not None and (stray := adapter_files(folder)):
-        found.append(
-            f"{' and '.join(stray)} beside the model's own weights: these are taken as they are, without the adapter, "
-            "and its files are left out (`normconvert adapter` converts one)"
-        )
-    return found
+    return bool(checkpoint.taken) or stray or (folder is not None and variant_of(weights) is not None)
 
 
 def library_of(config: dict[str, Any], arch: str | None) -> str:

@@ -74,6 +74,12 @@ def test_the_output_has_the_names_that_the_library_looks_for(tmp_path: Path) -> 
     assert normconvert.check(tmp_path / "out", folder).passed
 
 
+def test_weights_that_stay_in_their_files_are_found_behind_a_prefix(tmp_path: Path) -> None:
+    folder = rename(save(gpt2(), tmp_path / "src"), "net.model.")
+    normconvert.convert(folder, tmp_path / "out", verify=False)
+    assert normconvert.verify(folder, tmp_path / "out", max_memory=8 * 10**9, level="quick").passed
+
+
 def test_a_value_that_is_not_finite_is_seen_behind_a_prefix(tmp_path: Path) -> None:
     folder = rename(save(gpt2(), tmp_path / "src"), "model.")
     state = load_file(folder / "model.safetensors")
@@ -369,5 +375,5 @@ def test_gguf_is_called_what_it_is(tmp_path: Path) -> None:
     folder = save(gpt2(), tmp_path / "src")
     (folder / "model.safetensors").rename(folder / "model.gguf")
     for path in (folder, folder / "model.gguf"):
-        with pytest.raises(InputError, match="GGUF holds weights as llama.cpp runs them"):
+        with pytest.raises(InputError, match=r"GGUF holds weights as llama\.cpp runs them"):
             open_source(str(path))
