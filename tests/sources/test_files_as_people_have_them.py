@@ -18,6 +18,7 @@ from normconvert.errors import InputError
 from normconvert.files.wrapping import unwrapped
 from normconvert.sources import open_source
 from normconvert.sources.fitting import prefixes
+from normconvert.sources.hub import wanted_files
 from tests.support.bare_weights import UNIQUE, state_of, write
 from tests.support.equivalence import distance
 from tests.support.perturb import perturb
@@ -377,3 +378,12 @@ def test_gguf_is_called_what_it_is(tmp_path: Path) -> None:
     for path in (folder, folder / "model.gguf"):
         with pytest.raises(InputError, match=r"GGUF holds weights as llama\.cpp runs them"):
             open_source(str(path))
+
+
+def test_of_a_variant_on_the_hub_its_own_weights_are_fetched() -> None:
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = ["config.json", "model.safetensors", "model.bf16.safetensors", "model.safetensors.index.fp16.json", *shards]
+    assert wanted_files(names) == ["config.json", "model.safetensors", "model.safetensors.index.fp16.json"]
+    fetched = ["config.json", *shards, "model.safetensors.index.fp16.json"]
+    assert wanted_files(names, "fp16") == fetched
+    assert wanted_files(names, "fp8") == ["config.json", "model.safetensors.index.fp16.json"]
