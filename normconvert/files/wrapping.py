@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-RESERVED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+RESERVED = frozenset({"_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."})
 """Parts of a name that no model uses: taken out wherever they stand, since a part of a model may be wrapped."""
 PARALLEL = "module."
 """Taken away where a name begins with it: no model that is known has a part of that name at its top."""
@@ -27,8 +27,8 @@ def unwrapped(names: Iterable[str]) -> tuple[Mapping[str, str], tuple[str, ...]]
     taken: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
-        kept = [part for part in parts if part not in RESERVED]
-        removed = [f"{part}." for part in parts if part in RESERVED]
+        kept = [part for part in parts if f"{part}." not in RESERVED]
+        removed = [f"{part}." for part in parts if f"{part}." in RESERVED]
         while len(kept) > 1 and f"{kept[0]}." == PARALLEL:
             removed.insert(0, PARALLEL)
             del kept[0]
