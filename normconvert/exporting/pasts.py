@@ -153,8 +153,7 @@ def _decoders(model: nn.Module, found: Examples, encoder: nn.Module, names: list
 
     def decode(ids: Tensor, states: Tensor, mask: dict[str, Tensor], cache: Any) -> Any:
         outputs = BaseModelOutput(last_hidden_state=states)
-        more = {} if cache is None else {PAST: cache}
-        return model(decoder_input_ids=ids, encoder_outputs=outputs, **mask, **fixed, **more)
+        return model(decoder_input_ids=ids, encoder_outputs=outputs, **mask, **fixed, past_key_values=cache)
 
     def first(inputs: dict[str, Tensor]) -> Named:
         mask = {MASK: inputs["encoder_attention_mask"]} if masked else {}
@@ -169,9 +168,8 @@ def _decoders(model: nn.Module, found: Examples, encoder: nn.Module, names: list
     def later(inputs: dict[str, Tensor]) -> Named:
         own, cross = (_taken(inputs, PAST, f".{side}") for side in SIDES)
         mask = {MASK: inputs["encoder_attention_mask"]} if masked else {}
-        keys = cross[0][0]
         # Nobody reads them, for their keys are known; that they are there says that there was an encoder.
-        states = keys.new_zeros(keys.shape[0], keys.shape[2], width)
+        states = cross[0][0].new_zeros(cross[0][0].shape[0], cross[0][0].shape[2], width)
         output = decode(inputs["input_ids"], states, mask, EncoderDecoderCache(cache_of(own), cache_of(cross)))
         layers = layers_of(output.past_key_values.self_attention_cache, source)
         return [("logits", output.logits), *_presents(layers, PRESENT, ".decoder")]
