@@ -117,7 +117,9 @@ def attended(part: Part, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]
     No other token attends to those, and nobody reads them.
     """
     mask = inputs.get(MASK)
-    if mask is None or mask.ndim != 2 or "decoder_input_ids" in inputs or "input_ids" not in inputs:
+    # Another number of outputs is no export, which is for :func:`distance` to say.
+    known = len(outputs) == len(part.outputs) and "input_ids" in inputs and "decoder_input_ids" not in inputs
+    if mask is None or mask.ndim != 2 or not known:
         return list(outputs)
     found = []
     for name, value in zip(part.outputs, outputs, strict=True):

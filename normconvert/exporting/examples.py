@@ -74,7 +74,15 @@ def examples(model: nn.Module, chosen: Sequence[str], source: str) -> Examples:
     assert inputs is not None
     axes = {name: dict(call.axes(name, inputs, sizes)) for name in inputs}
     checks = [found for one in call.others(inputs, axes, sizes) if (found := call.tried(one)) is not None]
-    return Examples(inputs, call.fixed, axes, checks)
+    return Examples(inputs, call.fixed, _moving(axes, [inputs, *checks]), checks)
+
+
+def _moving(axes: Axes, calls: Sequence[Mapping[str, Tensor]]) -> Axes:
+    """The axes that had two sizes in calls that the model took: what it was not seen to allow is not promised."""
+    return {
+        name: {axis: what for axis, what in found.items() if len({call[name].shape[axis] for call in calls}) > 1}
+        for name, found in axes.items()
+    }
 
 
 def _text_of(name: str) -> str | None:
