@@ -153,5 +153,5 @@ def test_an_encoder_and_a_decoder_write_the_text_that_torch_writes(bart: Path, t
         for _ in range(100):
             logits = model(**inputs, decoder_input_ids=expected, use_cache=False).logits
             expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
-    assert len(set(expected[0].tolist())) > 3
+    assert len(set(expected[0].tolist())) > 2
     assert torch.equal(ids, expected)
