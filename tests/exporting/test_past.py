@@ -21,6 +21,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 128}
+    torch.manual_seed(0)
     model: Any = perturb(LlamaForCausalLM(LlamaConfig(**SMALL, **sizes, num_attention_heads=4, num_key_value_heads=2)))
     model.save_pretrained(folder := tmp_path_factory.mktemp("llama"))
     return folder
