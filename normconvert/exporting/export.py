@@ -1,38 +1,55 @@
-"""Checkpoint -> one file that runs without normconvert: ONNX, or a program of torch.export.
+"""Checkpoint -> files that run without normconvert: ONNX, or a program of torch.export.
 
-The file is run on probes of several batch sizes before it is put in place, against the model it was made of and, if
-one is named, against the original checkpoint.
+Each file is run by the engine that will run it, on inputs of several sizes and with masks, before it is put in place:
+against the model it was made of and, if one is named, against the original checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import FidelityError, InputError, NormConvertError, TraceError, first_line
+from normconvert.errors import FidelityError, InputError, NormConvertError
+from normconvert.exporting.placing import check_request, is_folder, put_in_place, staged
 from normconvert.exporting.request import Export
 from normconvert.files.user_paths import user_path
-from normconvert.interrupts import held as uninterrupted
-from normconvert.options import taking
+from normconvert.options import check_options, taking
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from normconvert.exporting.capture import Captured
+    from normconvert.exporting.compare import Compared
+    from normconvert.exporting.engines import Run
+    from normconvert.exporting.parts import Part
     from normconvert.sources import Source
 
-SUFFIXES = (".onnx", ".pt2")
-TOLERANCE = 1e-4
-"""Relative error in float32: other kernels add up in another order, over all layers."""
-OPSET = 23
-"""The first with RMSNormalization."""
 
-Run = Callable[[Mapping[str, Any]], "list[Tensor]"]
-"""Named input tensors -> output tensors."""
+@dataclass(frozen=True)
+class ExportedFile:
+    """One file of an export.
+
+    Attributes:
+        file: where it is.
+        inputs: name -> sizes, in order: a number, or the name of what may vary.
+        outputs: names, in order.
+        opset: of ONNX, else None.
+        varies: what may vary -> the smallest size that was run, the largest there can be (None: no limit is known).
+        error: largest relative error over inputs and outputs, against the model that was exported.
+        checks: how many inputs it was run on, of different sizes where they may vary.
+    """
+
+    file: str
+    inputs: dict[str, list[int | str]]
+    outputs: list[str]
+    opset: int | None
+    varies: dict[str, tuple[int, int | None]]
+    error: float
+    checks: int
 
 
 @dataclass(frozen=True)
@@ -41,19 +58,19 @@ class ExportReport:
 
     Attributes:
         source: what was exported.
-        file: the file written.
-        dynamic: names of the dimensions that may vary, of each input.
-        outputs: names of the outputs, in order.
-        error: largest relative error over probes and outputs, against the model that was exported.
+        file: the file written, or the folder.
+        files: the files, one by one.
+        dtype: of the weights.
+        error: the largest of the files' errors.
         against: largest relative error against the original checkpoint, if one was named.
-        bytes_written: size of the file, and of the weights beside it if ONNX keeps them apart.
+        bytes_written: size of all, weights that ONNX keeps beside a file included.
         notes: sentences for the user.
     """
 
     source: str
     file: str
-    dynamic: dict[str, list[str]]
-    outputs: list[str]
+    files: list[ExportedFile]
+    dtype: str
     error: float
     against: float | None
     bytes_written: int
@@ -70,281 +87,197 @@ def export(request: Export) -> ExportReport:
 
     Raises:
         InputError: bad input or usage, or the ONNX packages are missing.
-        TraceError: the exporter cannot follow the model.
+        TraceError: the exporter cannot follow the model, or the engine has not its operators.
         FidelityError: the exported file computes something else; nothing was written.
     """
-    src, against, trust_remote_code = request.src, request.against, request.trust_remote_code
     file = user_path(request.file)
     # Before torch is imported: a wrong name is told at once.
-    check_file(file, request.overwrite)
-    from normconvert.sources.converted import load_opened, open_any
-    from normconvert.tracing.probes import verification_inputs
+    check_options(request)
+    check_request(request, file)
+    source, model = _opened(request.src, request)
+    return export_model(model, request, source)
 
-    # In float32 whatever is stored: the tolerance is for that, and not every runtime has kernels for halves.
-    source = open_any(src, trust_remote_code=trust_remote_code)
-    model = load_opened(source).float()
-    probes = [p.inputs for p in verification_inputs(model, seed=0)]
-    call = Flat(model, probes)
-    if not call.probes:
-        raise TraceError(f"{src}: the model runs on none of the probes: {call.failure}")
-    beside = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    # A folder, since ONNX may write the weights into a second file; beside the target, so that a rename puts it there.
-    beside.mkdir()
-    staged = beside / file.name
-    try:
-        with _quiet():
-            program, dynamic, notes = _program(call)
-            run = (_save_onnx if file.suffix == ".onnx" else _save_program)(call, program, staged)
-        error = _compare(run, call.run, call.varied(dynamic))
-        # Not `>`: NaN is not close either.
-        if not error <= TOLERANCE:
-            raise FidelityError(
-                f"{src}: the exported file is {error:.2g} off the model (allowed {TOLERANCE:g}); nothing was written"
-            )
-        distance = None
-        if against is not None:
-            other = open_any(against, trust_remote_code=trust_remote_code)
-            distance = _compare(run, Flat(load_opened(other).float(), probes).run, call.varied(dynamic))
-            notes += _held_against(source, other, error, distance)
+
+def export_model(model: nn.Module, request: Export, source: Source | None = None) -> ExportReport:
+    """Export a model that is loaded; ``source`` is what it is a model of.
+
+    Raises:
+        NormConvertError: as :func:`export`.
+    """
+    from normconvert.exporting.norm_operators import DEFAULT_OPSETS
+
+    file = user_path(request.file)
+    opsets: Sequence[int | None] = [request.opset] if request.opset else DEFAULT_OPSETS[request.target]
+    if file.suffix == ".pt2":
+        opsets = [None]
+    notes = ["run in onnxruntime, and not in OpenVINO"] if request.target == "openvino" else []
+    with staged(file) as beside, _quiet():
+        parts = _parts(model, request, file)
+        made = [
+            _exported(part, beside / (f"{part.name}.onnx" if is_folder(file) else file.name), request, opsets)
+            for part in parts
+        ]
+        error = max(one.compared.error for one in made)
+        off = None
+        if request.against is not None and source is not None:
+            off, more = _against(request, file, made, source)
+            notes += more
         size = sum(path.stat().st_size for path in beside.iterdir())
-        _put_in_place(beside, file)
-    except OSError as failure:
-        raise InputError(f"cannot write {file}: {failure.strerror or failure}; nothing was kept") from failure
-    finally:
-        for path in beside.iterdir():
-            path.unlink()
-        beside.rmdir()
-    return ExportReport(str(src), str(file), dynamic, call.names, error, distance, size, tuple(notes))
+        put_in_place(beside, file)
+    return ExportReport(
+        str(request.src), str(file), [one.described(file) for one in made],
+        str(next(model.parameters()).dtype).removeprefix("torch."), error, off, size, tuple(notes),
+    )  # fmt: skip
 
 
-def _put_in_place(beside: Path, file: Path) -> None:
-    """Move what was exported to where it belongs: at no moment is there one model's file with another's weights."""
-    data = file.with_name(f"{file.name}.data")
-    names = [path.name for path in beside.iterdir()]
-    with uninterrupted():
-        if data.exists() or len(names) > 1:
-            file.unlink(missing_ok=True)
-        # The file that names the other comes last.
-        for name in sorted(names, key=lambda name: name == file.name):
-            os.replace(beside / name, file.with_name(name))
-        if data.name not in names:
-            data.unlink(missing_ok=True)
+def _against(request: Export, file: Path, made: Sequence[_Made], source: Source) -> tuple[float, list[str]]:
+    """How far the files are from the original, and what there is to say of it."""
+    from normconvert.exporting.compare import attended, distance, fitting
+
+    assert request.against is not None
+    other, original = _opened(request.against, request)
+    parts = _parts(original, request, file, like=[one.part for one in made])
+    off = max(
+        distance(attended(one.part, check, one.run(check)), attended(part, check, part.run(check)))
+        for one, part in zip(made, parts, strict=True)
+        for check in fitting(one.part, one.captured)
+    )
+    error, allowed = (max(getattr(one.compared, what) for one in made) for what in ("error", "allowed"))
+    return off, _held_against(source, other, error, off, allowed)
 
 
-def _held_against(source: Source, other: Source, error: float, distance: float) -> list[str]:
+@dataclass(frozen=True)
+class _Made:
+    """One file, and how it came about."""
+
+    part: Part
+    captured: Captured
+    compared: Compared
+    run: Run
+    name: str
+    limits: dict[str, int]
+    opset: int | None
+
+    def described(self, file: Path) -> ExportedFile:
+        """What there is to say of it."""
+        inputs = {
+            name: [self.captured.free[name].get(axis, int(size)) for axis, size in enumerate(value.shape)]
+            for name, value in self.part.inputs.items()
+        }
+        varies = {}
+        for what in dict.fromkeys(name for axes in self.captured.free.values() for name in axes.values()):
+            _, most = self.captured.ranges.get(what, (0, None))
+            limits = [limit for limit in (most, self.limits.get(what)) if limit is not None]
+            # torch says 2 where it means any size; what was run says more than that.
+            varies[what] = (self.compared.least[what], min(limits, default=None))
+        path = file / self.name if is_folder(file) else file
+        return ExportedFile(
+            str(path), inputs, list(self.part.outputs), self.opset, varies, self.compared.error, self.compared.sizes
+        )
+
+
+def _opened(src: str | Path, request: Export) -> tuple[Source, nn.Module]:
+    import torch
+
+    from normconvert.sources.converted import load_opened, open_any
+
+    source = open_any(src, trust_remote_code=request.trust_remote_code)
+    dtype = None if request.dtype == "auto" else getattr(torch, request.dtype)
+    return source, load_opened(source, dtype=dtype).eval()
+
+
+def _parts(model: nn.Module, request: Export, file: Path, like: Sequence[Part] = ()) -> list[Part]:
+    """What becomes a file each; ``like`` other parts, of which the inputs are taken."""
+    from dataclasses import replace
+
+    from normconvert.exporting.examples import examples
+    from normconvert.exporting.parts import whole
+    from normconvert.exporting.pasts import against_whole, encoder_decoder, with_past
+
+    src = str(request.src)
+    found = examples(model, request.inputs, src)
+    if is_folder(file):
+        return list(encoder_decoder(model, found, src))
+    if not request.with_past:
+        return [
+            whole(
+                model,
+                replace(found, inputs=like[0].inputs, checks=[dict(check) for check in like[0].checks])
+                if like
+                else found,
+            )
+        ]
+    part = with_past(model, found, src)
+    off = against_whole(model, part)
+    if not off <= 1e-3:
+        raise FidelityError(f"{src}: with a past the model itself is {off:.2g} off what it computes of the whole text")
+    return [part]
+
+
+def _exported(part: Part, file: Path, request: Export, opsets: Sequence[int | None]) -> _Made:
+    """Write one part, with the freest shapes that hold in the engine.
+
+    Raises:
+        TraceError: the exporter cannot follow it.
+        FidelityError: the file is wrong even where all sizes are fixed.
+    """
+    from normconvert.exporting.capture import TEXT, captures, longest
+    from normconvert.exporting.compare import compare
+    from normconvert.exporting.engines import save_onnx, save_program
+
+    failure: NormConvertError | None = None
+    for captured, opset in ((captured, opset) for captured in captures(part) for opset in opsets):
+        try:
+            if opset is None:
+                run = save_program(part, captured, file)
+            else:
+                run = save_onnx(part, captured, file, opset, request.target)
+            compared = compare(run, part, captured)
+        except NormConvertError as error:
+            failure = error
+            continue
+        texts = {what for axes in captured.free.values() for what in axes.values()} & set(TEXT[1:3])
+        limits = {what: most for what in texts if (most := longest(part, what)) is not None}
+        if "length" in limits:
+            # A past and the tokens that follow it have the places of one text.
+            limits |= {"total_length": limits["length"], "past_length": limits["length"] - 1}
+        return _Made(part, captured, compared, run, file.name, limits, opset)
+    assert failure is not None
+    raise type(failure)(f"{request.src}: {failure}; nothing was written") from failure
+
+
+def _held_against(source: Source, other: Source, error: float, off: float, allowed: float) -> list[str]:
     """What there is to say of the distance of an exported file, which computes what its source does, to the original.
 
     Raises:
         FidelityError: the two models differ, and neither is there to differ.
     """
-    if distance <= TOLERANCE:
+    if off <= allowed:
         return []
     exact = f"the file computes what {source.reference} computes (to {error:.1g})"
     for one in (source, other):
         method = str(((one.record or {}).get("plan") or {}).get("method"))
         if method.startswith("swap "):
             return [
-                f"{one.reference} is a {method}: its norms learnt what they compute, and {distance:.2g} is how far "
+                f"{one.reference} is a {method}: its norms learnt what they compute, and {off:.2g} is how far "
                 f"{source.reference} is from {other.reference}; {exact}"
             ]
     raise FidelityError(
-        f"{exact}, but that model is {distance:.2g} off {other.reference} (allowed {TOLERANCE:g}): "
+        f"{exact}, but that model is {off:.2g} off {other.reference} (allowed {allowed:g}): "
         "`normconvert verify` says where they part; nothing was written"
     )
 
 
-def check_file(file: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot be made, before any work is done.
-
-    Raises:
-        InputError: another suffix, no such folder, it exists, or a package is missing.
-    """
-    if file.suffix not in SUFFIXES:
-        raise InputError(f"{file}: expected a name that ends in {' or '.join(SUFFIXES)}")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: the folder {file.parent} does not exist: make it first")
-    for path in (file, file.with_name(f"{file.name}.data")):
-        if path.exists() and not (overwrite and file.exists()):
-            raise InputError(f"{path} exists: choose another name, or pass --overwrite")
-    if file.suffix == ".onnx":
-        from importlib.util import find_spec
-
-        # By name only: to import them takes seconds.
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-        if missing:
-            raise InputError(f"ONNX needs {', '.join(missing)}: pip install 'normconvert[onnx]'")
-
-
-class Flat:
-    """A model as a function of named tensors that returns a list of tensors; other arguments are fixed."""
-
-    def __init__(self, model: nn.Module, probes: Sequence[Mapping[str, Any]]) -> None:
-        import torch
-        from torch import nn
-
-        self.model, self.failure = model.eval(), ""
-        self.names: list[str] = []
-        self.probes: list[dict[str, Any]] = []
-        outer = self
-
-        # torch.export takes a module, and named tensors only.
-        class Module(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.model = model
-
-            def forward(self, **tensors: Tensor) -> tuple[Tensor, ...]:
-                return tuple(value for _, value in outer.tensors(self.model(**tensors, **outer.fixed)))
-
-        self.fixed: dict[str, Any] = {}
-        self.module = Module().eval()
-        for probe in probes:
-            tensors = {k: v for k, v in probe.items() if isinstance(v, torch.Tensor)}
-            fixed = {k: v for k, v in probe.items() if not isinstance(v, torch.Tensor)}
-            # What is no tensor becomes part of the program: all probes have to agree on it.
-            if self.probes and (set(tensors) != set(self.probes[0]) or fixed != self.fixed):
-                continue
-            self.fixed = fixed
-            try:
-                with torch.no_grad():
-                    names = [name for name, _ in self.tensors(model(**tensors, **fixed))]
-            except Exception as error:  # a model may refuse a probe in any way
-                self.failure = first_line(error)
-                continue
-            self.names = self.names or names
-            self.probes.append(tensors)
-
-    @staticmethod
-    def tensors(output: Any, name: str = "output") -> list[tuple[str, Tensor]]:
-        """The floating tensors of an output, with names; caches and the like are left out."""
-        import torch
-
-        if isinstance(output, torch.Tensor):
-            # Integers, such as chosen tokens, have no relative error.
-            return [(name, output)] if output.is_floating_point() else []
-        if isinstance(output, dict):
-            items = [(str(key), value) for key, value in output.items() if "past_key_values" not in str(key)]
-        elif isinstance(output, (tuple, list)):
-            items = [(f"{name}_{i}", value) for i, value in enumerate(output)]
-        else:
-            items = []
-        return [found for key, value in items for found in Flat.tensors(value, key)]
-
-    def run(self, tensors: Mapping[str, Any]) -> list[Tensor]:
-        """The outputs of the model itself."""
-        import torch
-
-        with torch.no_grad():
-            return list(self.module(**tensors))
-
-    def varied(self, dynamic: Mapping[str, Sequence[str]]) -> list[Mapping[str, Any]]:
-        """The probes that the exported file must take: with a dynamic batch of all sizes, else those of one shape."""
-        if any(dynamic.values()):
-            first = self.probes[0]
-            return [
-                p for p in self.probes
-                if all("length" in dynamic[k] or p[k].shape[1:] == first[k].shape[1:] for k in p)
-            ]  # fmt: skip
-        shapes = {k: v.shape for k, v in self.probes[0].items()}
-        return [p for p in self.probes if {k: v.shape for k, v in p.items()} == shapes]
-
-
-def _program(call: Flat) -> tuple[Any, dict[str, list[str]], list[str]]:
-    """Export with the freest shapes that the model allows: batch and length, batch, none."""
-    import torch
-
-    batches = [min(v.shape[0] for v in p.values() if v.ndim) for p in call.probes]
-    # The largest batch: torch.export takes a size of 1 for a constant.
-    example: dict[str, Any] = dict(call.probes[batches.index(max(batches))])
-    error: Exception | None = None
-    # The freest first. Only trying tells which sizes a model's code fixes.
-    for free in (("batch", "length"), ("batch",), ()):
-        # A length is the second dimension of tokens and masks; that of pictures is their channels.
-        names = {k: [d for d in free if d == "batch" or (v.ndim == 2 and not v.is_floating_point())]
-                 for k, v in example.items()}  # fmt: skip
-        if "length" in free and not any("length" in n for n in names.values()):
-            continue
-        at = {"batch": 0, "length": 1}
-        shapes = {k: {at[d]: torch.export.Dim(d, min=1) for d in n} for k, n in names.items()}
-        try:
-            program = torch.export.export(call.module, (), example, dynamic_shapes={"tensors": shapes}, strict=False)
-        except Exception as failure:  # torch.export raises many kinds
-            error = failure
-            continue
-        note = [] if free else ["the batch size is fixed: the model does not allow another one"]
-        return program, names, note
-    assert error is not None
-    raise TraceError(f"torch.export cannot follow the model: {first_line(error)[:300]}")
-
-
-def _save_program(call: Flat, program: Any, file: Path) -> Run:
-    import torch
-
-    torch.export.save(program, file)
-    # The file is run, not the program in memory: what is verified is what somebody else will load.
-    module = torch.export.load(file).module()
-
-    def run(tensors: Mapping[str, Any]) -> list[Tensor]:
-        with torch.no_grad():
-            return list(module(**tensors))
-
-    return run
-
-
-def _save_onnx(call: Flat, program: Any, file: Path) -> Run:
-    import onnxruntime
-    import torch
-
-    try:
-        made: Any = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=call.names, verbose=False)
-        made.save(str(file), external_data=_is_large(call.model))
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except NormConvertError:
-        raise
-    except Exception as error:  # the exporter and the runtime raise many kinds
-        raise TraceError(f"ONNX cannot express the model: {first_line(error)[:300]}") from error
-    names = [i.name for i in session.get_inputs()]
-
-    def run(tensors: Mapping[str, Any]) -> list[Tensor]:
-        # The exporter drops inputs that nothing reads, and a session refuses what it does not know.
-        found = session.run(None, {k: v.numpy() for k, v in tensors.items() if k in names})
-        return [torch.from_numpy(value) for value in found]
-
-    return run
-
-
-def _is_large(model: nn.Module) -> bool:
-    """Whether the weights exceed what one protobuf may hold."""
-    return sum(p.numel() * 4 for p in model.parameters()) > 1_800_000_000
-
-
-def _compare(run: Run, wanted: Run, probes: Sequence[Mapping[str, Any]]) -> float:
-    """The largest relative error over probes and outputs; infinite where the file does not run."""
-    worst = 0.0
-    for probe in probes:
-        expected = wanted(probe)
-        try:
-            found = run(probe)
-        except Exception as error:  # whatever a runtime raises: the file does not do its work
-            raise FidelityError(f"the exported model does not run on a probe: {first_line(error)[:300]}") from error
-        if len(found) != len(expected):
-            # One that is missing or too many: no number of the others makes up for it.
-            return float("inf")
-        for a, b in zip(found, expected, strict=True):
-            # An output of zeros is no reason to divide by zero.
-            off = float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
-            worst = max(worst, off if off == off else float("inf"))
-    return worst
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
+    import contextlib
+    import io
     import logging
 
     from normconvert.runtime import process_lock
 
     # What follows, and what the exporters do, is of the whole process.
-    with process_lock(), warnings.catch_warnings():
+    with process_lock(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         level = logging.root.manager.disable
         # All loggers: the exporters have one for each module.
@@ -355,4 +288,4 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-__all__ = ["ExportReport", "check_file", "export"]
+__all__ = ["ExportReport", "ExportedFile", "InputError", "export"]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
-from normconvert.options import SRC, TRUST, option
+from normconvert.options import DTYPES, SRC, TRUST, option
+
+TARGETS = ("generic", "onnxruntime", "openvino")
+OPSETS = range(18, 24)
+"""Of ONNX: the first is the first that torch's exporter writes by itself, the last the last that it knows."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +18,19 @@ class Export:
     """What :func:`normconvert.export` is asked."""
 
     src: str | Path = option(MISSING, SRC, metavar="SRC")
-    file: Path | str = option(MISSING, "model.onnx, or model.pt2 for torch.export.", metavar="FILE")
+    file: Path | str = option(
+        MISSING,
+        "model.onnx; model.pt2 for torch.export; or a folder to make, for the ONNX files of an encoder and a decoder.",
+        metavar="FILE",
+    )
     _: KW_ONLY
     against: str | Path | None = option(None, "Compare with the original checkpoint as well.", metavar="SRC")
+    inputs: Sequence[str] = option(
+        (), "An argument of forward to be an input, again for each; else the usual ones.", metavar="NAME"
+    )
+    with_past: bool = option(False, "Keys and values of earlier tokens go in and out, for generating text.")
+    dtype: str = option("auto", "Compute in this dtype; auto keeps that of the weights.", choices=DTYPES)
+    opset: int | None = option(None, "Version of ONNX's operators, 18 to 23; else what suits the target.", metavar="N")
+    target: str = option("generic", "The engine that the ONNX file is for.", choices=TARGETS)
     overwrite: bool = option(False, "Replace a FILE that exists, once the new one is whole.")
     trust_remote_code: bool = option(False, TRUST)

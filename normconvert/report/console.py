@@ -220,15 +220,30 @@ def show_export(console: Console, report: ExportReport) -> None:
     console.print(Text.assemble((report.source, HEAD), " → ", (report.file, HEAD)), soft_wrap=True)
     grid = _grid()
     grid.add_row("size", human_bytes(report.bytes_written))
-    free = [f"{name} ({', '.join(dims)})" for name, dims in report.dynamic.items() if dims]
-    grid.add_row("may vary", ", ".join(free) or "nothing")
-    grid.add_row("outputs", ", ".join(report.outputs))
-    grid.add_row("verified", f"{report.error:.2g} off the exported model at most")
+    for one in report.files:
+        if len(report.files) > 1:
+            grid.add_row("file", one.file)
+        grid.add_row("holds", " · ".join([report.dtype, *([f"opset {one.opset}"] if one.opset else [])]))
+        # Keys and values of all layers are alike: the first pair stands for them.
+        shown = [name for name in one.inputs if ".key" not in name and ".value" not in name]
+        past = len(one.inputs) - len(shown)
+        taken = [f"{name} ({', '.join(map(str, one.inputs[name]))})" for name in shown]
+        grid.add_row("inputs", ", ".join([*taken, *([f"{past} keys and values of a past"] if past else [])]))
+        free = [f"{what} {_span(*limits)}" for what, limits in one.varies.items()]
+        grid.add_row("may vary", ", ".join(free) or "nothing")
+        kept = [name for name in one.outputs if not name.startswith("present.")]
+        present = len(one.outputs) - len(kept)
+        grid.add_row("outputs", ", ".join([*kept, *([f"{present} keys and values"] if present else [])]))
+        grid.add_row("verified", f"{one.error:.2g} off the exported model at most, on inputs of {one.checks} kinds")
     if report.against is not None:
         grid.add_row("", f"{report.against:.2g} off the original at most")
     for note in report.notes:
         grid.add_row("note", note)
     console.print(_indented(grid))
+
+
+def _span(least: int, most: int | None) -> str:
+    return f"from {least}" if most is None else f"{least} to {most}"
 
 
 def show_adapter(console: Console, report: AdapterReport) -> None:

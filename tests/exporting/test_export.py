@@ -49,18 +49,21 @@ def test_an_onnx_file_runs_in_onnxruntime_and_holds_no_batch_norm(converted: Pat
 
 def test_a_program_runs_in_torch(converted: Path, tmp_path: Path) -> None:
     report = export(converted, tmp_path / "model.pt2")
-    assert report.dynamic == {"x": ["batch"]}
+    (one,) = report.files
+    assert one.inputs["x"][0] == "batch"
+    assert one.varies["batch"] == (1, None)
     module = torch.export.load(tmp_path / "model.pt2").module()
     x = _images(4)
     with torch.no_grad():
-        assert torch.allclose(module(x=x)[0], normconvert.load(converted)(x), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(module(x)[0], normconvert.load(converted)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_text_model_may_vary_in_length(tmp_path: Path) -> None:
     out = tmp_path / "out"
     normconvert.convert("demo:gpt2", out, "rmsnorm", verify=False)
     report = export(out, tmp_path / "model.pt2", against="demo:gpt2")
-    assert report.dynamic["input_ids"] == ["batch", "length"]
+    (one,) = report.files
+    assert one.inputs == {"input_ids": ["batch", "length"], "attention_mask": ["batch", "length"]}
     assert report.against is not None
     assert report.against <= 1e-4
 
@@ -91,7 +94,11 @@ def test_another_model_is_not_exported_in_its_place(converted: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("model.tflite", "ends in .onnx or .pt2"), ("no/such/model.onnx", "does not exist"), ("there.pt2", "exists")],
+    [
+        ("model.tflite", "ends in .onnx or .pt2, or a folder"),
+        ("no/such/model.onnx", "does not exist"),
+        ("there.pt2", "exists"),
+    ],
 )
 def test_a_file_that_cannot_be_made_is_refused_at_once(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "there.pt2").write_bytes(b"mine")
