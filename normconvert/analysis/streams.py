@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
-from normconvert.analysis.norms import Norm, reads_centred
+from normconvert.analysis.handwritten import reads_centred
+from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import carried, terms_of
 from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
@@ -83,9 +84,19 @@ class Use:
 class Analysis:
     """The streams of a graph, and the questions a rewrite asks of them."""
 
-    def __init__(self, graph: Graph, norms: list[Norm]) -> None:
+    def __init__(self, graph: Graph, norms: list[Norm], *, mean_only: bool = True) -> None:
+        """Grow the streams that ``norms`` read.
+
+        Args:
+            graph: the model.
+            norms: what :func:`normconvert.analysis.norms.find_norms` found in it.
+            mean_only: the mean of a stream is all that is to change, so that x - mean(x) may be read by anybody; else
+                the norms alone may read a stream.
+        """
         self.graph = graph
         self.norms = norms
+        self._mean_only = mean_only
+        self._inside = {(node, norm.source): norm for norm in norms for node in norm.inside}
         self._reads = {norm.read: norm for norm in norms}
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
@@ -229,8 +240,11 @@ class Analysis:
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
                     yield Use(leak=Leak(ref, user, "norm-axes", why))
-            # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
-            elif reads_centred(user, node, place):
+            # Between a norm's source and its result, from where it goes nowhere else; or x - mean(x), which stays as it
+            # is when the mean of x changes, whether a norm follows or not.
+            elif ((norm := self._inside.get((user, node))) is not None and norm.place == place) or (
+                self._mean_only and reads_centred(user, node, place)
+            ):
                 yield Use()
             else:
                 yield from self._through(user, ref)
