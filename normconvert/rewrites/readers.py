@@ -78,7 +78,12 @@ _STORED = MOVES | COPIES | ALIASES
 
 
 def readers_of(
-    analysis: Analysis, calls: list[Norm], untied: dict[str, str] | None = None, new_biases: bool = False
+    analysis: Analysis,
+    calls: list[Norm],
+    untied: dict[str, str] | None = None,
+    new_biases: bool = False,
+    bias_stays: bool = False,
+    through_features: bool = False,
 ) -> tuple[list[Reader], set[AxisRef]]:
     """The linear maps that read a norm, one entry for each weight, and the values between.
 
@@ -87,14 +92,18 @@ def readers_of(
         calls: all calls of one norm.
         untied: tied table -> name that the reading side has once it is untied.
         new_biases: a reader may be given a bias.
+        bias_stays: the norm's bias does not move.
+        through_features: what ways out other than the model's outputs return may change.
 
     Raises:
         Unfoldable: something else reads it, too.
     """
     module = calls[0].module or {}
-    has_bias = module.get("bias") is not None
+    has_bias = module.get("bias") is not None and not bias_stays
     starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
     values, leaks = _values(analysis, starts, has_bias)
+    if through_features:
+        leaks = [leak for leak in leaks if leak.code != "features"]
     if not leaks:
         raise Unfoldable("nothing reads it")
     found: dict[str, list[Reader]] = {}
@@ -122,6 +131,7 @@ def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[
     """What is made of the norm's result alone, channel by channel, and what reads that."""
     values: set[AxisRef] = set()
     leaks: list[Leak] = []
+    centred: AxisRef | None = None
     work = list(starts)
     while work:
         ref = work.pop()
@@ -138,6 +148,10 @@ def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[
                 if has_bias and not keeps_constants(use.to[0]):
                     raise Unfoldable(f"{operation(use.to[0])} does not keep its bias as it is")
                 work.append(use.to)
+            else:
+                centred = ref  # its mean goes to nobody, and all else is read, by a norm or without one
+    if centred is not None:
+        raise Unfoldable(f"something reads it without its mean in {described(module_path(centred[0]))}")
     for ref in values - set(starts):
         made = analysis.provenance(ref)
         # Where anything else joins the norm's result, the map would apply g to that, too.
