@@ -15,11 +15,11 @@ from normconvert.analysis.norms import Norm, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, tables_to_untie
+from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, tables_to_untie, untie
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called
-from normconvert.rewrites.writers import UNTIED, Edits
+from normconvert.rewrites.writers import Edits
 from normconvert.tracing.graph import Graph
 
 CASTS = "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"
@@ -51,12 +51,7 @@ def plan_fold(graph: Graph, options: Options) -> Plan:
             verdicts.append(Verdict(path, group[0].kind, False, found.reason, found.code))
     tensors: Edits = {}
     config: dict[str, Any] = {}
-    notes = []
-    for own, head in tied.values():
-        if any(reader.weight == head for moved in folded for reader in moved.readers):
-            tensors[head] = [{"op": "copy", "from": own}]
-            config["tie_word_embeddings"] = False
-            notes.append(UNTIED.format(own, head))
+    notes = untie(tied.values(), folded, tensors, config)
     for moved in folded:
         move(graph, moved, tensors)
     float32 = any(norm.float32 for moved in folded for norm in moved.calls)

@@ -20,7 +20,7 @@ from normconvert.analysis.streams import Analysis, AxisRef
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
-from normconvert.rewrites.writers import Edits, table_and_head
+from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 
@@ -94,6 +94,28 @@ def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:
         if tied and can_untie(analysis, (node, ChannelAxis(1, int(shape[1]))), heads):
             found[parameter.name] = table_and_head(analysis.graph, node)
     return found
+
+
+def untie(tied: Iterable[tuple[str, str]], norms: Iterable[Moved], tensors: Edits, config: dict[str, Any]) -> list[str]:
+    """Give the heads that take a norm's weight a tensor of their own, where they have none yet.
+
+    Args:
+        tied: tables, by their names as the embedding and as the head.
+        norms: those that move.
+        tensors: tensor -> its edits; gains the heads.
+        config: of the model; says so.
+
+    Returns:
+        Sentences for the user.
+    """
+    read = {reader.weight for moved in norms for reader in moved.readers}
+    notes = []
+    for own, head in tied:
+        if head in read and head not in tensors:
+            tensors[head] = [{"op": "copy", "from": own}]
+            config["tie_word_embeddings"] = False
+            notes.append(UNTIED.format(own, head))
+    return notes
 
 
 def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] | None = None) -> None:

@@ -18,6 +18,7 @@ from normconvert.analysis.operations import (
     ALIASES,
     CONVOLUTIONS,
     COPIES,
+    EMBEDDING,
     MOVES,
     all_are,
     argument,
@@ -111,15 +112,15 @@ def readers_of(
         reader = _reader(analysis, leak, has_bias, untied or {}, new_biases)
         found.setdefault(reader.weight, []).append(reader)
     result = []
-    apart = set((untied or {}).values())  # that nobody else reads the reading side of an untied table has been checked
+    apart = set((untied or {}).values())
     for same in found.values():
         reader = replace(same[0], nodes=frozenset().union(*(r.nodes for r in same)))
         name = operation(next(iter(same[0].nodes)))
         if any(replace(other, nodes=reader.nodes) != reader for other in same):
             raise Unfoldable(f"{name} reads it in several ways")
         for role, tensor in (("weight", reader.weight), ("bias", reader.bias)):
-            if tensor is not None and tensor not in apart:
-                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes)
+            if tensor is not None:
+                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes, apart=tensor in apart)
         result.append(reader)
     biases = [reader.bias for reader in result if reader.bias is not None]
     if len(set(biases)) != len(biases):
@@ -223,13 +224,13 @@ def _stored(
         node, place = operand.node, back
 
 
-def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node]) -> None:
-    """Refuse a tensor that anything but these readers uses."""
+def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node], *, apart: bool) -> None:
+    """Refuse a tensor that anything but these readers uses; ``apart``, but for the embedding that it is untied from."""
     for node, parameter in analysis.graph.parameters.items():
-        if parameter.name != name:
+        if name not in parameter.aliases:
             continue
-        if len(parameter.aliases) > 1:
+        if len(parameter.aliases) > 1 and not apart:
             raise Unfoldable(f"the {described_as} is tied")
         for user in readers(node, _STORED):
-            if user not in allowed:
+            if user not in allowed and not (apart and name_of(user) == EMBEDDING):
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")

@@ -23,7 +23,7 @@ from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.rotations import order_without_hadamard
 from normconvert.rewrites.centring import Centring, can_untie, editability
 from normconvert.rewrites.folding import CASTS
-from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm
+from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
@@ -72,6 +72,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     needed = {ref for stream in streams for ref in stream.members}
     found = replace(search.found, usable=streams)
     tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
+    # Those whose table writes into a stream that stays.
+    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
         move(graph, search.moved[path], tensors, change)
     verdicts = [_verdict(search, path) for path in search.calls]
@@ -144,13 +146,24 @@ def _unconvertible(search: _Search, path: str, group: list[Norm], options: Optio
         if why.returned:
             return Obstacle("returned", f"{why.returned}, in the basis that it was trained in.")
         return replace(why, reason=why.reason.replace("with its mean, which", "in its own basis, which"))
-    tied = search.found.untied
-    names = {search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n, _ in tied}
+    names = {
+        search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n in _tables(search)
+    }
     try:
         search.moved[path] = moved_norm(search.analysis, group, names, through_features=not options.keep_features)
     except Unfoldable as why:
         return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}.")
     return None
+
+
+def _tables(search: _Search) -> list[fx.Node]:
+    """The tied tables that can be two tensors."""
+    return sorted({node for node, _ in search.found.untied}, key=lambda node: node.name)
+
+
+def _tied(search: _Search) -> list[tuple[str, str]]:
+    """Their names, as the embedding and as the head."""
+    return [table_and_head(search.analysis.graph, node) for node in _tables(search)]
 
 
 def _leave_more(search: _Search) -> None:

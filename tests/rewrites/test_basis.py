@@ -19,6 +19,7 @@ from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
+from tests.support.basis import check_basis
 from tests.support.basis_models import MODELS, built, logits, skeleton
 
 COUNTS = {
@@ -203,3 +204,49 @@ def test_what_reads_a_norms_result_without_its_mean_reads_it() -> None:
 def test_a_model_without_such_norms_is_told_so() -> None:
     with pytest.raises(NothingToConvert, match="no LayerNorm or RMSNorm"):
         normconvert.convert("demo:convnet", "unused", "rotate", dry_run=True)
+
+
+class Apart(nn.Module):
+    """The tied table writes into a stream that stays, and its other side reads one that is rotated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+        self.first, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.write, self.last = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = x + torch.nn.functional.gelu(self.inner(self.first(x)))
+        return self.head(self.last(self.write(self.first(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", ["fold", "rotate"])
+def test_a_head_is_untied_where_its_table_stays_as_it_is(method: str) -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    outcome = check_basis(Apart, [{"ids": ids}], method, Options())
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert "last" in [v.path for v in outcome.plan.converted]
+
+
+class Twice(Apart):
+    """The tied head reads two norms, of which no weight may move into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.LayerNorm(8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        y = x + self.write(self.first(x))
+        return torch.cat([self.head(self.other(x)), self.head(self.last(y))])
+
+
+@pytest.mark.parametrize("method", ["fold", "rotate", "crmsnorm"])
+def test_a_tied_head_that_reads_two_norms_takes_the_weight_of_none(method: str) -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    outcome = check_basis(Twice, [{"ids": ids}], method, Options())
+    assert outcome.plan is not None
+    assert not [problem for problem in outcome.problems if "off by" in problem]
