@@ -250,3 +250,23 @@ def test_a_tied_head_that_reads_two_norms_takes_the_weight_of_none(method: str) 
     outcome = check_basis(Twice, [{"ids": ids}], method, Options())
     assert outcome.plan is not None
     assert not [problem for problem in outcome.problems if "off by" in problem]
+
+
+class Constant(nn.Module):
+    """Values of parameters alone: one stream of them stays, and reads what writes into the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(3, 8))
+        self.first, self.last = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.write, self.read, self.head = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = torch.nn.functional.gelu(self.write(self.first(self.queries)))
+        return self.read(self.first(self.queries)) + self.head(self.last(self.queries + gated)) + x
+
+
+def test_a_norm_of_a_stream_that_stays_sees_a_rotation() -> None:
+    outcome = check_basis(Constant, [{"x": torch.randn(3, 3, dtype=torch.float64)}], "rotate", Options())
+    assert outcome.plan is not None
+    assert not outcome.problems
