@@ -219,7 +219,7 @@ class Apart(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
         x = x + torch.nn.functional.gelu(self.inner(self.first(x)))
-        return self.head(self.last(self.write(self.first(x))))  # type: ignore[no-any-return]
+        return self.head(self.last(self.write(self.first(x))))
 
 
 @pytest.mark.parametrize("method", ["fold", "rotate"])
