@@ -74,4 +74,4 @@ def test_random_networks_are_converted_right_or_not_at_all(method: str) -> None:
         assert outcome.plan is None or not outcome.problems, f"{case}\n" + "\n".join(outcome.problems)
     print(dict(counts))
     # A property that holds because everything is refused would say nothing.
-    assert counts["converted"] >= 0.15 * counts.total()
+    assert counts["converted"] >= 0.1 * counts.total()
