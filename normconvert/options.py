@@ -18,14 +18,22 @@ from typing import Any, ParamSpec, TypeVar
 
 from normconvert.errors import InputError, first_line
 
-METHODS: Mapping[str, str] = {"rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm"}
+METHODS: Mapping[str, str] = {
+    "rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm",
+    "fold": "LayerNorm or RMSNorm", "rotate": "LayerNorm or RMSNorm",
+}  # fmt: skip
 """Conversion -> the norm that it looks for, in words."""
 
 SETS = ("ema", "model")
 """Which weights of a checkpoint of training: averaged, or as they were trained."""
+OF_TENSORS = ("fold", "rotate")
+"""Conversions that change tensors alone: no module, no operation, and no speed."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
+
+ROTATIONS = ("hadamard", "random")
+"""Orthogonal maps: see `normconvert.plan.rotations`."""
 
 LEVELS = ("quick", "standard", "thorough")
 LEVEL = "How much is verified: quick runs two inputs, standard each kind once, thorough all, and long ones."
@@ -193,7 +201,7 @@ class Options:
     keep_features: bool = option(
         False,
         "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
-        methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+        methods=("rmsnorm", "crmsnorm", "rotate"), recorded=True, recipe=True,
     )  # fmt: skip
     through_features: bool = option(
         False,
@@ -214,6 +222,21 @@ class Options:
         "isometric",
         "Store d - 1 numbers in an orthogonal basis, or as the paper: drop the last channel.",
         choices=("isometric", "paper"), methods=("crmsnorm",), recorded=True, recipe=True,
+    )  # fmt: skip
+    keep: str | None = option(
+        None,
+        "Tensors and modules that may not change: names or patterns, with commas between; norms that need them stay.",
+        metavar="NAMES", methods=("fold",), recorded=True, recipe=True,
+    )  # fmt: skip
+    rotation: str = option(
+        "hadamard",
+        "A Hadamard matrix with random signs, or a random orthogonal matrix.",
+        choices=ROTATIONS, methods=("rotate",), recorded=True, recipe=True,
+    )  # fmt: skip
+    seed: int = option(
+        0,
+        "Of the rotation: of its signs, or of the random matrix.",
+        metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True,
     )  # fmt: skip
 
     def for_method(self, method: str) -> Options:

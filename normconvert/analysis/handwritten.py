@@ -48,12 +48,40 @@ SPREADS = {"aten.var": 1.0, "aten.std": 0.5, "aten.var_mean": 1.0, "aten.std_mea
 
 @dataclass(frozen=True)
 class HandWritten:
-    """A LayerNorm of ``x``, where its channels are, and the node by which it reads them."""
+    """A norm that is written out.
+
+    Attributes:
+        x: what it reads.
+        place: where that has its channels.
+        eps: added to the mean square.
+        read: the node by which it reads them.
+        inside: see :func:`closed_between`.
+    """
 
     x: fx.Node
     place: ChannelAxis
     eps: float
     read: fx.Node
+    inside: frozenset[fx.Node]
+
+
+def closed_between(x: fx.Node, result: fx.Node) -> frozenset[fx.Node]:
+    """The nodes on all ways from ``x`` to ``result``, ``result`` included; none if one of them is read by others, too.
+
+    Where there are none, what is between the two sees more of ``x`` than ``result`` shows.
+    """
+    found, todo = {result}, [result]
+    while todo:
+        # What stands before x does not come from it.
+        new = {source for source in todo.pop().all_input_nodes if x < source} - found
+        found |= new
+        todo += new
+    between: set[fx.Node] = set()
+    for node in sorted(found):
+        if any(source is x or source in between for source in node.all_input_nodes):
+            between.add(node)
+    others = (user for node in between if node is not result for user in readers(node))
+    return frozenset() if any(user not in between for user in others) else frozenset(between)
 
 
 class Forms:
@@ -73,7 +101,7 @@ class Forms:
             for form in made:
                 if isinstance(form, Normalised) and math.isclose(form.k, 1, rel_tol=CLOSE) and self._is_norm(form):
                     place = ChannelAxis(form.dim, int(shape_of(form.x)[form.dim]))
-                    self.norms[node] = HandWritten(form.x, place, form.eps, form.read)
+                    self.norms[node] = HandWritten(form.x, place, form.eps, form.read, closed_between(form.x, node))
             # What a norm gives is a value of its own: twice a norm is none.
             if made and node not in self.norms:
                 self._of[node] = made[:MOST]

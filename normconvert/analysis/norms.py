@@ -1,7 +1,8 @@
-"""Finding the norms of a graph: calls of ``layer_norm`` and the same function written by hand.
+"""Finding the norms of a graph: calls of ``layer_norm``, ``rms_norm``, and the same functions written by hand.
 
-LN(x) = w * Px / sqrt(|Px|^2 / d + eps) + b with P = I - 11'/d. Only the part that reads the stream matters to
-the proof; the module around it matters to the replacement, which must take the module's input and give its output.
+LN(x) = w * Px / sqrt(|Px|^2 / d + eps) + b with P = I - 11'/d; RMSNorm has x in place of Px. Only the part that reads
+the stream matters to the proof; the module around it matters to the replacement, which must take the module's input and
+give its output.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, 
 from normconvert.analysis.handwritten import Forms, HandWritten
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
+from normconvert.analysis.rms_by_hand import is_number, plain, rms_norm_by_hand
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
@@ -36,6 +38,9 @@ class Norm:
         module: the replacement's settings (a row for `normconvert.runtime`), or None.
         obstacle: why the module cannot be replaced, if it cannot.
         float32: the norm casts its input to float32, whatever the model's dtype.
+        centred: it subtracts the mean, as LayerNorm does and RMSNorm does not.
+        inside: the nodes that read ``source``, and one another, on the way to ``result``, and whom nobody else reads;
+            empty if somebody does.
     """
 
     path: str
@@ -48,17 +53,31 @@ class Norm:
     module: dict[str, Any] | None
     obstacle: str
     float32: bool
+    centred: bool = True
+    inside: frozenset[fx.Node] = frozenset()
 
 
-def find_norms(graph: Graph) -> list[Norm]:
-    """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand."""
+_CALLS = {"aten.layer_norm": True, "aten.rms_norm": False}
+"""The operations that are norms, and whether they subtract the mean."""
+
+
+def find_norms(graph: Graph, *, uncentred: bool = False) -> list[Norm]:
+    """All calls of LayerNorm in execution order, whether through ``layer_norm`` or written by hand.
+
+    Args:
+        graph: the model.
+        uncentred: those of RMSNorm, too.
+    """
     found = []
     by_hand = Forms(graph.nodes).norms
     for node in graph.nodes:
-        if name_of(node) == "aten.layer_norm":
+        called = _CALLS.get(name_of(node))
+        if called or (called is False and uncentred):
             found.append(_norm(graph, _called(node)))
         elif (source := by_hand.get(node)) is not None:
             found.append(_norm(graph, _by_hand(node, source)))
+        elif uncentred and (source := rms_norm_by_hand(node)) is not None:
+            found.append(_norm(graph, _by_hand(node, source, centred=False)))
     return found
 
 
@@ -73,8 +92,10 @@ class _Found:
     place: ChannelAxis | None
     weight: Any
     bias: Any
-    eps: float
+    eps: float | None
     called: bool = False
+    centred: bool = True
+    inside: frozenset[fx.Node] = frozenset()
 
 
 def _called(node: fx.Node) -> _Found:
@@ -83,19 +104,30 @@ def _called(node: fx.Node) -> _Found:
     axes = list(node.args[1])  # type: ignore[arg-type]
     shape = shape_of(source)
     place = ChannelAxis(len(shape) - 1, int(shape[-1])) if len(axes) == 1 and isinstance(shape[-1], int) else None
+    if not _CALLS[name_of(node)]:
+        # Without an eps it is the dtype's, which is no number of the model.
+        eps = argument(node, 3, "eps")
+        weight = argument(node, 2, "weight")
+        return _Found(
+            source, node, node, node, place, weight, None, None if eps is None else float(eps), called=True,
+            centred=False, inside=frozenset({node}),
+        )  # fmt: skip
     weight, bias, eps = (argument(node, i, name) for i, name in ((2, "weight"), (3, "bias"), (4, "eps")))
-    return _Found(source, node, node, node, place, weight, bias, 1e-5 if eps is None else float(eps), called=True)
+    return _Found(
+        source, node, node, node, place, weight, bias, 1e-5 if eps is None else float(eps), called=True,
+        inside=frozenset({node}),
+    )  # fmt: skip
 
 
-def _by_hand(node: fx.Node, source: HandWritten) -> _Found:
+def _by_hand(node: fx.Node, source: HandWritten, *, centred: bool = True) -> _Found:
     """The affine part, if there is one, follows the normalised value inside the same module."""
     weight = bias = None
     at = node
-    while len(at.users) == 1:
+    while len(users := list(at.users if centred else readers(at))) == 1:
         # A value with two readers ends the affine part, since a replacement returns one value.
-        user = next(iter(at.users))
+        user = users[0]
         others = [a for a in user.all_input_nodes if a is not at]
-        aligned = len(others) == 1 and _aligned(others[0], user, source.place) and _plain(user)
+        aligned = len(others) == 1 and _aligned(others[0], user, source.place) and plain(user)
         # Only before a bias: (n + b) * w is another function.
         if name_of(user) == "aten.mul" and aligned and weight is None and bias is None:
             weight = others[0]
@@ -105,7 +137,9 @@ def _by_hand(node: fx.Node, source: HandWritten) -> _Found:
         elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
-    return _Found(source.x, source.read, node, at, source.place, weight, bias, source.eps)
+    return _Found(
+        source.x, source.read, node, at, source.place, weight, bias, source.eps, centred=centred, inside=source.inside
+    )
 
 
 def _aligned(vector: fx.Node, user: fx.Node, place: ChannelAxis) -> bool:
@@ -115,21 +149,17 @@ def _aligned(vector: fx.Node, user: fx.Node, place: ChannelAxis) -> bool:
     return isinstance(at, ChannelAxis) and all(n == 1 for d, n in enumerate(shape) if d != at.dim)
 
 
-def _plain(node: fx.Node) -> bool:
-    """No ``alpha`` that multiplies the second operand."""
-    return bool(node.kwargs.get("alpha", 1) == 1)
-
-
 def _norm(graph: Graph, found: _Found) -> Norm:
     path = module_path(found.result)
     module = graph.modules.get(path)
-    kind = type(module).__name__ if module is not None else "layer_norm"
+    kind = type(module).__name__ if module is not None else "layer_norm" if found.centred else "rms_norm"
     entry, float32 = _boundary_in(found.source, path) if found.place is not None else (None, False)
+    float32 = float32 or any(map(is_float32_cast, found.inside))
     settings = _replacement(graph, found, path, entry, float32)
     row, obstacle = (None, settings) if isinstance(settings, str) else (settings, "")
     return Norm(
         path, kind, found.source, found.read, found.result, found.output, found.place, row, obstacle,
-        float32,
+        float32, found.centred, found.inside,
     )  # fmt: skip
 
 
@@ -195,14 +225,6 @@ def _not_taken_over(module: nn.Module, path: str, names: set[str], at: ChannelAx
         if shape != (at.size,) and not (aligned and math.prod(shape) == at.size):
             return f"`{path}` stores its {name} as {'x'.join(map(str, shape))}, which its norm does not apply as it is"
     return ""
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _float(value: Any) -> float:
-    return float(value)
 
 
 def _boundary_in(node: fx.Node, path: str) -> tuple[list[int] | None, bool]:
@@ -275,8 +297,8 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
             return next(
                 (n[len(prefix) :] for n in names if n.startswith(prefix) and "." not in n[len(prefix) :]), None
             ), offset
-        if name_of(node) == "aten.add" and _plain(node) and _number(node.args[1]):
-            offset += _float(node.args[1])
+        if name_of(node) == "aten.add" and plain(node) and is_number(node.args[1]):
+            offset += float(node.args[1])  # type: ignore[arg-type]
         elif name_of(node) not in ("aten.to", "aten.type_as", "aten.view", "aten.reshape", "aten.detach"):
             return None, offset
         node = node.args[0]

@@ -84,9 +84,19 @@ class Use:
 class Analysis:
     """The streams of a graph, and the questions a rewrite asks of them."""
 
-    def __init__(self, graph: Graph, norms: list[Norm]) -> None:
+    def __init__(self, graph: Graph, norms: list[Norm], *, mean_only: bool = True) -> None:
+        """Grow the streams that ``norms`` read.
+
+        Args:
+            graph: the model.
+            norms: what :func:`normconvert.analysis.norms.find_norms` found in it.
+            mean_only: the mean of a stream is all that is to change, so that x - mean(x) may be read by anybody; else
+                the norms alone may read a stream.
+        """
         self.graph = graph
         self.norms = norms
+        self._mean_only = mean_only
+        self._inside = {(node, norm.source): norm for norm in norms for node in norm.inside}
         self._reads = {norm.read: norm for norm in norms}
         self._forms = Forms(graph.nodes)
         self._made_by = {norm.result: norm for norm in norms}
@@ -231,8 +241,11 @@ class Analysis:
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
                     yield Use(leak=Leak(ref, user, "norm-axes", why))
-            # x - mean(x) stays as it is when the mean of x changes, whether a norm follows or not.
-            elif self._forms.reads_centred(user, node, place):
+            # Between a norm's source and its result, from where it goes nowhere else; or x - mean(x), which stays as it
+            # is when the mean of x changes, whether a norm follows or not.
+            elif ((norm := self._inside.get((user, node))) is not None and norm.place == place) or (
+                self._mean_only and self._forms.reads_centred(user, node, place)
+            ):
                 yield Use()
             else:
                 yield from self._through(user, ref)
@@ -267,11 +280,14 @@ class Analysis:
     def other_readers(self, ref: AxisRef, allowed: Callable[[AxisRef], bool]) -> Iterator[fx.Node]:
         """The readers of a parameter (followed through values made of parameters alone) that are not ``allowed``.
 
-        A reader is fine if it is a norm, or takes the parameter to a ref for which ``allowed`` holds.
+        A reader is fine if it takes the parameter to a ref for which ``allowed`` holds, or if it is a norm: one never
+        sees a mean. Where more is to change than that, a norm is fine if what it reads is allowed.
         """
         for use in self.uses(ref):
             if use.leak is not None:
                 yield use.leak.reader
+            elif use.norm is not None and not self._mean_only and not allowed(ref):
+                yield use.norm.read
             elif use.to is not None and use.to[0] not in self.data:
                 # Even if it is a member: `grow` does not look for its other readers.
                 yield from self.other_readers(use.to, allowed)

@@ -32,6 +32,7 @@ NEEDS_WHOLE: dict[str, Callable[[Edit, int], set[int]]] = {
     "compress": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "read_compressed": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "drop": lambda edit, ndim: {int(edit["axis"]) % ndim},
+    "rotate": lambda edit, ndim: {int(edit["axis"]) % ndim},
 }
 
 

@@ -29,6 +29,18 @@ METHODS = {
         "layers beside them, which gained biases: the norms' tensors are gone, so the plain architecture cannot load "
         "these weights."
     ),
+    "fold": (
+        "The norms' weights and biases were moved into the linear maps that read them, and are ones and zeros here (a "
+        "bias that a reader could not take was divided by the weight). Tensor names and shapes are unchanged, and so "
+        "is the class of the model."
+    ),
+    "rotate": (
+        "Each rotated residual stream is stored in another orthogonal basis, and the norms' weights and biases were "
+        "moved into the linear maps that read them: *QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs* "
+        "([arXiv:2404.00456](https://arxiv.org/abs/2404.00456)), for LayerNorm with a rotation that keeps the mean. "
+        "Tensor names and shapes are unchanged, and so is the class of the model. Its outputs are the original's; "
+        "embeddings and hidden states are in the new basis."
+    ),
 }
 TRAINED = {
     "swap un": ("Unified Normalization", "2208.01313"),
@@ -139,7 +151,7 @@ def _summary(plan: Plan, base: str | None, architecture: str) -> str:
 
 
 def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str) -> str:
-    in_place = "as converted" if plan.structural else "RMSNorm modules in place"
+    in_place = "as converted" if plan.structural or not plan.modules else "RMSNorm modules in place"
     trust = TRUST if code == OWN else ""
     own = f"import normconvert\n\nmodel = normconvert.load(FOLDER{trust})  # {in_place}"
     if library == "timm" and plan.structural:

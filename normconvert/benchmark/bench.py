@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from normconvert.benchmark.request import Benchmarking
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.files.user_paths import user_path
-from normconvert.options import METHODS, Options, check_device, check_options, taking
+from normconvert.options import METHODS, OF_TENSORS, Options, check_device, check_options, taking
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +179,9 @@ def _made_plan(source: Source, method: str | None) -> Plan:
     def tracer(wanted: nn.Module) -> Graph:
         return graph if wanted is model else trace_model(wanted)
 
-    wanted = [method] if method is not None else [name for name in METHODS if name in REWRITES]
+    wanted = (
+        [method] if method is not None else [name for name in METHODS if name in REWRITES and name not in OF_TENSORS]
+    )
     norms = 0
     for name in wanted:
         plan = plan_model(model, Options(), name, tracer)

@@ -32,6 +32,26 @@ def crmsnorm(ask: Ask[Conversion], view: View) -> int:
     return _convert(ask, view)
 
 
+@app.command(short_help="Move the norms' weights into what reads them.")
+@command(Conversion, View, method="fold")
+def fold(ask: Ask[Conversion], view: View) -> int:
+    """Move the weight and bias of every LayerNorm and RMSNorm into the linear maps that read it; weights of ones stay.
+
+    Names, shapes and the class of the model stay, and what it computes.
+    """
+    return _convert(ask, view)
+
+
+@app.command(short_help="Rotate the residual streams.")
+@command(Conversion, View, method="rotate")
+def rotate(ask: Ask[Conversion], view: View) -> int:
+    """Store every residual stream that provably allows it in another orthogonal basis, its norms' weights folded.
+
+    Names, shapes and the class of the model stay, and what it computes; quantising it afterwards loses less.
+    """
+    return _convert(ask, view)
+
+
 BESIDE = "The folder to make; for a weight file, NAME-fused beside it if left out."
 
 

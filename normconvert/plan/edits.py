@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normconvert.plan.rotations import rotated
 from normconvert.plan.vectors import evaluate, with_limits
 from normconvert.runtime import BASES, compress
 
@@ -178,6 +179,12 @@ def _reads_compressed(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return _merge((first - shift) / scale, dim, edit, shape)
 
 
+def _rotate(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- Q x along the channels, Q orthogonal: a writer's, or W <- W Q' of what reads them (`plan.rotations`)."""
+    view, dim, shape = _split(x, edit)
+    return rotated(view, dim, edit["kind"], int(edit["seed"]), bool(edit["constant"])).reshape(shape)
+
+
 def _merge(view: Tensor, dim: int, edit: Edit, shape: tuple[int, ...]) -> Tensor:
     """The inverse of ``_split`` for a view whose channels are fewer."""
     axis = int(edit["axis"]) % len(shape)
@@ -205,6 +212,7 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "compress": _compress,
     "read_compressed": _reads_compressed,
     "drop": _drop,
+    "rotate": _rotate,
 }
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, operation
-from normconvert.options import Options
+from normconvert.options import OF_TENSORS, Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.centring import Centring, axis_of, editability
 from normconvert.rewrites.fold import fold_norms
+from normconvert.rewrites.registry import REWRITES
 from normconvert.rewrites.verdicts import misuse
 from normconvert.rewrites.writers import writer_edits
 from normconvert.tracing.graph import Graph
@@ -30,9 +31,11 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
 
     Args:
         graph: of the model.
-        plan: with the names that the model has; of another method than rmsnorm nothing is claimed here.
+        plan: with the names that the model has; of crmsnorm and fuse-bn nothing is claimed here.
         options: that allow edits.
     """
+    if plan.method in OF_TENSORS:  # all that such a plan claims is what the graph asks of tensors
+        return _other_edit(REWRITES[plan.method].planner(graph, options), plan)
     if plan.method != "rmsnorm":
         return ""
     analysis = Analysis(graph, find_norms(graph))
@@ -54,6 +57,14 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
     return _refused_edit(analysis, found, plan.tensors, replaced) or _norm_with_a_mean(
         analysis, found, boundaries, inserted, replaced, plan.tensors
     )
+
+
+def _other_edit(own: Plan, plan: Plan) -> str:
+    """The first tensor that a plan edits otherwise than the one that the graph asks for."""
+    for name in dict.fromkeys([*plan.tensors, *own.tensors]):
+        if plan.tensors.get(name) != own.tensors.get(name):
+            return f"`{name}` is edited otherwise than those ask who read it and write with it"
+    return "" if plan.config == own.config else "tied tensors are not those that the graph asks for"
 
 
 def _refused_edit(

@@ -9,7 +9,7 @@ from torch import nn
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites import crmsnorm, fuse_bn, rmsnorm  # noqa: F401  # they register themselves
+from normconvert.rewrites import crmsnorm, folding, fuse_bn, rmsnorm, rotating  # noqa: F401  # register themselves
 from normconvert.rewrites.claims import unfounded
 from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
@@ -78,13 +78,15 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     """The plan with the ways into the model for which it is proved, and a note of those for which it is not."""
     if not plan.converted:
         return plan
-    untraced = [*graph.untraced_doors, *_new_table(plan, graph)]
+    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_new_table(plan, graph)]
     notes = [f"not proved for {', '.join(untraced)}"] if untraced else []
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
+        what |= {"rotate": "the stream in another basis", "fold": "what a norm gives, without its weight and bias"}
         names = ", ".join(dict.fromkeys(row["door"] for row in plan.shifted_doors))
         notes.append(f"{EXACT}{what.get(plan.method, 'other values')}: {names}")
-    return replace(plan, notes=[*plan.notes, *notes], doors=list(graph.doors), untraced_doors=untraced)
+    doors = [door for door in graph.doors if door not in plan.untraced_doors]
+    return replace(plan, notes=[*plan.notes, *notes], doors=doors, untraced_doors=untraced)
 
 
 def _new_table(plan: Plan, graph: Graph) -> list[str]:
@@ -95,7 +97,8 @@ def _new_table(plan: Plan, graph: Graph) -> list[str]:
         return []
     names = {name for name, one in graph.modules[""].named_parameters(remove_duplicate=False) if one is weight}
     changed = {name for name in plan.tensors if names & {name, *plan.aliases.get(name, ())}}
-    return ["set_input_embeddings"] if any(e["op"] == "center" for n in changed for e in plan.tensors[n]) else []
+    moved = any(edit["op"] in ("center", "rotate") for name in changed for edit in plan.tensors[name])
+    return ["set_input_embeddings"] if moved else []
 
 
 def _unproved(verdict: Verdict, why: str) -> Verdict:

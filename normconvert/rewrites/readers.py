@@ -18,6 +18,7 @@ from normconvert.analysis.operations import (
     ALIASES,
     CONVOLUTIONS,
     COPIES,
+    EMBEDDING,
     MOVES,
     all_are,
     argument,
@@ -78,7 +79,12 @@ _STORED = MOVES | COPIES | ALIASES
 
 
 def readers_of(
-    analysis: Analysis, calls: list[Norm], untied: dict[str, str] | None = None, new_biases: bool = False
+    analysis: Analysis,
+    calls: list[Norm],
+    untied: dict[str, str] | None = None,
+    new_biases: bool = False,
+    bias_stays: bool = False,
+    through_features: bool = False,
 ) -> tuple[list[Reader], set[AxisRef]]:
     """The linear maps that read a norm, one entry for each weight, and the values between.
 
@@ -87,14 +93,18 @@ def readers_of(
         calls: all calls of one norm.
         untied: tied table -> name that the reading side has once it is untied.
         new_biases: a reader may be given a bias.
+        bias_stays: the norm's bias does not move.
+        through_features: what ways out other than the model's outputs return may change.
 
     Raises:
         Unfoldable: something else reads it, too.
     """
     module = calls[0].module or {}
-    has_bias = module.get("bias") is not None
+    has_bias = module.get("bias") is not None and not bias_stays
     starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
     values, leaks = _values(analysis, starts, has_bias)
+    if through_features:
+        leaks = [leak for leak in leaks if leak.code != "features"]
     if not leaks:
         raise Unfoldable("nothing reads it")
     found: dict[str, list[Reader]] = {}
@@ -102,15 +112,15 @@ def readers_of(
         reader = _reader(analysis, leak, has_bias, untied or {}, new_biases)
         found.setdefault(reader.weight, []).append(reader)
     result = []
-    apart = set((untied or {}).values())  # that nobody else reads the reading side of an untied table has been checked
+    apart = set((untied or {}).values())
     for same in found.values():
         reader = replace(same[0], nodes=frozenset().union(*(r.nodes for r in same)))
         name = operation(next(iter(same[0].nodes)))
         if any(replace(other, nodes=reader.nodes) != reader for other in same):
             raise Unfoldable(f"{name} reads it in several ways")
         for role, tensor in (("weight", reader.weight), ("bias", reader.bias)):
-            if tensor is not None and tensor not in apart:
-                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes)
+            if tensor is not None:
+                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes, apart=tensor in apart)
         result.append(reader)
     biases = [reader.bias for reader in result if reader.bias is not None]
     if len(set(biases)) != len(biases):
@@ -122,6 +132,7 @@ def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[
     """What is made of the norm's result alone, channel by channel, and what reads that."""
     values: set[AxisRef] = set()
     leaks: list[Leak] = []
+    centred: AxisRef | None = None
     work = list(starts)
     while work:
         ref = work.pop()
@@ -138,6 +149,10 @@ def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[
                 if has_bias and not keeps_constants(use.to[0]):
                     raise Unfoldable(f"{operation(use.to[0])} does not keep its bias as it is")
                 work.append(use.to)
+            else:
+                centred = ref  # its mean goes to nobody, and all else is read, by a norm or without one
+    if centred is not None:
+        raise Unfoldable(f"something reads it without its mean in {described(module_path(centred[0]))}")
     for ref in values - set(starts):
         made = analysis.provenance(ref)
         # Where anything else joins the norm's result, the map would apply g to that, too.
@@ -209,13 +224,13 @@ def _stored(
         node, place = operand.node, back
 
 
-def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node]) -> None:
-    """Refuse a tensor that anything but these readers uses."""
+def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node], *, apart: bool) -> None:
+    """Refuse a tensor that anything but these readers uses; ``apart``, but for the embedding that it is untied from."""
     for node, parameter in analysis.graph.parameters.items():
-        if parameter.name != name:
+        if name not in parameter.aliases:
             continue
-        if len(parameter.aliases) > 1:
+        if len(parameter.aliases) > 1 and not apart:
             raise Unfoldable(f"the {described_as} is tied")
         for user in readers(node, _STORED):
-            if user not in allowed:
+            if user not in allowed and not (apart and name_of(user) == EMBEDDING):
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import fx
+
 from normconvert.analysis.norms import find_norms
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef
@@ -20,6 +22,7 @@ from normconvert.rewrites.fold import along
 from normconvert.tracing.graph import Graph, module_path
 
 Edits = dict[str, list[dict[str, Any]]]
+UNTIED = "`{}` and `{}` are no longer tied: the output has one table more."
 
 
 def writer_edits(
@@ -64,22 +67,22 @@ def writer_edits(
             edit(scale.factor, by, op="drop", **along(scale.factor[1]))
     for ref in (s for stream in centring.usable for s in stream.members if s in needed):
         if ref in centring.untied:
-            own, other = _table_and_head(analysis.graph, ref)
+            own, other = table_and_head(analysis.graph, ref[0])
             # The head keeps the table as it was: edits read the values of the source, whatever their order.
             tensors[other] = [{"op": "copy", "from": own}]
             edit(ref, own, **change, **along(ref[1]))
             config["tie_word_embeddings"] = False
-            notes.append(f"`{own}` and `{other}` are no longer tied: the output has one table more.")
+            notes.append(UNTIED.format(own, other))
         elif ref in centring.editable:
             edit(ref, analysis.graph.parameters[ref[0]].name, **change, **along(ref[1]))
     return tensors, aliases, config, notes
 
 
-def _table_and_head(graph: Graph, ref: AxisRef) -> tuple[str, str]:
+def table_and_head(graph: Graph, tied: fx.Node) -> tuple[str, str]:
     """The two names of a tied table: as the embedding, and as the output head."""
-    table = next(u for u in readers(ref[0]) if name_of(u) == EMBEDDING)
+    table = next(u for u in readers(tied) if name_of(u) == EMBEDDING)
     own = f"{module_path(table)}.weight"
-    return own, next(n for n in graph.parameters[ref[0]].aliases if n != own)
+    return own, next(n for n in graph.parameters[tied].aliases if n != own)
 
 
 def with_untied_heads(graph: Graph, plan: Plan) -> Plan:
@@ -87,7 +90,7 @@ def with_untied_heads(graph: Graph, plan: Plan) -> Plan:
     centring, _ = editability(Analysis(graph, find_norms(graph)), Options(tied="untie"))
     tensors, config = dict(plan.tensors), dict(plan.config)
     for ref in centring.untied:
-        own, other = _table_and_head(graph, ref)
+        own, other = table_and_head(graph, ref[0])
         if other not in tensors and own not in tensors:
             tensors[other] = [{"op": "copy", "from": own}]
             config["tie_word_embeddings"] = False

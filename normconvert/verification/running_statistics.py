@@ -1,4 +1,4 @@
-"""A look at the running statistics that a plan is about to fold into weights, before anything is written."""
+"""A look at the statistics and weights that a plan is about to divide by, before anything is written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ COUNTER = "num_batches_tracked"
 def check_statistics(source: Source, plan: Plan) -> list[str]:
     """Refuse statistics that cannot be right, and name those that look as if nobody had learnt them.
 
+    A norm's weight that its bias is divided by must have no zeros.
+
     Returns:
         Sentences for the user.
 
     Raises:
-        InputError: a running variance or mean is NaN or infinite, or a variance is negative.
+        InputError: a running variance or mean is NaN or infinite, or a variance is negative; or a weight is zero that a
+            bias is to be divided by.
     """
     from normconvert.apply.layout import origins_of
 
@@ -44,6 +47,14 @@ def check_statistics(source: Source, plan: Plan) -> list[str]:
     for name in plan.removed:
         if name.endswith(COUNTER) and name in origins and int(source.read(origins[name])) == 0:
             fresh.append(name.removesuffix(f".{COUNTER}"))
+    for name, offset in divisors(plan).items():
+        weight = source.read(origins[name]).double() + offset
+        if count := int((weight == 0).sum()):
+            raise InputError(
+                f"{source.reference}: tensor {origins[name]} {f'+ {offset:g} ' if offset else ''}is zero in {count} of "
+                f"{weight.numel()} channels: the norm's bias stays, as what reads it has none, and cannot be divided "
+                "by it: `normconvert fold --keep` can leave that norm as it is"
+            )
     notes = []
     if dead:
         notes.append(f"running variances that are zero, as dead channels have (fused as they are): {_some(dead)}")
@@ -61,6 +72,19 @@ def variances(plan: Plan) -> list[str]:
         for row in rows:
             found.update(dict.fromkeys(_under_roots(row.get("by", 0))))
     return list(found)
+
+
+def divisors(plan: Plan) -> dict[str, float]:
+    """Weights of norms that something is divided by, and what is added to them first."""
+    found = {}
+    for rows in plan.tensors.values():
+        for row in rows:
+            by = row.get("by", 0)
+            if isinstance(by, list) and by[0] == "reciprocal":
+                operand = by[1]
+                name, offset = (operand, 0.0) if isinstance(operand, str) else (operand[1], float(operand[2]))
+                found[name] = offset
+    return found
 
 
 def _under_roots(expression: Expression) -> Iterator[str]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 BECOMES = {
-    "rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused",
+    "rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused", "fold": "folded", "rotate": "rotated",
     **dict.fromkeys(["un", "repbn", "powernorm", "ln-free"], "swapped"),
 }  # fmt: skip
 """Conversion -> what its norms become."""

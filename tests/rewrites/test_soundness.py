@@ -106,7 +106,8 @@ MAY_STAY: dict[str, str] = {
         gamma_residual gamma_scaled gamma_square gamma_tanh gamma_twice gamma_two""",
     "join": "by_channel channel iadd_token index_add maximum product residual_product set_token",
     "norm": """batch_norm centred_half group_norm group_norm_each none over_both over_half over_tokens
-        over_tokens_by_hand rms_norm std_outside unbiased sub_alpha tanh uncentred_variance""",
+        over_tokens_by_hand rms_by_hand rms_by_hand_bias rms_cast rms_divided rms_norm rms_of_another rms_of_tokens
+        rms_plus_one rms_power rms_seen std_outside unbiased sub_alpha tanh uncentred_variance""",
     "pass": """action_last_bias action_scalar_bias arange_added avg_pool_channels avg_pool_wide blur_channels
         buffer_added buffer_scale buffer_token channel_gate depthwise detour_all_flat detour_doubled
         detour_doubled_outer detour_doubled_wrong detour_flat detour_flat_channels detour_heads

@@ -19,6 +19,11 @@ def _by_hand(m: Any, x: Tensor, axis: int = -1, eps: float = 1e-5) -> Tensor:
     return (x - mean) * torch.rsqrt(variance + eps)
 
 
+def _rms(m: Any, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Llama's spelling."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
 def _divided(m: Any, x: Tensor) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return m.gain * (centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + 1e-6)) + m.b
@@ -56,6 +61,12 @@ def _length(m: Any, x: Tensor) -> Tensor:
 def _spread(m: Any, x: Tensor, unbiased: bool, eps: float) -> Tensor:
     """The epsilon stands outside the root, or the number of channels is less by one: no LayerNorm."""
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True, unbiased=unbiased) + eps) * m.gain + m.b
+
+
+def _rms_seen(m: Any, x: Tensor) -> Tensor:
+    """The mean square goes elsewhere, too."""
+    square = x.pow(2).mean(-1, keepdim=True)
+    return m.gain * (x * torch.rsqrt(square + 1e-5)) + m.b * square
 
 
 def own(function: Callable[[Any, Tensor], Tensor], bias: bool = True) -> Build:
@@ -155,6 +166,18 @@ NORMS: dict[str, Build] = {
     "group_norm": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(1, s.width)),
     "group_norm_each": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(s.width, s.width)),
     "rms_norm": lambda s: nn.RMSNorm(s.width),
+    "rms_by_hand": own(lambda m, x: m.gain * _rms(m, x), bias=False),
+    "rms_by_hand_bias": own(lambda m, x: m.gain * _rms(m, x) + m.b),
+    "rms_plus_one": own(lambda m, x: _rms(m, x, 0.1) * (1 + m.gain), bias=False),
+    "rms_divided": own(lambda m, x: m.gain * (x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)), bias=False),
+    "rms_power": own(lambda m, x: m.gain * (x * torch.pow(x.square().mean(-1, keepdim=True) + 1e-6, -0.5)), bias=False),
+    "rms_cast": own(lambda m, x: m.gain * x * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5), bias=False),
+    "rms_seen": own(_rms_seen),
+    "rms_of_another": own(
+        lambda m, x: m.gain * x.roll(1, -1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)), bias=False
+    ),
+    "rms_of_tokens": own(lambda m, x: m.gain * x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5), bias=False),
+    "centred_beside": own(lambda m, x: ln(m, x) + (x - x.mean(-1, keepdim=True))),
     "batch_norm": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.BatchNorm1d(s.width)),
     "tanh": own(lambda m, x: torch.tanh(m.gain[0] * x) * m.gain + m.b),
     "centred": simple(lambda x: x - x.mean(-1, keepdim=True)),

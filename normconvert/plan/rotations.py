@@ -1,0 +1,185 @@
+"""Orthogonal maps of the channels, by a name, a seed and a width: what a plan says of them, and no matrix.
+
+- ``hadamard``: H diag(s) with random signs s and H the Kronecker product of small orthogonal matrices: Sylvester's
+  of order 2^k, times one of Paley's (q a prime: q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4), all numbers of one
+  size; a width that has neither takes a random orthogonal matrix in its place, of the smallest order that is left.
+- ``random``: a random orthogonal matrix.
+
+With ``constant`` the map leaves what is the same in all channels as it is, Q 1 = 1, and so commutes with the mean:
+Q = U diag(1, ...) U' where the first column of U is the same number throughout. Every factor of H has that column.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import torch
+from torch import Tensor
+
+from normconvert.options import ROTATIONS
+
+LARGEST = 64
+"""Order of a factor of Sylvester's matrix: for more, two of half the order are fewer multiplications."""
+
+
+def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor:
+    """Q x along dimension ``dim``, in float64.
+
+    Args:
+        x: in float64; on the meta device it is returned.
+        dim: the channels.
+        kind: one of :data:`normconvert.options.ROTATIONS`.
+        seed: of the signs and random matrices.
+        constant: Q 1 = 1.
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    if kind not in ROTATIONS:
+        raise KeyError(kind)
+    if x.device.type == "meta":
+        return x
+    size = x.shape[dim]
+    rows = x.movedim(dim, -1)
+    if kind == "random":
+        rows = rows @ _random(size, seed, constant).T.to(x.device)
+    else:
+        factors = [factor.to(x.device) for factor in _factors(size, seed)]
+        signs = _signs(size, seed, constant).to(x.device)
+        if constant:
+            rows = _product(rows, [factor.T for factor in factors])
+        rows = _product(rows * signs, factors)
+    return rows.movedim(-1, dim)
+
+
+def order_without_hadamard(size: int) -> int:
+    """The order of the random factor of ``hadamard`` at this width; 1 if there is a Hadamard matrix of this width."""
+    _, order, paley = _split(size)
+    return 1 if paley else order
+
+
+def _product(rows: Tensor, factors: list[Tensor]) -> Tensor:
+    """(F1 x F2 x ...) y for each row y, x the Kronecker product."""
+    shape, rows = rows.shape, rows.reshape(-1, rows.shape[-1])
+    count, size = rows.shape
+    for factor in reversed(factors):
+        # The last axis is multiplied and goes to the front: after all factors the order is the old one.
+        rows = (rows.reshape(count, size // len(factor), len(factor)) @ factor.T).transpose(1, 2).reshape(count, size)
+    return rows.reshape(shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(size: int, seed: int) -> tuple[Tensor, ...]:
+    """Orthogonal matrices, each with a constant first column, whose Kronecker product has the order ``size``."""
+    power, order, paley = _split(size)
+    found = []
+    while power > LARGEST:
+        found.append(_sylvester(LARGEST))
+        power //= LARGEST
+    found += [_sylvester(power)] if power > 1 else []
+    if order > 1:
+        found.append(_paley(order) if paley else _first_column_constant(order, seed))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _split(size: int) -> tuple[int, int, bool]:
+    """``size`` as a power of two and the order of one more factor, and whether Paley's construction has that order."""
+    power = size & -size
+    order = size // power
+    if order == 1:
+        return power, 1, True
+    left = power
+    while left >= 1:
+        # The smallest first: its matrix is the one that is not applied in parts.
+        if _paley_prime(size // left):
+            return left, size // left, True
+        left //= 2
+    return power, order, False
+
+
+def _paley_prime(order: int) -> tuple[int, int] | None:
+    """The prime q and the kind of the construction, 1 or 2, that gives a Hadamard matrix of this order."""
+    if order % 4 == 0 and (order - 1) % 4 == 3 and _is_prime(order - 1):
+        return order - 1, 1
+    if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _is_prime(order // 2 - 1):
+        return order // 2 - 1, 2
+    return None
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % k for k in range(2, int(n**0.5) + 1))
+
+
+def _sylvester(order: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / order**0.5
+
+
+def _paley(order: int) -> Tensor:
+    """Paley's matrix (1933) with its first column made constant."""
+    found = _paley_prime(order)
+    assert found is not None
+    q, kind = found
+    squares = {k * k % q for k in range(1, q)}
+    residues = torch.tensor([0.0, *(1.0 if k in squares else -1.0 for k in range(1, q))], dtype=torch.float64)
+    index = torch.arange(q)
+    jacobsthal = residues[(index[:, None] - index) % q]
+    conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    conference[0, 1:] = 1.0
+    conference[1:, 0] = -1.0 if kind == 1 else 1.0
+    conference[1:, 1:] = jacobsthal
+    one = torch.eye(q + 1, dtype=torch.float64)
+    if kind == 1:
+        matrix = conference + one
+    else:
+        plus = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        minus = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        matrix = torch.kron(conference, plus) + torch.kron(one, minus)
+    return matrix * matrix[:, :1] / order**0.5
+
+
+def _householder(order: int) -> Tensor:
+    """The reflection that exchanges the first axis and 1/sqrt(order); its first column is constant."""
+    axis = torch.full((order,), order**-0.5, dtype=torch.float64)
+    normal = -axis
+    normal[0] += 1.0
+    length = float(normal @ normal)
+    one = torch.eye(order, dtype=torch.float64)
+    return one - 2.0 * torch.outer(normal, normal) / length if length > 0 else one
+
+
+def _first_column_constant(order: int, seed: int) -> Tensor:
+    """A random orthogonal matrix whose first column is constant."""
+    inner = torch.eye(order, dtype=torch.float64)
+    inner[1:, 1:] = _orthogonal(order - 1, seed)
+    return _householder(order) @ inner
+
+
+@functools.lru_cache(maxsize=4)
+def _random(size: int, seed: int, constant: bool) -> Tensor:
+    if not constant:
+        return _orthogonal(size, seed)
+    outer, inner = _householder(size), torch.eye(size, dtype=torch.float64)
+    inner[1:, 1:] = _orthogonal(size - 1, seed)
+    return outer @ inner @ outer.T
+
+
+def _orthogonal(size: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, uniform: the signs of R's diagonal belong to Q (Mezzadri, 2007)."""
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(size: int, seed: int, constant: bool) -> Tensor:
+    """Random signs; with ``constant`` the first is plus."""
+    drawn = hashlib.shake_256(f"{seed} {size}".encode()).digest(size)
+    signs = torch.tensor([1.0 if byte & 1 else -1.0 for byte in drawn], dtype=torch.float64)
+    if constant:
+        signs[0] = 1.0
+    return signs

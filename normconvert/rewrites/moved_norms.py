@@ -1,0 +1,163 @@
+"""A norm's weight and bias on their way into the linear maps that read it, with or without a change of basis between.
+
+With n the normalised value, W (g * n + b) + c = (W diag(g)) n + (W b + c). A reader without a bias of its own leaves
+the norm's where it is, divided by the weight that has gone: W diag(g) (n + b / g). In the basis of an orthogonal Q the
+readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
+from normconvert.analysis.norms import Norm
+from normconvert.analysis.operations import EMBEDDING, name_of, readers
+from normconvert.analysis.streams import Analysis, AxisRef
+from normconvert.rewrites.centring import can_untie
+from normconvert.rewrites.fold import along
+from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
+from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
+from normconvert.tracing.exits import exit_module
+from normconvert.tracing.graph import Graph
+
+HIDDEN = "hidden_states"
+"""The way out of transformers models that returns the outputs of layers and of the norm behind them."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A norm whose weight moves.
+
+    Attributes:
+        calls: all calls of it.
+        readers: the linear maps that take the weight.
+        values: what the norm gives, on its way to them.
+        bias_stays: one of them cannot take the bias.
+    """
+
+    calls: list[Norm]
+    readers: list[Reader]
+    values: set[AxisRef]
+    bias_stays: bool
+
+    @property
+    def path(self) -> str:
+        """The norm's module path."""
+        return self.calls[0].path
+
+
+def moved_norm(
+    analysis: Analysis, calls: list[Norm], untied: dict[str, str], *, through_features: bool = False
+) -> Moved:
+    """Where a norm's weight and bias go.
+
+    Args:
+        analysis: the streams.
+        calls: all calls of the norm.
+        untied: tied table -> name that its reading side has once it is untied.
+        through_features: what ways out other than the model's outputs return may change.
+
+    Raises:
+        Unfoldable: the weight cannot move.
+    """
+    try:
+        return Moved(calls, *readers_of(analysis, calls, untied, through_features=through_features), bias_stays=False)
+    except Unfoldable:
+        found = readers_of(analysis, calls, untied, bias_stays=True, through_features=through_features)
+        return Moved(calls, *found, bias_stays=True)
+
+
+def doors_behind(graph: Graph, norms: Iterable[Moved]) -> list[dict[str, str]]:
+    """The ways out, other than the model's outputs, that return what such norms give."""
+    exits = [(node, name) for node, names in graph.exits.items() for name in names]
+    inside = tuple(f"{exit_module(node)}." for node, name in exits if name == HIDDEN)
+    rows = []
+    for moved in norms:
+        given = {node for node, _ in moved.values}
+        rows += [(name, exit_module(node)) for node, name in exits if node in given]
+        # Behind the layers whose outputs they are, hidden states end with what the last norm gives.
+        rows += [(HIDDEN, moved.path)] if inside and not moved.path.startswith(inside) else []
+    return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
+
+
+def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:
+    """Embeddings that are an output head, too, and can be two tensors: name -> their names as table and as head."""
+    found = {}
+    for node, parameter in analysis.graph.parameters.items():
+        heads = [user for user in readers(node) if name_of(user) != EMBEDDING]
+        shape = shape_of(node)
+        tied = len(parameter.aliases) == 2 and len(shape) == 2
+        if tied and can_untie(analysis, (node, ChannelAxis(1, int(shape[1]))), heads):
+            found[parameter.name] = table_and_head(analysis.graph, node)
+    return found
+
+
+def untie(tied: Iterable[tuple[str, str]], norms: Iterable[Moved], tensors: Edits, config: dict[str, Any]) -> list[str]:
+    """Give the heads that take a norm's weight a tensor of their own, where they have none yet.
+
+    Args:
+        tied: tables, by their names as the embedding and as the head.
+        norms: those that move.
+        tensors: tensor -> its edits; gains the heads.
+        config: of the model; says so.
+
+    Returns:
+        Sentences for the user.
+    """
+    read = {reader.weight for moved in norms for reader in moved.readers}
+    notes = []
+    for own, head in tied:
+        if head in read and head not in tensors:
+            tensors[head] = [{"op": "copy", "from": own}]
+            config["tie_word_embeddings"] = False
+            notes.append(UNTIED.format(own, head))
+    return notes
+
+
+def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] | None = None) -> None:
+    """Add the edits that move a norm's weight and bias to ``tensors``, which holds those of the writers.
+
+    Args:
+        graph: the model.
+        moved: the norm.
+        tensors: tensor -> its edits.
+        change: of the basis in which the readers get what the norm gives: an edit without its axis.
+    """
+    settings = moved.calls[0].module or {}
+    path, offset = moved.path, settings["offset"]
+    weight = f"{path}.{settings['weight']}" if settings.get("weight") else None
+    bias = f"{path}.{settings['bias']}" if settings.get("bias") else None
+    for reader in moved.readers:
+        axis = along(reader.place)
+        written = tensors.get(reader.weight, [])
+        copied = [row for row in written if row["op"] == "copy"]
+        rows: list[dict[str, Any]] = [{"op": "scale", "by": weight, **axis, "offset": offset}] if weight else []
+        # W diag(g) first: what follows is in the other basis.
+        rows += [{**change, **axis}] if change else []
+        tensors[reader.weight] = [*copied, *rows, *(row for row in written if row["op"] != "copy")]
+        if bias and not moved.bias_stays:
+            own = copied[0]["from"] if copied else reader.weight
+            product = {"op": "add_product", "weight": own, "by": bias, **axis}
+            # Before what the reader's own results take for the stream that it writes into.
+            tensors[str(reader.bias)] = [product, *tensors.get(str(reader.bias), [])]
+    if weight:
+        tensors[weight] = [{"op": "fill", "value": 1.0 - offset}]
+    if bias and not moved.bias_stays:
+        tensors[bias] = [{"op": "fill", "value": 0.0}]
+    elif bias:
+        at = {"axis": _channels(graph, bias, int(settings["size"]))}
+        gain: Any = ["add", weight, offset] if offset else weight
+        stays: list[dict[str, Any]] = [{"op": "scale", "by": ["reciprocal", gain], **at}] if weight else []
+        stays += [{**change, **at}] if change else []
+        if stays:
+            tensors[bias] = stays
+
+
+def _channels(graph: Graph, name: str, size: int) -> int:
+    """The dimension of a norm's vector along which its channels lie."""
+    node: fx.Node = next(n for n, p in graph.parameters.items() if name in p.aliases)
+    return next((dim for dim, n in enumerate(shape_of(node)) if n == size), 0)

@@ -1,0 +1,241 @@
+"""rotate: the residual streams in another orthogonal basis, without changing what the model computes.
+
+A value x of a stream that norms alone read may be stored as Q x with Q orthogonal: |Q x| = |x|, so RMSNorm gives Q n
+where it gave n, and with Q 1 = 1 so does LayerNorm, since Q and P = I - 11'/d commute then. Writers become Q W, and
+readers (W diag(g)) Q', once the norm's weight and bias have moved into them (`moved_norms`). Names, shapes and the
+library's own class stay. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406.)
+
+What cannot be written in another basis keeps a stream as it is: a norm's output that is added to it, an activation.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, described, operation
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.plan.rotations import order_without_hadamard
+from normconvert.rewrites.centring import Centring, can_untie, editability
+from normconvert.rewrites.folding import CASTS
+from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
+from normconvert.rewrites.readers import Unfoldable
+from normconvert.rewrites.registry import rewrite
+from normconvert.rewrites.rmsnorm import shifted_doors
+from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
+from normconvert.rewrites.writers import table_and_head, writer_edits
+from normconvert.tracing.graph import Graph
+
+
+@dataclass
+class _Search:
+    """Which streams can be rotated.
+
+    Attributes:
+        stays: stream, by identity -> why it stays.
+        refused: norm -> why it cannot be converted.
+        moved: norm -> where its weight and bias go.
+    """
+
+    analysis: Analysis
+    found: Centring
+    calls: dict[str, list[Norm]]
+    where: dict[Norm, tuple[Stream, AxisRef]]
+    stays: dict[int, Obstacle] = field(default_factory=dict)
+    refused: dict[str, Obstacle] = field(default_factory=dict)
+    moved: dict[str, Moved] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that are not known to stay."""
+        return [stream for stream in self.found.usable if id(stream) not in self.stays]
+
+
+@rewrite("rotate", compared="verification")
+def plan_rotate(graph: Graph, options: Options) -> Plan:
+    """The plan that rotates every stream which provably allows it, as a whole or not at all.
+
+    Every norm gets a verdict: it is converted if what it reads is rotated.
+    """
+    search = _searched(graph, options)
+    streams = search.streams
+    paths = [path for path, group in search.calls.items() if all(_reads(search, norm, streams) for norm in group)]
+    converted = [norm for path in paths for norm in search.calls[path]]
+    # One map for all streams, since a tensor may write into several.
+    constant = any(norm.centred for norm in converted)
+    change = {"op": "rotate", "kind": options.rotation, "seed": options.seed, "constant": constant}
+    needed = {ref for stream in streams for ref in stream.members}
+    found = replace(search.found, usable=streams)
+    tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
+    # Those whose table writes into a stream that stays.
+    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
+    for path in paths:
+        move(graph, search.moved[path], tensors, change)
+    verdicts = [_verdict(search, path) for path in search.calls]
+    doors = _doors_in(graph, needed)
+    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
+    return Plan(
+        "rotate",
+        tensors=tensors,
+        aliases=aliases,
+        config=config,
+        verdicts=verdicts + never_called(graph, set(search.calls)),
+        notes=notes + _notes(streams, doors, options) + ([CASTS] if float32 else []),
+        float32_norms=float32,
+        untraced_doors=doors,
+        shifted_doors=_doors_out(search, converted, paths),
+    )
+
+
+def _searched(graph: Graph, options: Options) -> _Search:
+    """Find the streams that can be rotated, and all their norms with them."""
+    norms = find_norms(graph, uncentred=True)
+    analysis = Analysis(graph, norms, mean_only=False)
+    # An output in another basis is another output, whatever the user allows of its mean.
+    options = replace(options, tied="untie", allow_shifted_outputs=False)
+    found, _ = editability(analysis, options)
+    calls: dict[str, list[Norm]] = defaultdict(list)
+    for norm in norms:
+        calls[norm.path].append(norm)
+    where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
+    search = _Search(analysis, found, calls, where)
+    for stream in found.usable:
+        if why := next((w for ref, made in stream.members.items() if (w := _fixed(search, ref, made))), None):
+            search.stays[id(stream)] = why
+    for path, group in calls.items():
+        if why := _unconvertible(search, path, group, options):
+            search.refused[path] = why
+    # Each round leaves more streams as they are, or is the last.
+    while True:
+        before = len(search.stays)
+        _leave_more(search)
+        if len(search.stays) == before:
+            return search
+
+
+def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
+    """Why a value of a stream cannot be written in another basis, whatever becomes of the others."""
+    if (norm := _norm_behind(search.analysis, made)) is not None:
+        why = f"{norm} is written back into it, and takes a number but no rotation"
+        return Obstacle("post-norm", f"its stream stays as it is: {why} (post-norm).")
+    if made.kind == "opaque" and ref[0] not in search.analysis.graph.outside:
+        return Obstacle("opaque", f"its stream stays as it is: it contains {made.reason}.")
+    if made.kind == "scale" and ref not in search.found.scales:
+        return Obstacle("opaque", f"its stream stays as it is: {operation(ref[0])} scales it channel by channel.")
+    if made.kind == "sum" and made.rest:
+        return Obstacle("opaque", f"its stream stays as it is: it contains {operation(ref[0])}, {made.rest}.")
+    return None
+
+
+def _norm_behind(analysis: Analysis, made: Provenance) -> str | None:
+    """The norm, in words, whose result a value is, scaled by its weight or not."""
+    while made.kind == "scale" or (made.kind == "sum" and made.parts and not made.rest):
+        # The weight and the bias are the other parts.
+        made = analysis.provenance(made.parts[0])
+    return made.reason if made.kind == "norm" else None
+
+
+def _unconvertible(search: _Search, path: str, group: list[Norm], options: Options) -> Obstacle | None:
+    """What keeps a norm from being converted; also notes where its weight and bias go."""
+    if why := obstacle(group, search.where, options) or misuse(path, group, search.analysis.graph):
+        if why.returned:
+            return Obstacle("returned", f"{why.returned}, in the basis that it was trained in.")
+        return replace(why, reason=why.reason.replace("with its mean, which", "in its own basis, which"))
+    names = {
+        search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n in _tables(search)
+    }
+    try:
+        search.moved[path] = moved_norm(search.analysis, group, names, through_features=not options.keep_features)
+    except Unfoldable as why:
+        return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}.")
+    return None
+
+
+def _tables(search: _Search) -> list[fx.Node]:
+    """The tied tables that can be two tensors."""
+    return sorted({node for node, _ in search.found.untied}, key=lambda node: node.name)
+
+
+def _tied(search: _Search) -> list[tuple[str, str]]:
+    """Their names, as the embedding and as the head."""
+    return [table_and_head(search.analysis.graph, node) for node in _tables(search)]
+
+
+def _leave_more(search: _Search) -> None:
+    """Leave the streams that cannot be rotated unless others are, which stay."""
+    streams = search.streams
+    members = {ref for stream in streams for ref in stream.members}
+    # A norm is called with streams that are rotated, or with none.
+    halfway = {path for path, group in search.calls.items() if not all(_reads(search, norm, streams) for norm in group)}
+    for stream in streams:
+        for path in dict.fromkeys(norm.path for norm, _ in stream.norms):
+            if path in search.refused or path in halfway:
+                why = search.refused.get(path) or _why(search, path)
+                text = f"its stream stays as it is: the norm {described(path)} reads it, and {why.reason}"
+                search.stays.setdefault(id(stream), Obstacle(why.code, text))
+        for ref, made in stream.members.items():
+            if made.kind != "parameter":
+                continue
+            others = list(search.analysis.other_readers(ref, members.__contains__))
+            fits = ref in search.found.editable and not others
+            if not fits and not (ref in search.found.untied and can_untie(search.analysis, ref, others)):
+                reader = others[0] if others else search.found.blocked.get(ref, ref[0])
+                name = search.analysis.graph.parameters[ref[0]].name
+                text = f"its stream stays as it is: `{name}` writes into it, and {operation(reader)} reads that, too."
+                search.stays.setdefault(id(stream), Obstacle("shared", text))
+
+
+def _reads(search: _Search, norm: Norm, streams: list[Stream]) -> bool:
+    """Whether a norm reads one of the streams."""
+    return norm in search.where and any(search.where[norm][0] is stream for stream in streams)
+
+
+def _why(search: _Search, path: str) -> Obstacle:
+    """Why what a norm reads stays."""
+    if path in search.refused:
+        return search.refused[path]
+    streams = [search.where[norm][0] for norm in search.calls[path]]
+    return next(search.stays[id(stream)] for stream in streams if id(stream) in search.stays)
+
+
+def _verdict(search: _Search, path: str) -> Verdict:
+    kind, streams = search.calls[path][0].kind, search.streams
+    if all(_reads(search, norm, streams) for norm in search.calls[path]):
+        reason = "its stream is rotated, its weight and bias move into the linear maps that read it."
+        if search.moved[path].bias_stays:
+            reason += " Its bias stays, divided by the weight: one of them has none."
+        return Verdict(path, kind, True, reason, "converted")
+    why = _why(search, path)
+    return Verdict(path, kind, False, why.reason, why.code)
+
+
+def _doors_in(graph: Graph, members: set[AxisRef]) -> list[str]:
+    """The arguments that hold values of rotated streams, which come from outside in the old basis."""
+    outside: list[fx.Node] = [node for node, _ in members if node in graph.outside]
+    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
+
+
+def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return rotated streams or what their norms give."""
+    streams = shifted_doors(search.analysis, converted, search.where)
+    norms = doors_behind(search.analysis.graph, (search.moved[path] for path in paths))
+    return [*streams, *(row for row in norms if row not in streams)]
+
+
+def _notes(streams: list[Stream], doors: list[str], options: Options) -> list[str]:
+    notes = []
+    if doors:
+        notes.append(f"{', '.join(doors)} must be in the new basis, as what the output's own embeddings give is")
+    for size in dict.fromkeys(stream.size for stream in streams):
+        order = order_without_hadamard(size)
+        if options.rotation == "hadamard" and order > 1:
+            notes.append(
+                f"no Hadamard matrix of {size} channels is known here: a random orthogonal matrix of order {order} "
+                "takes its place in one factor"
+            )
+    return notes

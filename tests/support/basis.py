@@ -1,0 +1,58 @@
+"""Is a plan that changes the basis of streams right, of any network that can be built twice?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from normconvert.errors import TraceError
+from normconvert.options import Options
+from normconvert.rewrites.planning import difference
+from normconvert.rewrites.registry import REWRITES
+from normconvert.tracing.graph import trace
+from normconvert.verification.equivalence import algebra_model
+from tests.support.equivalence import TOLERANCE, Inputs, Outcome, distance, on_meta, randomise, run
+
+
+def check_basis(
+    make: Callable[[], nn.Module], inputs: Sequence[Inputs], method: str, options: Options, *, seed: int = 0
+) -> Outcome:
+    """Trace, plan, apply to float64 weights and compare, in the class as it is.
+
+    Args:
+        make: builds the network, float64 by default dtype, on the default device.
+        inputs: what to compare on; the first is also traced.
+        method: the conversion.
+        options: of the plan.
+        seed: of the weights.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            skeleton = make().eval()
+        try:
+            graph = trace(skeleton, on_meta(inputs[0]))
+        except TraceError as error:
+            return Outcome(None, (f"not traced: {error}",))
+        plan = REWRITES[method].planner(graph, options)
+        truth = make().eval()
+        randomise(truth, seed)
+        problems = ["it has module edits"] if plan.modules else []
+        if plan.converted and (why := difference(graph, plan, options)):
+            problems.append(why)
+        edited = algebra_model(truth, plan)
+        for verdict in plan.converted:
+            weight = getattr(edited.get_submodule(verdict.path), "weight", None)
+            if weight is not None and not bool((weight == 1).all()):
+                problems.append(f"{verdict.path} is said to be converted and has a weight")
+        for number, one in enumerate(inputs):
+            expected, found = run(truth, one), run(edited, one)
+            for name, value in expected.items():
+                off = distance(found[name], value)
+                if not off <= TOLERANCE:
+                    problems.append(f"input {number}: {name} is off by {off:.2g}")
+        return Outcome(plan, tuple(problems))
+    finally:
+        torch.set_default_dtype(torch.float32)
