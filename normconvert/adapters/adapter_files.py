@@ -6,16 +6,17 @@ What is not known here is refused: a setting that this file has never heard of m
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from normconvert.errors import InputError
+from normconvert.files.weight_files import load_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -49,6 +50,27 @@ _FACTORS = {
     "lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lora_embedding_A": "a", "lora_embedding_B": "b",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
+
+
+class _Config(BaseModel):
+    """An adapter's config, as far as it is computed with."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    peft_type: str
+    lora_alpha: float = 8
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _regular(cls, patterns: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in patterns or {}:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{pattern[:40]!r} is no regular expression ({error})") from error
+        return patterns
 
 
 @dataclass(frozen=True)
@@ -148,11 +170,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise InputError(f"{folder}: not a PEFT adapter: expected a folder with {CONFIG_FILE}")
+    config = load_json(file)
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: not the config of a PEFT adapter ({error!r})") from error
+        kind = _Config.model_validate(config).peft_type
+    except (ValidationError, RecursionError) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "deep"}
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file}: not the config of a PEFT adapter ({place}: {first['msg']})") from error
     if kind not in KINDS:
         raise InputError(f"{file}: peft_type {kind}: expected one of {', '.join(KINDS)}")
     known = _GENERAL | (_LORA if kind == LORA else _PROMPT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from normconvert.errors import InputError
 from normconvert.files.weight_files import inside, load_json
@@ -24,6 +24,22 @@ class _Converted(_Edits):
     """What a config.json says of its conversion."""
 
     architecture: str
+
+
+class _Change(BaseModel):
+    """What was done to a tensor that training may have undone."""
+
+    model_config = _STRICT
+    op: Literal["center", "fill"]
+    axis: int | None = None
+    outer: int = Field(1, ge=1)
+    inner: int = Field(1, ge=1)
+    value: float | None = None
+
+
+class _Changes(BaseModel):
+    model_config = _STRICT
+    changed: dict[str, list[_Change]]
 
 
 class _Source(BaseModel):
@@ -52,6 +68,17 @@ class _Whole(_Record):
     options: dict[str, bool | int | str | None]
     versions: dict[str, str]
     verification: dict[str, Any] | None = None
+
+
+def recorded_changes(file: Path, section: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a config.json says was done to its tensors, by name; rows of a plan.
+
+    Raises:
+        InputError: no such data.
+    """
+    return {
+        name: [row.model_dump() for row in rows] for name, rows in _checked(file, section, _Changes).changed.items()
+    }
 
 
 def structural_edits(folder: Path) -> tuple[dict[str, Any], ...]:

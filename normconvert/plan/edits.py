@@ -11,12 +11,14 @@ several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from normconvert.errors import InputError
 from normconvert.plan.rotations import rotated
 from normconvert.plan.vectors import evaluate, with_limits
 from normconvert.runtime import BASES, compress
@@ -255,6 +257,26 @@ def edited_shape(
         return torch.empty(tuple(shape_of(name)), dtype=torch.float64, device="meta")
 
     return tuple(apply_edits(torch.empty(tuple(shape), device="meta"), edits, lookup).shape)
+
+
+def refuse_oversized(name: str, rows: Sequence[Edit], largest: int) -> None:
+    """Refuse a new tensor that is larger than any of the model, before memory is taken for it.
+
+    Args:
+        name: of the tensor.
+        rows: of a plan, which may come from anywhere.
+        largest: elements of the model's largest tensor; what a conversion adds is a bias or a copy.
+
+    Raises:
+        InputError: it is larger.
+    """
+    for row in rows:
+        shape = row.get("shape", ()) if row.get("op") == "new" else ()
+        if not isinstance(shape, (list, tuple)) or any(type(n) is not int or n < 0 for n in shape):
+            raise InputError(f"the plan makes the tensor {name!r} of a shape that is none: {str(shape)[:60]}")
+        if math.prod(shape) > largest:
+            found = f"{math.prod(shape):,} elements; the model's largest has {largest:,}"
+            raise InputError(f"the plan makes the tensor {name!r} of {found}: is it another model's?")
 
 
 def limited(rows: Sequence[Edit], limit: Callable[[str], float]) -> tuple[Edit, ...]:

@@ -17,7 +17,7 @@ from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
 from normconvert.files.user_paths import user_path
 from normconvert.plan.conversion_plan import FORMAT, Plan
-from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record
+from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record, recorded_changes
 from normconvert.sources.families import family
 
 if TYPE_CHECKING:
@@ -141,9 +141,13 @@ def _refuse_trained(source: Source, folder: Path, model: nn.Module) -> None:
     if section.get("changed") is None:
         raise InputError(f"{path}: saved by the original architecture, by which nobody can tell: convert it again")
     state = model.state_dict()
-    for name, rows in section["changed"].items():
-        value = state[name].double()
-        distance = (apply_edits(value, rows, state.__getitem__) - value).abs().max()
+    file = folder / "config.json"
+    for name, rows in recorded_changes(file, section).items():
+        try:
+            value = state[name].double()
+            distance = (apply_edits(value, rows, state.__getitem__) - value).abs().max()
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise InputError(f"{file}: what it says of {name!r} does not fit the model: convert again") from error
         # A mean that was removed before rounding comes back as half a unit of the largest element at most, in the dtype
         # of the files or in the one that was asked for.
         eps = max(torch.finfo(kind).eps for kind in (source.dtype, state[name].dtype))

@@ -22,7 +22,7 @@ from normconvert.files.safetensors_file import dtype_name, map_tensor, read_tens
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import Edit, apply_edits, edited_shape
+from normconvert.plan.edits import Edit, apply_edits, edited_shape, refuse_oversized
 from normconvert.runtime import one_at_a_time
 from normconvert.sources import timm_models, transformers_models
 from normconvert.sources.converted import recorded_edits
@@ -292,6 +292,7 @@ class _Filler:
         if info is None and not new:
             raise InputError(f"{self.files.source.reference}: no file holds {shown!r}: verify it without --max-memory")
         dtype = self.dtypes(shown) or parameter.dtype
+        refuse_oversized(shown, edits, max((p.numel() for p in self.model.parameters()), default=0))
         shape = self._shape(info, edits, shown)
         stored = Stored(info, tuple(edits), self.files.lookup, dtype, shape, self.piece)
         return LazyWeight(stored, shape, dtype, self.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normconvert.compat import transformers as compat
 from normconvert.errors import InputError, first_line
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import apply_edits
+from normconvert.plan.edits import apply_edits, refuse_oversized
 from normconvert.runtime import process_lock
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.output_paths import tensors_in
@@ -74,7 +74,9 @@ def algebra_model(
         return source[name]
 
     target = named_tensors(model)
+    largest = max((tensor.numel() for tensor in source.values()), default=0)
     for name, edits in plan.tensors.items():
+        refuse_oversized(name, edits, largest)
         untied = bool(edits) and edits[0]["op"] == "copy"
         made = untied or (bool(edits) and edits[0]["op"] == "new")
         old = source[name] if name in source else (torch.empty(0) if made else lookup(name))

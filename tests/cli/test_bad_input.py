@@ -92,7 +92,7 @@ def change_config(**changes: Any) -> Spoil:
 
 def rename_all(state: dict[str, torch.Tensor]) -> None:
     for name in list(state):
-        state[f"x.{name}"] = state.pop(name)
+        state[f"{name}.x"] = state.pop(name)
 
 
 PACKED = {"h.0.qweight": torch.zeros(3, dtype=torch.int32)}

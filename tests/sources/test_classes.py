@@ -237,6 +237,23 @@ def test_what_the_original_architecture_saves_loads_as_converted_until_it_was_tr
         normconvert.load(tmp_path / "trained")
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [[{"op": "new", "shape": [10**12]}], [{"op": "x"}], [7], {"a": 1}, [{"op": "center"}], [{"op": "fill"}],
+     [{"op": "center", "axis": 0, "outer": 7}], [{"op": "center", "axis": 0, "outer": 0}]],
+)  # fmt: skip
+def test_what_a_config_says_was_done_is_checked_before_it_is_done(rows: Any, tmp_path: Path) -> None:
+    normconvert.convert(save(gpt2(), tmp_path / "src"), tmp_path / "out", verify=False)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["normconvert"]["changed"] = {next(iter(config["normconvert"]["changed"])): rows}
+    file.write_text(json.dumps(config))
+    for name in ("normconvert.json", "modeling_normconvert.py"):
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(InputError, match=r"config\.json: (not a conversion record|what it says of)"):
+        normconvert.load(tmp_path / "out")
+
+
 def test_half_precision_is_not_taken_for_training(tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 

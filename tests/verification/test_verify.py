@@ -160,6 +160,14 @@ def test_a_plan_of_another_model_is_bad_input() -> None:
         algebra_model(gpt2().double(), vit_plan())
 
 
+@pytest.mark.parametrize("shape", [[1 << 40], [-1], "x", [10**30, 10**30]])
+def test_a_plan_takes_no_memory_that_the_model_does_not(shape: Any) -> None:
+    model = gpt2().double()
+    rows = [{"op": "new", "shape": shape, "like": "lm_head.weight"}]
+    with pytest.raises(InputError, match=r"makes the tensor 'lm_head\.bias' of"):
+        algebra_model(model, Plan("crmsnorm", tensors={"lm_head.bias": rows}))
+
+
 def test_nan_in_the_truth_is_left_out_and_in_the_result_alone_is_not() -> None:
     clean = torch.tensor([1.0, 2.0])
     broken = torch.tensor([1.0, float("nan")])
