@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -105,32 +105,38 @@ def make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def replace(staging: Path, target: Path) -> None:
+def replace(staging: Path, target: Path, ours: Callable[[Path], bool] | None = None) -> None:
     """Put a folder in the place of another, in one step where the system can; what was there before is removed.
 
+    Args:
+        staging: the new folder, beside the other.
+        target: its place.
+        ours: whether a folder may be replaced; by default :func:`may_be_replaced`.
+
     Raises:
-        InputError: what is there now was not made by a conversion: somebody has just put it there.
+        InputError: what is there now may not be replaced: somebody has just put it there.
         OSError: it cannot be renamed.
     """
+    ours = ours or may_be_replaced
     with uninterrupted(), locked(target):  # a lock goes along: to another conversion's sweep this is one in use
         if not target.exists():
             os.rename(staging, target)  # which fails if a folder with files in it appears now
         elif _exchange(staging, target):
             # The names have changed places: what was looked at before may be another folder than what was there then.
-            if not may_be_replaced(staging):
+            if not ours(staging):
                 _exchange(staging, target)
                 raise InputError(f"{target}: something else was put there meanwhile; it was left as it is")
             remove(staging)
         else:
-            _step_aside(staging, target)
+            _step_aside(staging, target, ours)
 
 
-def _step_aside(staging: Path, target: Path) -> None:
+def _step_aside(staging: Path, target: Path, ours: Callable[[Path], bool]) -> None:
     """Two renames, where the system has no better way; killed between them, :func:`sweep` brings the old one back."""
     aside = target.parent / f".{target.name}.old-{os.getpid()}"
     os.rename(target, aside)
     try:
-        if not may_be_replaced(aside):
+        if not ours(aside):
             raise InputError(f"{target}: something else was put there meanwhile; it was left as it is")
         os.rename(staging, target)
     except BaseException:

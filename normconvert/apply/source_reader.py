@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from normconvert.apply.scan import Scan, Span
 from normconvert.apply.scan_process import ProcessGone, ScanProcess
 from normconvert.errors import InputError
+from normconvert.files.digest import mark
 from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -54,15 +55,6 @@ def is_finite(values: Tensor) -> bool:
     # Much faster than isfinite on all of them; both ends are NaN if any value is.
     low, high = values.aminmax()
     return bool(low.isfinite()) and bool(high.isfinite())
-
-
-def _mark(file: str) -> tuple[int, int, int, int]:
-    """What is another number once a file was written to or replaced; zeros if it is gone."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return 0, 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 class SourceReader:
@@ -108,7 +100,7 @@ class SourceReader:
         if folder is not None and (folder / "config.json").is_file():
             # After the copies were settled: it is hashed for the record, and copied with the other small files.
             files[str(folder / "config.json")] = []
-        self._marks = {file: _mark(file) for file in files}
+        self._marks = {file: mark(file) for file in files}
         where = None if self._copies is None else str(self._copies)
         if sum(span.end - span.start for spans in files.values() for span in spans) >= APART:
             with suppress(OSError):  # none may be started here
@@ -186,8 +178,8 @@ class SourceReader:
         Raises:
             InputError: names the file.
         """
-        for file, mark in self._marks.items():
-            if _mark(file) != mark:
+        for file, before in self._marks.items():
+            if mark(file) != before:
                 raise InputError(f"{file}: changed while it was converted: run again when it is complete")
 
     def __enter__(self) -> SourceReader:

@@ -58,7 +58,9 @@ def _usage_error(error: Any, arguments: Sequence[str]) -> int:
 
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "normconvert"
-    message = f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+    message = (
+        f"{' '.join(error.format_message().replace('Value error, ', '').split()).rstrip('.')}; see {command} --help"
+    )
     screen = Screen(json_file=_json_argument(arguments), arguments=arguments)
     screen.error(message)
     try:

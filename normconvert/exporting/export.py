@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,8 @@ def export_model(model: nn.Module, request: Export, source: Source | None = None
     opsets: Sequence[int | None] = [request.opset] if request.opset else DEFAULT_OPSETS[request.target]
     if file.suffix == ".pt2":
         opsets = [None]
-    notes = ["run in onnxruntime, and not in OpenVINO"] if request.target == "openvino" else []
+    notes = list(source.notes) if source is not None else []
+    notes += ["run in onnxruntime, and not in OpenVINO"] if request.target == "openvino" else []
     with staged(file) as beside, _quiet():
         parts = _parts(model, request, file)
         made = [
@@ -188,8 +189,6 @@ def _opened(src: str | Path, request: Export) -> tuple[Source, nn.Module]:
 
 def _parts(model: nn.Module, request: Export, file: Path, like: Sequence[Part] = ()) -> list[Part]:
     """What becomes a file each; ``like`` other parts, of which the inputs are taken."""
-    from dataclasses import replace
-
     from normconvert.exporting.examples import examples
     from normconvert.exporting.parts import whole
     from normconvert.exporting.pasts import against_whole, encoder_decoder, with_past
@@ -199,14 +198,9 @@ def _parts(model: nn.Module, request: Export, file: Path, like: Sequence[Part] =
     if is_folder(file):
         return list(encoder_decoder(model, found, src))
     if not request.with_past:
-        return [
-            whole(
-                model,
-                replace(found, inputs=like[0].inputs, checks=[dict(check) for check in like[0].checks])
-                if like
-                else found,
-            )
-        ]
+        if like:
+            found = replace(found, inputs=like[0].inputs, checks=[dict(check) for check in like[0].checks])
+        return [whole(model, found)]
     part = with_past(model, found, src)
     off = against_whole(model, part)
     if not off <= 1e-3:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from normconvert.apply.output_folder import replace
 from normconvert.errors import InputError
 from normconvert.exporting.request import Export
 from normconvert.interrupts import held as uninterrupted
@@ -33,7 +34,7 @@ def check_request(request: Export, file: Path) -> None:
     for path in (file, file.with_name(f"{file.name}.data")):
         if path.exists() and not (request.overwrite and file.exists()):
             raise InputError(f"{path} exists: choose another name, or pass --overwrite")
-    if is_folder(file) and file.exists() and not (file / "decoder_with_past_model.onnx").is_file():
+    if is_folder(file) and file.exists() and not _is_export(file):
         raise InputError(f"{file} exists, and is no export of an encoder and a decoder: choose another name")
     if file.suffix == ".pt2":
         if request.opset is not None or request.target != "generic":
@@ -48,6 +49,11 @@ def check_request(request: Export, file: Path) -> None:
     from normconvert.exporting.engines import check_opset
 
     check_opset(request.opset)
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder is one of an encoder and a decoder, and may be replaced by another."""
+    return (folder / "decoder_with_past_model.onnx").is_file()
 
 
 @contextmanager
@@ -69,16 +75,14 @@ def staged(file: Path) -> Iterator[Path]:
 
 def put_in_place(beside: Path, file: Path) -> None:
     """Move what was exported to where it belongs: at no moment is there one model's file with another's weights."""
+    if is_folder(file):
+        made = beside / "made"
+        made.mkdir()
+        for path in [path for path in beside.iterdir() if path != made]:
+            os.replace(path, made / path.name)
+        replace(made, file, _is_export)
+        return
     with uninterrupted():
-        if is_folder(file):
-            if file.exists():
-                shutil.rmtree(file)
-            made = beside / "made"
-            made.mkdir()
-            for path in [path for path in beside.iterdir() if path != made]:
-                os.replace(path, made / path.name)
-            os.replace(made, file)
-            return
         data = file.with_name(f"{file.name}.data")
         names = [path.name for path in beside.iterdir()]
         if data.exists() or len(names) > 1:

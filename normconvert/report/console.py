@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normconvert.apply.model_card import ORIGINAL, OWN, SHIPPED, TRUST, auto_class, remote_code
+from normconvert.options import OF_TENSORS
 from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
 from normconvert.report.junit import PARTS
@@ -80,7 +82,7 @@ def show_summary(
         grid.add_row("note", note)
     console.print(_indented(grid))
     if report.out is not None and kept:
-        for label, line in zip(("load it", ""), how_to_load(report), strict=False):
+        for label, line in zip_longest(("load it",), how_to_load(report), fillvalue=""):
             # Code to be copied is never wrapped.
             console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
     if verbose or measures or (report.plan.kept and report.plan.converted):
@@ -306,7 +308,11 @@ def how_to_load(report: Report) -> list[str]:
     if code != SHIPPED:
         return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{trust})  # {ORIGINAL}']
     remote = TRUST if auto else ""
-    return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})']
+    lines.append(f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})')
+    # Where tensors alone were changed, that code is there to refuse other classes and to warn of adapters.
+    if auto and report.method in OF_TENSORS:
+        lines.append(f'model = {auto}.from_pretrained("{report.out}")  # the library alone')
+    return lines
 
 
 def _title(report: Report, remark: str = "", *, out: str | None = None) -> Text:

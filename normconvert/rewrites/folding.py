@@ -13,6 +13,7 @@ from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
+from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, tables_to_untie, untie
@@ -30,7 +31,11 @@ def plan_fold(graph: Graph, options: Options) -> Plan:
     """The plan that moves the weight and bias of every norm which linear maps alone read into those.
 
     Every norm gets a verdict.
+
+    Raises:
+        InputError: `--keep` names what is not there.
     """
+    _check_kept(graph, options.keep)
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms)
     tied = tables_to_untie(analysis)
@@ -92,8 +97,24 @@ def _moved(
     return moved
 
 
+def _check_kept(graph: Graph, patterns: str | None) -> None:
+    """Refuse a name that keeps nothing: what it was meant to keep would change without a word.
+
+    Raises:
+        InputError: no tensor and no module is called so.
+    """
+    names = [name for parameter in graph.parameters.values() for name in parameter.aliases]
+    for pattern in _patterns(patterns):
+        if not any(_is_kept(name, pattern) for name in names):
+            raise InputError(f"--keep {pattern}: the model has no tensor and no module of that name")
+
+
+def _patterns(patterns: str | None) -> list[str]:
+    return [pattern.strip() for pattern in (patterns or "").split(",") if pattern.strip()]
+
+
 def _is_kept(name: str, patterns: str | None) -> bool:
     """Whether a tensor, or a module that it is of, is among the names and patterns that --keep lists."""
     parts = name.split(".")
     names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    return any(fnmatchcase(one, pattern.strip()) for pattern in (patterns or "").split(",") for one in names)
+    return any(fnmatchcase(one, pattern) for pattern in _patterns(patterns) for one in names)

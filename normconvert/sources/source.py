@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from normconvert.errors import InputError
+from normconvert.files.digest import mark
 from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Source:
         buffers: model names that are buffers: these may hold infinities (masks).
         tied: groups of model names that are one parameter.
         apart: model names that the library ties unless the files hold other values for them, as these do.
+        marks: pickle -> what tells whether it was written to since it was opened.
         merged: model names whose values the library makes by merging, splitting or reshaping checkpoint tensors.
         revision: commit on the hub the files come from.
         modules: module edits without which the weights do not fit the architecture: rows of
@@ -84,6 +87,12 @@ class Source:
     notes: tuple[str, ...] = ()
     fetch: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     pickled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    marks: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Of pickles, which are mapped from here on; a later copy of this keeps what is known.
+        if self.pickled and not self.marks:
+            self.marks.update({file: mark(file) for file in self.files})
 
     @property
     def files(self) -> list[Path]:
@@ -121,12 +130,21 @@ class Source:
         """One tensor by its checkpoint name, mapped from the file where the format allows it.
 
         The tensor is a private copy-on-write view: writing to it never reaches the file.
+
+        Raises:
+            InputError: the file was written to since it was opened.
         """
         from normconvert.files.safetensors_file import map_tensor
 
         if self.fetch is not None:
             self.fetch(name)
-        return self.pickled[name] if name in self.pickled else map_tensor(self.tensors[name])
+        if name not in self.pickled:
+            return map_tensor(self.tensors[name])
+        # To touch the memory of a file that has become shorter ends the process.
+        file = self.tensors[name].file
+        if mark(file) != self.marks.get(file):
+            raise InputError(f"{file}: changed since it was opened: run again when it is complete")
+        return self.pickled[name]
 
     def tokenizer(self) -> Any | None:
         """The tokenizer in the folder; None if there is none or it cannot be built here."""

@@ -15,8 +15,10 @@ import normconvert
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
+from normconvert.report.console import how_to_load
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.rewrites.registry import REWRITES
+from normconvert.sources import open_source
 from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
@@ -146,6 +148,24 @@ def test_what_is_kept_does_not_change() -> None:
     kept = {v.path for v in plan.kept}
     assert kept == {"model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"}
     assert not any(name.startswith(("model.layers.0.", "lm_head")) for name in plan.tensors)
+
+
+def test_a_name_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--keep model\.layer\.0: the model has no tensor and no module of that name"):
+        plan_model(skeleton("llama"), Options(keep="lm_head, model.layer.0"), "fold")
+
+
+@pytest.mark.parametrize("method", ["fold", "rotate"])
+def test_the_line_for_the_library_alone_is_printed_and_loads(tmp_path: Path, method: str) -> None:
+    report = normconvert.convert("demo:gpt2", tmp_path / "out", method, verify=False)
+    line = how_to_load(report)[-1]
+    assert line == f'model = AutoModelForCausalLM.from_pretrained("{tmp_path / "out"}")  # the library alone'
+    found: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM}
+    exec(line, found)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = open_source("demo:gpt2").load()(ids).logits
+        assert (found["model"](ids).logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.slow

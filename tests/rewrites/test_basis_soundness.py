@@ -15,29 +15,10 @@ import torch
 from normconvert.options import Options
 from tests.rewrites.test_soundness import KINDS, WRITES_IN_PLACE, Side
 from tests.support.basis import check_basis
-from tests.support.random_networks import Case, Network, describe, inputs_for
+from tests.support.random_networks import Network, describe, inputs_for, runnable_inputs
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
 METHODS = ["fold", "rotate"]
-
-
-def _inputs(case: Case) -> list[dict[str, torch.Tensor]] | None:
-    """What to try a network with; None if it cannot run itself."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        network = Network(case).eval()
-        inputs = inputs_for(case, network)
-        with torch.no_grad():
-            network(**{name: value.clone() for name, value in inputs[0].items()})
-            try:
-                network(**{name: value.clone() for name, value in inputs[-1].items()})
-            except RuntimeError:
-                return inputs[:2]  # traced for this shape only
-        return inputs
-    except (RuntimeError, IndexError, ValueError, AssertionError):
-        return None
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.slow
@@ -65,7 +46,7 @@ def test_random_networks_are_converted_right_or_not_at_all(method: str) -> None:
     counts: Counter[str] = Counter()
     for number in range(MANY or 20):
         case = describe(draw.choice)
-        inputs = _inputs(case)
+        inputs = runnable_inputs(case)
         if inputs is None:
             continue
         options = Options(seed=number, rotation=draw.choice(["hadamard", "random"]))

@@ -22,28 +22,26 @@ from tests.support.equivalence import Outcome, check
 from tests.support.network_norms import FEATURES, LEAKS, NORMS
 from tests.support.network_ops import ACTIONS, DETOURS, PASSES
 from tests.support.network_parts import SCALES, WRITERS
-from tests.support.random_networks import ALL_JOINS, HEADS, SOURCES, Case, Network, Step, cases, describe, inputs_for
+from tests.support.random_networks import (
+    ALL_JOINS,
+    HEADS,
+    SOURCES,
+    Case,
+    Network,
+    Step,
+    cases,
+    describe,
+    inputs_for,
+    runnable_inputs,
+)
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
 
 
 def judge(case: Case) -> Outcome | None:
-    """The outcome of a case; None if the network itself cannot run (an in-place write into expanded memory, say)."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        network = Network(case).eval()
-        inputs = inputs_for(case, network)
-        with torch.no_grad():
-            network(**{name: value.clone() for name, value in inputs[0].items()})
-            try:
-                network(**{name: value.clone() for name, value in inputs[-1].items()})
-            except RuntimeError:
-                inputs = inputs[:2]  # traced for this shape only
-    except (RuntimeError, IndexError, ValueError, AssertionError):
-        return None
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return check(lambda: Network(case), inputs, case.options, seed=case.seed)
+    """The outcome of a case; None if the network itself cannot run."""
+    inputs = runnable_inputs(case)
+    return None if inputs is None else check(lambda: Network(case), inputs, case.options, seed=case.seed)
 
 
 class Side(nn.Module):

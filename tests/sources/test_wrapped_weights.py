@@ -74,3 +74,11 @@ def test_a_tensor_that_is_missing_when_the_model_is_loaded_ends_the_run(form: st
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=f"{gone} are missing"):
         source.load()
+
+
+def test_a_pickle_that_is_cut_while_it_is_mapped_is_one_line(tmp_path: Path) -> None:
+    folder = save(gpt2(), tmp_path / "in", "bin")
+    source = open_source(str(folder))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="changed since it was opened"):
+        source.load()

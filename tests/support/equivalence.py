@@ -121,6 +121,18 @@ def _problems(truth: nn.Module, plan: Plan, inputs: Sequence[Inputs], axes: Mapp
     return problems
 
 
+def differences(truth: nn.Module, edited: nn.Module, inputs: Sequence[Inputs]) -> list[str]:
+    """The outputs in which two models differ, in words."""
+    found = []
+    for number, one in enumerate(inputs):
+        expected, outputs = run(truth, one), run(edited, one)
+        for name, value in expected.items():
+            error = distance(outputs[name], value)
+            if not error <= TOLERANCE:
+                found.append(f"input {number}: {name} is off by {error:.2g}")
+    return found
+
+
 def _watch(means: dict[str, float], path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]

@@ -277,6 +277,25 @@ KINDS = ("block",) * 6 + ("pass",) * 3 + ("detour", "feature", "again", "stash",
 HOSTILE = ("leak", "leak", "post", "opaque")
 
 
+def runnable_inputs(case: Case) -> list[dict[str, Tensor]] | None:
+    """What to try a network with; None if it cannot run itself (an in-place write into expanded memory, say)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = Network(case).eval()
+        inputs = inputs_for(case, network)
+        with torch.no_grad():
+            network(**{name: value.clone() for name, value in inputs[0].items()})
+            try:
+                network(**{name: value.clone() for name, value in inputs[-1].items()})
+            except RuntimeError:
+                return inputs[:2]  # traced for this shape only
+        return inputs
+    except (RuntimeError, IndexError, ValueError, AssertionError):
+        return None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _mostly(pick: Pick, usual: str, table: Iterable[str]) -> str:
     """The usual row, or as often any."""
     return usual if pick((True, False)) else str(pick(tuple(table)))
