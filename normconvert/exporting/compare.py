@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from normconvert.exporting.engines import Run
 from normconvert.exporting.examples import MASK
 from normconvert.exporting.failures import ESCAPES
 from normconvert.exporting.parts import PRESENT, Part
+from normconvert.verification import fidelity
 
 TOLERANCE = 1e-4
 """Relative error in float32: other kernels add up in another order, over all layers."""
@@ -101,14 +101,19 @@ def _sizes(inputs: Mapping[str, Tensor]) -> str:
 
 def widened(part: Part, checks: Sequence[Mapping[str, Tensor]]) -> list[list[Tensor]]:
     """What the model returns in float32."""
-    state = copy.deepcopy(part.model.state_dict())
-    kinds = {name: p.dtype for name, p in part.model.named_parameters()}
+    parameters = [(parameter, parameter.data) for parameter in part.model.parameters()]
+    buffers = [
+        (owner, name, value) for owner in part.model.modules() for name, value in owner.named_buffers(recurse=False)
+    ]
     part.model.float()
     try:
         return [part.run({k: v.float() if v.is_floating_point() else v for k, v in check.items()}) for check in checks]
     finally:
-        part.model.to(next(iter(kinds.values())))
-        part.model.load_state_dict(state)
+        # The tensors themselves: of several dtypes each keeps its own, since the model may be written once more.
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, name, value in buffers:
+            setattr(owner, name, value)
 
 
 def attended(part: Part, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -136,13 +141,5 @@ def distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative error of the outputs; infinite where one is missing or has another shape."""
     if len(found) != len(expected):
         return float("inf")
-    worst = 0.0
-    for a, b in zip(found, expected, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        # What is no number in both is the same; an output of zeros is no reason to divide by zero.
-        same = a.isnan() & b.isnan()
-        a, b = a.double().masked_fill(same, 0), b.double().masked_fill(same, 0)
-        off = float((a - b).norm() / b.norm().clamp_min(1e-30)) if b.numel() else 0.0
-        worst = max(worst, off if off == off else float("inf"))
-    return worst
+    offs = [fidelity.distance(a, b).relative for a, b in zip(found, expected, strict=True)]
+    return max((off if off == off else float("inf") for off in offs), default=0.0)

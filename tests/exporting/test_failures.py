@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normconvert.errors import FidelityError, TraceError
 from normconvert.exporting.capture import captures
-from normconvert.exporting.compare import compare
+from normconvert.exporting.compare import compare, widened
 from normconvert.exporting.engines import save_onnx
 from normconvert.exporting.parts import Part
 
@@ -68,3 +68,33 @@ def test_a_file_that_is_off_at_another_size_is_no_export() -> None:
     assert compare(part.run, part, captured).least == {"batch": 1}
     with pytest.raises(FidelityError, match=r"off the model on x \(1, 4\)"):
         compare(lambda v: [y + (len(y) == 1) for y in part.run(v)], part, captured)
+
+
+class _Mixed(nn.Module):
+    """With a vector in float32, as norms often have."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).half()
+        self.scale = nn.Parameter(torch.rand(4) / 3)
+        self.register_buffer("shift", torch.rand(4).half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(x.to(self.linear.weight.dtype)) * self.scale + self.shift
+        return result
+
+
+def test_a_model_of_several_dtypes_is_as_it_was_once_its_truth_is_known() -> None:
+    model = _Mixed().eval()
+    before = {name: (value, value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    inputs = {"x": torch.rand(2, 4)}
+    part = Part("model", model, lambda given: [("output", model(given["x"]))], inputs, {}, [])
+    (truth,) = widened(part, [inputs])[0]
+    assert truth.dtype == torch.float32
+    for name, value in model.state_dict().items():
+        old, place, copy = before[name]
+        assert value.dtype == old.dtype
+        assert value.data_ptr() == place
+        assert torch.equal(value, copy)
