@@ -39,9 +39,18 @@ def check_opset(opset: int | None) -> None:
 
 
 def save_program(part: Part, captured: Captured, file: Path) -> Run:
-    """Write a program of torch.export; the file is what runs."""
-    torch.export.save(captured.program, file)
-    module = torch.export.load(file).module()
+    """Write a program of torch.export; the file is what runs.
+
+    Raises:
+        TraceError: torch cannot store it, as where sizes are rounded; the operation is named.
+    """
+    try:
+        torch.export.save(captured.program, file)
+        module = torch.export.load(file).module()
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        raise TraceError(f"torch.export cannot store the program: {why(error, part.model)}") from error
 
     def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from normconvert.errors import FidelityError, TraceError
 from normconvert.exporting.capture import captures
 from normconvert.exporting.compare import compare, widened
-from normconvert.exporting.engines import save_onnx
+from normconvert.exporting.engines import save_onnx, save_program
 from normconvert.exporting.parts import Part
 
 
@@ -98,3 +99,18 @@ def test_a_model_of_several_dtypes_is_as_it_was_once_its_truth_is_known() -> Non
         assert value.dtype == old.dtype
         assert value.data_ptr() == place
         assert torch.equal(value, copy)
+
+
+class _Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + math.ceil(x.shape[0] / 2)
+
+
+def test_a_program_that_torch_cannot_store_is_made_less_free(tmp_path: Path) -> None:
+    model = _Rounded()
+    inputs = {"x": torch.rand(3, 4)}
+    part = Part("model", model, lambda given: [("output", model(given["x"]))], inputs, {"x": {0: "batch"}}, [])
+    free, *_, fixed = captures(part)
+    with pytest.raises(TraceError, match=r"cannot store the program: .*ceil"):
+        save_program(part, free, tmp_path / "free.pt2")
+    assert torch.equal(save_program(part, fixed, tmp_path / "fixed.pt2")(inputs)[0], model(inputs["x"]))
