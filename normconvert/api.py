@@ -100,7 +100,7 @@ def convert(request: Conversion) -> Report:
         _refuse_if_pointless(report, request.require_all)
         if request.dry_run:
             return report
-        report = _with_family(source, _with_statistics(source, report), request)
+        report = _with_family(source, _with_statistics(source, report), request, graph)
         with place.folder(source, report) as folder:
             report, hashes = _write(request, source, report, folder, place)
             if place.can_verify(request):
@@ -250,12 +250,12 @@ def _with_statistics(source: Source, report: Report) -> Report:
     return replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
 
 
-def _with_family(source: Source, report: Report, request: Conversion) -> Report:
+def _with_family(source: Source, report: Report, request: Conversion, graph: Graph) -> Report:
     """The report with the classes of the model's family for which the plan is proved too, and those where it is not."""
     from normconvert.rewrites.family_plan import with_family
 
     start = time.perf_counter()
-    plan = with_family(source, report.plan, request.allowed, compare=request.verify)
+    plan = with_family(source, report.plan, request.allowed, compare=request.verify, whole=graph)
     notes = plan.notes[len(report.plan.notes) :]
     seconds = {**report.seconds, "trace": report.seconds["trace"] + time.perf_counter() - start}
     return replace(report, plan=plan, notes=(*report.notes, *notes), seconds=seconds)

@@ -131,7 +131,7 @@ class _Comparison:
                 continue
             self.image[node] = other
             self._shapes(node, other)
-            if parameter is not None and not _same_value(parameter.value, self.new.parameters[other].value):
+            if parameter is not None and not same_value(parameter.value, self.new.parameters[other].value):
                 raise Differs("", f"a constant that the model makes has other values{self.width}")
 
     def _tensor(self, parameter: Parameter) -> fx.Node | None:
@@ -202,7 +202,7 @@ class _Comparison:
             raise Differs(label.path, f"`{label.path}` uses other tensors than it should")
         found = settings_of(other)
         for key in {**label.settings, **found}:
-            if not _same_number(label.settings.get(key), found.get(key)):
+            if not same_number(label.settings.get(key), found.get(key)):
                 why = f"`{label.path}` has the {key} {found.get(key)}, not {label.settings.get(key)}"
                 raise Differs(label.path, why)
         self.image[node] = other  # its shape is compared where a mark shows it
@@ -281,7 +281,7 @@ class _Comparison:
             return isinstance(b, dict) and a.keys() == b.keys() and all(self._same(at, a[k], b[k]) for k in a)
         if free and isinstance(a, int) and isinstance(b, int):
             return True
-        return _same_number(a, b)
+        return same_number(a, b)
 
     def _same_node(self, at: fx.Node, a: fx.Node, b: fx.Node) -> bool:
         old, new = self.old.parameters.get(a), self.new.parameters.get(b)
@@ -348,7 +348,7 @@ def _by_key(graph: Graph) -> dict[Any, Iterator[fx.Node]]:
     return {key: iter(nodes) for key, nodes in found.items()}
 
 
-def _same_number(a: Any, b: Any) -> bool:
+def same_number(a: Any, b: Any) -> bool:
     """Whether two arguments that are no values of a graph are the same, exactly; NaN equals nothing."""
     # 1 equals True in Python, and 0.0 equals -0.0: other arguments.
     if type(a) is not type(b) or a != b:
@@ -356,7 +356,7 @@ def _same_number(a: Any, b: Any) -> bool:
     return not isinstance(a, float) or math.copysign(1.0, a) == math.copysign(1.0, b)
 
 
-def _same_value(a: Tensor | None, b: Tensor | None) -> bool:
+def same_value(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two constants are the same, exactly; NaN equals nothing. None: it is no constant."""
     if a is None or b is None:
         return a is b

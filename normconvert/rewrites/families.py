@@ -17,6 +17,7 @@ from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.claims import unfounded
+from normconvert.rewrites.inner_calls import runs_inside
 from normconvert.rewrites.planning import difference
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import Graph
@@ -30,6 +31,7 @@ def obstacle_in(
     tracer: Callable[[nn.Module], Graph] = trace_model,
     *,
     compare: bool = True,
+    whole: Graph | None = None,
 ) -> str:
     """Why a plan does not hold for ``model``; empty if it is proved to hold.
 
@@ -39,6 +41,7 @@ def obstacle_in(
         options: that the plan was made with.
         tracer: how a model becomes a graph.
         compare: whether the edited class is traced and compared even where the analysis alone decides the plan.
+        whole: of the class that the plan was made for, if it is compared: no part of it is compared again.
     """
     try:
         graph = tracer(model)
@@ -50,7 +53,7 @@ def obstacle_in(
     edits = {here: rows for name, rows in plan.tensors.items() if (here := renamed(name, prefix, tensors)) is not None}
     own = REWRITES[plan.method].planner(graph, options)
     stages = {"planning", "verification"} if compare else {"planning"}
-    compared = REWRITES[plan.method].compared in stages
+    compared = REWRITES[plan.method].compared in stages and not (whole and runs_inside(graph, whole, prefix[:-1]))
     if _same_edits(own, plan, edits, prefix, paths, tensors):
         return difference(graph, own, options) if compared and own.converted else ""
     if plan.method != "rmsnorm":

@@ -11,13 +11,16 @@ from normconvert.rewrites.families import obstacle_in
 from normconvert.sources.families import as_class, opened_otherwise, tied_to
 from normconvert.sources.source import Source
 from normconvert.sources.transformers_models import own_class
+from normconvert.tracing.graph import Graph
 
 SHIFTED_CLASS = "not proved if opened as "
 FAMILY = 2
 """So many other classes of a family are traced: each takes as long as the model itself."""
 
 
-def with_family(source: Source, plan: Plan, options: Options, *, compare: bool = True) -> Plan:
+def with_family(
+    source: Source, plan: Plan, options: Options, *, compare: bool = True, whole: Graph | None = None
+) -> Plan:
     """The plan with the classes of the family for which it is proved too, those where it is not, and notes of these.
 
     Args:
@@ -25,6 +28,7 @@ def with_family(source: Source, plan: Plan, options: Options, *, compare: bool =
         plan: for it.
         options: that it was made with.
         compare: see :func:`normconvert.rewrites.families.obstacle_in`.
+        whole: see there.
     """
     # Of other shapes no class but the converted one can be made at all.
     resized = any(edit["op"] == "resize" for edit in plan.modules)
@@ -34,7 +38,7 @@ def with_family(source: Source, plan: Plan, options: Options, *, compare: bool =
     proved = []
     for name in opened_otherwise(source)[:FAMILY]:
         try:
-            why = obstacle_in(as_class(source, name).skeleton(), plan, options, compare=compare)
+            why = obstacle_in(as_class(source, name).skeleton(), plan, options, compare=compare, whole=whole)
         except NormConvertError as error:
             why = str(error)
         if why:

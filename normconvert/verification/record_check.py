@@ -191,7 +191,7 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
         TraceError: the source cannot be traced.
     """
     from normconvert.rewrites.family_plan import with_family
-    from normconvert.rewrites.planning import plan_model
+    from normconvert.rewrites.planning import planned
     from normconvert.rewrites.registry import REWRITES
 
     method, options = record["method"], _options_of(record)[0]
@@ -201,7 +201,8 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
             f"is {method!r}: what that learns cannot be made again from the source, so nothing shows that these are "
             "its weights: compare the two models by normconvert verify",
         )
-    return with_family(source, plan_model(source.skeleton(), options, method), options)
+    plan, graph = planned(source.skeleton(), options, method)
+    return with_family(source, plan, options, whole=graph)
 
 
 def _compare_record(expected: dict[str, Any], record: dict[str, Any], notes: list[str]) -> Iterator[Finding]:
