@@ -60,8 +60,9 @@ class _Walk:
 
     def _is_within(self, node: fx.Node) -> bool:
         # The model by itself has no boundary to mark.
-        at = node.args[1] if node.target is MARKER else module_path(node)
-        return str(at).startswith(f"{self.path}.") or (at == self.path and node.target is not MARKER)
+        marked = node.target is MARKER
+        at = str(node.args[1]) if marked else module_path(node)
+        return at.startswith(f"{self.path}.") or (at == self.path and not marked)
 
     def _same_operation(self, a: fx.Node, b: fx.Node) -> bool:
         place = f"{self.path}.{module_path(a)}".rstrip(".")

@@ -227,7 +227,7 @@ def test_a_model_that_computes_something_else_is_refused(name: str, method: str)
     ],
 )
 def test_numbers_are_the_same_only_if_they_are(old: object, new: object, same: bool) -> None:
-    assert comparison._same_number(old, new) is same
+    assert comparison.same_number(old, new) is same
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_numbers_are_the_same_only_if_they_are(old: object, new: object, same: b
     ],
 )
 def test_constants_are_the_same_only_if_they_are(old: Tensor, new: Tensor | None, same: bool) -> None:
-    assert comparison._same_value(old, new) is same
+    assert comparison.same_value(old, new) is same
 
 
 UNFOUNDED: dict[str, tuple[Callable[[Plan], Plan], str]] = {

@@ -173,7 +173,7 @@ def _in_openvino(file: Path, threads: int) -> Callable[[Mapping[str, Tensor]], o
     """The file in OpenVINO; None where it is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return None
-    import openvino  # type: ignore[import-not-found]
+    import openvino
 
     model = openvino.compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads})
     return lambda inputs: model({k: v.numpy() for k, v in inputs.items()})
