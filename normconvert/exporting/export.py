@@ -41,6 +41,7 @@ class ExportedFile:
         varies: what may vary -> the smallest size that was run, the largest there can be (None: no limit is known).
         error: largest relative error over inputs and outputs, against the model that was exported.
         checks: how many inputs it was run on, of different sizes where they may vary.
+        engines: what it was run in.
     """
 
     file: str
@@ -50,6 +51,7 @@ class ExportedFile:
     varies: dict[str, tuple[int, int | None]]
     error: float
     checks: int
+    engines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,6 @@ def export_model(model: nn.Module, request: Export, source: Source | None = None
     if file.suffix == ".pt2":
         opsets = [None]
     notes = list(source.notes) if source is not None else []
-    notes += ["run in onnxruntime, and not in OpenVINO"] if request.target == "openvino" else []
     with staged(file) as beside, _quiet():
         parts = _parts(model, request, file)
         made = [
@@ -119,6 +120,7 @@ def export_model(model: nn.Module, request: Export, source: Source | None = None
             for part in parts
         ]
         error = max(one.compared.error for one in made)
+        notes += dict.fromkeys(one.note for one in made if one.note)
         off = None
         if request.against is not None and source is not None:
             off, more = _against(request, file, made, source)
@@ -158,6 +160,8 @@ class _Made:
     name: str
     limits: dict[str, int]
     opset: int | None
+    engines: tuple[str, ...]
+    note: str
 
     def described(self, file: Path) -> ExportedFile:
         """What there is to say of it."""
@@ -173,8 +177,9 @@ class _Made:
             varies[what] = (self.compared.least[what], min(limits, default=None))
         path = file / self.name if is_folder(file) else file
         return ExportedFile(
-            str(path), inputs, list(self.part.outputs), self.opset, varies, self.compared.error, self.compared.sizes
-        )
+            str(path), inputs, list(self.part.outputs), self.opset, varies, self.compared.error, self.compared.sizes,
+            self.engines,
+        )  # fmt: skip
 
 
 def _opened(src: str | Path, request: Export) -> tuple[Source, nn.Module]:
@@ -218,6 +223,7 @@ def _exported(part: Part, file: Path, request: Export, opsets: Sequence[int | No
     from normconvert.exporting.capture import TEXT, captures, longest
     from normconvert.exporting.compare import compare
     from normconvert.exporting.engines import save_onnx, save_program
+    from normconvert.exporting.second_engine import compared_in_openvino
 
     failure: NormConvertError | None = None
     for captured, opset in ((captured, opset) for captured in captures(part) for opset in opsets):
@@ -227,6 +233,14 @@ def _exported(part: Part, file: Path, request: Export, opsets: Sequence[int | No
             else:
                 run = save_onnx(part, captured, file, opset, request.target)
             compared = compare(run, part, captured)
+            engines, note = ["torch" if opset is None else "onnxruntime"], ""
+            # The operators that are onnxruntime's own are nobody else's.
+            if opset is not None and request.target != "onnxruntime":
+                needed = request.target == "openvino"
+                second, note = compared_in_openvino(file, part, captured, needed=needed)
+                if second is not None:
+                    engines.append("openvino")
+                    compared = replace(compared, error=max(compared.error, second.error))
         except NormConvertError as error:
             failure = error
             continue
@@ -235,7 +249,7 @@ def _exported(part: Part, file: Path, request: Export, opsets: Sequence[int | No
         if "length" in limits:
             # A past and the tokens that follow it have the places of one text.
             limits |= {"total_length": limits["length"], "past_length": limits["length"] - 1}
-        return _Made(part, captured, compared, run, file.name, limits, opset)
+        return _Made(part, captured, compared, run, file.name, limits, opset, tuple(engines), note)
     assert failure is not None
     raise type(failure)(f"{request.src}: {failure}; nothing was written") from failure
 

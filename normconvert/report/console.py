@@ -236,12 +236,18 @@ def show_export(console: Console, report: ExportReport) -> None:
         kept = [name for name in one.outputs if not name.startswith("present.")]
         present = len(one.outputs) - len(kept)
         grid.add_row("outputs", ", ".join([*kept, *([f"{present} keys and values"] if present else [])]))
+        ran = " and ".join(ENGINES[name] for name in one.engines)
         grid.add_row("verified", f"{one.error:.2g} off the exported model at most, on inputs of {one.checks} kinds")
+        grid.add_row("", f"in {ran}")
     if report.against is not None:
         grid.add_row("", f"{report.against:.2g} off the original at most")
     for note in report.notes:
         grid.add_row("note", note)
     console.print(_indented(grid))
+
+
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
+"""What a file was run in, as people write it."""
 
 
 def _span(least: int, most: int | None) -> str:

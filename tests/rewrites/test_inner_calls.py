@@ -1,4 +1,4 @@
-"""A class without a head is proved with the class that holds it, if it does there what it does alone; else by itself."""
+"""A class without a head is proved with the class that holds it, if it does there what it does alone."""
 
 from __future__ import annotations
 

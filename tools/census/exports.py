@@ -114,6 +114,7 @@ def one_form(model: Any, form: str, name: str) -> Row | None:
     from normconvert.errors import InputError, NormConvertError
     from normconvert.exporting.export import export_model
     from normconvert.exporting.request import Export
+    from normconvert.exporting.second_engine import is_installed
 
     file = {"pt2": "model.pt2", "folder": "folder"}.get(form, "model.onnx")
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +125,11 @@ def one_form(model: Any, form: str, name: str) -> Row | None:
         except NormConvertError as error:
             return {"failure": str(error).replace(f"{name}: ", "", 1)[:200]}
     varies = sorted({what for one in report.files for what in one.varies})
-    return {"error": report.error, "checks": min(one.checks for one in report.files), "varies": varies}
+    row = {"error": report.error, "checks": min(one.checks for one in report.files), "varies": varies}
+    if form != "pt2" and is_installed():
+        row["openvino"] = all("openvino" in one.engines for one in report.files)
+        row["notes"] = [note for note in report.notes if "OpenVINO" in note]
+    return row
 
 
 def outcome(found: Row | None) -> str:
@@ -143,8 +148,10 @@ def summary(rows: list[Row]) -> str:
     )
     libraries = Counter(row["library"] for row in rows if any(form in row for form in FORMS))
     models = f"{libraries['transformers']} transformers types and {libraries['timm']} timm models"
+    second = [row[form]["openvino"] for row in rows for form in FORMS if "openvino" in (row.get(form) or {})]
+    there = [f"of {len(second)} ONNX files that were run in OpenVINO as well {sum(second)}"] if second else []
     forms = [f"{SAID[f]} {counts[f, True]} of {counts[f, True] + counts[f, False]}" for f in FORMS]
-    return f"{models}; within {ALLOWED:g}: {', '.join(forms)}"
+    return f"{models}; within {ALLOWED:g}: {', '.join([*forms, *there])}"
 
 
 def section(rows: list[Row]) -> list[str]:
@@ -165,6 +172,10 @@ def section(rows: list[Row]) -> list[str]:
     refused = [
         f"- `{row['name']}`, {SAID[form]}: {row[form]['failure']}"
         for row in done for form in FORMS if "failure" in (row.get(form) or {})
+    ]  # fmt: skip
+    refused += [
+        f"- `{row['name']}`, {SAID[form]}: {note}"
+        for row in done for form in FORMS for note in (row.get(form) or {}).get("notes", ())
     ]  # fmt: skip
     refused += [f"- `{row['name']}`: not built: {row['failure']}" for row in rows if "failure" in row]
     return [*lines, "", "What was refused, and why:", "", *refused, ""] if refused else [*lines, ""]
