@@ -4,7 +4,8 @@
 
 The checkpoints are made here: the shapes of well-known models with random, perturbed weights. Each is converted, both
 are exported for each target, and all versions take turns, round by round, so that whatever else the machine does hits
-all alike. A cell is the median time of one call in milliseconds. ``--write`` writes docs/performance.md.
+all alike. A cell is the median time of one call in milliseconds; a ratio the median over rounds, with the quartiles.
+``--write`` writes docs/performance.md.
 
 OpenVINO is timed where it is installed, with the file that is for it.
 """
@@ -33,7 +34,9 @@ from tools.docs.pages import write_section
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 BATCHES = (1, 8)
-Call = Callable[[], object]
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+Run = Callable[[Mapping[str, Tensor]], object]
+Times = dict[tuple[str, str, int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def timed(name: str, small: bool, threads: int, rounds: int) -> dict[tuple[str, int], float]:
-    """(version, batch) -> median milliseconds."""
+def timed(name: str, small: bool, threads: int, rounds: int) -> Times:
+    """Engine, version and batch -> milliseconds of each round."""
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as made:
@@ -125,20 +128,20 @@ def timed(name: str, small: bool, threads: int, rounds: int) -> dict[tuple[str, 
         _save(perturb(subject.make(small).eval()), name, source)
         reference = f"{source}"
         normconvert.convert(reference, out, subject.method, verify=False)
-        calls: dict[str, Callable[[Mapping[str, Tensor]], object]] = {}
+        calls: dict[tuple[str, str], Run] = {}
         for version, path in (("original", source), ("converted", out)):
-            calls[f"torch, {version}"] = _in_torch(load_opened(open_any(path)).eval())
+            calls["torch", version] = _in_torch(load_opened(open_any(path)).eval())
             for target in TARGETS:
                 file = folder / f"{version}-{target}.onnx"
                 export(path, file, target=target, inputs=list(subject.inputs(1)))
                 engine = "OpenVINO" if target == "openvino" else f"onnxruntime ({target})"
                 run = _in_openvino(file, threads) if target == "openvino" else _in_onnxruntime(file, threads)
                 if run is not None:
-                    calls[f"{engine}, {version}"] = run
+                    calls[engine, version] = run
         return {
-            (version, batch): milliseconds
+            (*which, batch): milliseconds
             for batch in BATCHES
-            for version, milliseconds in _medians(calls, subject.inputs(batch), rounds).items()
+            for which, milliseconds in _rounds(calls, subject.inputs(batch), rounds).items()
         }
 
 
@@ -151,7 +154,7 @@ def _save(model: Any, name: str, folder: Path) -> None:
     timm.models.save_for_hf(model, folder, model_config={"num_classes": model.num_classes})
 
 
-def _in_torch(model: nn.Module) -> Callable[[Mapping[str, Tensor]], object]:
+def _in_torch(model: nn.Module) -> Run:
     def run(inputs: Mapping[str, Tensor]) -> object:
         with torch.inference_mode():
             return model(**inputs)
@@ -159,7 +162,7 @@ def _in_torch(model: nn.Module) -> Callable[[Mapping[str, Tensor]], object]:
     return run
 
 
-def _in_onnxruntime(file: Path, threads: int) -> Callable[[Mapping[str, Tensor]], object]:
+def _in_onnxruntime(file: Path, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -169,44 +172,58 @@ def _in_onnxruntime(file: Path, threads: int) -> Callable[[Mapping[str, Tensor]]
     return lambda inputs: session.run(None, {k: v.numpy() for k, v in inputs.items() if k in names})
 
 
-def _in_openvino(file: Path, threads: int) -> Callable[[Mapping[str, Tensor]], object] | None:
+def _in_openvino(file: Path, threads: int) -> Run | None:
     """The file in OpenVINO; None where it is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return None
     import openvino
 
-    model = openvino.compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads})
-    return lambda inputs: model({k: v.numpy() for k, v in inputs.items()})
+    model = openvino.compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads, **F32})
+    names = {name for one in model.inputs for name in one.names}
+    return lambda inputs: model({k: v.numpy() for k, v in inputs.items() if k in names})
 
 
-def _medians(
-    calls: Mapping[str, Callable[[Mapping[str, Tensor]], object]], inputs: Mapping[str, Tensor], rounds: int
-) -> dict[str, float]:
-    times: dict[str, list[float]] = {version: [] for version in calls}
+def _rounds(
+    calls: Mapping[tuple[str, str], Run], inputs: Mapping[str, Tensor], rounds: int
+) -> dict[tuple[str, str], list[float]]:
+    times: dict[tuple[str, str], list[float]] = {which: [] for which in calls}
     for number in range(rounds + 2):
-        for version, call in calls.items():
+        for which, call in calls.items():
             start = time.perf_counter()
             call(inputs)
             if number > 1:
-                times[version].append(1000 * (time.perf_counter() - start))
-    return {version: statistics.median(found) for version, found in times.items()}
+                times[which].append(1000 * (time.perf_counter() - start))
+    return times
 
 
-def table(rows: Mapping[str, Mapping[tuple[str, int], float]], threads: int) -> list[str]:
-    """The section: one table a model, the versions below each other."""
+def table(rows: Mapping[str, Times], threads: int) -> list[str]:
+    """The section: one row for each engine that runs a model."""
     import onnxruntime
 
     missing = "" if importlib.util.find_spec("openvino") else " OpenVINO was not installed, and is not measured."
+    engines = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
+    if not missing:
+        import openvino
+
+        engines += f", OpenVINO {openvino.__version__.split('-')[0]}"
     lines = [
         "## Exported: in an engine", "",
-        f"`python -m tools.benchmarks.engines`: float32 on a CPU with {threads} threads, torch {torch.__version__}, "
-        f"onnxruntime {onnxruntime.__version__}; median milliseconds of a call.{missing}", "",
-        f"| model | version | {' | '.join(f'batch {batch}' for batch in BATCHES)} |", "| --- | --- | " + "---: | " * 2,
+        f"`python -m tools.benchmarks.engines`: float32 on a CPU with {threads} threads, {engines}. Median "
+        "milliseconds of a call of the original and the converted model; ×: converted by original, the median over "
+        "rounds in which all take turns, with the quartiles. Texts of 128 tokens, images of 224², 30 s of sound."
+        f"{missing}", "",
+        "| model | engine | " + " | ".join(f"batch {b} | ×" for b in BATCHES) + " |", "| --- | --- | " + "---: | " * 4,
     ]  # fmt: skip
     for name, found in rows.items():
-        for version in dict.fromkeys(version for version, _ in found):
-            cells = " | ".join(f"{found[version, batch]:.1f}" for batch in BATCHES)
-            lines.append(f"| {name} | {version} | {cells} |")
+        for engine in dict.fromkeys(engine for engine, _, _ in found):
+            cells = []
+            for batch in BATCHES:
+                before, after = found[engine, "original", batch], found[engine, "converted", batch]
+                ratios = [b / a for a, b in zip(before, after, strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                cells.append(f"{statistics.median(before):.1f} → {statistics.median(after):.1f}")
+                cells.append(f"{middle:.3f} ({low:.3f}–{high:.3f})")
+            lines.append(f"| {name} | {engine} | {' | '.join(cells)} |")
     return [line.rstrip() for line in lines]
 
 
