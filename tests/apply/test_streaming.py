@@ -228,7 +228,14 @@ def stop_at(hub: Hub, count: int, act: Callable[[], None], wait: float = 0) -> N
     hub.before = before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_it_goes_on_where_it_was_stopped(
     hub: Hub, name: str, home: Path, folder: Path, tmp_path: Path, plain: Plain, number: signal.Signals
 ) -> None:

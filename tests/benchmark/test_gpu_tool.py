@@ -56,6 +56,7 @@ def row(**changes: Any) -> Row:
     return replace(measured, **changes)
 
 
+@pytest.mark.slow
 def test_every_code_path_runs_in_small(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     done = subprocess.run([*SMALL, str(file)], cwd=ROOT, env=environment(), capture_output=True, text=True)

@@ -69,14 +69,14 @@ def test_nothing_heavy_is_imported_to_find_that_there_is_nothing_to_do(here: Pat
 
 
 def test_a_batch_that_was_killed_goes_on_where_it_stopped(here: Path) -> None:
-    for number in range(12):
+    for number in range(6):
         shutil.copytree(here / "model", here / f"models/m{number:02}")
     Path("r.yaml").write_text("sources: [{folder: 'models/*'}]\noutput: out/{name}\n")
     command = [*COMMAND, "r.yaml", "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     out = here / "out"
     until = time.monotonic() + 300
-    while not out.is_dir() or len([p for p in out.iterdir() if not p.name.startswith(".")]) < 5:
+    while not out.is_dir() or len([p for p in out.iterdir() if not p.name.startswith(".")]) < 2:
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -84,13 +84,13 @@ def test_a_batch_that_was_killed_goes_on_where_it_stopped(here: Path) -> None:
     process.wait()
     time.sleep(0.5)  # its workers see that they are alone
     done = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-    assert 5 <= len(done) < 12
+    assert 2 <= len(done) < 6
     before = {name: look(out / name) for name in done}
     again = subprocess.run([*command, "--json", "report.json"], capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     report = json.loads(Path("report.json").read_text())
-    assert report["counts"] == {"converted": 12 - len(done), "skipped": len(done), "failed": 0, "interrupted": 0}
-    assert sorted(p.name for p in out.iterdir()) == [f"m{n:02}" for n in range(12)]  # no folders half-way either
+    assert report["counts"] == {"converted": 6 - len(done), "skipped": len(done), "failed": 0, "interrupted": 0}
+    assert sorted(p.name for p in out.iterdir()) == [f"m{n:02}" for n in range(6)]  # no folders half-way either
     for name, files in before.items():
         assert look(out / name) == files
     expected = {name: data for name, data in contents(out / done[0]).items() if not name.startswith(".cache")}

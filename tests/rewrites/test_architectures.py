@@ -15,13 +15,63 @@ from normconvert.verification.probe_runs import algebra_model, plain_experts
 from tests.support.zoo_cases import COMPLETE, NONE, PARTIAL, NamedCase, named_cases
 
 CASES = named_cases()
+QUICK = [
+    "gpt2",
+    "gpt_neo",
+    "gptj",
+    "opt",
+    "bloom",
+    "mpt",
+    "falcon_7b",
+    "falcon_new_decoder",
+    "phi",
+    "stablelm",
+    "olmo",
+    "cohere",
+    "codegen",
+    "xglm",
+    "whisper",
+    "mbart",
+    "vit",
+    "dinov2",
+    "segformer",
+    "beit",
+    "siglip_text",
+    "clip_text",
+    "timm_vit_token",
+    "timm_vit_layer_scale",
+    "timm_vit_relpos",
+    "timm_cait",
+    "timm_beit",
+    "timm_mobilevit",
+    "opt_350m",
+    "openai_gpt",
+    "llama",
+    "esm2",
+    "roberta_prelayernorm",
+    "phimoe",
+    "swin_hf",
+    "timm_swin",
+    "timm_mlp_mixer",
+    "timm_eva",
+    "roberta_prelayernorm_min_gain_1",
+    "timm_mlp_mixer_min_gain_1",
+    "clip_vision_shifted",
+]
+"""One of each way of building a stream; the tests of every other architecture are slow ones, and a sweep of all stands
+in docs/coverage.md."""
+EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
 
 def outcome(converted: int, kept: int) -> str:
     return NONE if not converted else PARTIAL if kept else COMPLETE
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_the_quick_cases_are_cases() -> None:
+    assert set(QUICK) <= CASES.keys()
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_the_architecture_converts_as_claimed_and_computes_the_same(name: str) -> None:
     case: NamedCase = CASES[name]
     options = Options(**case.options)

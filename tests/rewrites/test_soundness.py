@@ -162,7 +162,7 @@ def test_random_networks_are_converted_right_or_not_at_all() -> None:
     counts: Counter[str] = Counter()
 
     @settings(
-        max_examples=MANY or 120,
+        max_examples=MANY or 50,
         derandomize=not MANY,
         database=None,
         deadline=None,
@@ -183,13 +183,13 @@ def test_random_networks_are_converted_right_or_not_at_all() -> None:
     print(dict(counts))
     # a property that holds because everything is refused would say nothing
     assert counts["converted"] >= 0.3 * counts.total()
-    assert counts["not traced"] <= 0.02 * counts.total()
+    assert counts["not traced"] <= max(1, 0.02 * counts.total())
 
 
 def test_random_networks_drawn_without_hypothesis() -> None:
     """Plain draws repeat themselves less than hypothesis's do: the better hunt, without shrinking."""
     draw = random.Random(MANY or 1)
-    for _ in range(MANY or 60):
+    for _ in range(MANY or 30):
         case = describe(draw.choice)
         outcome = judge(case)
         assert outcome is None or outcome.plan is None or not outcome.problems, f"{case}\n" + "\n".join(
