@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normconvert.tracing.exits import feature_modules, marked_exits
 from normconvert.tracing.in_place_writes import boundary_marker
+from normconvert.tracing.own_hooks import WATCHED, has_own_hooks
 
 
 @contextmanager
@@ -20,13 +21,26 @@ def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
         if "" not in without:
             stack.enter_context(marked_exits(model, lambda side, key: _mark_outputs("", side, key)))
         for path, module in model.named_modules():
-            if not path or path in without or (isinstance(module, _UNMARKED) and path not in features):
+            watched = has_own_hooks(module)
+            if not path or path in without:
+                continue
+            if watched:
+                _mark_watched(path, module, stack)
+            if isinstance(module, _UNMARKED) and path not in features and not watched:
                 continue
             pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
             stack.callback(pre.remove)
             post = module.register_forward_hook(_mark_outputs(path))
             stack.callback(post.remove)
         yield
+
+
+def _mark_watched(path: str, module: nn.Module, stack: ExitStack) -> None:
+    """Mark what the module's own hooks are given, and what they make of it."""
+    for first in (True, False):
+        before = _mark_inputs(path, WATCHED)
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=first).remove)
+        stack.callback(module.register_forward_hook(_mark_outputs(path, WATCHED, "output"), prepend=first).remove)
 
 
 _UNMARKED = (
@@ -42,14 +56,14 @@ def _markable(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
 
 
-def _mark_inputs(path: str) -> Callable[..., Any]:
+def _mark_inputs(path: str, side: str = "input") -> Callable[..., Any]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
+        if side == "input" and len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
             return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
-        new_args = tuple(boundary_marker(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
-        new_kwargs = {k: boundary_marker(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
+        new_args = tuple(boundary_marker(a, path, side, str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: boundary_marker(a, path, side, k) if _markable(a) else a for k, a in kwargs.items()}
         return new_args, new_kwargs
 
     return hook

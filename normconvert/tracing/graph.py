@@ -33,6 +33,7 @@ from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
+from normconvert.tracing.own_hooks import watched_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
 
@@ -112,6 +113,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     # An export has a placeholder for every tensor of the model, read or not.
     reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     outputs = _outputs(program, module.graph)
+    watched = watched_values(module.graph)
     modules = dict(model.named_modules(remove_duplicate=False))
     exits = exits_in(model, tuple(module.graph.nodes)) if not entry else {}
     if entry not in modules:
@@ -119,7 +121,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     return Graph(
         nodes=tuple(module.graph.nodes),
         parameters=parameters,
-        outputs=outputs,
+        outputs={**watched, **outputs},
         modules=modules,
         unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         calls=((dict(inputs), entry),),

@@ -379,10 +379,12 @@ def _memory(tensor: Tensor) -> int:
 
 def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
     """The inputs as a model gets them while it is traced: every tensor without values."""
-    return {
-        name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+
+    def empty(value: Any) -> Any:
+        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+
+    found: dict[str, Any] = pytree.tree_map(empty, dict(inputs))
+    return found
 
 
 @contextmanager
@@ -397,9 +399,11 @@ def known_values(
         others: further tensors without values, and their values.
     """
     known = KnownValues()
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and not value.is_meta and isinstance(given.get(name), Tensor):
-            known.note(given[name], value)
+    names = [name for name in inputs if name in given]
+    leaves = [pytree.tree_leaves([table[name] for name in names]) for table in (given, inputs)]
+    for stands_in, value in zip(*leaves, strict=True):
+        if isinstance(value, Tensor) and not value.is_meta and isinstance(stands_in, Tensor):
+            known.note(stands_in, value)
     for tensor, value in others:
         known.note(tensor, value)
     with known:
