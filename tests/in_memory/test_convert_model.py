@@ -251,8 +251,7 @@ class Positional(nn.Module):
 def shared_memory() -> nn.Module:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = nn.Parameter(first.weight)
-    model = nn.Sequential(first, second)
-    return model
+    return nn.Sequential(first, second)
 
 
 X = (torch.zeros(2, 4),)
