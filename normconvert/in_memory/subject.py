@@ -126,9 +126,8 @@ def _refuse(model: nn.Module) -> None:
         InputError: says what it is, and what to give instead.
     """
     name = type(model).__name__
-    inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}.get(name)
-    if inner is not None:
-        raise InputError(f"{name} wraps a model: give model.{inner}, and wrap the result again")
+    if name in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):  # compiled, or replicated
+        raise InputError(f"{name} wraps a model: give the model that it was made of, and wrap the result again")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("a TorchScript module cannot be edited: give the module that it was made of")
     tensors = named_tensors(model)

@@ -75,3 +75,13 @@ def not_given(model: nn.Module, calls: tuple[Call, ...]) -> list[str]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = inspect.signature(model.forward).parameters.values()
     return [p.name for p in named if p.kind not in kinds and p.name not in given]
+
+
+def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
+    """The inputs as a model gets them while it is traced: every tensor without values."""
+
+    def empty(value: Any) -> Any:
+        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+
+    found: dict[str, Any] = pytree.tree_map(empty, dict(inputs))
+    return found

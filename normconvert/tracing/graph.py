@@ -26,11 +26,12 @@ from normconvert.compat.torch import FakeTensor, pytree
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
+from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.in_place_writes import make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
-from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
+from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
 from normconvert.tracing.own_hooks import watched_values

@@ -377,16 +377,6 @@ def _memory(tensor: Tensor) -> int:
             return 0
 
 
-def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
-    """The inputs as a model gets them while it is traced: every tensor without values."""
-
-    def empty(value: Any) -> Any:
-        return torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
-
-    found: dict[str, Any] = pytree.tree_map(empty, dict(inputs))
-    return found
-
-
 @contextmanager
 def known_values(
     inputs: Mapping[str, Any], given: Mapping[str, Any], others: Iterable[tuple[Tensor, Tensor]] = ()

@@ -266,8 +266,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no tensor": (lambda: normconvert.convert_model(gpt(), example_inputs=(3,)), "example_inputs hold no tensor"),
     "none": (lambda: normconvert.convert_model(gpt(), example_inputs=[]), "an empty list"),
     "positional": (lambda: normconvert.convert_model(Positional(), example_inputs=X), "takes 'args' by its position"),
-    "wrapped": (lambda: normconvert.convert_model(nn.DataParallel(gpt()), example_inputs=CALL), "give model.module"),
-    "compiled": (lambda: normconvert.convert_model(torch.compile(gpt()), example_inputs=CALL), "give model._orig_mod"),  # type: ignore[arg-type]
+    "wrapped": (
+        lambda: normconvert.convert_model(nn.DataParallel(gpt()), example_inputs=CALL),
+        "DataParallel wraps a model",
+    ),
+    "compiled": (
+        lambda: normconvert.convert_model(torch.compile(gpt()), example_inputs=CALL),
+        "OptimizedModule wraps a model",
+    ),  # type: ignore[arg-type]
     "empty": (lambda: normconvert.convert_model(gpt().to("meta"), example_inputs=CALL), "has no values"),
     "shared": (lambda: normconvert.convert_model(shared_memory(), example_inputs=X), "share memory and are two"),
     "level": (lambda: normconvert.convert_model(gpt(), example_inputs=CALL, verify="much"), "unknown verify 'much'"),
