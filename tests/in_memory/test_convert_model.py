@@ -131,8 +131,8 @@ def test_what_a_hook_is_given_stays_what_it_was() -> None:
     with pytest.raises(NothingToConvert, match="before it, the model returns what it reads"):
         normconvert.convert_model(network, "fuse-bn", example_inputs=example)
     open_model = gpt(2)
-    open_model.transformer["ln_f"].register_forward_hook(seen)  # not of the stream, but of what the norm gives
-    assert normconvert.inspect(open_model, example_inputs=CALL).converted == 5 - 1
+    open_model.transformer["ln_f"].register_forward_hook(seen)  # it is given the norm's input, the stream, as well
+    assert normconvert.inspect(open_model, example_inputs=CALL).converted == 0
 
 
 class CachedHead(nn.Module):
@@ -268,11 +268,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "positional": (lambda: normconvert.convert_model(Positional(), example_inputs=X), "takes 'args' by its position"),
     "wrapped": (
         lambda: normconvert.convert_model(nn.DataParallel(gpt()), example_inputs=CALL),
-        "DataParallel wraps a model",
+        "DataParallel wraps",
     ),
     "compiled": (
         lambda: normconvert.convert_model(torch.compile(gpt()), example_inputs=CALL),
-        "OptimizedModule wraps a model",
+        "OptimizedModule wraps",
     ),  # type: ignore[arg-type]
     "empty": (lambda: normconvert.convert_model(gpt().to("meta"), example_inputs=CALL), "has no values"),
     "shared": (lambda: normconvert.convert_model(shared_memory(), example_inputs=X), "share memory and are two"),
