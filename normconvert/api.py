@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -263,7 +264,7 @@ def _plan(
         stored=dtype if wanted == "auto" else wanted,
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
-        options=recorded(request),
+        options={**recorded(request), **({"arch": source.architecture} if source.factory else {})},
     )
     return source, report, graph
 
@@ -355,7 +356,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
     from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
     dtype, device, level = _torch_dtype(request.dtype) or source.dtype, request.device, request.verify_level
-    trust = source.trust_remote_code
+    reopened = partial(load, folder, device=device, trust_remote_code=source.trust_remote_code, arch=source.factory)
     say = request.stage or _silent
     probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer(), level=level)
     fidelity = verify_models(
@@ -363,8 +364,8 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         algebra=None,
         plan=plan,
         original=lambda: source.load(dtype=dtype, device=device),
-        converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
-        exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),
+        converted=partial(reopened, dtype=dtype),
+        exact=partial(reopened, dtype=torch.float64),
         level=level,
         told=lambda what: say(f"{VERIFYING}{what}"),
         probes=probes,

@@ -292,7 +292,7 @@ class Opening:
     revision: str | None = option(None, REVISION, metavar="REV", recorded=True)
     arch: str | None = option(
         None,
-        "Architecture of bare weights; else found by their names and shapes.",
+        "Architecture of bare weights, or FILE.py:FACTORY, which makes it; else found by their names and shapes.",
         metavar="timm:NAME", recorded=True,
     )  # fmt: skip
     variant: str | None = option(

@@ -15,6 +15,8 @@ from normconvert.errors import InputError
 Call = dict[str, Any]
 """Keyword arguments of ``forward``; tensors are on the CPU."""
 
+_GIVEN = "normconvert_calls"
+"""The attribute of a model that was made here, and is told how it is called."""
 EXPECTED = "expected a tuple, a dict of keyword arguments, or a list of these for several calls"
 
 
@@ -56,6 +58,17 @@ def _call(model: nn.Module, example: Any) -> Call:
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(given)):
         raise InputError("example_inputs hold no tensor")
     found: Call = pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, given)
+    return found
+
+
+def give_calls(model: nn.Module, calls: tuple[Call, ...]) -> None:
+    """Note with a model that nobody else has how it is called; copies of it keep that."""
+    vars(model)[_GIVEN] = calls
+
+
+def given_calls(model: nn.Module) -> tuple[Call, ...]:
+    """What :func:`give_calls` noted; empty where a library's models tell it themselves."""
+    found: tuple[Call, ...] = vars(model).get(_GIVEN, ())
     return found
 
 

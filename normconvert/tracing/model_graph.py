@@ -13,7 +13,7 @@ from torch import nn
 
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
-from normconvert.tracing.calls import Call, in_dtype, not_given
+from normconvert.tracing.calls import Call, given_calls, in_dtype, not_given
 from normconvert.tracing.doors import with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
@@ -33,6 +33,8 @@ def trace_model(model: nn.Module) -> Graph:
     Raises:
         TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
     """
+    if calls := given_calls(model):
+        return trace_calls(model, calls, doors=False)
     with quiet():
         return _trace(model)
 
