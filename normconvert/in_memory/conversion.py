@@ -87,7 +87,7 @@ def inspect_model(request: Inspection) -> Report:
 
 
 def _checked_limits(request: ModelConversion) -> dict[str, float]:
-    if request.verify not in (*LEVELS, None):
+    if request.verify and request.verify not in LEVELS:
         raise InputError(f"unknown verify {request.verify!r}; expected one of {', '.join(LEVELS)}, or None")
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
@@ -122,7 +122,7 @@ def _with_statistics(subject: Subject, report: Report) -> Report:
 def _fidelity(
     request: ModelConversion, subject: Subject, edited: nn.Module, report: Report, limits: dict[str, float]
 ) -> Fidelity:
-    plan, level, say = report.plan, request.verify or "standard", request.stage
+    plan, level, say = report.plan, str(request.verify), request.stage
     return verify_models(
         truth=subject.in_float64,
         algebra=None,

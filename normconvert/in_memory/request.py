@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from normconvert.options import EXAMPLE, LEVEL, METHOD, METHODS, Network, Options, Stage, option
 
@@ -22,7 +22,7 @@ class ModelConversion(Options):
     _: KW_ONLY
     example_inputs: Any = option(None, EXAMPLE)
     inplace: bool = option(False, "Change ``model`` itself, as a whole or not at all; else a copy of it.")
-    verify: str | None = option("standard", f"{LEVEL} None verifies nothing.")
+    verify: str | Literal[False] | None = option("standard", f"{LEVEL} None or False verifies nothing.")
     require_all: bool = option(False, "Refuse unless every norm can be converted.")
     limits: Mapping[str, float] | None = option(
         None, "Figure of the verification and its limit, narrower than what every conversion is held to."

@@ -72,7 +72,10 @@ class Subject:
 
     def in_float64(self, model: nn.Module | None = None) -> nn.Module:
         """A copy of the model (or of an edited copy) with all its floating tensors in float64."""
-        made = (copy_model(model) if model is not None else self.copy()).double()
+        made = copy_model(model) if model is not None else self.copy()
+        if any(tensor.device.type == "mps" for tensor in made.parameters()):  # which has no float64
+            made = made.cpu()
+        made = made.double()
         for holder in made.modules():
             for name, value in vars(holder).items():
                 if isinstance(value, Tensor) and value.is_floating_point():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normconvert.tracing.exits import feature_modules, marked_exits
 from normconvert.tracing.in_place_writes import boundary_marker
-from normconvert.tracing.own_hooks import WATCHED, has_own_hooks
+from normconvert.tracing.own_hooks import has_own_hooks, mark_watched
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
             if not path or path in without:
                 continue
             if watched:
-                _mark_watched(path, module, stack)
+                mark_watched(path, module, stack)
             if isinstance(module, _UNMARKED) and path not in features and not watched:
                 continue
             pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
@@ -33,14 +33,6 @@ def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
             post = module.register_forward_hook(_mark_outputs(path))
             stack.callback(post.remove)
         yield
-
-
-def _mark_watched(path: str, module: nn.Module, stack: ExitStack) -> None:
-    """Mark what the module's own hooks are given, and what they make of it."""
-    for first in (True, False):
-        before = _mark_inputs(path, WATCHED)
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=first).remove)
-        stack.callback(module.register_forward_hook(_mark_outputs(path, WATCHED, "output"), prepend=first).remove)
 
 
 _UNMARKED = (
@@ -56,14 +48,14 @@ def _markable(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
 
 
-def _mark_inputs(path: str, side: str = "input") -> Callable[..., Any]:
+def _mark_inputs(path: str) -> Callable[..., Any]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if side == "input" and len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
+        if len(args) + len(kwargs) > 1 and not any(True for _ in module.children()):
             return args, kwargs  # a norm that takes more than its input is no norm that another could stand in for
-        new_args = tuple(boundary_marker(a, path, side, str(i)) if _markable(a) else a for i, a in enumerate(args))
-        new_kwargs = {k: boundary_marker(a, path, side, k) if _markable(a) else a for k, a in kwargs.items()}
+        new_args = tuple(boundary_marker(a, path, "input", str(i)) if _markable(a) else a for i, a in enumerate(args))
+        new_kwargs = {k: boundary_marker(a, path, "input", k) if _markable(a) else a for k, a in kwargs.items()}
         return new_args, new_kwargs
 
     return hook

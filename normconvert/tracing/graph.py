@@ -34,7 +34,7 @@ from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
-from normconvert.tracing.own_hooks import watched_values
+from normconvert.tracing.own_hooks import refuse_unseen, watched_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
 
@@ -107,6 +107,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
             program, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
+    refuse_unseen(model, unmarked)
     module = program.graph_module
     inline_regions(module)
     _name_paths(model, module.graph)

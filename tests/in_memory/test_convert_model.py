@@ -119,8 +119,8 @@ def test_what_a_hook_is_given_stays_what_it_was() -> None:
         ("returned", True)
     }
     assert report.converted == 0
-    network, example = lightning()
-    perturb(network).double().eval()
+    made, example = lightning()
+    network: Any = perturb(made).double().eval()
     network.net[0].register_forward_hook(seen)
     fused, report = normconvert.convert_model(network, "fuse-bn", example_inputs=example, verify="quick")
     assert report.plan.verdicts[0].reason.startswith("into relu"), "not into the convolution before it"
@@ -133,6 +133,43 @@ def test_what_a_hook_is_given_stays_what_it_was() -> None:
     open_model = gpt(2)
     open_model.transformer["ln_f"].register_forward_hook(seen)  # it is given the norm's input, the stream, as well
     assert normconvert.inspect(open_model, example_inputs=CALL).converted == 0
+
+
+class Holder:
+    """An object that is no container to anybody."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Boxed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.box, self.norm = nn.Identity(), nn.LayerNorm(8)
+        self.embed = nn.Embedding(11, 8)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embed(idx)
+        self.box([({"deep": x}, 3)])
+        return self.norm(x)
+
+
+def test_what_a_hook_is_given_is_found_in_containers_and_refused_in_objects() -> None:
+    model, call = perturb(Boxed()).double(), {"idx": ids(11)}
+    assert normconvert.inspect(model, example_inputs=call).converted == 1
+    model.box.register_forward_pre_hook(lambda module, args: None)
+    assert {v.code for v in normconvert.inspect(model, example_inputs=call).plan.kept} == {"returned"}
+
+    class InObject(Boxed):
+        def forward(self, idx: Tensor) -> Tensor:
+            x = self.embed(idx)
+            self.box(Holder(x))
+            return self.norm(x)
+
+    other = perturb(InObject()).double()
+    other.box.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(TraceError, match="a hook of box is given a Holder, which may hold anything"):
+        normconvert.inspect(other, example_inputs=call)
 
 
 class CachedHead(nn.Module):
@@ -271,9 +308,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "DataParallel wraps",
     ),
     "compiled": (
-        lambda: normconvert.convert_model(torch.compile(gpt()), example_inputs=CALL),
+        lambda: normconvert.convert_model(torch.compile(gpt()), example_inputs=CALL),  # type: ignore[arg-type]
         "OptimizedModule wraps",
-    ),  # type: ignore[arg-type]
+    ),
     "empty": (lambda: normconvert.convert_model(gpt().to("meta"), example_inputs=CALL), "has no values"),
     "shared": (lambda: normconvert.convert_model(shared_memory(), example_inputs=X), "share memory and are two"),
     "level": (lambda: normconvert.convert_model(gpt(), example_inputs=CALL, verify="much"), "unknown verify 'much'"),
