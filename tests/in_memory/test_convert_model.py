@@ -155,7 +155,8 @@ class Boxed(nn.Module):
 
 
 def test_what_a_hook_is_given_is_found_in_containers_and_refused_in_objects() -> None:
-    model, call = perturb(Boxed()).double(), {"idx": ids(11)}
+    model: Any = perturb(Boxed()).double()
+    call = {"idx": ids(11)}
     assert normconvert.inspect(model, example_inputs=call).converted == 1
     model.box.register_forward_pre_hook(lambda module, args: None)
     assert {v.code for v in normconvert.inspect(model, example_inputs=call).plan.kept} == {"returned"}
@@ -166,7 +167,7 @@ def test_what_a_hook_is_given_is_found_in_containers_and_refused_in_objects() ->
             self.box(Holder(x))
             return self.norm(x)
 
-    other = perturb(InObject()).double()
+    other: Any = perturb(InObject()).double()
     other.box.register_forward_pre_hook(lambda module, args: None)
     with pytest.raises(TraceError, match="a hook of box is given a Holder, which may hold anything"):
         normconvert.inspect(other, example_inputs=call)
