@@ -32,7 +32,7 @@ def edited_values(
     def lookup(name: str) -> Tensor:
         if name not in tensors:
             raise InputError(f"the plan reads the tensor {name!r}, which is not there: is it another model's?")
-        return tensors[name].detach()
+        return tensors[name].detach().cpu()  # the bits are those of the CPU wherever the tensors are
 
     def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
         return lookup(beside(rows) or name)
@@ -67,7 +67,8 @@ def stored(name: str, value: Tensor, rows: list[dict[str, Any]], tensors: Mappin
         InputError: it is not finite there.
     """
     like = tensors[beside(rows) or name].detach()
-    made = value.to(like.dtype).to(like.device)
+    # In memory it lies as the original does (channels last, say).
+    made = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device, like.dtype)
     if not is_finite(made) and not any(row["op"] == "bound" for row in rows):
         raise overflows(name, like if is_finite(like) else None, like.dtype)
     return made

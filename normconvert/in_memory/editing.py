@@ -16,12 +16,12 @@ from normconvert.verification.probe_runs import named_tensors
 
 
 def edited_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Name -> the edited tensor, computed in float64 on the CPU and stored in the dtype of ``model``'s.
+    """Name -> the edited tensor, computed in float64 on the CPU and stored as ``model`` stores it.
 
     Raises:
         InputError: the plan does not fit, or an edited weight is not finite in its dtype.
     """
-    tensors = {name: value.detach().cpu() for name, value in named_tensors(model).items()}
+    tensors = named_tensors(model)
     values = edited_values(plan, tensors)
     return {name: stored(name, value, plan.tensors[name], tensors) for name, value in values.items()}
 

@@ -137,6 +137,10 @@ def _refuse(model: nn.Module) -> None:
     for path, tensor in tensors.items():
         if tensor.is_meta:
             raise InputError(f"tensor {path} has no values (meta device): load the model as a whole")
+        if tensor.is_inference():
+            raise InputError(
+                f"tensor {path} was made in inference mode and cannot be edited: copy the model outside it"
+            )
         if type(tensor) not in (nn.Parameter, Tensor, nn.Buffer):
             raise InputError(f"tensor {path} is a {type(tensor).__name__}: convert the plain model, before that")
         if isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex()):

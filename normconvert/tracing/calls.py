@@ -82,14 +82,6 @@ def in_dtype(call: Call, dtype: torch.dtype) -> Call:
     return found
 
 
-def not_given(model: nn.Module, calls: tuple[Call, ...]) -> list[str]:
-    """The arguments of ``forward`` that none of the calls gives: nothing is known of a call that does."""
-    given = {name for call in calls for name in call}
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in named if p.kind not in kinds and p.name not in given]
-
-
 def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
     """The inputs as a model gets them while it is traced: every tensor without values."""
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
-from normconvert.tracing.calls import Call, given_calls, in_dtype, not_given
-from normconvert.tracing.doors import with_doors
+from normconvert.tracing.calls import Call, given_calls, in_dtype
+from normconvert.tracing.doors import not_given, with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates

@@ -227,6 +227,26 @@ def test_what_is_proved_is_the_calls_that_are_given() -> None:
     assert "not proved for targets" in noted.notes
 
 
+def test_other_ways_into_a_model_are_named_as_not_proved() -> None:
+    class Encoder(NanoGPT):
+        def encode_text(self, idx: Tensor) -> Tensor:
+            x: Tensor = self.transformer["wte"](idx)
+            return x
+
+        def generate(self, idx: Tensor) -> Tensor:
+            return idx
+
+    assert normconvert.inspect(Encoder(), example_inputs=CALL).plan.untraced_doors == ["targets", "encode_text"]
+
+
+def test_weights_lie_in_memory_as_they_did() -> None:
+    model, example = torchvision_resnet()
+    model = perturb(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fused, _ = normconvert.convert_model(model, "fuse-bn", example_inputs=example, verify="quick")
+    assert fused.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not fused.conv1.weight.is_contiguous()
+
+
 def test_a_branch_on_the_number_of_samples_is_run_by_the_verification() -> None:
     class OnBatch(Branching):
         def forward(self, idx: Tensor) -> Tensor:
@@ -292,6 +312,11 @@ def shared_memory() -> nn.Module:
     return nn.Sequential(first, second)
 
 
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+
 X = (torch.zeros(2, 4),)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no example": (lambda: normconvert.convert_model(gpt()), "NanoGPT is a model of neither .* say how it is called"),
@@ -313,6 +338,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "OptimizedModule wraps",
     ),
     "empty": (lambda: normconvert.convert_model(gpt().to("meta"), example_inputs=CALL), "has no values"),
+    "inference": (lambda: normconvert.convert_model(inferred(), example_inputs=X), "was made in inference mode"),
     "shared": (lambda: normconvert.convert_model(shared_memory(), example_inputs=X), "share memory and are two"),
     "level": (lambda: normconvert.convert_model(gpt(), example_inputs=CALL, verify="much"), "unknown verify 'much'"),
     "convert": (lambda: normconvert.convert(gpt(), "out"), r"convert\(\) reads a checkpoint, .*convert_model"),  # type: ignore[arg-type]
