@@ -241,7 +241,7 @@ def test_other_ways_into_a_model_are_named_as_not_proved() -> None:
 
 def test_weights_lie_in_memory_as_they_did() -> None:
     model, example = torchvision_resnet()
-    model = perturb(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = perturb(model).to(memory_format=torch.channels_last)
     fused, _ = normconvert.convert_model(model, "fuse-bn", example_inputs=example, verify="quick")
     assert fused.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert not fused.conv1.weight.is_contiguous()
