@@ -15,27 +15,32 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from normconvert.adapters.conversion import convert_adapter
-    from normconvert.api import convert, identify, inspect
+    from normconvert.api import convert, identify, inspect, verify
+    from normconvert.apply.state import apply_plan
     from normconvert.benchmark.bench import bench
     from normconvert.exporting.export import export
     from normconvert.identification import Identification
+    from normconvert.in_memory.conversion import convert_model
+    from normconvert.plan.conversion_plan import Plan
     from normconvert.recipes.batch import run_recipes
     from normconvert.result import Report
     from normconvert.sources.converted import load
     from normconvert.tuning.swapping import swap
-    from normconvert.verification.equivalence import verify
     from normconvert.verification.record_check import check
 
 _WHERE = {
     "bench": "benchmark.bench",
     "check": "verification.record_check",
     "convert": "api",
+    "apply_plan": "apply.state",
     "convert_adapter": "adapters.conversion",
+    "convert_model": "in_memory.conversion",
     "identify": "api",
     "Identification": "identification",
     "inspect": "api",
+    "Plan": "plan.conversion_plan",
     "Report": "result",
-    "verify": "verification.equivalence",
+    "verify": "api",
     "load": "sources.converted",
     "export": "exporting.export",
     "run_recipes": "recipes.batch",
@@ -44,12 +49,15 @@ _WHERE = {
 
 __all__ = [
     "Identification",
+    "Plan",
     "Report",
     "__version__",
+    "apply_plan",
     "bench",
     "check",
     "convert",
     "convert_adapter",
+    "convert_model",
     "export",
     "identify",
     "inspect",

@@ -1,4 +1,4 @@
-"""The Python API: `convert`, `inspect`, `identify`. The lines of `convert` are the stages of the pipeline.
+"""The Python API: `convert`, `inspect`, `verify`, `identify`. The lines of `convert` are the stages of the pipeline.
 
 The other public functions stand in the rooms of their stages; :mod:`normconvert` names them all.
 """
@@ -10,26 +10,27 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from normconvert.apply.record import loading_files, write_card, write_record
-from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.errors import InputError
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
-    METHODS,
     VERIFYING,
     Conversion,
     Identifying,
     Inspection,
     check_device,
     check_options,
+    is_model,
     recorded,
     taking,
 )
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
-from normconvert.wording.words import with_changes
+from normconvert.verification.requests import Verification
 
 if TYPE_CHECKING:
     import torch
@@ -46,18 +47,22 @@ if TYPE_CHECKING:
 
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
-Failure = TypeVar("Failure", bound=NormConvertError)
-
 
 @taking(Inspection)
 def inspect(request: Inspection) -> Report:
-    """What :func:`convert` would do with ``src``, norm by norm; writes nothing.
+    """What :func:`convert` would do with ``src``, or :func:`convert_model` with a model in memory, norm by norm.
 
     Raises:
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
     """
     check_options(request)
+    if is_model(request.src):
+        from normconvert.in_memory.conversion import inspect_model
+
+        return inspect_model(request)
+    if request.example_inputs is not None:
+        raise InputError("example_inputs are for models in memory, and src is a checkpoint")
     with collecting(False):
         return _plan(request)[1]
 
@@ -80,6 +85,29 @@ def identify(request: Identifying) -> Identification:
     return identify_names(str(request.path), read_names(located))
 
 
+@taking(Verification)
+def verify(request: Verification) -> Fidelity:
+    """Fidelity of `b` to `a`, two checkpoints of the same model, or two models in memory.
+
+    If `b` was written by normconvert, its plan is replayed on `a`'s weights in float64: that is held to 1e-10. For
+    any other pair the algebra compares `b` with `a` in float64 as they are stored; since storing alone rounds, the
+    tolerance there is 32 units (eps) of the coarser storage dtype. With ``max_memory``, in bytes, each weight is read
+    when its turn comes, for all probes at once, and freed; otherwise whole models are loaded, two at a time.
+
+    Raises:
+        InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
+    """
+    if is_model(request.a) or is_model(request.b):
+        from normconvert.in_memory.comparison import verify_pair
+
+        return verify_pair(request)
+    if request.example_inputs is not None:
+        raise InputError("example_inputs are for models in memory, and a and b are checkpoints")
+    from normconvert.verification.equivalence import verify_checkpoints
+
+    return verify_checkpoints(request)
+
+
 @taking(Conversion)
 def convert(request: Conversion) -> Report:
     """Convert the norms of a checkpoint and write the result to ``out``, complete or not at all.
@@ -97,7 +125,9 @@ def convert(request: Conversion) -> Report:
     limits = _check(request)
     with _workplace(request) as place:
         source, report, graph = _plan(request, place.found, place.stream)
-        _refuse_if_pointless(report, request.require_all)
+        from normconvert.verification.outcome import refuse_if_pointless
+
+        refuse_if_pointless(report, request.require_all)
         if request.dry_run:
             return report
         report = _with_family(source, _with_statistics(source, report), request, graph)
@@ -234,7 +264,7 @@ def _plan(
         stored=dtype if wanted == "auto" else wanted,
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
-        options=recorded(request),
+        options={**recorded(request), **({"arch": source.architecture} if source.factory else {})},
     )
     return source, report, graph
 
@@ -245,9 +275,12 @@ def _silent(stage: str) -> None:
 
 def _with_statistics(source: Source, report: Report) -> Report:
     """The report with what there is to say of the running statistics that would be folded into weights."""
+    from normconvert.apply.layout import origins_of
     from normconvert.verification.running_statistics import check_statistics
 
-    return replace(report, notes=(*report.notes, *check_statistics(source, report.plan)))
+    origins = origins_of(source, report.plan)
+    notes = check_statistics(report.plan, source.reference, lambda name: source.read(origins[name]), origins)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _with_family(source: Source, report: Report, request: Conversion, graph: Graph) -> Report:
@@ -296,45 +329,15 @@ def _verify(
     Raises:
         FidelityError: it differs.
     """
-    from normconvert.rewrites.planning import difference_later
+    from normconvert.verification.outcome import with_difference, with_fidelity
 
     (request.stage or _silent)("verify")
     start = time.perf_counter()
     with collecting(True):
         fidelity = _fidelity(request, source, report.plan, folder, limits)
-        if why := difference_later(graph, report.plan, request.allowed):
-            reasons = [f"the edited model is not the old one: {why}", *fidelity.reasons]
-            fidelity = replace(fidelity, passed=False, reasons=reasons)
+        fidelity = with_difference(fidelity, graph, report.plan, request.allowed)
     seconds = {**report.seconds, "verify": time.perf_counter() - start}
-    notes = tuple(with_changes(note, fidelity) for note in report.notes)
-    report = replace(report, fidelity=fidelity, seconds=seconds, notes=notes)
-    if not fidelity.passed:
-        raise _with_report(FidelityError(_fidelity_message(report)), replace(report, out=None))
-    return report
-
-
-def _refuse_if_pointless(report: Report, require_all: bool) -> None:
-    plan = report.plan
-    if not plan.verdicts:
-        message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
-        raise _with_report(NothingToConvert(message), report)
-    from normconvert.wording.grouping import Row, collapse
-
-    groups = collapse(Row(v.path, v.reason, v.kind) for v in plan.kept)
-    times = [f" (×{group.count})" if group.count > 1 else "" for group in groups]
-    reasons = "".join(f"\n  {group.name}{n}: {group.text}" for group, n in zip(groups, times, strict=True))
-    if not plan.converted:
-        message = f"{report.source}: none of {report.total} norms can be converted:{reasons}"
-        raise _with_report(NothingToConvert(message), report)
-    if require_all and plan.kept:
-        message = f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}"
-        raise _with_report(NothingToConvert(message), report)
-
-
-def _with_report(error: Failure, report: Report) -> Failure:
-    """The error with the attribute ``report``: verdicts and figures for whoever catches it."""
-    vars(error)["report"] = report
-    return error
+    return with_fidelity(replace(report, seconds=seconds), fidelity, "nothing was written")
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:
@@ -353,7 +356,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
     from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
     dtype, device, level = _torch_dtype(request.dtype) or source.dtype, request.device, request.verify_level
-    trust = source.trust_remote_code
+    reopened = partial(load, folder, device=device, trust_remote_code=source.trust_remote_code, arch=source.factory)
     say = request.stage or _silent
     probes = verification_inputs(source.skeleton(), seed=0, tokenizer=source.tokenizer(), level=level)
     fidelity = verify_models(
@@ -361,8 +364,8 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         algebra=None,
         plan=plan,
         original=lambda: source.load(dtype=dtype, device=device),
-        converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
-        exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),
+        converted=partial(reopened, dtype=dtype),
+        exact=partial(reopened, dtype=torch.float64),
         level=level,
         told=lambda what: say(f"{VERIFYING}{what}"),
         probes=probes,
@@ -372,8 +375,3 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         converted_norms=watched_norms(plan),
     )
     return judge_limits(fidelity, limits)
-
-
-def _fidelity_message(report: Report) -> str:
-    reasons = "; ".join(report.fidelity.reasons) if report.fidelity else "not verified"
-    return f"{report.source}: the converted model differs from the original: {reasons}; nothing was written"

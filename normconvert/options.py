@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from normconvert.errors import InputError, first_line
 
@@ -52,6 +53,21 @@ METHOD = ", ".join(METHODS)
 REVISION = "Branch, tag or commit on the hub."
 TRUST = "Let code that comes with a checkpoint run."
 
+EXAMPLE = (
+    "How the model is called: a tuple, a dict of keyword arguments, or a list of these for several calls; models of "
+    "transformers and timm need none."
+)
+
+
+class Network(Protocol):
+    """A model in memory, a ``torch.nn.Module``; torch is imported late."""
+
+    training: bool
+
+    def eval(self) -> Any:
+        """As torch has it."""
+
+
 P = ParamSpec("P")
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -77,6 +93,7 @@ class About:
         positional: an argument there, even though it has a default.
         leads: the first argument there, which must be given.
         required: must be given there, by its name.
+        model: it may be a model in memory.
         details: further arguments of typer's option.
     """
 
@@ -95,6 +112,7 @@ class About:
     positional: bool = False
     leads: bool = False
     required: bool = False
+    model: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,6 +157,7 @@ def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+            _refuse_models(function.__name__, kind, args, kwargs)
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:  # told as of this function, not of the request
@@ -150,6 +169,23 @@ def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]]
         return call
 
     return decorate
+
+
+def is_model(value: object) -> bool:
+    """Whether a value is a model in memory; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.Module)
+
+
+def _refuse_models(name: str, kind: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model where a checkpoint is asked for."""
+    given = [*zip(inspect.signature(kind).parameters, args, strict=False), *kwargs.items()]
+    takes = {option for option, _, known in about(kind) if known.model}
+    if any(is_model(value) and option not in takes for option, value in given):
+        raise InputError(
+            f"{name}() reads a checkpoint, and was given a model in memory: normconvert.convert_model, inspect and "
+            "verify take those"
+        )
 
 
 def _documented(doc: str, kind: Any) -> str:
@@ -256,7 +292,7 @@ class Opening:
     revision: str | None = option(None, REVISION, metavar="REV", recorded=True)
     arch: str | None = option(
         None,
-        "Architecture of bare weights; else found by their names and shapes.",
+        "Architecture of bare weights, or FILE.py:FACTORY, which makes it; else found by their names and shapes.",
         metavar="timm:NAME", recorded=True,
     )  # fmt: skip
     variant: str | None = option(
@@ -307,11 +343,12 @@ class Identifying:
 class Inspection(_Planning):
     """What :func:`normconvert.inspect` is asked; ``stage`` is told of each stage as it begins."""
 
-    src: str | Path = option(MISSING, SRC, metavar="SRC")
+    src: str | Path | Network = option(MISSING, SRC, metavar="SRC", model=True)
     method: str = option(
         "rmsnorm", f"The conversion to look at: {METHOD}.", spelling="--for", metavar="METHOD", choices=tuple(METHODS)
     )
     _: KW_ONLY
+    example_inputs: Any = option(None, EXAMPLE, console=False)
     stage: Stage | None = None
 
 

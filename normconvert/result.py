@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from normconvert import __version__
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from normconvert.verification.fidelity import Fidelity
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a conversion did, or would do.
 
@@ -61,6 +63,29 @@ class Report:
     def total(self) -> int:
         """Number of norms with a verdict."""
         return len(self.plan.verdicts)
+
+    def __repr__(self) -> str:
+        what = f"{self.source} → {self.out}" if self.out else self.source
+        lines = [f"Report({what}: {self.method}, {self.converted} of {self.total} norms converted"]
+        for code, count in Counter(verdict.code for verdict in self.plan.kept).items():
+            lines.append(f"  {count} {'stays' if count == 1 else 'stay'}: {code}")
+        if self.fidelity is not None:
+            word = "verified" if self.fidelity.passed else "differs"
+            lines.append(f"  {word} ({self.fidelity.level}): {self.fidelity.algebra:.1e} off in float64")
+        return "\n".join(lines) + ")"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the content of the HTML report."""
+        # By its name: what a person sees knows the results, and not the other way round.
+        page: str = import_module("normconvert.report.notebook").in_frame(self)
+        return page
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One row a norm, in the order of execution: ``path``, ``kind``, ``converted``, ``code``, ``reason``.
+
+        ``pandas.DataFrame(report.to_records())`` is a table of them.
+        """
+        return [asdict(verdict) for verdict in self.plan.verdicts]
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON-ready data."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.apply.source_reader import check_finite, is_finite, overflows
-from normconvert.errors import InputError
+from normconvert.apply.state import edited_values
 from normconvert.files.safetensors_file import FLOATING, torch_dtype
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import apply_edits, limited
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -42,22 +41,11 @@ def save_loaded(
     for name, _ in model.named_parameters():
         check_finite(name, state[name])
 
-    def lookup(name: str) -> Tensor:
-        return state[name]
-
-    def start(name: str, rows: list[dict[str, Any]]) -> Tensor:
-        return state[next((row["like"] for row in rows if row["op"] == "new"), name)]
-
     def limit(name: str) -> float:
         return torch.finfo(dtype or state[name].dtype).max
 
-    try:
-        # All are computed before one is assigned: edits read the source's values, and `state` is the model's memory.
-        edited = {
-            name: apply_edits(start(name, rows), limited(rows, limit), lookup) for name, rows in plan.tensors.items()
-        }
-    except KeyError as error:
-        raise InputError(f"the plan edits tensor {error}, which {source.architecture} does not have") from error
+    # All are computed before one is assigned: edits read the source's values, and `state` is the model's memory.
+    edited = edited_values(plan, state, limit)
     # Only now: the values above were computed from the shapes that the source has.
     _shape(model, plan)
     if dtype is not None:

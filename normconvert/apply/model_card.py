@@ -154,6 +154,9 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
     in_place = "as converted" if plan.structural or not plan.modules else "RMSNorm modules in place"
     trust = TRUST if code == OWN else ""
     own = f"import normconvert\n\nmodel = normconvert.load(FOLDER{trust})  # {in_place}"
+    if library == "torch":
+        own = f'import normconvert\n\nmodel = normconvert.load(FOLDER, arch="…/{architecture}"{TRUST})  # {in_place}'
+        return f"```python\n{own}\n```\n\n`{architecture}` is the code that makes the model; it is not part of this."
     if library == "timm" and plan.structural:
         blocks = [own]
     elif library == "timm":

@@ -40,10 +40,10 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
         timed = {"bench": read_benchmark(view.bench)} if view.bench is not None else {}
         screen.say(f"comparing {b} with {a}")
         patient_threads()
+        from normconvert.api import verify as verify_checkpoints
         from normconvert.options import check_device
         from normconvert.report.console import show_fidelity
         from normconvert.report.document import fidelity_document
-        from normconvert.verification.equivalence import verify as verify_checkpoints
 
         check_device(asked.device)
         screen.hush_bars()

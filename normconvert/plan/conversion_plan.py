@@ -6,10 +6,14 @@ writer (`apply`), the verification and the loader (`runtime`). It can be printed
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
+
+from normconvert.errors import InputError, first_line
 
 FORMAT = 1
 
@@ -57,6 +61,8 @@ class Plan:
         shifted_doors: ways out that give a stream without its mean, rows ``{"door", "output"}``.
         shifted_outputs: outputs whose per-token mean changes, as :func:`normconvert.tracing.output_paths.named_values`
             names them (only with ``--allow-shifted-outputs``).
+        shapes: tensor name -> shape, of the whole model, for :func:`normconvert.apply_plan`; empty in plans of files,
+            which are held against their headers.
     """
 
     method: str
@@ -74,6 +80,7 @@ class Plan:
     untraced_doors: list[str] = field(default_factory=list)
     shifted_doors: list[dict[str, Any]] = field(default_factory=list)
     shifted_outputs: list[str] = field(default_factory=list)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def converted(self) -> list[Verdict]:
@@ -105,7 +112,26 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
-        return {"format": FORMAT, **asdict(self)}
+        data = {"format": FORMAT, **asdict(self)}
+        if not self.shapes:
+            del data["shapes"]
+        return data
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: there is no such file, or it holds no plan.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: not a plan: {first_line(error)}") from error
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:

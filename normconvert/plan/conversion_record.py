@@ -53,7 +53,7 @@ class _Record(BaseModel):
     """A record, as far as it is relied upon."""
 
     model_config = _STRICT
-    library: Literal["transformers", "timm"]
+    library: Literal["transformers", "timm", "torch"]
     architecture: str
     plan: _Edits
     modules: list[dict[str, Any]] | None = None

@@ -305,6 +305,8 @@ def how_to_load(report: Report) -> list[str]:
     """Lines of Python that load the output: as converted, and in the library if that can."""
     code = remote_code(Path(report.out or ""))
     trust = TRUST if code == OWN else ""
+    if report.library == "torch":
+        return [f'model = normconvert.load("{report.out}", arch="…/{report.architecture}"{TRUST})']
     lines = [f'model = normconvert.load("{report.out}"{trust})']
     if report.plan.structural and (report.library == "timm" or code != SHIPPED):
         return lines

@@ -20,6 +20,7 @@ from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import module_path
 from normconvert.tracing.in_place_writes import MARKER, Boundary, boundary_of
+from normconvert.tracing.own_hooks import WATCHED
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _boundaries(analysis: Analysis, usable: set[AxisRef]) -> dict[Boundary, list
     bad: set[Boundary] = set()
     for node in analysis.graph.nodes:
         key = boundary_of(node)
-        if key is None or key[0] in analysis.graph.unmarked or key[1] == EXIT:
+        if key is None or key[0] in analysis.graph.unmarked or key[1] in (EXIT, WATCHED):
             continue  # a call without its marker would not show what a hook there does
         places = refs[node]
         # One hook serves all calls of a module, so one bad call spoils the place for all.

@@ -13,6 +13,7 @@ at the new sizes, and does the same, is proved by tracing it again (`comparison`
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,7 +140,9 @@ def _draft(model: _Model, region: Region, remedies: Remedies) -> _Draft:
             draft.expanded[path] = str(why)
     biases = _reader_edits(model, draft, tensors)
     compressed = _places(model, draft)
-    modules, removed = _module_edits(model, draft, compressed, biases, remedies)
+    # A head that is parted from its table and reads all channels.
+    whole = [name for name, rows in tensors.items() if [row["op"] for row in rows] == ["copy"]]
+    modules, removed = _module_edits(model, draft, compressed, biases, remedies, whole)
     float32 = any(n.float32 for path in converted for n in model.calls[path])
     float32 = float32 or any(is_float32_cast(ref[0]) for ref in region.compressed)
     draft.plan = Plan(
@@ -277,7 +280,12 @@ def _width(graph: Graph, key: Boundary, axis: int) -> int:
 
 
 def _module_edits(
-    model: _Model, draft: _Draft, compressed: set[AxisRef], biases: dict[fx.Node, str], remedies: Remedies
+    model: _Model,
+    draft: _Draft,
+    compressed: set[AxisRef],
+    biases: dict[fx.Node, str],
+    remedies: Remedies,
+    whole: Collection[str],
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows for the runtime, and the tensors that are gone."""
     basis = model.options.basis
@@ -286,7 +294,7 @@ def _module_edits(
         row = {**insertion("compress", key, axis, model.editability), "basis": basis}
         # Embeddings from outside may be rows of the table itself, which has been compressed: their size tells.
         edits.append({**row, "size": _width(model.graph, key, axis)} if row.get("optional") else row)
-    edits += resize_edits(model.graph, compressed, remedies.attributes)
+    edits += resize_edits(model.graph, compressed, remedies.attributes, whole)
     weights = {node: reader for readers, _ in draft.folded.values() for reader in readers for node in reader.nodes}
     sizes = {}
     for node, name in biases.items():

@@ -19,6 +19,9 @@ from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 from normconvert.wording.words import EXACT
 
+MANY = 8
+"""Doors that a note names."""
+
 
 def plan_model(
     model: nn.Module,
@@ -79,7 +82,8 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     if not plan.converted:
         return plan
     untraced = [*plan.untraced_doors, *graph.untraced_doors, *_new_table(plan, graph)]
-    notes = [f"not proved for {', '.join(untraced)}"] if untraced else []
+    more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
+    notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
         what |= {"rotate": "the stream in another basis", "fold": "what a norm gives, without its weight and bias"}

@@ -34,8 +34,13 @@ Attributes = Mapping[str, Mapping[str, int]]
 """Module path -> attribute -> new value."""
 
 
-def resize_edits(graph: Graph, compressed: Collection[AxisRef], attributes: Attributes) -> list[dict[str, Any]]:
-    """Rows that give the stored tensors among ``compressed`` their new shapes, and modules their new attributes."""
+def resize_edits(
+    graph: Graph, compressed: Collection[AxisRef], attributes: Attributes, whole: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows that give the stored tensors among ``compressed`` their new shapes, and modules their new attributes.
+
+    Tensors in ``whole`` are tied to one of these, and are untied and stay as wide as they were.
+    """
     places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
     for node, place in compressed:
         if node in graph.parameters:
@@ -47,7 +52,7 @@ def resize_edits(graph: Graph, compressed: Collection[AxisRef], attributes: Attr
             continue
         old = tuple(shape_of(node))
         new = narrowed(old, places[node])
-        for name in parameter.aliases:
+        for name in (name for name in parameter.aliases if name not in whole):
             path, _, leaf = name.rpartition(".")
             edit: dict[str, Any] = {"op": "resize", "path": path, "name": leaf, "shape": list(new)}
             found = _named_sizes(graph.modules[path], leaf, old, new) | rest.pop(path, {})

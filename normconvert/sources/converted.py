@@ -33,6 +33,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    arch: str | None = None,
 ) -> nn.Module:
     """Load a converted checkpoint with its RMSNorms in place, in eval mode; transformers and timm alike.
 
@@ -41,6 +42,7 @@ def load(
         dtype: dtype of all floating parameters; None: that of the files.
         device: where to put the model.
         trust_remote_code: allow code that came with the *original* checkpoint to run.
+        arch: ``FILE.py:FACTORY`` that makes the model, if the original was converted with such.
 
     Returns:
         The architecture's own class (for transformers a subclass of the same name, so that ``save_pretrained`` writes
@@ -52,13 +54,13 @@ def load(
     folder = user_path(path)
     if folder.is_dir():
         read_record(folder)
-    source = open_any(path, trust_remote_code=trust_remote_code)
+    source = open_any(path, trust_remote_code=trust_remote_code, arch=arch)
     # Of the folder that was opened: what came from the hub is in its cache only now.
     read_record(source.folder or folder)
     return load_opened(source, dtype=dtype, device=device)
 
 
-def open_any(path: str | Path, *, trust_remote_code: bool = False) -> Source:
+def open_any(path: str | Path, *, trust_remote_code: bool = False, arch: str | None = None) -> Source:
     """A checkpoint, converted or not; the record of a timm model without a config.json says which it is.
 
     Raises:
@@ -66,8 +68,8 @@ def open_any(path: str | Path, *, trust_remote_code: bool = False) -> Source:
     """
     from normconvert.sources import open_source
 
-    folder, arch = user_path(path), None
-    if (folder / RECORD_FILE).is_file() and not (folder / "config.json").is_file():
+    folder = user_path(path)
+    if arch is None and (folder / RECORD_FILE).is_file() and not (folder / "config.json").is_file():
         record = read_record(folder)
         arch = f"timm:{record['architecture']}" if record["library"] == "timm" else None
     return open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)

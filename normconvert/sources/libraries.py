@@ -1,4 +1,4 @@
-"""What the two libraries do differently, side by side: describe, build, map names, load."""
+"""What the libraries, and a file of the user's, do differently, side by side: describe, build, map names, load."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def describe(source: Source) -> Source:
         from normconvert.sources import timm_models
 
         return timm_models.describe(source)
+    if source.library == "torch":
+        from normconvert.sources import factory_models
+
+        return factory_models.describe(source)
     from normconvert.sources import transformers_models, unnamed_class
 
     if unnamed_class.is_unnamed(source):
@@ -58,6 +62,10 @@ def build_skeleton(source: Source) -> nn.Module:
             from normconvert.sources import timm_models
 
             model = timm_models.build_meta(source)
+        elif source.library == "torch":
+            from normconvert.sources import factory_models
+
+            model = factory_models.build_meta(source)
         else:
             from normconvert.sources import transformers_models
 
@@ -76,6 +84,10 @@ def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
         from normconvert.sources import timm_models
 
         model, missing = timm_models.load(source, dtype)
+    elif source.library == "torch":
+        from normconvert.sources import factory_models
+
+        model, missing = factory_models.load(source, dtype)
     else:
         from normconvert.sources import transformers_models
 
@@ -103,6 +115,10 @@ def map_names(source: Source) -> Mapping:
         from normconvert.sources import timm_models
 
         name_map, merged = timm_models.rename(source, state)
+    elif source.library == "torch":
+        from normconvert.sources import factory_models
+
+        name_map, merged = factory_models.rename(source, state)
     else:
         from normconvert.sources import transformers_models
 

@@ -31,6 +31,7 @@ from normconvert.files.weight_files import (
 from normconvert.options import Opening, check_options
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.bare_weights import identified, training_arguments
+from normconvert.sources.factories import is_factory, refuse_untrusted
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import check_stated_sizes
@@ -57,8 +58,8 @@ def open_source(
         reference: a folder (transformers or timm), a weight file, a hub id (``name``, ``org/name``, ``…@revision``)
             or ``demo:NAME``.
         revision: branch, tag or commit on the hub.
-        arch: ``timm:NAME``, the architecture of files that have no config.json; None: that whose names and shapes
-            the weights have, if there is one only or the checkpoint states which.
+        arch: ``timm:NAME``, the architecture of files that have no config.json, or ``FILE.py:FACTORY``, which makes
+            it; None: that whose names and shapes the weights have, if there is one only or the checkpoint states which.
         variant: of the weights in a folder (``fp16``); None: the plain ones, or the only variant.
         weights: ``ema`` or ``model``: which set of a checkpoint of training; None: the averaged one if there is one.
         trust_remote_code: allow code that comes with the checkpoint to run.
@@ -72,6 +73,7 @@ def open_source(
         revision=revision, arch=arch, variant=variant, weights=weights, trust_remote_code=trust_remote_code
     )  # fmt: skip
     check_options(how)
+    refuse_untrusted(arch, trust_remote_code)
     path, commit = locate(reference, revision, variant)
     if path.is_dir():
         return open_folder(reference, path, commit, how, found)
@@ -171,6 +173,9 @@ def open_folder(
     _refuse_adapter(folder)
     _refuse_quantised(folder, config)
     bare = arch is None and not config_file.is_file()
+    if bare and record is not None and record.get("library") == "torch":
+        made = str(record.get("architecture"))
+        raise InputError(f"{folder}: its model is made by {made}: give that file, --arch …/{made} --trust-remote-code")
     if bare and not any(path.name.endswith(WEIGHT_SUFFIXES) for path in folder.iterdir()):
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder}: not a checkpoint: no config.json and no weights (found {held})")
@@ -254,7 +259,8 @@ def _finish(
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
         dtype=dtype, models=LibraryModels(), trust_remote_code=how.trust_remote_code, record=record, revision=commit,
         pickled=checkpoint.pickled, given=_found_by_us(checkpoint, weights, folder),
-        training=training_arguments(weights), modules=structural_edits(folder) if folder is not None else (),
+        training=training_arguments(weights), factory=how.arch if library == "torch" else None,
+        modules=structural_edits(folder) if folder is not None else (),
         notes=tuple(notes),
     )  # fmt: skip
     return fitted(without_prefix(source, prefix) or source if prefix else source, attach)
@@ -272,9 +278,11 @@ def library_of(config: dict[str, Any], arch: str | None) -> str:
     Raises:
         InputError: neither says.
     """
+    if is_factory(arch):
+        return "torch"
     if arch is not None:
         if not arch.startswith("timm:") or arch == "timm:":
-            raise InputError(f"--arch {arch}: expected timm:NAME, e.g. timm:vit_small_patch16_224")
+            raise InputError(f"--arch {arch}: expected timm:NAME, e.g. timm:vit_small_patch16_224, or FILE.py:FACTORY")
         return "timm"
     # Where both are there it is a model of transformers: timm's files have no `model_type`.
     if "architecture" in config and "model_type" not in config:

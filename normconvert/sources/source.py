@@ -35,10 +35,10 @@ class Source:
 
     Attributes:
         reference: what the user typed.
-        library: ``transformers`` or ``timm``.
+        library: ``transformers`` or ``timm``; ``torch`` for what a file of the user's makes.
         folder: the folder with all files; None for a bare weight file.
         config: config.json; for a bare file the one that describes the architecture the user named.
-        architecture: class name (transformers) or model name (timm).
+        architecture: class name (transformers), model name (timm) or ``FILE.py:FACTORY``, without the path.
         tensors: checkpoint name -> where it lies, in file order.
         name_map: checkpoint name -> name in ``model.state_dict()``; a stray tensor is absent.
         one_to_one: False if the library merges, splits or reshapes tensors when it loads them.
@@ -58,6 +58,7 @@ class Source:
             them.
         training: what a checkpoint of training says of how its model was made (timm's ``args``).
         described: ``config`` was made from ``--arch`` or from what was identified, not read from the folder.
+        factory: ``FILE.py:FACTORY`` as the user has it, for a model of neither library.
         notes: sentences for the user: how the architecture was found.
         fetch: to be called with a checkpoint name before that tensor's data is read, for files that are not here.
         pickled: checkpoint name -> value, for weights in pickles (mapped from the file where the format allows it).
@@ -83,6 +84,7 @@ class Source:
     given: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     described: bool = False
+    factory: str | None = None
     modules: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     fetch: Callable[[str], None] | None = field(default=None, repr=False, compare=False)

@@ -19,7 +19,7 @@ from normconvert.errors import InputError, first_line
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.identification.reading import architecture
 from normconvert.sources.bare_weights import creation
-from normconvert.sources.converted_form import apply_modules
+from normconvert.sources.converted_form import load_weights
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import check_stated_sizes, in_proportion
 
@@ -249,12 +249,4 @@ def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
         return _load_filtered(source).to(dtype), set()
     with NoRandomInit():
         model = _create(source)
-    # Before the weights, which have the shapes that these edits give.
-    apply_modules(source, model)
-    model = model.to(dtype)
-    weights = {target: source.read(name) for name, target in source.name_map.items()}
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:
-        raise InputError(f"{source.reference}: timm cannot load it: {str(error).splitlines()[-1].strip()}") from error
-    return model, set(missing)
+    return load_weights(source, model, dtype, "timm")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normconvert.tracing.exits import feature_modules, marked_exits
 from normconvert.tracing.in_place_writes import boundary_marker
+from normconvert.tracing.own_hooks import has_own_hooks, mark_watched
 
 
 @contextmanager
@@ -20,7 +21,12 @@ def marked(model: nn.Module, without: Set[str]) -> Iterator[None]:
         if "" not in without:
             stack.enter_context(marked_exits(model, lambda side, key: _mark_outputs("", side, key)))
         for path, module in model.named_modules():
-            if not path or path in without or (isinstance(module, _UNMARKED) and path not in features):
+            watched = has_own_hooks(module)
+            if not path or path in without:
+                continue
+            if watched:
+                mark_watched(path, module, stack)
+            if isinstance(module, _UNMARKED) and path not in features and not watched:
                 continue
             pre = module.register_forward_pre_hook(_mark_inputs(path), with_kwargs=True)
             stack.callback(pre.remove)

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from normconvert.errors import TraceError
-from normconvert.tracing.exits import BY_LAYER, layers_are_named, ways_by_layer
+from normconvert.tracing.exits import BY_LAYER, METHODS, layers_are_named, ways_by_layer
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.probes import quiet
 from normconvert.tracing.probes.choose import is_timm
@@ -25,6 +27,7 @@ from normconvert.tracing.probes.entrances import Entrance, entrance_names, entra
 from normconvert.tracing.probes.extras import encoder_outputs, extra_arguments, feature_methods
 
 Inputs = dict[str, Any]
+_WAYS = re.compile(r"(forward|encode|decode|embed|extract|features|get_\w*(features|layers|states))")
 
 
 def with_doors(model: nn.Module, graph: Graph, inputs: Inputs) -> Graph:
@@ -110,3 +113,16 @@ def _output_shapes(graph: Graph) -> Mapping[str, tuple[int, ...]]:
         for name in names
         if hasattr(node.meta.get("val"), "shape")
     }
+
+
+def not_given(model: nn.Module, calls: tuple[Inputs, ...]) -> list[str]:
+    """What is known of no call: arguments of ``forward`` that none of them gives, and other ways into the model.
+
+    Those are methods of its own that are named as such ways are (``encode_image``, ``forward_intermediates``).
+    """
+    given = {name for call in calls for name in call}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = inspect.signature(model.forward).parameters.values()
+    arguments = [p.name for p in named if p.kind not in kinds and p.name not in given]
+    own = [name for name in dir(type(model)) if _WAYS.match(name) and not hasattr(nn.Module, name)]
+    return arguments + [name for name in own if callable(getattr(type(model), name)) and name not in METHODS]

@@ -26,13 +26,15 @@ from normconvert.compat.torch import FakeTensor, pytree
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
+from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.in_place_writes import make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
-from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values, without_values
+from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
+from normconvert.tracing.own_hooks import refuse_unseen, watched_values
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 
 
@@ -105,6 +107,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
             program, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
+    refuse_unseen(model, unmarked)
     module = program.graph_module
     inline_regions(module)
     _name_paths(model, module.graph)
@@ -112,6 +115,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     # An export has a placeholder for every tensor of the model, read or not.
     reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     outputs = _outputs(program, module.graph)
+    watched = watched_values(module.graph)
     modules = dict(model.named_modules(remove_duplicate=False))
     exits = exits_in(model, tuple(module.graph.nodes)) if not entry else {}
     if entry not in modules:
@@ -119,7 +123,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     return Graph(
         nodes=tuple(module.graph.nodes),
         parameters=parameters,
-        outputs=outputs,
+        outputs={**watched, **outputs},
         modules=modules,
         unreached={name: tuple(t.shape) for name, t in _floating_tensors(model) if name not in reached},
         calls=((dict(inputs), entry),),

@@ -377,14 +377,6 @@ def _memory(tensor: Tensor) -> int:
             return 0
 
 
-def without_values(inputs: Mapping[str, Any], device: torch.device | str = "meta") -> dict[str, Any]:
-    """The inputs as a model gets them while it is traced: every tensor without values."""
-    return {
-        name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
-
-
 @contextmanager
 def known_values(
     inputs: Mapping[str, Any], given: Mapping[str, Any], others: Iterable[tuple[Tensor, Tensor]] = ()
@@ -397,9 +389,11 @@ def known_values(
         others: further tensors without values, and their values.
     """
     known = KnownValues()
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and not value.is_meta and isinstance(given.get(name), Tensor):
-            known.note(given[name], value)
+    names = [name for name in inputs if name in given]
+    leaves = [pytree.tree_leaves([table[name] for name in names]) for table in (given, inputs)]
+    for stands_in, value in zip(*leaves, strict=True):
+        if isinstance(value, Tensor) and not value.is_meta and isinstance(stands_in, Tensor):
+            known.note(stands_in, value)
     for tensor, value in others:
         known.note(tensor, value)
     with known:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from dataclasses import replace
+from functools import reduce
 from itertools import chain, islice
 from typing import Any
 
@@ -11,10 +13,12 @@ from torch import nn
 
 from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
-from normconvert.tracing.doors import with_doors
+from normconvert.tracing.calls import Call, given_calls, in_dtype
+from normconvert.tracing.doors import not_given, with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
+from normconvert.tracing.probes.choose import floating_dtype
 
 FURTHER_CALLS = 3
 
@@ -29,8 +33,41 @@ def trace_model(model: nn.Module) -> Graph:
     Raises:
         TraceError: no probe inputs fit, or torch.export cannot follow the model; the message is that of the first try.
     """
+    if calls := given_calls(model):
+        return trace_calls(model, calls, doors=False)
     with quiet():
         return _trace(model)
+
+
+@one_at_a_time
+def trace_calls(model: nn.Module, calls: tuple[Call, ...], doors: bool) -> Graph:
+    """Trace ``model`` as these calls run it, and as no others do.
+
+    Args:
+        model: on the meta device.
+        calls: keyword arguments of ``forward``, on the CPU.
+        doors: the model's library is known, and so are further ways into and out of it: these are traced as well. Else
+            the arguments that no call gives are named as not proved.
+
+    Raises:
+        TraceError: torch.export cannot follow the model in one of them; the message is that of the first try.
+    """
+    first: TraceError | None = None
+    for dtype in (torch.float64, None):
+        # Not the model's own method, which libraries give warnings of their own.
+        candidate = model if dtype is None else nn.Module.to(copy_model(model), dtype)
+        given = [in_dtype(call, dtype or floating_dtype(model)) for call in calls]
+        try:
+            with quiet():
+                graph = reduce(merge, [trace(candidate, call) for call in given])
+                if doors:
+                    return with_doors(candidate, graph, given[0])
+        except TraceError as error:
+            first = first or error
+        else:
+            return replace(graph, untraced_doors=tuple(not_given(model, calls)))
+    assert first is not None
+    raise first
 
 
 def _trace(model: nn.Module) -> Graph:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from normconvert.errors import InputError
-from normconvert.options import taking
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype
@@ -33,7 +32,7 @@ from normconvert.verification.run_comparison import Distances, comparable_part, 
 if TYPE_CHECKING:
     from normconvert.sources import Source
 
-__all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify", "verify_models"]
+__all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify_checkpoints", "verify_models"]
 
 TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-5
@@ -312,18 +311,8 @@ def judge(fidelity: Fidelity, proof: Proof, rounding: Rounding, dtype: torch.dty
     return replace(fidelity, passed=not reasons, reasons=reasons)
 
 
-@taking(Verification)
-def verify(request: Verification) -> Fidelity:
-    """Fidelity of checkpoint `b` to checkpoint `a` of the same model.
-
-    If `b` was written by normconvert, its plan is replayed on `a`'s weights in float64: that is held to 1e-10. For
-    any other pair the algebra compares `b` with `a` in float64 as they are stored; since storing alone rounds, the
-    tolerance there is 32 units (eps) of the coarser storage dtype. With ``max_memory``, in bytes, each weight is read
-    when its turn comes, for all probes at once, and freed; otherwise whole models are loaded, two at a time.
-
-    Raises:
-        InputError: a checkpoint cannot be read, the two are of different architectures or shapes, or a limit is none.
-    """
+def verify_checkpoints(request: Verification) -> Fidelity:
+    """:func:`normconvert.verify` of two checkpoints."""
     a, b, device, max_memory, seed = request.a, request.b, request.device, request.max_memory, request.seed
     from normconvert.sources import open_pair
     from normconvert.verification.limits import check_limits, judge_limits

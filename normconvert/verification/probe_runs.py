@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.compat import transformers as compat
+from normconvert.compat.torch import pytree
 from normconvert.errors import InputError, first_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, refuse_oversized
@@ -215,6 +216,10 @@ def inputs_of(probe: Probe, through: torch.dtype, model: nn.Module) -> dict[str,
 
 def cast(value: Any, through: torch.dtype, to: torch.dtype, device: torch.device) -> Any:
     """A probe's value as a model of dtype `to` takes it: rounded to `through` first, on the model's device."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(through).to(to).to(device) if value.is_floating_point() else value.to(device)
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(through).to(to).to(device) if leaf.is_floating_point() else leaf.to(device)
+
+    return pytree.tree_map(one, value)

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.options import DTYPES, LEVEL, LEVELS, REVISION, TRUST, Stage, option, parse_size
+from normconvert.options import DTYPES, EXAMPLE, LEVEL, LEVELS, REVISION, TRUST, Network, Stage, option, parse_size
 
 
 def _dtype(text: str, spelled: str) -> Any:
@@ -26,9 +26,12 @@ def _limits(path: str, spelled: str) -> dict[str, float]:
 class Verification:
     """What :func:`normconvert.verify` is asked."""
 
-    a: str | Path = option(MISSING, "The original, as SRC of the other commands.", metavar="A")
-    b: str | Path = option(MISSING, "The converted one, or any other of the same model.", metavar="B")
+    a: str | Path | Network = option(MISSING, "The original, as SRC of the other commands.", metavar="A", model=True)
+    b: str | Path | Network = option(
+        MISSING, "The converted one, or any other of the same model.", metavar="B", model=True
+    )
     _: KW_ONLY
+    example_inputs: Any = option(None, EXAMPLE, console=False)
     device: Any = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE", parse=lambda text, _: text)
     dtype: Any = option(None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, parse=_dtype)
     seed: int = option(0, "Of the probes.", metavar="N")

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
 from normconvert.plan.vectors import Expression
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from normconvert.plan.conversion_plan import Plan
-    from normconvert.sources import Source
 
 COUNTER = "num_batches_tracked"
 
 
-def check_statistics(source: Source, plan: Plan) -> list[str]:
+def check_statistics(
+    plan: Plan, reference: str, read: Callable[[str], Tensor], origins: Mapping[str, str]
+) -> list[str]:
     """Refuse statistics that cannot be right, and name those that look as if nobody had learnt them.
 
     A norm's weight that its bias is divided by must have no zeros.
+
+    Args:
+        plan: of the conversion.
+        reference: what is converted, for errors.
+        read: model name -> the original tensor.
+        origins: model name -> the name that the user knows it by.
 
     Returns:
         Sentences for the user.
@@ -27,17 +36,14 @@ def check_statistics(source: Source, plan: Plan) -> list[str]:
         InputError: a running variance or mean is NaN or infinite, or a variance is negative; or a weight is zero that a
             bias is to be divided by.
     """
-    from normconvert.apply.layout import origins_of
-
-    origins = origins_of(source, plan)
     dead, fresh = [], []
     for name in variances(plan):
-        value = source.read(origins[name])
+        value = read(name)
         bad = ~(value.isfinite() & (value >= 0))
         if bool(bad.any()):
             worst = value[bad][0].item()
             raise InputError(
-                f"{source.reference}: tensor {origins[name]} holds {worst:.3g} ({int(bad.sum())} of {value.numel()} "
+                f"{reference}: tensor {origins[name]} holds {worst:.3g} ({int(bad.sum())} of {value.numel()} "
                 "values): expected running variances, finite and not negative: train or download the model again"
             )
         if bool((value == 0).any()):
@@ -45,13 +51,13 @@ def check_statistics(source: Source, plan: Plan) -> list[str]:
             # only said.
             dead.append(f"{origins[name]} ({int((value == 0).sum())} of {value.numel()})")
     for name in plan.removed:
-        if name.endswith(COUNTER) and name in origins and int(source.read(origins[name])) == 0:
+        if name.endswith(COUNTER) and name in origins and int(read(name)) == 0:
             fresh.append(name.removesuffix(f".{COUNTER}"))
     for name, offset in divisors(plan).items():
-        weight = source.read(origins[name]).double() + offset
+        weight = read(name).double() + offset
         if count := int((weight == 0).sum()):
             raise InputError(
-                f"{source.reference}: tensor {origins[name]} {f'+ {offset:g} ' if offset else ''}is zero in {count} of "
+                f"{reference}: tensor {origins[name]} {f'+ {offset:g} ' if offset else ''}is zero in {count} of "
                 f"{weight.numel()} channels: the norm's bias stays, as what reads it has none, and cannot be divided "
                 "by it: `normconvert fold --keep` can leave that norm as it is"
             )

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
+from normconvert.tracing.calls import without_values
 from normconvert.tracing.graph import trace
-from normconvert.tracing.known_values import KnownValues, without_values
+from normconvert.tracing.known_values import KnownValues
 from normconvert.verification.probe_runs import algebra_model
 from tests.support.perturb import perturb
 

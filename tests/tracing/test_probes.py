@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from normconvert.errors import TraceError
-from normconvert.tracing.known_values import without_values
+from normconvert.tracing.calls import without_values
 from normconvert.tracing.probes import Probe, trace_inputs, trace_inputs_candidates, verification_inputs
 
 TEXT = {"vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import normconvert
+from normconvert.api import verify
 from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.sources import open_source
-from normconvert.verification.equivalence import verify
 from normconvert.verification.lazy_models import lazy_model
 from normconvert.verification.lazy_weights import LazyWeight, in_turns
 from tests.support.tiny_checkpoints import gpt2, save, save_vit, vit
@@ -293,7 +293,7 @@ def warm_up():
 warm_up()
 before = peak()
 limit = before + int(sys.argv[3])
-fidelity = normconvert.verification.equivalence.verify(sys.argv[1], sys.argv[2], max_memory=limit)
+fidelity = normconvert.verify(sys.argv[1], sys.argv[2], max_memory=limit)
 print(json.dumps({"reasons": fidelity.reasons, "before": before, "peak": peak(), "limit": limit}))
 """
 

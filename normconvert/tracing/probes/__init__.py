@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from normconvert.tracing.calls import given_calls
 from normconvert.tracing.probes.builders import BUILDERS
 from normconvert.tracing.probes.choose import SIZES, accepts, guesses, is_timm, quiet, ranked, to_trace
+from normconvert.tracing.probes.examples import example_probes
 from normconvert.tracing.probes.facts import Facts
-from normconvert.tracing.probes.verification import Probe, verification_inputs
+from normconvert.tracing.probes.verification import Probe, guessed_probes
 
 OPTIONAL = ("bool_masked_pos",)
 """Arguments that make a model use parameters which it leaves alone without them."""
@@ -89,3 +91,22 @@ def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[st
         ):
             tried.add(frozenset(guess.specs))
             yield found
+
+
+def verification_inputs(
+    model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None, level: str = "thorough"
+) -> list[Probe]:
+    """Two to a dozen small probes, the same for the same model and seed.
+
+    Args:
+        model: on any device, the meta device included; only its signature, config and shapes are read.
+        seed: of all random values.
+        tokenizer: of the model; if given, probes hold real sentences (names ``text-0``, ``text-1``).
+        level: ``quick``, ``standard`` or ``thorough``.
+
+    Raises:
+        TraceError: no input is known for this model.
+    """
+    if calls := given_calls(model):
+        return example_probes(calls, seed=seed, level=level)
+    return guessed_probes(model, seed=seed, tokenizer=tokenizer, level=level)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from normconvert.compat.torch import as_exported
+from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place
-from normconvert.tracing.known_values import known_values, without_values
+from normconvert.tracing.known_values import known_values
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.pretend_cpu import on_either_device, pretending
 from normconvert.tracing.probes.facts import Facts, Sizes

@@ -116,7 +116,7 @@ RECIPES: tuple[Recipe, ...] = (
 
 
 @one_at_a_time
-def verification_inputs(
+def guessed_probes(
     model: nn.Module, *, seed: int = 0, tokenizer: Any | None = None, level: str = "thorough"
 ) -> list[Probe]:
     """Two to a dozen small probes, the same for the same model and seed.
