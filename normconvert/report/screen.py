@@ -212,6 +212,7 @@ class Screen:
         for output in self.outputs:
             try:
                 output.write(document)
+                self._wrote(output.path)
             except InputError as error:  # the others are still wanted
                 errors.append(error)
         # Before an error is raised: the annotations do not need the file that failed.
@@ -219,6 +220,10 @@ class Screen:
             self.annotate(document, self._write)
         if errors:
             raise errors[0]
+
+    def _wrote(self, path: str) -> None:
+        if not self.quiet:
+            self.err.print(f"wrote {printable(path)}", style="dim", soft_wrap=True)
 
     def check(self) -> None:
         """Refuse files that could not be written in the end.

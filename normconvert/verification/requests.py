@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.options import DTYPES, LEVEL, LEVELS, REVISION, TRUST, Stage, option, parse_size
+from normconvert.options import DTYPES, LEVEL, LEVELS, REVISION, SHORT_DTYPES, SOURCE, TRUST, Stage, option, parse_size
 
 
 def _dtype(text: str, spelled: str) -> Any:
@@ -30,10 +30,12 @@ class Verification:
     b: str | Path = option(MISSING, "The converted one, or any other of the same model.", metavar="B")
     _: KW_ONLY
     device: Any = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE", parse=lambda text, _: text)
-    dtype: Any = option(None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, parse=_dtype)
+    dtype: Any = option(
+        None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, aliases=SHORT_DTYPES, parse=_dtype
+    )
     seed: int = option(0, "Of the probes.", metavar="N")
     level: str = option("standard", LEVEL, choices=LEVELS)
-    trust_remote_code: bool = option(False, TRUST)
+    trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
     max_memory: int | None = option(
         None, "Such as 4GB: leave the weights in their files and read them in turn.", metavar="SIZE", parse=parse_size
     )
@@ -56,10 +58,10 @@ class Checking:
         None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
     )
     _: KW_ONLY
-    revision: str | None = option(None, REVISION, metavar="REV")
+    revision: str | None = option(None, REVISION, metavar="REV", panel=SOURCE)
     ignore: Sequence[str] = option(
         (), "Files not to compare, such as '*.txt'; not for weights. Repeatable.", metavar="PATTERN"
     )
-    trust_remote_code: bool = option(False, TRUST)
+    trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
     stage: Stage | None = None
     progress: Callable[[str, int, int], None] | None = None
