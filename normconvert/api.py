@@ -217,10 +217,12 @@ def _plan(
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
+    from normconvert.rewrites.other_norms import other_norms
     from normconvert.rewrites.planning import planned
 
     plan, graph = planned(model, request.allowed, request.method)
     traced = time.perf_counter()
+    lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")
     wanted = request.dtype if isinstance(request, Conversion) else "auto"
     report = Report(
@@ -234,6 +236,7 @@ def _plan(
         stored=dtype if wanted == "auto" else wanted,
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
+        others=tuple(other_norms(graph, request.method)) if lists else (),
         options=recorded(request),
     )
     return source, report, graph
@@ -317,6 +320,7 @@ def _refuse_if_pointless(report: Report, require_all: bool) -> None:
     plan = report.plan
     if not plan.verdicts:
         message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
+        message += "".join(f"\n  {other}" for other in report.others)
         raise _with_report(NothingToConvert(message), report)
     from normconvert.wording.grouping import Row, collapse
 

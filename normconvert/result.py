@@ -33,6 +33,8 @@ class Report:
         tensors_copied: how many were copied as they were.
         seconds: stage -> seconds it took.
         notes: sentences for the user.
+        others: a sentence for each kind of norm that the conversion is not about; of an inspection, or of a model that
+            has no other.
         options: the options of the conversion, with their defaults, by the names of the Python API.
     """
 
@@ -50,6 +52,7 @@ class Report:
     tensors_copied: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -145,8 +145,12 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     console.print(_title(report))
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
-    grid.add_row("norms", _norms(plan))
+    grid.add_row("norms", _norms(plan) if plan.verdicts else f"none that {report.method} is about")
+    for i, other in enumerate(report.others):
+        grid.add_row("" if i else "others", other)
     console.print(_indented(grid))
+    if not plan.verdicts:
+        return
     console.print()
     console.print(norm_tree(report.architecture, plan, verbose=verbose))
     reasons = collapse(Row("", v.reason) for v in plan.converted)
