@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from normconvert.errors import FidelityError, InputError, NormConvertError, Noth
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
     METHODS,
-    VERIFYING,
     Conversion,
     Identifying,
     Inspection,
+    Stage,
     check_device,
     check_options,
     recorded,
@@ -29,10 +29,12 @@ from normconvert.options import (
 )
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
+from normconvert.wording.steps import Step
 from normconvert.wording.words import with_changes
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from normconvert.apply.shard_stream import Stream
     from normconvert.apply.source_reader import SourceReader
@@ -214,13 +216,14 @@ def _plan(
         from normconvert.sources import open_source
 
         source = open_source(str(request.src), found=found, **request.opening)
+    say(Step("building the model", 1, 2))
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
     from normconvert.rewrites.other_norms import other_norms
     from normconvert.rewrites.planning import planned
 
-    plan, graph = planned(model, request.allowed, request.method)
+    plan, graph = planned(model, request.allowed, request.method, _telling(say))
     traced = time.perf_counter()
     lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")
@@ -240,6 +243,19 @@ def _plan(
         options=recorded(request),
     )
     return source, report, graph
+
+
+def _telling(say: Stage) -> Callable[[nn.Module], Graph]:
+    """Traces a model, and tells what comes after that."""
+    from normconvert.tracing.model_graph import trace_model
+
+    def tracer(model: nn.Module) -> Graph:
+        say(Step("following the calls of the model", 0, 2))
+        graph = trace_model(model)
+        say(Step("planning", 1, 2))
+        return graph
+
+    return tracer
 
 
 def _silent(stage: str) -> None:
@@ -368,7 +384,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
         exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),
         level=level,
-        told=lambda what: say(f"{VERIFYING}{what}"),
+        told=say,
         probes=probes,
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
         conditioned="algebra" not in limits,

@@ -47,9 +47,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_
 """Conversion -> what its options are if the user does not say, where that differs from the general default."""
 
 Stage = Callable[[str], None]
-"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within the last with
-what is run next, behind :data:`VERIFYING`."""
-VERIFYING = "verifying: "
+"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within a
+stage with what is done next, a :class:`normconvert.wording.steps.Step`."""
 
 SRC = "Hub id (org/name, @revision), folder, weight file, or demo:NAME."
 OUT = "The folder to make; it appears complete or not at all."

@@ -40,7 +40,8 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
         if asked.max_memory is not None and view.report_file is not None:
             raise InputError("--report measures every layer of whole models in memory: leave out --max-memory or it")
         timed = {"bench": read_benchmark(view.bench)} if view.bench is not None else {}
-        screen.say(f"comparing {b} with {a}")
+        stage = screen.stages(a, coming=("open", "verify"))
+        stage("open")
         patient_threads()
         from normconvert.options import check_device
         from normconvert.report.console import show_fidelity
@@ -48,8 +49,8 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
         from normconvert.verification.equivalence import verify as verify_checkpoints
 
         check_device(asked.device)
-        screen.hush_bars()
-        fidelity = verify_checkpoints(**vars(asked))
+        stage("verify")
+        fidelity = verify_checkpoints(**vars(ask(stage=stage)))
         found = view.measured(
             screen, a, b, device=asked.device, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code,
             seed=asked.seed,

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from normconvert.apply.output_folder import check_output
 from normconvert.apply.output_folder import replace as put_in_place
 from normconvert.errors import InputError, NormConvertError, first_line
-from normconvert.options import VERIFYING
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
@@ -22,6 +21,7 @@ from normconvert.recipes.job import Job, Result
 from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
 from normconvert.recipes.storage import Store, is_url
 from normconvert.sources import hub
+from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
     from normconvert.result import Report
@@ -190,7 +190,7 @@ def _told(say: Say) -> Iterator[tuple[Callable[[str], None], Callable[[str, int,
     last = 0.0
 
     def stage(name: str) -> None:
-        if not name.startswith(VERIFYING):
+        if not isinstance(name, Step):
             say("stage", {"name": name})
 
     def progress(name: str, done: int, total: int) -> None:

@@ -24,7 +24,7 @@ def _limits(path: str, spelled: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`normconvert.verify` is asked."""
+    """What :func:`normconvert.verify` is asked; ``stage`` is told of each run of a model as it begins."""
 
     a: str | Path = option(MISSING, "The original, as SRC of the other commands.", metavar="A")
     b: str | Path = option(MISSING, "The converted one, or any other of the same model.", metavar="B")
@@ -42,6 +42,7 @@ class Verification:
     limits: Mapping[str, float] | None = option(
         None, "YAML: figure and limit, instead of the default limits.", metavar="FILE", parse=_limits
     )
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True)
