@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from normconvert.options import (
     Conversion,
     Identifying,
     Inspection,
-    Stage,
     check_device,
     check_options,
     recorded,
@@ -34,7 +33,6 @@ from normconvert.wording.words import with_changes
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from normconvert.apply.shard_stream import Stream
     from normconvert.apply.source_reader import SourceReader
@@ -97,6 +95,7 @@ def convert(request: Conversion) -> Report:
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
     limits = _check(request)
+    request = replace(request, name=request.name or request.push_to_hub)
     with _workplace(request) as place:
         source, report, graph = _plan(request, place.found, place.stream)
         _refuse_if_pointless(report, request.require_all)
@@ -113,6 +112,12 @@ def convert(request: Conversion) -> Report:
             write_card(folder, source, report)
             # Again: the verification has read the source once more.
             place.reader.check_unchanged()
+    if request.push_to_hub is not None:
+        from normconvert.apply.upload import upload
+
+        (request.stage or _silent)(f"uploading to {request.push_to_hub}")
+        upload(user_path(request.out), request.push_to_hub, request.method, private=not request.public)
+        report = replace(report, uploaded=request.push_to_hub)
     return report
 
 
@@ -126,6 +131,10 @@ def _check(request: Conversion) -> dict[str, float]:
     from normconvert.verification.limits import check_limits
 
     check_options(request)
+    if request.push_to_hub is not None:
+        from normconvert.apply.upload import check_repository
+
+        check_repository(request.push_to_hub, str(request.src))
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
@@ -222,8 +231,9 @@ def _plan(
     say("trace")
     from normconvert.rewrites.other_norms import other_norms
     from normconvert.rewrites.planning import planned
+    from normconvert.tracing.model_graph import tracing_told
 
-    plan, graph = planned(model, request.allowed, request.method, _telling(say))
+    plan, graph = planned(model, request.allowed, request.method, tracing_told(say))
     traced = time.perf_counter()
     lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")
@@ -243,19 +253,6 @@ def _plan(
         options=recorded(request),
     )
     return source, report, graph
-
-
-def _telling(say: Stage) -> Callable[[nn.Module], Graph]:
-    """Traces a model, and tells what comes after that."""
-    from normconvert.tracing.model_graph import trace_model
-
-    def tracer(model: nn.Module) -> Graph:
-        say(Step("following the calls of the model", 0, 2))
-        graph = trace_model(model)
-        say(Step("planning", 1, 2))
-        return graph
-
-    return tracer
 
 
 def _silent(stage: str) -> None:

@@ -363,6 +363,13 @@ class Conversion(_Planning):
     )
     overwrite: bool = option(False, OVERWRITE, panel=WRITTEN)
     dry_run: bool = option(False, "Plan only; write nothing.", panel=WRITTEN)
+    push_to_hub: str | None = option(
+        None, "Upload OUT to this repository, a private one if it has to be made.", metavar="REPO", panel=WRITTEN
+    )
+    public: bool = option(False, "With --push-to-hub: a public one.", panel=WRITTEN)
+    name: str | None = option(
+        None, "What the model card's examples load; else that repository, or OUT's name.", recorded=True, console=False
+    )
     verify: bool = option(
         True, "Check the result before it appears.", off="Do not check the result.", recipe=True, panel=CHECKED
     )

@@ -28,6 +28,7 @@ class Report:
         fidelity: the three figures, or None if not verified.
         dtype: dtype of the source's weights.
         stored: dtype that the output's weights are stored in.
+        uploaded: the repository on the hub that has the output, too.
         bytes_written: size of the weight files written.
         tensors_edited: how many tensors were edited or added.
         tensors_copied: how many were copied as they were.
@@ -47,6 +48,7 @@ class Report:
     fidelity: Fidelity | None = None
     dtype: str = ""
     stored: str = ""
+    uploaded: str | None = None
     bytes_written: int = 0
     tensors_edited: int = 0
     tensors_copied: int = 0

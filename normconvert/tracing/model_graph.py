@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from itertools import chain, islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from normconvert.tracing.doors import with_doors
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
+from normconvert.wording.steps import Step
 
 FURTHER_CALLS = 3
 
@@ -31,6 +32,18 @@ def trace_model(model: nn.Module) -> Graph:
     """
     with quiet():
         return _trace(model)
+
+
+def tracing_told(say: Callable[[str], None]) -> Callable[[nn.Module], Graph]:
+    """:func:`trace_model`, and ``say`` is told of it and of what comes after it, as steps."""
+
+    def traced(model: nn.Module) -> Graph:
+        say(Step("following the calls of the model", 0, 2))
+        graph = trace_model(model)
+        say(Step("planning", 1, 2))
+        return graph
+
+    return traced
 
 
 def _trace(model: nn.Module) -> Graph:

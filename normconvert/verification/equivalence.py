@@ -1,4 +1,4 @@
-"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what users feel.
+"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what is seen in use.
 
 - *Algebra*: the files' operations with the plan applied to float64 copies of the weights, against the original in
   float64; and the files' weights against those.
