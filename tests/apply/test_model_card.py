@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import normconvert
 from normconvert.apply.card_metadata import metadata
 from normconvert.apply.model_card import hub_id, model_card, split_front_matter
 from normconvert.plan.conversion_plan import Plan, Verdict
@@ -102,3 +106,20 @@ def test_what_a_front_matter_says_is_kept_but_for_what_was_measured(front: str, 
     tags = said.pop("tags")
     assert tags == [*(["a", "b c"] if "b c" in front else []), "normconvert", "fuse-bn"]
     assert said == {"library_name": "transformers", "pipeline_tag": "text-generation", **kept}
+
+
+@pytest.mark.parametrize("method", ["rmsnorm", "crmsnorm"])
+def test_every_block_of_a_timm_card_runs_beside_the_folder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normconvert.convert("demo:vit", tmp_path / "my out", method, verify=False)
+    card = (tmp_path / "my out" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "model-index" not in card
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert len(blocks) == {"rmsnorm": 2, "crmsnorm": 1}[method]
+    for block in blocks:
+        scope: dict[str, Any] = {}
+        exec(block, scope)
+        assert scope["model"](torch.zeros(1, 1, 8, 8)).shape == (1, 10)
