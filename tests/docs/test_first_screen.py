@@ -55,6 +55,12 @@ def test_a_figure_of_the_readme_is_the_one_measured(what: str, words: str) -> No
         assert words in said, f"{what}: run python -m tools.docs.figures"
 
 
+def test_the_page_of_measurements_begins_with_what_was_found() -> None:
+    head = (ROOT / "docs/performance.md").read_text(encoding="utf-8").partition("<!-- models -->")[0]
+    said = " ".join(head.split())
+    assert [what for what, words in figures().items() if what != "what converts" and words not in said] == []
+
+
 def test_the_picture_is_what_its_tool_draws() -> None:
     drawn = PICTURE.read_text(encoding="utf-8")
     assert drawn == picture(), "run python tools/docs/stream_picture.py"
