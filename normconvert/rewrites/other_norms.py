@@ -23,12 +23,12 @@ CALLS = {"aten.group_norm": "GroupNorm", "aten.instance_norm": "InstanceNorm"}
 STATISTICS = {"aten.mean", "aten.var", "aten.var_mean", "aten.std", "aten.std_mean", "aten.linalg_vector_norm"}
 NAMED = re.compile(r"Norm(?![a-z])")
 WHY = {
-    "LayerNorm": "divided by a statistic of each token",
-    "RMSNorm": "divided by a statistic of each token, no mean subtracted",
-    "BatchNorm": "shifted and scaled by numbers that were learnt",
-    "": "divided by a statistic of each image or group of channels, which no weight can take",
+    "LayerNorm": "divides by a statistic of each token",
+    "RMSNorm": "divides by a statistic of each token and subtracts no mean",
+    "BatchNorm": "shifts and scales by numbers that were learnt",
+    "": "divides by a statistic of each image or group of channels, which no weight can take",
 }
-"""Family -> what becomes of its input, and so why a conversion that is for other norms leaves it."""
+"""Family -> what it does with its input, and so why a conversion that is for other norms leaves it."""
 
 
 def other_norms(graph: Graph, method: str) -> list[str]:
@@ -37,14 +37,13 @@ def other_norms(graph: Graph, method: str) -> list[str]:
     for family, kind in _norms(graph):
         if family not in _families(METHODS[method]):
             families[family, kind] += 1
-    return [_sentence(family, kind, count, method) for (family, kind), count in families.items()]
+    return [_sentence(family, kind, count) for (family, kind), count in families.items()]
 
 
-def _sentence(family: str, kind: str, count: int, method: str) -> str:
+def _sentence(family: str, kind: str, count: int) -> str:
     meant = [name for name, norms in METHODS.items() if family and family in _families(norms)]
     then = f"see {', '.join(meant)}" if meant else "no conversion is for it"
-    what = f"{method} is about {METHODS[method]}, and this is its input {WHY[family]}"
-    return f"{count} {kind}: {what}; {then}"
+    return f"{count} {kind}: {WHY[family]}; {then}"
 
 
 def _families(norms: str) -> list[str]:
