@@ -18,7 +18,6 @@ from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.errors import InputError
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
-    VERIFYING,
     Conversion,
     Identifying,
     Inspection,
@@ -31,6 +30,7 @@ from normconvert.options import (
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
+from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,7 @@ def convert(request: Conversion) -> Report:
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
     limits = _check(request)
+    request = replace(request, name=request.name or request.push_to_hub)
     with _workplace(request) as place:
         source, report, graph = _plan(request, place.found, place.stream)
         from normconvert.verification.outcome import refuse_if_pointless
@@ -141,6 +142,12 @@ def convert(request: Conversion) -> Report:
             write_card(folder, source, report)
             # Again: the verification has read the source once more.
             place.reader.check_unchanged()
+    if request.push_to_hub is not None:
+        from normconvert.apply.upload import upload
+
+        (request.stage or _silent)(f"uploading to {request.push_to_hub}")
+        upload(user_path(request.out), request.push_to_hub, request.method, private=not request.public)
+        report = replace(report, uploaded=request.push_to_hub)
     return report
 
 
@@ -154,6 +161,10 @@ def _check(request: Conversion) -> dict[str, float]:
     from normconvert.verification.limits import check_limits
 
     check_options(request)
+    if request.push_to_hub is not None:
+        from normconvert.apply.upload import check_repository
+
+        check_repository(request.push_to_hub, str(request.src))
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
@@ -244,13 +255,17 @@ def _plan(
         from normconvert.sources import open_source
 
         source = open_source(str(request.src), found=found, **request.opening)
+    say(Step("building the model", 1, 2))
     model = source.skeleton()
     opened = time.perf_counter()
     say("trace")
+    from normconvert.rewrites.other_norms import other_norms
     from normconvert.rewrites.planning import planned
+    from normconvert.tracing.model_graph import tracing_told
 
-    plan, graph = planned(model, request.allowed, request.method)
+    plan, graph = planned(model, request.allowed, request.method, tracing_told(say))
     traced = time.perf_counter()
+    lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")
     wanted = request.dtype if isinstance(request, Conversion) else "auto"
     report = Report(
@@ -264,6 +279,7 @@ def _plan(
         stored=dtype if wanted == "auto" else wanted,
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
+        others=tuple(other_norms(graph, request.method)) if lists else (),
         options={**recorded(request), **({"arch": source.architecture} if source.factory else {})},
     )
     return source, report, graph
@@ -367,7 +383,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         converted=partial(reopened, dtype=dtype),
         exact=partial(reopened, dtype=torch.float64),
         level=level,
-        told=lambda what: say(f"{VERIFYING}{what}"),
+        told=say,
         probes=probes,
         tolerance=min(tolerance_for(plan), limits.get("algebra", math.inf)),
         conditioned="algebra" not in limits,

@@ -32,6 +32,11 @@ OF_TENSORS = ("fold", "rotate")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
+SHORT_DTYPES: Mapping[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+SOURCE, PLANNED, WRITTEN = "What is read", "What may change", "What is written"
+CHECKED, TOLD = "How it is checked", "What is told"
+"""Headings of the help under which options stand."""
 
 ROTATIONS = ("hadamard", "random")
 """Orthogonal maps: see `normconvert.plan.rotations`."""
@@ -43,12 +48,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_
 """Conversion -> what its options are if the user does not say, where that differs from the general default."""
 
 Stage = Callable[[str], None]
-"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within the last with
-what is run next, behind :data:`VERIFYING`."""
-VERIFYING = "verifying: "
+"""Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within a
+stage with what is done next, a :class:`normconvert.wording.steps.Step`."""
 
 SRC = "Hub id (org/name, @revision), folder, weight file, or demo:NAME."
 OUT = "The folder to make; it appears complete or not at all."
+OVERWRITE = "Replace an OUT that exists, once the new one is whole."
 METHOD = ", ".join(METHODS)
 REVISION = "Branch, tag or commit on the hub."
 TRUST = "Let code that comes with a checkpoint run."
@@ -81,6 +86,9 @@ class About:
         help: one or two sentences, the same wherever the option is described.
         metavar: what stands for its value in help texts.
         choices: what it may be; empty: anything of its type.
+        aliases: further spellings of choices -> the choice.
+        panel: the heading that it stands under in help texts; empty: that of options without one.
+        formerly: older spellings on the command line, which stay.
         at_least: the smallest number that it may be.
         methods: the conversions that it has an effect on; empty: all.
         spelling: its name on the command line, where that is not its own.
@@ -91,7 +99,6 @@ class About:
         recipe: a recipe may set it.
         console: the command line has it.
         positional: an argument there, even though it has a default.
-        leads: the first argument there, which must be given.
         required: must be given there, by its name.
         model: it may be a model in memory.
         details: further arguments of typer's option.
@@ -100,6 +107,9 @@ class About:
     help: str
     metavar: str | None = None
     choices: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    panel: str = ""
+    formerly: tuple[str, ...] = ()
     at_least: int | None = None
     methods: tuple[str, ...] = ()
     spelling: str | None = None
@@ -110,10 +120,13 @@ class About:
     recipe: bool = False
     console: bool = True
     positional: bool = False
-    leads: bool = False
     required: bool = False
     model: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def settled(self, value: Any) -> Any:
+        """A value, or the choice that it is another spelling of."""
+        return self.aliases.get(value, value) if isinstance(value, str) else value
 
 
 def option(default: Any, help: str, **about: Any) -> Any:
@@ -162,7 +175,7 @@ def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]]
                 signature.bind(*args, **kwargs)
             except TypeError as error:  # told as of this function, not of the request
                 raise TypeError(f"{function.__name__}() {error}") from None
-            return function(kind(*args, **kwargs))
+            return function(_settled(kind(*args, **kwargs)))
 
         call.__signature__ = signature.replace(return_annotation=inspect.signature(function).return_annotation)  # type: ignore[attr-defined]
         call.__doc__ = _documented(function.__doc__ or "", kind)
@@ -186,6 +199,12 @@ def _refuse_models(name: str, kind: Any, args: Any, kwargs: Mapping[str, Any]) -
             f"{name}() reads a checkpoint, and was given a model in memory: normconvert.convert_model, inspect and "
             "verify take those"
         )
+
+
+def _settled(request: Request) -> Request:
+    """The request with each choice under its own name."""
+    found = {name: known.settled(getattr(request, name)) for name, _, known in about(type(request)) if known.aliases}
+    return replace(request, **found) if found else request  # type: ignore[type-var]
 
 
 def _documented(doc: str, kind: Any) -> str:
@@ -222,57 +241,57 @@ class Options:
     tied: str | None = option(
         None,
         "An embedding that is also the output head: centre its output, or untie it; center, for crmsnorm untie.",
-        choices=("center", "untie"), methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+        choices=("center", "untie"), methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     min_gain: int | None = option(
         None,
         "Insert an operation only where it wins at least N norms; 3, for crmsnorm 2.",
-        metavar="N", at_least=1, methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True,
+        metavar="N", at_least=1, methods=("rmsnorm", "crmsnorm"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     allow_shifted_outputs: bool = option(
         False,
         "The per-token mean of returned hidden states may change.",
-        methods=("rmsnorm",), recorded=True, recipe=True,
+        methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     keep_features: bool = option(
         False,
         "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
-        methods=("rmsnorm", "crmsnorm", "rotate"), recorded=True, recipe=True,
+        methods=("rmsnorm", "crmsnorm", "rotate"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     through_features: bool = option(
         False,
         "Let scales move across points where features are returned, which changes those.",
-        methods=("fuse-bn",), recorded=True, recipe=True,
+        methods=("fuse-bn",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     fold: bool = option(
         False,
         "Move the norms' weight and bias into the linear maps that read them, where each can take them.",
-        spelling="--fold/--no-fold", methods=("rmsnorm",), recorded=True, recipe=True,
+        spelling="--fold/--no-fold", methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     merge_branches: bool = option(
         False,
         "Make parallel convolutions and skips of a block one convolution.",
-        methods=("fuse-bn",), recorded=True, recipe=True,
+        methods=("fuse-bn",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     basis: str = option(
         "isometric",
         "Store d - 1 numbers in an orthogonal basis, or as the paper: drop the last channel.",
-        choices=("isometric", "paper"), methods=("crmsnorm",), recorded=True, recipe=True,
+        choices=("isometric", "paper"), methods=("crmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     keep: str | None = option(
         None,
         "Tensors and modules that may not change: names or patterns, with commas between; norms that need them stay.",
-        metavar="NAMES", methods=("fold",), recorded=True, recipe=True,
+        metavar="NAMES", methods=("fold",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     rotation: str = option(
         "hadamard",
         "A Hadamard matrix with random signs, or a random orthogonal matrix.",
-        choices=ROTATIONS, methods=("rotate",), recorded=True, recipe=True,
+        choices=ROTATIONS, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     seed: int = option(
         0,
         "Of the rotation: of its signs, or of the random matrix.",
-        metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True,
+        metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
 
     def for_method(self, method: str) -> Options:
@@ -289,23 +308,23 @@ class Options:
 class Opening:
     """How a source is opened: options of every command that reads one."""
 
-    revision: str | None = option(None, REVISION, metavar="REV", recorded=True)
+    revision: str | None = option(None, REVISION, metavar="REV", recorded=True, panel=SOURCE)
     arch: str | None = option(
         None,
         "Architecture of bare weights, or FILE.py:FACTORY, which makes it; else found by their names and shapes.",
-        metavar="timm:NAME", recorded=True,
+        metavar="timm:NAME", recorded=True, panel=SOURCE,
     )  # fmt: skip
     variant: str | None = option(
         None,
         "Weights of this name, such as fp16; else those without one, or the only ones.",
-        metavar="NAME", recorded=True,
+        metavar="NAME", recorded=True, panel=SOURCE,
     )  # fmt: skip
     weights: str | None = option(
         None,
         "Of a checkpoint of training: the averaged or the trained weights; else the averaged.",
-        choices=tuple(SETS), recorded=True,
+        choices=tuple(SETS), recorded=True, panel=SOURCE,
     )  # fmt: skip
-    trust_remote_code: bool = option(False, TRUST, recipe=True)
+    trust_remote_code: bool = option(False, TRUST, recipe=True, panel=SOURCE)
 
     @property
     def opening(self) -> dict[str, Any]:
@@ -336,7 +355,7 @@ class Identifying:
         MISSING, "A weight file (safetensors or a pickle), a folder, or a hub id.", metavar="CKPT"
     )
     _: KW_ONLY
-    revision: str | None = option(None, REVISION, metavar="REV")
+    revision: str | None = option(None, REVISION, metavar="REV", panel=SOURCE)
 
 
 @dataclass(frozen=True)
@@ -345,8 +364,9 @@ class Inspection(_Planning):
 
     src: str | Path | Network = option(MISSING, SRC, metavar="SRC", model=True)
     method: str = option(
-        "rmsnorm", f"The conversion to look at: {METHOD}.", spelling="--for", metavar="METHOD", choices=tuple(METHODS)
-    )
+        "rmsnorm", f"The conversion to look at: {METHOD}.", formerly=("--for",), metavar="METHOD",
+        choices=tuple(METHODS),
+    )  # fmt: skip
     _: KW_ONLY
     example_inputs: Any = option(None, EXAMPLE, console=False)
     stage: Stage | None = None
@@ -368,21 +388,32 @@ class Conversion(_Planning):
     dtype: str = option(
         "auto",
         "Store the weights in this dtype; auto keeps each tensor's own.",
-        choices=DTYPES,
-        recorded=True,
-        recipe=True,
-    )
+        choices=DTYPES, aliases=SHORT_DTYPES, recorded=True, recipe=True, panel=WRITTEN,
+    )  # fmt: skip
     max_shard_size: int | None = option(
         None, "Size of a weight file, such as 5GB or 500MB; else as the source.",
-        metavar="SIZE", parse=parse_size, recorded=True, recipe=True,
+        metavar="SIZE", parse=parse_size, recorded=True, recipe=True, panel=WRITTEN,
     )  # fmt: skip
-    require_all: bool = option(False, "Refuse unless every norm can be converted.", recipe=True)
-    stream: bool = option(False, "Fetch, convert and delete the shards on the hub one by one; goes on if stopped.")
-    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
-    dry_run: bool = option(False, "Plan only; write nothing.")
-    verify: bool = option(True, "Check the result before it appears.", off="Do not check the result.", recipe=True)
-    verify_level: str = option("standard", LEVEL, spelling="--verify", choices=LEVELS)
-    device: str = option("cpu", "Where the verification runs: cpu, cuda, cuda:1, mps.", metavar="DEVICE", recipe=True)
+    require_all: bool = option(False, "Refuse unless every norm can be converted.", recipe=True, panel=PLANNED)
+    stream: bool = option(
+        False, "Fetch, convert and delete the shards on the hub one by one; goes on if stopped.", panel=WRITTEN
+    )
+    overwrite: bool = option(False, OVERWRITE, panel=WRITTEN)
+    dry_run: bool = option(False, "Plan only; write nothing.", panel=WRITTEN)
+    push_to_hub: str | None = option(
+        None, "Upload OUT to this repository, a private one if it has to be made.", metavar="REPO", panel=WRITTEN
+    )
+    public: bool = option(False, "With --push-to-hub: a public one.", panel=WRITTEN)
+    name: str | None = option(
+        None, "What the model card's examples load; else that repository, or OUT's name.", recorded=True, console=False
+    )
+    verify: bool = option(
+        True, "Check the result before it appears.", off="Do not check the result.", recipe=True, panel=CHECKED
+    )
+    verify_level: str = option("standard", LEVEL, spelling="--verify", choices=LEVELS, panel=CHECKED)
+    device: str = option(
+        "cpu", "Where the verification runs: cpu, cuda, cuda:1, mps.", metavar="DEVICE", recipe=True, panel=CHECKED
+    )
     limits: Mapping[str, float] | None = option(
         None, "Figure of the verification and its limit, narrower than what every conversion is held to.", console=False
     )

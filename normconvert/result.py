@@ -30,11 +30,14 @@ class Report:
         fidelity: the three figures, or None if not verified.
         dtype: dtype of the source's weights.
         stored: dtype that the output's weights are stored in.
+        uploaded: the repository on the hub that has the output, too.
         bytes_written: size of the weight files written.
         tensors_edited: how many tensors were edited or added.
         tensors_copied: how many were copied as they were.
         seconds: stage -> seconds it took.
         notes: sentences for the user.
+        others: a sentence for each kind of norm that the conversion is not about; of an inspection, or of a model that
+            has no other.
         options: the options of the conversion, with their defaults, by the names of the Python API.
     """
 
@@ -47,11 +50,13 @@ class Report:
     fidelity: Fidelity | None = None
     dtype: str = ""
     stored: str = ""
+    uploaded: str | None = None
     bytes_written: int = 0
     tensors_edited: int = 0
     tensors_copied: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
-from normconvert.options import OUT, TRUST, option
+from normconvert.options import OUT, OVERWRITE, SOURCE, TRUST, WRITTEN, option
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class AdapterConversion:
     adapter: str | Path = option(MISSING, "Folder of a PEFT adapter of the original.", metavar="ADAPTER")
     out: Path | str = option(MISSING, OUT, metavar="OUT")
     converted: str | Path = option(
-        MISSING, "Output folder of the conversion that the adapter is for.", spelling="--for", metavar="CONVERTED",
-        required=True,
+        MISSING, "Output folder of the conversion that the adapter is for.", formerly=("--for",),
+        metavar="CONVERTED", required=True,
     )  # fmt: skip
     _: KW_ONLY
     source: str | Path | None = option(
         None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
     )
-    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
-    trust_remote_code: bool = option(False, TRUST)
+    overwrite: bool = option(False, OVERWRITE, panel=WRITTEN)
+    trust_remote_code: bool = option(False, TRUST, panel=SOURCE)

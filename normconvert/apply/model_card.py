@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from normconvert.apply.card_metadata import metadata
 from normconvert.plan.conversion_plan import Plan, Verdict
 
 PAPER = "https://arxiv.org/abs/2305.14858"
@@ -61,8 +62,6 @@ SHIPPED, OWN = "shipped", "own"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Only at the very beginning: further down three dashes are a rule.
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-# With the lines that belong to the key: a list below it, or a folded text.
-BASE_MODEL = re.compile(r"^base_model(?:_relation)?:.*\n?(?:^(?:[ \t]+|-[ \t]).*\n?)*", re.MULTILINE)
 
 
 def model_card(
@@ -75,6 +74,9 @@ def model_card(
     auto_class: str = "AutoModel",
     code: str = SHIPPED,
     source_readme: str | None = None,
+    revision: str | None = None,
+    name: str = "FOLDER",
+    task: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -88,17 +90,20 @@ def model_card(
         auto_class: the Auto class for the example.
         code: what ``trust_remote_code`` runs, as :func:`remote_code` says it.
         source_readme: the source's README.md. Its front matter (licence, language, tags) is kept, its text appended.
+        revision: commit on the hub that was converted.
+        name: what the examples load: the folder's name, or its repository on the hub.
+        task: the hub's name of what the model does.
     """
     base = hub_id(source_reference, library)
     title = base or architecture or "A checkpoint"
     # Two blocks of front matter would make the second one text: there is one, with the source's licence in it.
     front, text = split_front_matter(source_readme or "")
     parts = [
-        f"---\n{_metadata(front, base, library)}---",
+        f"---\n{metadata(front, base, library, plan.method, task)}---",
         f"# {title}, converted by normconvert",
-        _summary(plan, base, architecture),
+        _summary(plan, base, architecture, revision),
         "## Loading",
-        _loading(plan, library, architecture, auto_class, code),
+        _loading(plan, library, architecture, auto_class, code, name),
         "## Fidelity",
         _table(("measure", "value"), fidelity.items()) if fidelity else "The conversion was not verified.",
         _kept(plan.kept),
@@ -126,19 +131,10 @@ def split_front_matter(readme: str) -> tuple[str, str]:
     return (match.group(1).strip("\r\n"), readme[match.end() :]) if match else ("", readme)
 
 
-def _metadata(front: str, base: str | None, library: str) -> str:
-    """The source's metadata with ``base_model`` set. Its text is kept as it is, so nothing in it can be misread."""
-    lines = BASE_MODEL.sub("", front + "\n").strip("\n") if base else front
-    lines = lines + "\n" if lines else ""
-    if not re.search(r"^library_name:", lines, re.MULTILINE):
-        lines += f"library_name: {library}\n"
-    if base:
-        lines += f"base_model: {base}\nbase_model_relation: finetune\n"
-    return lines
-
-
-def _summary(plan: Plan, base: str | None, architecture: str) -> str:
+def _summary(plan: Plan, base: str | None, architecture: str, revision: str | None) -> str:
     origin = f"[{base}](https://huggingface.co/{base})" if base else "the original checkpoint"
+    if base and revision:
+        origin += f" at revision [`{revision[:12]}`](https://huggingface.co/{base}/tree/{revision})"
     count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
     method = METHODS.get(plan.method, "")
     claim = (
@@ -150,33 +146,35 @@ def _summary(plan: Plan, base: str | None, architecture: str) -> str:
     ).strip()
 
 
-def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str) -> str:
+def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str) -> str:
+    named = json.dumps(name, ensure_ascii=False)
     in_place = "as converted" if plan.structural or not plan.modules else "RMSNorm modules in place"
     trust = TRUST if code == OWN else ""
-    own = f"import normconvert\n\nmodel = normconvert.load(FOLDER{trust})  # {in_place}"
+    own = f"import normconvert\n\nmodel = normconvert.load({named}{trust})  # {in_place}"
     if library == "torch":
-        own = f'import normconvert\n\nmodel = normconvert.load(FOLDER, arch="…/{architecture}"{TRUST})  # {in_place}'
+        own = f'import normconvert\n\nmodel = normconvert.load({named}, arch="…/{architecture}"{TRUST})  # {in_place}'
         return f"```python\n{own}\n```\n\n`{architecture}` is the code that makes the model; it is not part of this."
     if library == "timm" and plan.structural:
         blocks = [own]
     elif library == "timm":
-        plain = f'import timm\n\nmodel = timm.create_model("local-dir:" + FOLDER, pretrained=True)  # {architecture}'
+        place = json.dumps(f"{'hf-hub' if '/' in name else 'local-dir'}:{name}", ensure_ascii=False)
+        plain = f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)  # {architecture}"
         blocks = [own, plain]
     elif code != SHIPPED:
-        plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained(FOLDER{trust})"
+        plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({named}{trust})"
         blocks = [own] if plan.structural else [own, f"{plain}  # {ORIGINAL}"]
     else:
         remote = (
             f"from transformers import {auto_class}\n\n"
-            f"model = {auto_class}.from_pretrained(FOLDER{TRUST})  # {in_place}"
+            f"model = {auto_class}.from_pretrained({named}{TRUST})  # {in_place}"
         )
-        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # {ORIGINAL}"
+        plain = f"model = {auto_class}.from_pretrained({named})  # {ORIGINAL}"
         blocks = [own, remote] if plan.structural else [own, remote, plain]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
     if code == OWN:
         text += f"\n\n`{architecture}` is code that came with the original checkpoint: read it before you trust it."
     if any(edit["op"] == "affine" and edit["eps"] != 1.0 for edit in plan.modules):
-        plain = f"model = {auto_class}.from_pretrained(FOLDER)  # the original architecture, ε = 10¹²"
+        plain = f"model = {auto_class}.from_pretrained({named})  # the original architecture, ε = 10¹²"
         why = "All ways give the same outputs: a LayerNorm of so large an ε divides by √ε, whatever it reads."
         return f"{text}\n\n```python\n{plain}\n```\n\n{why}"
     if any(edit["op"] == "affine" for edit in plan.modules):

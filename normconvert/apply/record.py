@@ -74,8 +74,18 @@ def versions(library: str) -> dict[str, str]:
     return {name: str(import_module(name).__version__) for name in ("torch", library)}
 
 
+def _auto_classes(source: Source) -> list[str]:
+    """The Auto classes that build the source's architecture; of timm's, the one that does the same."""
+    if source.library == "timm":
+        return ["AutoModelForImageClassification"] if source.config.get("num_classes") else []
+    from normconvert.sources.families import family
+
+    return list(family(str(source.config.get("model_type"))).get(source.architecture, ()))
+
+
 def write_card(folder: Path, source: Source, report: Report) -> None:
     """README.md: what was done, how to load it, how faithful it is."""
+    from normconvert.apply.card_metadata import TASKS
     from normconvert.apply.model_card import auto_class, model_card, remote_code
     from normconvert.wording.words import in_words, with_changes
 
@@ -95,5 +105,8 @@ def write_card(folder: Path, source: Source, report: Report) -> None:
         auto_class=auto_class(folder, source.architecture) or source.architecture,
         code=remote_code(folder),
         source_readme=existing.read_text(encoding="utf-8", errors="replace") if existing else None,
+        revision=source.revision,
+        name=str(report.options.get("name") or Path(report.out or folder).absolute().name),
+        task=next((TASKS[auto] for auto in _auto_classes(source) if auto in TASKS), None),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
 from normconvert.errors import InputError
-from normconvert.options import DTYPES, METHODS, SRC, Opening, option
+from normconvert.options import DTYPES, METHODS, SHORT_DTYPES, SRC, Opening, option
 
 
 def _numbers(text: str, spelled: str) -> list[int]:
@@ -41,7 +41,7 @@ class Benchmarking(Opening):
         True, "For a causal language model: one token with a cache, too.", spelling="--decode/--no-decode"
     )
     device: str = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE")
-    dtype: str = option("auto", "Run in this dtype; auto is that of SRC's files.", choices=DTYPES)
+    dtype: str = option("auto", "Run in this dtype; auto is that of SRC's files.", choices=DTYPES, aliases=SHORT_DTYPES)
     seconds: float = option(3.0, "For each row, but five rounds at least.", metavar="S")
     threads: int | None = option(None, "On the CPU; else torch's choice.", metavar="N", at_least=1)
     method: str | None = option(

@@ -11,6 +11,8 @@ from normconvert.benchmark.timing import Spread, spread
 ORIGINAL, CONVERTED, BOUND = "original", "converted", "bound"
 WORTH = 1.03
 """A bound above this leaves enough room to say how much of the way a conversion goes."""
+SHARP = 0.5
+"""By how much that share may differ between the quartiles of the times, to be said at all."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,18 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """How much of the way to the bound the conversion goes; None if the bound is not above :data:`WORTH`."""
-        bound, converted = self.speedup.get(BOUND), self.milliseconds.get(CONVERTED)
-        if bound is None or converted is None or bound.median <= WORTH:
+        """How much of the way to the bound the conversion goes; None where the times do not tell.
+
+        They do if even the bound's lower quartile is above :data:`WORTH`, the share is the same to :data:`SHARP`
+        whichever quartiles it is computed from, and it may be one: from 0 to 1.
+        """
+        bound, converted = self.speedup.get(BOUND), self.speedup.get(CONVERTED)
+        if bound is None or converted is None or bound.low <= WORTH:
             return None
-        return share_of(self.speedup[CONVERTED].median, bound.median)
+        shares = [share_of(c, b) for c in (converted.low, converted.high) for b in (bound.low, bound.high)]
+        if max(shares) - min(shares) > SHARP or max(shares) < 0 or min(shares) > 1:
+            return None
+        return share_of(converted.median, bound.median)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""

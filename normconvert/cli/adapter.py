@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from normconvert.adapters.request import AdapterConversion
-from normconvert.cli.app import app
+from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import Output
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Convert a PEFT adapter of the original.")
+@register(short_help="Convert a PEFT adapter of the original.", rich_help_panel=AFTER)
 @command(AdapterConversion, Output)
 def adapter(ask: Ask[AdapterConversion], view: Output) -> int:
     """Convert a PEFT adapter of the original for the converted checkpoint; verified before it appears."""

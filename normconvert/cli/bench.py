@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from normconvert.benchmark.request import Benchmarking
-from normconvert.cli.app import app
+from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Measure what a conversion gains, or could gain.")
+@register(short_help="Measure what a conversion gains, or could gain.", rich_help_panel=AFTER)
 @command(Benchmarking, View)
 def bench(ask: Ask[Benchmarking], view: View) -> int:
     """Time SRC beside OUT and beside itself without the norms in question, in turns.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import CiView
 from normconvert.verification.requests import Checking
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Check a converted checkpoint against its source and plan, byte for byte.")
+@register(short_help="Check a converted checkpoint against its source and plan, byte for byte.", rich_help_panel=AFTER)
 @command(Checking, CiView)
 def check(ask: Ask[Checking], view: CiView) -> int:
     """Convert again as OUT's record says and compare every byte; exit status 1 if anything differs."""

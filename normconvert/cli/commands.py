@@ -13,7 +13,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, replace
-from enum import Enum
 from types import UnionType
 from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,7 +37,11 @@ class Ask(Protocol[Asked]):
 
 
 def command(
-    request: type[Request], view: type[Shown], optional: Mapping[str, str] | None = None, **fixed: Any
+    request: type[Request],
+    view: type[Shown],
+    optional: Mapping[str, str] | None = None,
+    said: Mapping[str, str] | None = None,
+    **fixed: Any,
 ) -> Callable[[Callable[[Ask[Request], Shown], int]], Callable[..., int]]:
     """Turn a function of a request and a view into one that typer can register.
 
@@ -46,13 +49,14 @@ def command(
         request: its options become the command's, but those that have no effect on the method in ``fixed``.
         view: how the result is shown; its options follow those of the request.
         optional: arguments that this command makes up if they are left out, with the help that says how.
+        said: options whose help is another one here.
         fixed: options that the command itself gives.
     """
 
     def decorate(function: Callable[[Ask[Request], Shown], int]) -> Callable[..., int]:
         parameters = {
-            request: list(_parameters(request, fixed, optional or {})),
-            view: list(_parameters(view, {}, {})),
+            request: list(_parameters(request, fixed, optional or {}, said or {})),
+            view: list(_parameters(view, {}, {}, said or {})),
         }
 
         @functools.wraps(function)
@@ -71,11 +75,16 @@ def command(
     return decorate
 
 
-def _parameters(kind: type[Any], fixed: Mapping[str, Any], optional: Mapping[str, str]) -> Iterator[inspect.Parameter]:
+def _parameters(
+    kind: type[Any], fixed: Mapping[str, Any], optional: Mapping[str, str], said: Mapping[str, str]
+) -> Iterator[inspect.Parameter]:
     hints, method = get_type_hints(kind), fixed.get("method")
-    for name, default, known in sorted(about(kind), key=lambda row: not row[2].leads):
+    for name, default, known in about(kind):
         if name in fixed or not known.console or (method and known.methods and method not in known.methods):
             continue
+        known = replace(known, help=said.get(name, known.help))
+        if known.methods and not method:
+            known = replace(known, help=f"{known.help}  [{', '.join(known.methods)}]")
         if name in optional:
             default, known = None, replace(known, help=optional[name], metavar=f"[{known.metavar}]", positional=True)
             hints[name] = hints[name] | None
@@ -93,33 +102,20 @@ def _typed_name(name: str, known: About) -> str:
 
 
 def _typed_default(default: Any, known: About) -> Any:
-    if known.leads or known.required or default is MISSING:
+    if known.required or default is MISSING:
         return inspect.Parameter.empty
     if known.off:
         return not default
-    if default == ():
-        return None
-    return _choice(known)(default) if known.choices and default is not None else default
-
-
-@functools.cache
-def _enum(choices: tuple[str, ...]) -> type[Enum]:
-    return Enum("Choice", {choice.upper(): choice for choice in choices}, type=str)  # type: ignore[return-value]
-
-
-def _choice(known: About) -> type[Enum]:
-    return _enum(known.choices)
+    return None if default == () else default
 
 
 def _typed_as(hint: Any, known: About) -> Any:
-    """What typer parses an option as: choices as an enumeration, as text what the option itself parses."""
+    """What typer parses an option as: as text choices and what the option itself parses."""
     optional = type(None) in get_args(hint)
     kind = hint
-    if known.choices:
-        kind = _choice(known)
-    elif get_origin(hint) is Sequence:  # any number of them
+    if get_origin(hint) is Sequence and known.parse is None:  # any number of them
         return list[get_args(hint)[0]] | None  # type: ignore[misc]
-    elif known.parse is not None:
+    if known.choices or known.parse is not None:
         kind = str
     elif isinstance(hint, UnionType) or get_origin(hint) is Union:
         kind = get_args(hint)[0]  # of "str | Path", the first is what typer is to make
@@ -127,13 +123,35 @@ def _typed_as(hint: Any, known: About) -> Any:
 
 
 def _typer_info(name: str, default: Any, known: About) -> Any:
-    if known.positional or known.leads or (default is MISSING and not known.required):
-        return typer.Argument(metavar=known.metavar, help=known.help, **known.details)
-    names = [*([f"-{known.short}"] if known.short else []), _spelled(name, known)]
-    return typer.Option(*names, metavar=known.metavar, help=known.off or known.help, **known.details)
+    if known.positional or (default is MISSING and not known.required):
+        return typer.Argument(metavar=known.metavar, help=known.help, **_choosing(known), **known.details)
+    names = [*([f"-{known.short}"] if known.short else []), spelled(name, known), *known.formerly]
+    more: dict[str, Any] = {**_choosing(known), **known.details}
+    return typer.Option(
+        *names, metavar=known.metavar or "|".join(known.choices) or None, help=known.off or known.help,
+        rich_help_panel=known.panel or None, **more,
+    )  # fmt: skip
 
 
-def _spelled(name: str, known: About) -> str:
+def _choosing(known: About) -> dict[str, Any]:
+    """What has typer take one of an option's choices, under any of its spellings, and shells complete it."""
+    if not known.choices:
+        return {}
+
+    def parser(typed: str) -> str:
+        value: str = known.settled(typed)
+        if value not in known.choices:
+            raise typer.BadParameter(f"{typed!r} is not one of {', '.join(map(repr, known.choices))}.")
+        return value
+
+    def autocompletion(incomplete: str) -> list[str]:
+        return [choice for choice in (*known.choices, *known.aliases) if choice.startswith(incomplete)]
+
+    return {"parser": parser, "autocompletion": autocompletion}
+
+
+def spelled(name: str, known: About) -> str:
+    """How an option is written on the command line."""
     return known.spelling or f"--{_typed_name(name, known).replace('_', '-')}"
 
 
@@ -145,13 +163,11 @@ def _values(kind: type[Any], typed: dict[str, Any]) -> dict[str, Any]:
         if key not in typed:
             continue
         value = typed[key]
-        if isinstance(value, Enum):
-            value = value.value
         if isinstance(value, list) or (value is None and default == ()):
             value = tuple(value or ())
         if known.off:
             value = not value
         if known.parse is not None and value is not None:
-            value = known.parse(value, _spelled(name, known))
+            value = known.parse(value, spelled(name, known))
         found[name] = value
     return found

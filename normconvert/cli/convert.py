@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import CONVERSIONS, register
 from normconvert.cli.commands import Ask, command
-from normconvert.cli.view import View, patient_threads
+from normconvert.cli.view import MEASURES, View, patient_threads
 from normconvert.files.user_paths import user_path
 from normconvert.options import Conversion
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Turn LayerNorm into RMSNorm.")
-@command(Conversion, View, method="rmsnorm")
+@register(short_help="Turn LayerNorm into RMSNorm.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, method="rmsnorm")
 def rmsnorm(ask: Ask[Conversion], view: View) -> int:
     """Turn every LayerNorm for which it is provably exact into RMSNorm, and write the checkpoint to OUT."""
     return _convert(ask, view)
 
 
-@app.command(short_help="Turn LayerNorm into RMSNorm on a stream of one channel less.")
-@command(Conversion, View, method="crmsnorm")
+@register(short_help="Turn LayerNorm into RMSNorm on a stream of one channel less.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, method="crmsnorm")
 def crmsnorm(ask: Ask[Conversion], view: View) -> int:
     """Store every stream that provably allows it in one channel less, its LayerNorms as CRMSNorm, and write it to OUT.
 
@@ -32,8 +32,8 @@ def crmsnorm(ask: Ask[Conversion], view: View) -> int:
     return _convert(ask, view)
 
 
-@app.command(short_help="Move the norms' weights into what reads them.")
-@command(Conversion, View, method="fold")
+@register(short_help="Move the norms' weights into what reads them.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, method="fold")
 def fold(ask: Ask[Conversion], view: View) -> int:
     """Move the weight and bias of every LayerNorm and RMSNorm into the linear maps that read it; weights of ones stay.
 
@@ -42,8 +42,8 @@ def fold(ask: Ask[Conversion], view: View) -> int:
     return _convert(ask, view)
 
 
-@app.command(short_help="Rotate the residual streams.")
-@command(Conversion, View, method="rotate")
+@register(short_help="Rotate the residual streams.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, method="rotate")
 def rotate(ask: Ask[Conversion], view: View) -> int:
     """Store every residual stream that provably allows it in another orthogonal basis, its norms' weights folded.
 
@@ -55,8 +55,8 @@ def rotate(ask: Ask[Conversion], view: View) -> int:
 BESIDE = "The folder to make; for a weight file, NAME-fused beside it if left out."
 
 
-@app.command("fuse-bn", short_help="Fuse BatchNorm into the layers beside it.")
-@command(Conversion, View, optional={"out": BESIDE}, method="fuse-bn")
+@register("fuse-bn", short_help="Fuse BatchNorm into the layers beside it.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, optional={"out": BESIDE}, method="fuse-bn")
 def fuse_bn(ask: Ask[Conversion], view: View) -> int:
     """Move every BatchNorm (and frozen or similar norm) into the convolutions and linears beside it, exactly."""
     return _convert(ask, view)

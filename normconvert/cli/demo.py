@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import SHOWN, register
 from normconvert.cli.commands import Ask, command
-from normconvert.cli.view import View
-from normconvert.options import option
+from normconvert.cli.view import MEASURES, View
+from normconvert.options import OVERWRITE, option
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
@@ -22,11 +22,11 @@ class Demonstration:
     out: Path | None = option(
         None, "Keep the converted models here; else they are deleted.", metavar="OUT", positional=True
     )
-    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
+    overwrite: bool = option(False, OVERWRITE)
 
 
-@app.command(short_help="Convert the embedded models and compare them.")
-@command(Demonstration, View)
+@register(short_help="Convert the embedded models and compare them.", rich_help_panel=SHOWN)
+@command(Demonstration, View, said=MEASURES)
 def demo(ask: Ask[Demonstration], view: View) -> int:
     """Convert the embedded models, verify them, and let the originals and the converted ones do the same work."""
 

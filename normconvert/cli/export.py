@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
 from normconvert.exporting.request import Export
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Write an ONNX file or a torch.export program.")
+@register(short_help="Write an ONNX file or a torch.export program.", rich_help_panel=AFTER)
 @command(Export, View)
 def export(ask: Ask[Export], view: View) -> int:
     """Export a checkpoint, converted or not, to a file that needs no normconvert; verified before it appears."""

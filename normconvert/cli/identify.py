@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import BEFORE, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import Output
 from normconvert.options import Identifying
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Find the architecture of bare weights.")
+@register(short_help="Find the architecture of bare weights.", rich_help_panel=BEFORE)
 @command(Identifying, Output)
 def identify(ask: Ask[Identifying], view: Output) -> int:
     """Find the architectures whose tensors have exactly these names and shapes, or the nearest and what differs.

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
-from normconvert.cli.commands import Ask, command
+from normconvert.cli.app import BEFORE, register
+from normconvert.cli.commands import Ask, command, spelled
 from normconvert.cli.view import View
-from normconvert.options import Inspection
+from normconvert.options import Inspection, about
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Show what would be converted, and why the rest would not.")
+@register(short_help="Show what would be converted, and why the rest would not.", rich_help_panel=BEFORE)
 @command(Inspection, View)
 def inspect(ask: Ask[Inspection], view: View) -> int:
     """Show the norms of a model, what would be converted, and why the rest would not. Writes nothing."""
 
     def action(screen: Screen) -> Done:
+        _check(ask())
         stage = screen.stages(str(ask().src))
         stage("open")
         from normconvert.api import inspect as inspect_source
@@ -33,3 +34,20 @@ def inspect(ask: Ask[Inspection], view: View) -> int:
         )
 
     return view.run(action)
+
+
+def _check(asked: Inspection) -> None:
+    """Refuse an option of another conversion: what is shown would not be what it changes.
+
+    Raises:
+        InputError: names the option and the conversions that have it.
+    """
+    from normconvert.errors import InputError
+
+    for name, default, known in about(Inspection):
+        if known.methods and asked.method not in known.methods and getattr(asked, name) != default:
+            option = spelled(name, known).partition("/")[0]
+            raise InputError(
+                f"{option} changes nothing in {asked.method}; it belongs to {', '.join(known.methods)}: "
+                f"add --method {known.methods[0]}"
+            )

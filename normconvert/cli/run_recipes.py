@@ -6,9 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typer.core import TyperCommand
-
-from normconvert.cli.app import app
+from normconvert.cli.app import MANY, Command, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
 from normconvert.options import option, parse_size
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 
-class _RayMayStandAlone(TyperCommand):
+class _RayMayStandAlone(Command):
     """``--ray`` takes an address or none: one follows if the next word looks like one and is no file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -52,7 +50,7 @@ class Batching:
     dry_run: bool = option(False, "Show the jobs and what each would do.")
 
 
-@app.command(cls=_RayMayStandAlone, short_help="Run the conversions of recipes (YAML files).")
+@register(cls=_RayMayStandAlone, short_help="Run the conversions of recipes (YAML files).", rich_help_panel=MANY)
 @command(Batching, View)
 def run(ask: Ask[Batching], view: View) -> int:
     """Run all conversions of recipes. Outputs that are there and up to date are skipped; a failure stops no other job.

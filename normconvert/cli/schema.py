@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from normconvert.cli.app import app
+from normconvert.cli.app import MANY, register
 
 
-@app.command(short_help="Print the JSON Schema of recipes.")
+@register(short_help="Print the JSON Schema of recipes.", rich_help_panel=MANY)
 def schema() -> int:
     """Print the JSON Schema of recipes, by which editors complete and check them."""
     import json

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from normconvert.cli.app import app
+from normconvert.cli.app import CONVERSIONS, Command, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
-from normconvert.tuning.settings import Swapping
+from normconvert.tuning.settings import SWAPS, Swapping
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
 
-@app.command(short_help="Swap LayerNorm for a norm with learnt statistics, and fuse it away.")
+class _MethodMayLead(Command):
+    """``swap un SRC OUT``, as it used to be written, is ``swap --method un SRC OUT``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give a method that stands before SRC and OUT its option's name."""
+        options, left, _ = self.make_parser(ctx).parse_args(args=list(args))
+        if len(left) == 1 and options.get("src") in SWAPS and options.get("method") is None:
+            at = args.index(options["src"])
+            args = ["--method", args[at], *args[:at], *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+@register(
+    cls=_MethodMayLead,
+    short_help="Swap LayerNorm for a norm with learnt statistics, and fuse it away.",
+    rich_help_panel=CONVERSIONS,
+)
 @command(Swapping, View)
 def swap(ask: Ask[Swapping], view: View) -> int:
     """Swap LayerNorms for norms with fixed statistics, learn these from data, and fuse the norms into their readers.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normconvert.cli.app import app
+from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
-from normconvert.cli.view import CiView, patient_threads
-from normconvert.options import option
+from normconvert.cli.view import MEASURES, CiView, patient_threads
+from normconvert.options import TOLD, option
 from normconvert.verification.requests import Verification
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class VerifyView(CiView):
     """Where the figures go, and what else a report shows."""
 
-    bench: Path | None = option(None, "The JSON of `normconvert bench`, to show in the HTML report.", metavar="FILE")
+    bench: Path | None = option(
+        None, "The JSON of `normconvert bench`, to show in the HTML report.", metavar="FILE", panel=TOLD
+    )
 
 
-@app.command(short_help="Measure how far one checkpoint is from another.")
-@command(Verification, VerifyView)
+@register(short_help="Measure how far one checkpoint is from another.", rich_help_panel=AFTER)
+@command(Verification, VerifyView, said=MEASURES)
 def verify(ask: Ask[Verification], view: VerifyView) -> int:
     """Measure how far checkpoint B is from checkpoint A; exit status 1 if it is too far."""
 
@@ -38,7 +40,8 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
         if asked.max_memory is not None and view.report_file is not None:
             raise InputError("--report measures every layer of whole models in memory: leave out --max-memory or it")
         timed = {"bench": read_benchmark(view.bench)} if view.bench is not None else {}
-        screen.say(f"comparing {b} with {a}")
+        stage = screen.stages(a, coming=("open", "verify"))
+        stage("open")
         patient_threads()
         from normconvert.api import verify as verify_checkpoints
         from normconvert.options import check_device
@@ -46,8 +49,8 @@ def verify(ask: Ask[Verification], view: VerifyView) -> int:
         from normconvert.report.document import fidelity_document
 
         check_device(asked.device)
-        screen.hush_bars()
-        fidelity = verify_checkpoints(**vars(asked))
+        stage("verify")
+        fidelity = verify_checkpoints(**vars(ask(stage=stage)))
         found = view.measured(
             screen, a, b, device=asked.device, dtype=asked.dtype, trust_remote_code=asked.trust_remote_code,
             seed=asked.seed,

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from normconvert.options import option
+from normconvert.options import TOLD, option
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
+
+
+MEASURES = {"report_file": "Write an HTML report; measures every layer and norm for it."}
+"""What ``--report`` does in the commands that call :meth:`View.measured`."""
 
 
 def patient_threads() -> None:
@@ -25,13 +29,13 @@ def patient_threads() -> None:
 class Output:
     """Where the result of a command goes."""
 
-    json: str | None = option(None, "Write a JSON report; - for stdout.", metavar="FILE")
+    json: str | None = option(None, "Write a JSON report; - for stdout.", metavar="FILE", panel=TOLD)
     verbose: int = option(
         0,
-        "List every norm, let the libraries speak; -vv adds tracebacks.",
-        short="v", metavar="", details={"count": True, "show_default": False},
+        "Say more, and let the libraries speak; -vv adds tracebacks.",
+        short="v", metavar="", panel=TOLD, details={"count": True, "show_default": False},
     )  # fmt: skip
-    quiet: bool = option(False, "Only errors.", short="q")
+    quiet: bool = option(False, "Only errors.", short="q", panel=TOLD)
 
     def screen(self) -> Screen:
         """Where the command prints, with the libraries hushed."""
@@ -54,9 +58,7 @@ class Output:
 class View(Output):
     """The same, with an HTML report."""
 
-    report_file: str | None = option(
-        None, "Write an HTML report; measures every layer and norm for it.", spelling="--report", metavar="FILE"
-    )
+    report_file: str | None = option(None, "Write an HTML report.", spelling="--report", metavar="FILE", panel=TOLD)
 
     def screen(self) -> Screen:
         """The screen, with the report if one is wanted."""
@@ -93,9 +95,9 @@ class View(Output):
 class CiView(View):
     """The same, for commands that a CI system runs."""
 
-    junit: str | None = option(None, "Write JUnit XML, for CI systems.", metavar="FILE")
-    markdown: str | None = option(None, "Write a summary for pull requests.", metavar="FILE")
-    github: bool = option(False, "Annotate the GitHub job that this runs in.")
+    junit: str | None = option(None, "Write JUnit XML, for CI systems.", metavar="FILE", panel=TOLD)
+    markdown: str | None = option(None, "Write a summary for pull requests.", metavar="FILE", panel=TOLD)
+    github: bool = option(False, "Annotate the GitHub job that this runs in.", panel=TOLD)
 
     def screen(self) -> Screen:
         """The screen, with what CI systems read."""

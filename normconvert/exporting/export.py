@@ -17,7 +17,7 @@ from normconvert.errors import FidelityError, InputError, NormConvertError
 from normconvert.exporting.placing import check_request, is_folder, put_in_place, staged
 from normconvert.exporting.request import Export
 from normconvert.files.user_paths import user_path
-from normconvert.options import check_options, taking
+from normconvert.options import Opening, check_options, taking
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +96,7 @@ def export(request: Export) -> ExportReport:
     # Before torch is imported: a wrong name is told at once.
     check_options(request)
     check_request(request, file)
-    source, model = _opened(request.src, request)
+    source, model = _opened(request.src, request.dtype, request.how)
     return export_model(model, request, source)
 
 
@@ -138,7 +138,10 @@ def _against(request: Export, file: Path, made: Sequence[_Made], source: Source)
     from normconvert.exporting.compare import attended, distance, fitting
 
     assert request.against is not None
-    other, original = _opened(request.against, request)
+    # A bare file needs the architecture, too; the rest of what opens SRC is its own.
+    arch = request.arch if user_path(request.against).is_file() else None
+    how = Opening(arch=arch, trust_remote_code=request.trust_remote_code)
+    other, original = _opened(request.against, request.dtype, how)
     parts = _parts(original, request, file, like=[one.part for one in made])
     off = max(
         distance(attended(one.part, check, one.run(check)), attended(part, check, part.run(check)))
@@ -182,14 +185,13 @@ class _Made:
         )  # fmt: skip
 
 
-def _opened(src: str | Path, request: Export) -> tuple[Source, nn.Module]:
+def _opened(src: str | Path, dtype: str, how: Opening) -> tuple[Source, nn.Module]:
     import torch
 
     from normconvert.sources.converted import load_opened, open_any
 
-    source = open_any(src, trust_remote_code=request.trust_remote_code)
-    dtype = None if request.dtype == "auto" else getattr(torch, request.dtype)
-    return source, load_opened(source, dtype=dtype).eval()
+    source = open_any(src, **how.opening)
+    return source, load_opened(source, dtype=None if dtype == "auto" else getattr(torch, dtype)).eval()
 
 
 def _parts(model: nn.Module, request: Export, file: Path, like: Sequence[Part] = ()) -> list[Part]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
-from normconvert.options import DTYPES, SRC, TRUST, option
+from normconvert.options import CHECKED, DTYPES, SHORT_DTYPES, SRC, WRITTEN, Opening, option
 
 TARGETS = ("generic", "onnxruntime", "openvino")
 OPSETS = range(18, 24)
@@ -14,7 +14,7 @@ OPSETS = range(18, 24)
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Opening):
     """What :func:`normconvert.export` is asked."""
 
     src: str | Path = option(MISSING, SRC, metavar="SRC")
@@ -24,13 +24,16 @@ class Export:
         metavar="FILE",
     )
     _: KW_ONLY
-    against: str | Path | None = option(None, "Compare with the original checkpoint as well.", metavar="SRC")
+    against: str | Path | None = option(
+        None, "Compare with the original checkpoint as well.", metavar="SRC", panel=CHECKED
+    )
     inputs: Sequence[str] = option(
         (), "An argument of forward to be an input, again for each; else the usual ones.", metavar="NAME"
     )
     with_past: bool = option(False, "Keys and values of earlier tokens go in and out, for generating text.")
-    dtype: str = option("auto", "Compute in this dtype; auto keeps that of the weights.", choices=DTYPES)
+    dtype: str = option(
+        "auto", "Compute in this dtype; auto keeps that of the weights.", choices=DTYPES, aliases=SHORT_DTYPES
+    )
     opset: int | None = option(None, "Version of ONNX's operators, 18 to 23; else what suits the target.", metavar="N")
     target: str = option("generic", "The engine that the ONNX file is for.", choices=TARGETS)
-    overwrite: bool = option(False, "Replace a FILE that exists, once the new one is whole.")
-    trust_remote_code: bool = option(False, TRUST)
+    overwrite: bool = option(False, "Replace a FILE that exists, once the new one is whole.", panel=WRITTEN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,8 +12,9 @@ from normconvert.errors import InputError
 from normconvert.in_memory.editing import edited_tensors, put_in
 from normconvert.in_memory.request import ModelConversion
 from normconvert.in_memory.subject import Subject, subject_of
-from normconvert.options import LEVELS, VERIFYING, Inspection, Options, Stage, check_options, recorded, taking
+from normconvert.options import LEVELS, Inspection, Options, check_options, recorded, taking
 from normconvert.result import Clock, Report
+from normconvert.rewrites.other_norms import other_norms
 from normconvert.rewrites.planning import planned
 from normconvert.tracing.garbage import collecting
 from normconvert.tracing.graph import Graph
@@ -106,6 +106,7 @@ def _planned(
     report = Report(
         source=subject.name, library=subject.library, architecture=subject.name, method=method, out=None,
         plan=replace(plan, shapes=shapes), dtype=dtype, stored=dtype, notes=tuple(plan.notes), options=options,
+        others=tuple(other_norms(graph, method)),
     )  # fmt: skip
     return report, graph
 
@@ -132,14 +133,10 @@ def _fidelity(
         converted=lambda: copy_model(edited),
         exact=lambda: subject.in_float64(edited),
         level=level,
-        told=None if say is None else partial(_tell, say),
+        told=say,
         probes=subject.probes(level),
         tolerance=min(tolerance_for(plan), limits.get("algebra", tolerance_for(plan))),
         conditioned="algebra" not in limits,
         rounding_tolerance=min(ROUNDING_TOLERANCE, limits.get("rounding", ROUNDING_TOLERANCE)),
         converted_norms=watched_norms(plan),
     )
-
-
-def _tell(say: Stage, what: str) -> None:
-    say(f"{VERIFYING}{what}")

@@ -73,7 +73,10 @@ def _fields_of(request: type[Any], names: Iterable[str]) -> dict[str, Any]:
             continue
         kind: Any = _without_none(hints[name])
         if known.choices:
-            kind = Literal[known.choices]
+            spellings = (*known.choices, *known.aliases)
+            kind = Annotated[
+                Literal[known.choices], BeforeValidator(known.settled, json_schema_input_type=Literal[spellings])
+            ]
         elif known.parse is not None:
             kind = Bytes
         extra = {} if default in (MISSING, None) else {"default": default}

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.apply.output_folder import check_output
 from normconvert.apply.output_folder import replace as put_in_place
-from normconvert.errors import InputError, NormConvertError, first_line
-from normconvert.options import VERIFYING
+from normconvert.errors import InputError, NormConvertError
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
@@ -22,6 +21,7 @@ from normconvert.recipes.job import Job, Result
 from normconvert.recipes.state import STATE, State, decide, read_state, source_name, source_path, write_state
 from normconvert.recipes.storage import Store, is_url
 from normconvert.sources import hub
+from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
     from normconvert.result import Report
@@ -129,6 +129,7 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
             job.source, made, job.method, **job.options, revision=job.revision, arch=job.arch, dtype=job.dtype,
             device=job.device, max_shard_size=job.max_shard_size, verify=job.verify, require_all=job.require_all,
             trust_remote_code=job.trust_remote_code, limits=job.limits, progress=progress, stage=stage,
+            name=job.upload.repo if job.upload else job.output.rstrip("/").rpartition("/")[2],
         )  # fmt: skip
     source_files = None
     if path is None:
@@ -163,21 +164,11 @@ def _upload(job: Job, folder: Path, done: Result, say: Say) -> Result:
     """Upload a finished output to the hub, if the job says so, and note that in its state."""
     if job.upload is None:
         return done
-    import huggingface_hub
+    from normconvert.apply.upload import upload
 
     say("stage", {"name": "upload"})
     repo = job.upload.repo
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(repo, private=job.upload.private, exist_ok=True)
-        api.upload_folder(
-            # The state holds times and inodes of this machine.
-            repo_id=repo, folder_path=folder, ignore_patterns=[".cache/**"],
-            commit_message=f"Converted by normconvert ({job.method})",
-        )  # fmt: skip
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"{job.output}: complete, but not uploaded to {repo}: {reason}") from error
+    upload(folder, repo, job.method, private=job.upload.private, output=str(job.output))
     state = read_state(folder)
     if state is not None:
         write_state(folder, replace(state, uploaded=repo))
@@ -190,7 +181,7 @@ def _told(say: Say) -> Iterator[tuple[Callable[[str], None], Callable[[str, int,
     last = 0.0
 
     def stage(name: str) -> None:
-        if not name.startswith(VERIFYING):
+        if not isinstance(name, Step):
             say("stage", {"name": name})
 
     def progress(name: str, done: int, total: int) -> None:

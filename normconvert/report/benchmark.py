@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 LEGEND = (
     "× is the original's time over its own, ± half of what lies between the quartiles. The bound is the original "
-    "without these norms; how much of the way to it the conversion goes is said where it is above 1.03."
+    "without these norms; how much of the way to it the conversion goes is said where it is above 1.03 "
+    "and the quartiles agree on it."
 )
 
 SLOWER = 0.99

@@ -40,6 +40,8 @@ ALLOWED = 0.51
 """Units that a stored weight may be off: the rounding, and a little (`normconvert.verification.stored_weights`)."""
 CHANGES = {"rmsnorm": "centring", "crmsnorm": "compressing"}
 """Conversion -> what the operations that it inserts do."""
+WORDS = {"center": "centre"}
+"""Edit of a plan -> what it is called beside prose, where that is not its own name."""
 MANY = 12
 """More lines than this of one kind are cut short without -v."""
 
@@ -67,6 +69,8 @@ def show_summary(
     console.print(title, soft_wrap=True)
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
+    if report.uploaded is not None:
+        grid.add_row("on the hub", f"https://huggingface.co/{report.uploaded}")
     grid.add_row("norms", _norms(report.plan))
     if report.method in CHANGES:
         grid.add_row(CHANGES[report.method], _inserted(report.plan))
@@ -145,8 +149,12 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     console.print(_title(report))
     grid = _grid()
     grid.add_row("architecture", _architecture(report))
-    grid.add_row("norms", _norms(plan))
+    grid.add_row("norms", _norms(plan) if plan.verdicts else f"none that {report.method} is about")
+    for i, other in enumerate(report.others):
+        grid.add_row("" if i else "others", other)
     console.print(_indented(grid))
+    if not plan.verdicts:
+        return
     console.print()
     console.print(norm_tree(report.architecture, plan, verbose=verbose))
     reasons = collapse(Row("", v.reason) for v in plan.converted)
@@ -378,7 +386,7 @@ def _edit_lines(plan: Plan, *, verbose: bool) -> Iterable[tuple[str, str]]:
     leaves: dict[tuple[str, str], list[str]] = {}
     for name, edits in plan.tensors.items():
         module, _, leaf = name.rpartition(".")
-        ops = ", ".join(dict.fromkeys(edit["op"].replace("_", " ") for edit in edits))
+        ops = ", ".join(dict.fromkeys(WORDS.get(edit["op"], edit["op"]).replace("_", " ") for edit in edits))
         leaves.setdefault((module, ops), []).append(leaf)
     lines: dict[str, list[str]] = {}
     for group in collapse(Row(module, "|".join(names), ops) for (module, ops), names in leaves.items()):

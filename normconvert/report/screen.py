@@ -1,6 +1,6 @@
 """Where output goes while a command runs: feedback to stderr, results to stdout, JSON where it is wanted.
 
-In a terminal the stages show themselves with a spinner and a bar that vanish when they are done. Anywhere else each
+In a terminal each stage is a bar; they vanish when the command is done. Anywhere else each
 stage is one plain line.
 """
 
@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.user_paths import user_path
-from normconvert.options import VERIFYING
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
+from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from rich.status import Status
+
+    from normconvert.report.stage_bars import StageBars
 
 STDOUT = "-"
 INTERRUPTED = 130
@@ -83,17 +84,23 @@ class Screen:
         self.out = self.err if json_file == STDOUT else _console(sys.stdout)
         # Both are asked: with FORCE_COLOR rich takes a pipe for a terminal.
         self.live = self.err.is_interactive and sys.stderr.isatty() and not quiet
-        self._display: Status | Progress | None = None
+        self._display: Status | StageBars | None = None
         self.written: list[str] = []
         """Folders that are complete and stay, whatever happens next."""
         self._stage = ""
-        self._task: Any = None
+        self._coming: tuple[str, ...] = ()
 
-    def stages(self, src: str, out: str | None = None) -> Callable[[str], None]:
+    def stages(self, src: str, out: str | None = None, coming: Sequence[str] = ()) -> Callable[[str], None]:
         """A function to be called with each stage's name as it begins: ``open``, ``trace``, ``write``, ``verify``.
 
-        Another name is shown as it is.
+        Another name is shown as it is, and a :class:`~normconvert.wording.steps.Step` beside its stage's bar.
+
+        Args:
+            src: what is opened.
+            out: what is written; None for nothing.
+            coming: the stages that will come; without them, those of a conversion, or of an inspection.
         """
+        self._coming = tuple(coming) or (("open", "trace", "write", "verify") if out else ("open", "trace"))
         texts = {
             "open": f"opening {src}",
             "trace": "tracing the model",
@@ -104,16 +111,36 @@ class Screen:
         downloads = not src.startswith("demo:") and not user_path(src).exists()
 
         def begin(stage: str) -> None:
-            if stage.startswith(VERIFYING):
-                self.update(stage)
-            if stage.startswith(VERIFYING) or stage == self._stage:
+            if isinstance(stage, Step):
+                self._step(stage)
                 return
-            self.say(texts.get(stage, stage), spin=not (stage == "open" and downloads))
+            if stage == self._stage:
+                return
+            text = texts.get(stage, stage)
+            if self.live and not (stage == "open" and downloads):
+                self._bars(stage == "open").begin(stage, text)
+            else:
+                self.say(text, spin=False)
             self._stage = stage
             if stage != "open":
                 self.hush_bars()
 
         return begin
+
+    def _bars(self, anew: bool = False) -> StageBars:
+        """The bars on the screen; new ones if there are none, or for another model."""
+        from normconvert.report.stage_bars import StageBars
+
+        if anew or not isinstance(self._display, StageBars):
+            self.clear()
+            self._display = StageBars(self.err, self._coming)
+        return self._display
+
+    def _step(self, step: Step) -> None:
+        from normconvert.report.stage_bars import StageBars
+
+        if isinstance(self._display, StageBars):
+            self._display.step(step)
 
     def say(self, text: str, *, spin: bool = True) -> None:
         """What is being done now: a spinner in a terminal, one line elsewhere."""
@@ -145,14 +172,11 @@ class Screen:
         """One more tensor is written; ``done`` and ``total`` in bytes."""
         if not self.live:
             return
-        from rich.progress import Progress
+        from normconvert.report.stage_bars import StageBars
 
-        if not isinstance(self._display, Progress):
-            self.clear()
-            self._display = _byte_progress(self.err)
-            self._task = self._display.add_task("writing", total=total, tensor="")
-            self._display.start()
-        self._display.update(self._task, completed=done, total=total, tensor=name)
+        if not isinstance(self._display, StageBars):
+            self._bars().begin("write", "writing")
+        self._bars().written(name, done, total)
 
     def clear(self) -> None:
         """Take the live display off the screen."""
@@ -212,6 +236,7 @@ class Screen:
         for output in self.outputs:
             try:
                 output.write(document)
+                self._wrote(output.path)
             except InputError as error:  # the others are still wanted
                 errors.append(error)
         # Before an error is raised: the annotations do not need the file that failed.
@@ -219,6 +244,10 @@ class Screen:
             self.annotate(document, self._write)
         if errors:
             raise errors[0]
+
+    def _wrote(self, path: str) -> None:
+        if not self.quiet:
+            self.err.print(f"wrote {printable(path)}", style="dim", soft_wrap=True)
 
     def check(self) -> None:
         """Refuse files that could not be written in the end.
@@ -312,21 +341,3 @@ def _console(file: TextIO) -> Console:
 
     # All off: names of tensors and files hold brackets and colons, which would be taken for mark-up.
     return Console(file=file, highlight=False, markup=False, emoji=False)
-
-
-def _byte_progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-    from rich.table import Column
-
-    return Progress(
-        SpinnerColumn(style="cyan"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn(
-            "{task.fields[tensor]}", markup=False, style="dim", table_column=Column(no_wrap=True, overflow="ellipsis")
-        ),
-        console=console,
-        transient=True,
-    )

@@ -60,8 +60,13 @@ def load(
     return load_opened(source, dtype=dtype, device=device)
 
 
-def open_any(path: str | Path, *, trust_remote_code: bool = False, arch: str | None = None) -> Source:
+def open_any(path: str | Path, *, arch: str | None = None, **opening: Any) -> Source:
     """A checkpoint, converted or not; the record of a timm model without a config.json says which it is.
+
+    Args:
+        path: a reference, as of the commands' SRC.
+        arch: architecture of bare weights.
+        opening: further arguments of :func:`normconvert.sources.open_source`.
 
     Raises:
         InputError: see :func:`normconvert.sources.open_source`.
@@ -72,7 +77,7 @@ def open_any(path: str | Path, *, trust_remote_code: bool = False, arch: str | N
     if arch is None and (folder / RECORD_FILE).is_file() and not (folder / "config.json").is_file():
         record = read_record(folder)
         arch = f"timm:{record['architecture']}" if record["library"] == "timm" else None
-    return open_source(str(path), arch=arch, trust_remote_code=trust_remote_code)
+    return open_source(str(path), arch=arch, **opening)
 
 
 def load_opened(source: Source, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from functools import reduce
 from itertools import chain, islice
@@ -19,6 +19,7 @@ from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
 from normconvert.tracing.probes.choose import floating_dtype
+from normconvert.wording.steps import Step
 
 FURTHER_CALLS = 3
 
@@ -68,6 +69,18 @@ def trace_calls(model: nn.Module, calls: tuple[Call, ...], doors: bool) -> Graph
             return replace(graph, untraced_doors=tuple(not_given(model, calls)))
     assert first is not None
     raise first
+
+
+def tracing_told(say: Callable[[str], None]) -> Callable[[nn.Module], Graph]:
+    """:func:`trace_model`, and ``say`` is told of it and of what comes after it, as steps."""
+
+    def traced(model: nn.Module) -> Graph:
+        say(Step("following the calls of the model", 0, 2))
+        graph = trace_model(model)
+        say(Step("planning", 1, 2))
+        return graph
+
+    return traced
 
 
 def _trace(model: nn.Module) -> Graph:

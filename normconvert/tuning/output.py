@@ -155,5 +155,7 @@ def _card(folder: Path, source: Source, report: SwapReport) -> None:
         architecture=source.architecture,
         auto_class=auto_class(folder, source.architecture) or source.architecture,
         source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
+        revision=source.revision,
+        name=Path(report.out or folder).absolute().name,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
-from normconvert.options import OUT, SRC, Opening, Stage, check_options, option
+from normconvert.options import OUT, OVERWRITE, SRC, WRITTEN, Opening, Stage, check_options, option
 
 SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",
@@ -19,6 +19,7 @@ SWAPS: Mapping[str, str] = {
 }
 """Method -> what it is, in words."""
 
+METHOD = "What takes LayerNorm's place: un (Unified Normalization), repbn, powernorm or ln-free."
 DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
     "for the embedded models' own."
@@ -36,10 +37,7 @@ class Settings:
         spread_weight: of the loss that makes tokens equally long before the last norm goes (ln-free).
     """
 
-    method: str = option(
-        MISSING, "un (Unified Normalization), repbn, powernorm or ln-free.",
-        choices=tuple(SWAPS), metavar="METHOD", leads=True, details={"show_default": False},
-    )  # fmt: skip
+    method: str = option(MISSING, METHOD, choices=tuple(SWAPS), metavar="METHOD")
     _: KW_ONLY
     data: str = option("demo:", DATA, metavar="KIND:WHERE", required=True)
     eval_data: str | None = option(None, "Measure on this; else on a part of --data held back.", metavar="KIND:WHERE")
@@ -64,7 +62,9 @@ class Settings:
     window: int = option(4, "un: batches whose statistics are smoothed; 1: no smoothing.", metavar="M", at_least=1)
     filtration: bool = option(True, "un: leave outlier batches out.", spelling="--filtration/--no-filtration")
     # There is no fp16: its changing loss scale would get into the gradient statistics of un and powernorm.
-    mixed_precision: str = option("no", "Train in bfloat16 where that is safe.", choices=("no", "bf16"))
+    mixed_precision: str = option(
+        "no", "Train in bfloat16 where that is safe.", choices=("no", "bf16"), aliases={"bfloat16": "bf16"}
+    )
     max_minutes: float | None = option(
         None, "End earlier, the schedule fitted to the time; such a run cannot be repeated exactly.", metavar="X"
     )
@@ -120,16 +120,13 @@ class Swapping(Settings, Opening, _Place):
         warn: called, before anything is trained, with each sentence that the user may want to stop for.
     """
 
-    method: str = option(
-        "un", "un (Unified Normalization), repbn, powernorm or ln-free.",
-        choices=tuple(SWAPS), metavar="METHOD", leads=True, details={"show_default": False},
-    )  # fmt: skip
+    method: str = option("un", METHOD, choices=tuple(SWAPS), metavar="METHOD")
     _: KW_ONLY
     calibrate_only: bool = option(False, "Set the statistics from one pass; train nothing.")
     fuse: bool = option(True, "Move the swapped norms into what reads them.", spelling="--fuse/--no-fuse")
     resume: bool = option(False, "Go on with an interrupted training.")
     tensorboard: str | Path | None = option(None, "Write a TensorBoard log.", metavar="DIR")
-    overwrite: bool = option(False, "Replace an OUT that exists, once the new one is whole.")
+    overwrite: bool = option(False, OVERWRITE, panel=WRITTEN)
     device: str = option("cpu", "Where the networks run; several processes take a GPU each.", metavar="DEVICE")
     watch: Callable[[int, int, Any], None] | None = None
     stage: Stage | None = None

@@ -1,4 +1,4 @@
-"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what users feel.
+"""Does the converted model compute what the original computes? Three answers: algebra, rounding, what is seen in use.
 
 - *Algebra*: the files' operations with the plan applied to float64 copies of the weights, against the original in
   float64; and the files' weights against those.
@@ -28,6 +28,7 @@ from normconvert.verification.proof import UNITS, Edited, Maker, Proof, Test, ab
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
 from normconvert.verification.run_comparison import Distances, comparable_part, compare_runs, felt, loss_difference
+from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -197,9 +198,8 @@ class _Progress:
             return None
 
         def one(probe: str) -> None:
+            told(Step(f"{model}, probe {probe!r}", self.done, self.total if self.total > self.done else 0))
             self.done += 1
-            of = f" of {self.total}" if self.total >= self.done else ""
-            told(f"{model}, probe {probe!r} ({self.done}{of})")
 
         return one
 
@@ -331,8 +331,7 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     algebra = None if plan is not None else loader(second, torch.float64, device)
     if plan is not None and max_memory is not None:
         algebra = _lazy_loader(first, torch.float64, device, plan=plan, max_memory=max_memory)
-    # Storing alone rounds: what the coarser of two dtypes cannot hold is no difference between the models.
-    coarser = max(torch.finfo(source.dtype).eps for source in (first, second))
+    coarser = max(torch.finfo(source.dtype).eps for source in (first, second))  # storing alone rounds
     tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
     fidelity = verify_models(
         truth=loader(first, torch.float64, device),
@@ -347,6 +346,7 @@ def verify_checkpoints(request: Verification) -> Fidelity:
         plan=plan,
         exact=loader(second, torch.float64, device) if algebra is None else None,
         level=request.level,
+        told=request.stage,
         seed=seed,
     )
     return judge_limits(fidelity, limits)

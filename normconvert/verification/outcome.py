@@ -27,6 +27,7 @@ def refuse_if_pointless(report: Report, require_all: bool) -> None:
     plan = report.plan
     if not plan.verdicts:
         message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
+        message += "".join(f"\n  {other}" for other in report.others)
         raise _with_report(NothingToConvert(message), report)
     groups = collapse(Row(v.path, v.reason, v.kind) for v in plan.kept)
     times = [f" (×{group.count})" if group.count > 1 else "" for group in groups]

@@ -307,10 +307,10 @@ def _report(folder: Path, source: Source, plan: Plan, record: dict[str, Any]) ->
         except ValidationError as error:
             raise _Unrepeatable("verification", f"holds no figures: {error.errors()[0]['msg']}") from error
     named = record["source"]["reference"] if record["source"].get("revision") else source.reference
+    options = {name: said.get(name, default) for name, default, known in about(Conversion) if known.recorded}
     return Report(
-        named, source.library, source.architecture, plan.method, str(folder), plan,
-        fidelity=fidelity, options={name: said[name] for name, _, known in about(Conversion) if known.recorded},
-    )  # fmt: skip
+        named, source.library, source.architecture, plan.method, str(folder), plan, fidelity=fidelity, options=options
+    )
 
 
 def _implausible(report: Report) -> Iterator[Finding]:

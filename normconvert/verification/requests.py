@@ -7,7 +7,20 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.options import DTYPES, EXAMPLE, LEVEL, LEVELS, REVISION, TRUST, Network, Stage, option, parse_size
+from normconvert.options import (
+    DTYPES,
+    EXAMPLE,
+    LEVEL,
+    LEVELS,
+    REVISION,
+    SHORT_DTYPES,
+    SOURCE,
+    TRUST,
+    Network,
+    Stage,
+    option,
+    parse_size,
+)
 
 
 def _dtype(text: str, spelled: str) -> Any:
@@ -24,7 +37,7 @@ def _limits(path: str, spelled: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`normconvert.verify` is asked."""
+    """What :func:`normconvert.verify` is asked; ``stage`` is told of each run of a model as it begins."""
 
     a: str | Path | Network = option(MISSING, "The original, as SRC of the other commands.", metavar="A", model=True)
     b: str | Path | Network = option(
@@ -33,16 +46,19 @@ class Verification:
     _: KW_ONLY
     example_inputs: Any = option(None, EXAMPLE, console=False)
     device: Any = option("cpu", "Where to run: cpu, cuda, cuda:1, mps.", metavar="DEVICE", parse=lambda text, _: text)
-    dtype: Any = option(None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, parse=_dtype)
+    dtype: Any = option(
+        None, "Run both in this dtype; auto is that of B's files.", choices=DTYPES, aliases=SHORT_DTYPES, parse=_dtype
+    )
     seed: int = option(0, "Of the probes.", metavar="N")
     level: str = option("standard", LEVEL, choices=LEVELS)
-    trust_remote_code: bool = option(False, TRUST)
+    trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
     max_memory: int | None = option(
         None, "Such as 4GB: leave the weights in their files and read them in turn.", metavar="SIZE", parse=parse_size
     )
     limits: Mapping[str, float] | None = option(
         None, "YAML: figure and limit, instead of the default limits.", metavar="FILE", parse=_limits
     )
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,10 @@ class Checking:
         None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
     )
     _: KW_ONLY
-    revision: str | None = option(None, REVISION, metavar="REV")
+    revision: str | None = option(None, REVISION, metavar="REV", panel=SOURCE)
     ignore: Sequence[str] = option(
         (), "Files not to compare, such as '*.txt'; not for weights. Repeatable.", metavar="PATTERN"
     )
-    trust_remote_code: bool = option(False, TRUST)
+    trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
     stage: Stage | None = None
     progress: Callable[[str, int, int], None] | None = None

@@ -1,4 +1,4 @@
-"""Two runs of the same probes side by side: distances of outputs, rounding against rounding, what users feel."""
+"""Two runs of the same probes side by side: distances of outputs, rounding against rounding, what is seen in use."""
 
 from __future__ import annotations
 

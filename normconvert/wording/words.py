@@ -34,7 +34,7 @@ def in_words(fidelity: Fidelity) -> dict[str, str]:
     if fidelity.rounding is not None:
         limit = f"{fidelity.rounding_tolerance:g}"
         words["rounding in the stored dtype"] = f"{fidelity.rounding:.3g} times the original's (at most {limit})"
-    words["what users feel"] = felt(fidelity)
+    words["in use"] = felt(fidelity)
     return words
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import yaml
+
+import normconvert
+from normconvert.apply.card_metadata import metadata
 from normconvert.apply.model_card import hub_id, model_card, split_front_matter
 from normconvert.plan.conversion_plan import Plan, Verdict
 
@@ -11,8 +19,18 @@ README = """---
 license: mit
 base_model:
 - someone/else
+language: [en]
 tags:
-- text
+- text  # kept
+- normconvert
+model-index:
+- name: measured
+  results:
+    - task: {type: text-generation}
+
+    - metrics: []
+datasets:
+- bible
 ---
 # The model
 
@@ -30,10 +48,22 @@ def test_the_card_keeps_the_licence_and_the_original_text() -> None:
         notes=["mind the gap"],
     )
     card = model_card(
-        "org/name@main", plan, {"algebra": 1.234e-16}, auto_class="AutoModelForCausalLM", source_readme=README
-    )
+        "org/name@main", plan, {"algebra": 1.234e-16}, auto_class="AutoModelForCausalLM", source_readme=README,
+        revision="0123456789abcdef" * 2, name="out", task="text-generation",
+    )  # fmt: skip
     front, body = split_front_matter(card)
     lines = front.splitlines()
+    assert yaml.safe_load(front) == {
+        "license": "mit",
+        "language": ["en"],
+        "datasets": ["bible"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["text", "normconvert", "rmsnorm"],
+        "base_model": "org/name",
+        "base_model_relation": "finetune",
+    }
+    assert "revision [`0123456789ab`](https://huggingface.co/org/name/tree/0123456789abcdef" in body
     assert "license: mit" in lines
     assert lines.count("base_model: org/name") == 1
     assert "someone/else" not in card
@@ -44,7 +74,7 @@ def test_the_card_keeps_the_licence_and_the_original_text() -> None:
     assert "`b.ln` (LayerNorm) | `q \\| k` reads it" in body
     assert "- mind the gap" in body
     assert "# The model\n\nAbout it." in body
-    assert "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)" in body
+    assert 'AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)' in body
 
 
 def test_a_card_names_no_local_path(tmp_path: Path) -> None:
@@ -58,3 +88,38 @@ def test_a_card_names_no_local_path(tmp_path: Path) -> None:
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("front", "kept"),
+    [
+        ("license: mit\ntags: [a, 'b c']\npipeline_tag: fill-mask", {"license": "mit", "pipeline_tag": "fill-mask"}),
+        ("'model-index':\n- name: x\nlicense: mit", {"license": "mit"}),
+        ("# a comment\nlicense: mit  # as it was\n", {"license": "mit"}),
+        ("{license: mit, model-index: []}", {}),
+        ("license: |\nmit\nmodel-index: []", {}),
+        ("base_model: x/y\nlibrary_name: peft", {"base_model": "x/y", "library_name": "peft"}),
+    ],
+)
+def test_what_a_front_matter_says_is_kept_but_for_what_was_measured(front: str, kept: dict[str, str]) -> None:
+    said = yaml.safe_load(metadata(front, None, "transformers", "fuse-bn", "text-generation"))
+    tags = said.pop("tags")
+    assert tags == [*(["a", "b c"] if "b c" in front else []), "normconvert", "fuse-bn"]
+    assert said == {"library_name": "transformers", "pipeline_tag": "text-generation", **kept}
+
+
+@pytest.mark.parametrize("method", ["rmsnorm", "crmsnorm"])
+def test_every_block_of_a_timm_card_runs_beside_the_folder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normconvert.convert("demo:vit", tmp_path / "my out", method, verify=False)
+    card = (tmp_path / "my out" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "model-index" not in card
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert len(blocks) == {"rmsnorm": 2, "crmsnorm": 1}[method]
+    for block in blocks:
+        scope: dict[str, Any] = {}
+        exec(block, scope)
+        assert scope["model"](torch.zeros(1, 1, 8, 8)).shape == (1, 10)

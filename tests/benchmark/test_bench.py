@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import normconvert
 from normconvert.benchmark.bound import without_norms
 from normconvert.benchmark.memory import parameter_bytes
+from normconvert.benchmark.result import Row
 from normconvert.benchmark.steps import make_step
-from normconvert.benchmark.timing import ROUNDS
+from normconvert.benchmark.timing import ROUNDS, Spread
 from normconvert.benchmark.versions import own_memory, versions
 from normconvert.benchmark.workloads import STEPS, grid, on_device
 from normconvert.cli import run
@@ -203,6 +204,23 @@ def test_batch_norms_are_a_bound_too(tmp_path: Path) -> None:
     alone = normconvert.bench("demo:convnet", batch=[1], seconds=0.01, dtype="bfloat16")
     assert (alone.method, alone.dtype) == ("fuse-bn", "bfloat16")
     assert alone.norms == result.norms
+
+
+@pytest.mark.parametrize(
+    ("converted", "bound", "share"),
+    [
+        (Spread(1.10, 1.09, 1.11), Spread(1.20, 1.19, 1.21), 0.545),
+        (Spread(0.85, 0.84, 0.86), Spread(1.04, 1.035, 1.045), None),  # slower: no part of the way
+        (Spread(1.10, 0.90, 1.30), Spread(1.20, 1.19, 1.21), None),  # scattered
+        (Spread(1.04, 1.03, 1.05), Spread(1.05, 1.02, 1.08), None),  # perhaps there is nothing to gain
+        (None, Spread(1.20, 1.19, 1.21), None),
+    ],
+)
+def test_a_share_is_said_where_the_times_support_it(
+    converted: Spread | None, bound: Spread, share: float | None
+) -> None:
+    speedup = {"bound": bound} | ({"converted": converted} if converted else {})
+    assert Row("eager", "forward", 1, 8, speedup=speedup).share == (share and pytest.approx(share, abs=0.001))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -112,6 +113,13 @@ def test_digits_are_split_without_overlap() -> None:
     assert torch.bincount(labels).min() >= 34
     distances = torch.cdist(test.flatten(1), train.flatten(1))
     assert distances.min() > 0
+
+
+def test_what_the_demo_reads_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # not installed
+    pixels, labels = embedded.held_out_digits()
+    assert pixels.shape == (360, 8, 8)
+    assert sorted(set(labels.tolist())) == list(range(10))
 
 
 def test_shipped_digits_are_what_scikit_learn_holds_out() -> None:

@@ -65,9 +65,15 @@ def run(lines: list[str], inputs: torch.Tensor, folder: Path) -> list[tuple[list
     """What each line loads in a fresh process: the norms and the logits."""
     file = folder / "exchanged.pt"
     torch.save(inputs, file)
-    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules")}
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": root}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(file), *lines], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", RUN, str(file), *lines],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     found: list[tuple[list[str], torch.Tensor]] = torch.load(file)
@@ -75,9 +81,9 @@ def run(lines: list[str], inputs: torch.Tensor, folder: Path) -> list[tuple[list
 
 
 def card_lines(report: Report) -> list[str]:
-    """The lines of the card that load a model."""
+    """The lines of the card that load a model, as they stand there: to be run beside the folder."""
     text = (Path(str(report.out)) / "README.md").read_text()
-    return [line.replace("FOLDER", repr(report.out)) for line in re.findall(r"^model = .*$", text, re.MULTILINE)]
+    return re.findall(r"^model = .*$", text, re.MULTILINE)
 
 
 METHODS: dict[str, tuple[Any, Any, list[list[str]]]] = {

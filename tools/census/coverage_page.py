@@ -23,8 +23,12 @@ REASONS = {
     "not-a-module": "no module holds the norm, or its module is used in several ways",
     "unreached": "the traced call does not run it (another modality's tower, or dead code)",
     "unknown-op": "the analysis does not know an operation on the way",
+    "norm-axes": "a norm reads the stream over other axes than its channels",
+    "product": "the stream is multiplied channel by channel beside the norms",
+    "unused": "nothing that the model returns depends on the norm",
+    "cut": "an operation takes the stream's channels apart",
 }
-"""What the codes of the verdicts mean; a code without a row stands for itself."""
+"""What the codes of the verdicts mean."""
 
 
 def bearing(rows: Iterable[Row]) -> list[Row]:

@@ -45,7 +45,7 @@ def open_data(
     if not colon or kind not in KINDS:
         raise InputError(f"unknown data {name!r}; expected {'; '.join(KINDS.values())}")
     if kind == "demo":
-        return demo_data(name, wanted, teacher, length, held_out=held_out)
+        return demo_data(kind, wanted, teacher, length, held_out=held_out)
     if not where:
         raise InputError(f"{name}: where? expected {KINDS[kind]}")
     if kind == "hf":

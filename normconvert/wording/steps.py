@@ -1,0 +1,23 @@
+"""A step within a stage of a command: its words, and how many of the stage's steps are done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Step(str):
+    """What is done next, as text; listeners that want a bar read the numbers.
+
+    Attributes:
+        done: steps of the stage that are done.
+        total: all of them; 0 where nobody knows yet.
+    """
+
+    done: int
+    total: int
+
+    def __new__(cls, text: str, done: int, total: int) -> Step:
+        """The text with its place."""
+        made: Any = super().__new__(cls, text)
+        made.done, made.total = done, total
+        return made
