@@ -90,5 +90,9 @@ def talkative(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by relative name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file of a folder, by relative name; a card as if the folder that it names were called FOLDER."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    for place in ('"', '"local-dir:') if "README.md" in found else ():
+        named = f'{place}{folder.name}"'.encode()
+        found["README.md"] = found["README.md"].replace(named, f'{place}FOLDER"'.encode())
+    return found
