@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -66,7 +66,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_inpu
 
 def _fields_of(request: type[Any], names: Iterable[str]) -> dict[str, Any]:
     """Fields of a model for options of a request that a recipe may set, each of which may be left out."""
-    hints = get_type_hints(request)
+    hints = conversion.types(request)
     made: dict[str, Any] = {}
     for name, default, known in conversion.about(request):
         if name not in names:
