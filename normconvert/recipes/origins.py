@@ -16,10 +16,11 @@ from pathlib import Path
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, read_header
 from normconvert.files.user_paths import user_path
-from normconvert.files.weight_files import find_weights, inside, is_index, load_json, shards_of
+from normconvert.files.weight_files import WEIGHT_SUFFIXES, find_weights, inside, is_index, load_json, shards_of
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
-from normconvert.sources.opening import WEIGHT_SUFFIXES, library_of
+from normconvert.sources.gguf import gguf_at
+from normconvert.sources.opening import library_of
 
 BASE = 1_200_000_000
 """Bytes that a conversion takes whatever the model: the libraries, the trace."""
@@ -119,6 +120,8 @@ def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
     Raises:
         InputError: it is no checkpoint.
     """
+    if (packed := gguf_at(path)) is not None:
+        return 8 * packed.stat().st_size, None  # in float32, of four bits
     if path.is_file():
         if not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
