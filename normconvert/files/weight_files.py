@@ -59,7 +59,7 @@ class Checkpoint:
         tensors: by their names without what training puts before them (:mod:`normconvert.files.wrapping`).
         pickled: name -> value.
         taken: what was taken out of the names.
-        notes: sentences for the user: which of several sets of weights these are.
+        notes: sentences for the user: which of several sets of weights these are, what was left out.
     """
 
     tensors: dict[str, TensorInfo]
@@ -219,7 +219,7 @@ def _read_file(path: Path, kind: str | None) -> Checkpoint:
         return Checkpoint(read_header(path).tensors)
     found = read_pickle(path, kind)
     tensors = {n: TensorInfo(n, path, dtype_name(x.dtype), tuple(x.shape)) for n, x in found.tensors.items()}
-    return Checkpoint(tensors, found.tensors, notes=(found.note,) if found.note else ())
+    return Checkpoint(tensors, found.tensors, notes=found.notes)
 
 
 def shards_of(index: Path) -> dict[str, str]:
