@@ -195,6 +195,10 @@ class Source(Settings):
     """Branch, tag or commit on the hub."""
     arch: str = UNSET
     """``timm:NAME``, the architecture of weights without a config.json."""
+    variant: str = UNSET
+    """Of the weights in a folder or on the hub: ``fp16`` for ``model.fp16.safetensors``."""
+    weights: Literal[conversion.SETS] = UNSET  # type: ignore[valid-type]
+    """Of a checkpoint of training: the averaged or the trained ones; by default the averaged, if there are any."""
     name: str = UNSET
     """With source: what ``{name}`` stands for, instead of the last part of the source."""
     output: str = UNSET
