@@ -81,7 +81,8 @@ $(LOWEST): pyproject.toml tools/setup/lowest.py
 		|| { rm -rf $(VENV) && $(TIMED) "making $(VENV)" $(CREATE); }
 	@$(BIN)/python tools/setup/lowest.py > $(VENV)/lowest.txt
 	@$(TIMED) "installing the lowest versions" \
-		$(INSTALL) '.[onnx,s3,data,adapter,gguf]' -c $(VENV)/lowest.txt scikit-learn pytest pytest-xdist hypothesis jsonschema
+		$(INSTALL) '.[onnx,s3,data,adapter]' -c $(VENV)/lowest.txt \
+		accelerate scikit-learn sentence-transformers pytest pytest-xdist hypothesis jsonschema ruff
 	@touch $@
 	$(READY)
 
