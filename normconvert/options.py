@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, get_type_hints
 
 from normconvert.errors import InputError, first_line
 
@@ -139,6 +139,12 @@ def about(kind: type[Any]) -> Iterator[tuple[str, Any, About]]:
     for one in fields(kind):
         if "about" in one.metadata:
             yield one.name, one.default, one.metadata["about"]
+
+
+def types(request: type[Any]) -> dict[str, Any]:
+    """Option -> its type."""
+    # The mark between a request's arguments is no type, which Python 3.10 insists on.
+    return get_type_hints(request, localns={"KW_ONLY": type(None)})
 
 
 def recorded(request: Any) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, replace
 from types import UnionType
-from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from normconvert.options import About, about
+from normconvert.options import About, about, types
 
 Request = TypeVar("Request")
 Asked = TypeVar("Asked", covariant=True)
@@ -78,7 +78,7 @@ def command(
 def _parameters(
     kind: type[Any], fixed: Mapping[str, Any], optional: Mapping[str, str], said: Mapping[str, str]
 ) -> Iterator[inspect.Parameter]:
-    hints, method = get_type_hints(kind), fixed.get("method")
+    hints, method = types(kind), fixed.get("method")
     for name, default, known in about(kind):
         if name in fixed or not known.console or (method and known.methods and method not in known.methods):
             continue

@@ -8,7 +8,7 @@ from normconvert.compat.private_names import PrivateName, needed
 
 NAMES = (
     PrivateName(
-        "timm.models.filter_pretrained_cfg", "the config.json that timm would write for bare weights", "1.0.3, 1.0.31"
+        "timm.models.filter_pretrained_cfg", "the config.json that timm would write for bare weights", "1.0.26, 1.0.31"
     ),
 )
 

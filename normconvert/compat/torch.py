@@ -10,7 +10,7 @@ import torch
 
 from normconvert.compat.private_names import PrivateName, attribute, needed
 
-SEEN = "2.9.0, 2.14.1"
+SEEN = "2.10.0, 2.14.1"
 _SLOWER = "a trace takes a fifth more time"
 NAMES = (
     PrivateName("torch.utils._pytree", "nested inputs and outputs, tensor by tensor", SEEN),

@@ -10,13 +10,13 @@ from normconvert.compat.private_names import PrivateName, attribute, gone, neede
 if TYPE_CHECKING:
     import torch
 
-SEEN = "5.0.0, 5.24.0"
+SEEN = "5.6.0, 5.24.0"
 _BUILDS = "building a class as `from_pretrained` does"
 _LOADS = "checkpoint names as `from_pretrained` changes them"
 _CLASS = "transformers.PreTrainedModel"
 NAMES = (
     PrivateName(f"{_CLASS}._from_config", _BUILDS, SEEN),
-    PrivateName(f"{_CLASS}._get_dtype_plan", "`--max-memory`: weights that stay in float32", "5.24.0"),
+    PrivateName(f"{_CLASS}._get_dtype_plan", "`--max-memory`: weights that stay in float32", SEEN),
     PrivateName("transformers.core_model_loading.build_glob_alternation", "`--max-memory`: the same", SEEN),
     PrivateName("transformers.core_model_loading.rename_source_key", _LOADS, SEEN),
     PrivateName("transformers.core_model_loading.dot_natural_key", _LOADS, SEEN),

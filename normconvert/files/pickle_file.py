@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError, first_line
+from normconvert.files.placeholders import without_objects
 from normconvert.files.tensor_info import check_name
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ DEEPEST = 3
 """Entries inside entries in which weights are looked for."""
 ARGUMENTS = ("args", "hparams", "hyper_parameters", "config")
 """Entries that say how a model was made and trained."""
+LIGHTNING = "pytorch-lightning_version"
+"""The entry by which a checkpoint of Lightning is known: it keeps the arguments of a model, objects or not."""
 ALLOWED = ("torch.", "collections.OrderedDict", "argparse.Namespace")
 """Names that are no reason for a refusal, and not worth telling of."""
 INFLATED = 4
@@ -43,11 +46,11 @@ class Pickled:
 
     Attributes:
         tensors: name in the file -> value.
-        note: which of several sets of weights these are; empty if there is one.
+        notes: which of several sets of weights these are, and what else in the file was left out.
     """
 
     tensors: dict[str, torch.Tensor]
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def read_pickle(path: Path, weights: str | None = None) -> Pickled:
@@ -62,7 +65,7 @@ def read_pickle(path: Path, weights: str | None = None) -> Pickled:
         InputError: the pickle wants to run code, the file is no checkpoint, lacks the set that is asked for, or would
             be far larger in memory.
     """
-    loaded = _load(path)
+    loaded, left_out = _read(path)
     sets = dict(_sets(loaded, DEEPEST))
     plain = _tensors(loaded)
     if weights == "ema" and not _of(sets, "ema"):
@@ -77,7 +80,8 @@ def read_pickle(path: Path, weights: str | None = None) -> Pickled:
     for name, value in tensors.items():
         check_name(path, name)
         _refuse_expanded(path, name, value)
-    return Pickled({name: value.detach() for name, value in tensors.items()}, _choice(sets, chosen))
+    notes = tuple(note for note in (_choice(sets, chosen), left_out) if note)
+    return Pickled({name: value.detach() for name, value in tensors.items()}, notes)
 
 
 def _of(sets: Mapping[str, Any], kind: str) -> list[str]:
@@ -106,7 +110,7 @@ def read_pickle_entries(path: Path) -> dict[str, str]:
     Raises:
         InputError: as :func:`read_pickle`.
     """
-    loaded = _load(path)
+    loaded, _ = _read(path)
     if not isinstance(loaded, Mapping):
         return {}
     found = {str(key): value for key, value in loaded.items() if isinstance(value, str)}
@@ -121,7 +125,7 @@ def read_training_arguments(path: Path) -> dict[str, Any]:
     Raises:
         InputError: as :func:`read_pickle`.
     """
-    loaded = _load(path)
+    loaded, _ = _read(path)
     return _arguments(loaded, "args") if isinstance(loaded, Mapping) else {}
 
 
@@ -131,18 +135,24 @@ def _arguments(loaded: Mapping[Any, Any], key: str) -> dict[str, Any]:
     return {str(name): one for name, one in inner.items()} if isinstance(inner, Mapping) else {}
 
 
-def _load(path: Path) -> Any:
-    import torch
-
+def _read(path: Path) -> tuple[Any, str]:
+    """What a pickle holds, and a sentence about the objects in it that were left out."""
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; download it again")
     _refuse_inflated(path)
     try:
-        # timm's training checkpoints hold their argparse.Namespace: plain data, allowed as timm allows it.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # advice on pickle protocols
-            # Mapped if it is a zip file: values stay on the disk until they are used. Older files cannot be.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        try:
+            return _load(path), ""
+        except pickle.UnpicklingError:
+            names = _unknown(path)
+            loaded = without_objects(names, lambda: _load(path)) if names else None
+            if not (isinstance(loaded, Mapping) and isinstance(loaded.get(LIGHTNING), str)):
+                raise
+            told = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+            return (
+                loaded,
+                f"a checkpoint of Lightning: the objects in it ({told}) were not loaded, and none of their code",
+            )
     # The first of these: it is what weights_only raises, and all others say no more than that the file is broken.
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
@@ -151,7 +161,16 @@ def _load(path: Path) -> Any:
     # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {first_line(error)}") from error
-    return loaded
+
+
+def _load(path: Path) -> Any:
+    import torch
+
+    # timm's training checkpoints hold their argparse.Namespace: plain data, allowed as timm allows it.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on pickle protocols
+        # Mapped if it is a zip file: values stay on the disk until they are used. Older files cannot be.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _refuse_inflated(path: Path) -> None:
@@ -175,6 +194,15 @@ def _refusal(path: Path) -> str:
             f"{path}: refused: this pickle wants to run code ({', '.join(wanted)}); ask for the weights as safetensors"
         )
     return f"{path}: not a PyTorch checkpoint, or truncated; download it again"
+
+
+def _unknown(path: Path) -> list[str]:
+    """All globals in a zip file that ``weights_only`` does not know."""
+    import torch
+
+    with torch.serialization.safe_globals([argparse.Namespace]), suppress(Exception):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return []
 
 
 def _globals(path: Path) -> list[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 PICKLES = (".bin", ".pth", ".pt", ".pth.tar", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 # In the order the libraries prefer them; transformers first, then timm's further names (timm.models._hub).
 WEIGHT_FILES = (
     "model.safetensors",
@@ -39,7 +40,6 @@ TIMM_FILES = (
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.npz", "*.ot", "adapter_model.*")
 
-GGUF = "GGUF holds weights as llama.cpp runs them, mostly quantised: convert the model that it was made of"
 
 LARGEST_TEXT = 100_000_000
 """Bytes of a config, an index, a record, a model card, a tokenizer's table: the largest known have a third of it."""
@@ -59,7 +59,7 @@ class Checkpoint:
         tensors: by their names without what training puts before them (:mod:`normconvert.files.wrapping`).
         pickled: name -> value.
         taken: what was taken out of the names.
-        notes: sentences for the user: which of several sets of weights these are.
+        notes: sentences for the user: which of several sets of weights these are, what was left out.
     """
 
     tensors: dict[str, TensorInfo]
@@ -113,7 +113,6 @@ def find_weights(folder: Path, config: dict[str, Any], library: str, variant: st
         raise InputError(f"{folder}: shards such as {shards[0].name} but no index (*.index.json); download it again")
     others = sorted(path.name for pattern in OTHER_FORMATS for path in folder.glob(pattern))
     hint = f"; found only {', '.join(others[:3])}" if others else ""
-    hint += f" ({GGUF})" if any(name.endswith(".gguf") for name in others) else ""
     raise InputError(f"{folder}: no weights: expected model.safetensors, pytorch_model.bin or an index of shards{hint}")
 
 
@@ -220,7 +219,7 @@ def _read_file(path: Path, kind: str | None) -> Checkpoint:
         return Checkpoint(read_header(path).tensors)
     found = read_pickle(path, kind)
     tensors = {n: TensorInfo(n, path, dtype_name(x.dtype), tuple(x.shape)) for n, x in found.tensors.items()}
-    return Checkpoint(tensors, found.tensors, notes=(found.note,) if found.note else ())
+    return Checkpoint(tensors, found.tensors, notes=found.notes)
 
 
 def shards_of(index: Path) -> dict[str, str]:

@@ -93,7 +93,10 @@ def _resolved_entries(recipe: RecipeFile, problems: list[InputError]) -> list[Re
         except InputError as error:
             problems.append(recipe.file.error(key, str(error)))
             continue
-        entries += [ResolvedEntry(recipe, entry, key, Reference(text, entry.revision, entry.arch)) for text in texts]
+        entries += [
+            ResolvedEntry(recipe, entry, key, Reference(text, entry.revision, entry.arch, entry.variant))
+            for text in texts
+        ]
     return entries
 
 
@@ -129,7 +132,8 @@ def _job(entry: ResolvedEntry, origin: Origin, variant: Variant | None) -> Job:
     return Job(
         source=origin.source, name=name, variant=label, output=_place(output), where=entry.where,
         method=said["method"], options={**asdict(Options()), **said["options"]}, revision=origin.commit,
-        branch=origin.branch, arch=entry.said.arch, dtype=said["dtype"], max_shard_size=said["max_shard_size"],
+        branch=origin.branch, arch=entry.said.arch, files=entry.said.variant, weights=entry.said.weights,
+        dtype=said["dtype"], max_shard_size=said["max_shard_size"],
         require_all=said["require_all"], trust_remote_code=said["trust_remote_code"], verify=said["verify"],
         device=said["device"], limits=said["limits"], resources=resources, upload=_upload(entry, said["upload"], words),
         size=origin.size,

@@ -60,6 +60,8 @@ class Job:
         revision: commit on the hub.
         branch: the branch, tag or commit that the recipe asks for; None: the default branch, or not from the hub.
         arch: architecture of bare weights.
+        files: ``variant`` in ``convert``.
+        weights: as in ``convert``.
         dtype: as in ``convert``.
         max_shard_size: bytes; None: as the source.
         require_all: as in ``convert``.
@@ -84,6 +86,8 @@ class Job:
     revision: str | None = None
     branch: str | None = None
     arch: str | None = None
+    files: str | None = None
+    weights: str | None = None
     dtype: str = "auto"
     max_shard_size: int | None = None
     require_all: bool = False
@@ -105,6 +109,8 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything but the source that the bytes of the output may depend on."""
+        # What is seldom said stands there if it is: records of before have no such entry.
+        chosen = {"variant": self.files, "weights": self.weights}
         return {
             "method": self.method,
             **self.options,
@@ -113,6 +119,7 @@ class Job:
             "max_shard_size": self.max_shard_size,
             "require_all": self.require_all,
             "trust_remote_code": self.trust_remote_code,
+            **{name: value for name, value in chosen.items() if value is not None},
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -66,7 +66,7 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_inpu
 
 def _fields_of(request: type[Any], names: Iterable[str]) -> dict[str, Any]:
     """Fields of a model for options of a request that a recipe may set, each of which may be left out."""
-    hints = get_type_hints(request)
+    hints = conversion.types(request)
     made: dict[str, Any] = {}
     for name, default, known in conversion.about(request):
         if name not in names:
@@ -198,6 +198,10 @@ class Source(Settings):
     """Branch, tag or commit on the hub."""
     arch: str = UNSET
     """``timm:NAME``, the architecture of weights without a config.json."""
+    variant: str = UNSET
+    """Of the weights in a folder or on the hub: ``fp16`` for ``model.fp16.safetensors``."""
+    weights: Literal[conversion.SETS] = UNSET  # type: ignore[valid-type]
+    """Of a checkpoint of training: the averaged or the trained ones; by default the averaged, if there are any."""
     name: str = UNSET
     """With source: what ``{name}`` stands for, instead of the last part of the source."""
     output: str = UNSET

@@ -16,10 +16,11 @@ from pathlib import Path
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING, read_header
 from normconvert.files.user_paths import user_path
-from normconvert.files.weight_files import find_weights, inside, is_index, load_json, shards_of
+from normconvert.files.weight_files import WEIGHT_SUFFIXES, find_weights, inside, is_index, load_json, shards_of
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.sources import hub
-from normconvert.sources.opening import WEIGHT_SUFFIXES, library_of
+from normconvert.sources.gguf import gguf_at
+from normconvert.sources.opening import library_of
 
 BASE = 1_200_000_000
 """Bytes that a conversion takes whatever the model: the libraries, the trace."""
@@ -35,11 +36,13 @@ class Reference:
         text: hub id, path or ``demo:NAME``.
         revision: branch, tag or commit on the hub.
         arch: architecture of bare weights.
+        variant: of the weights in a folder.
     """
 
     text: str
     revision: str | None = None
     arch: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def _local(reference: Reference) -> Origin | None:
         from normconvert.files.embedded import demo_folder
 
         path = demo_folder(text.removeprefix("demo:"))
-        return Origin(text, path.name, "", path, None, None, *_weigh(path, arch))
+        return Origin(text, path.name, "", path, None, None, *_weigh(path, arch, None))
     path = user_path(text)
     if not text or not path.exists():
         return None
@@ -110,15 +113,17 @@ def _local(reference: Reference) -> Origin | None:
     path = path.absolute()
     # Resolved: `.` has no name that an output could be called by.
     name = path.resolve().name if path.is_dir() else path.stem
-    return Origin(str(path), name, "", path, None, None, *_weigh(path, arch))
+    return Origin(str(path), name, "", path, None, None, *_weigh(path, arch, reference.variant))
 
 
-def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
+def _weigh(path: Path, arch: str | None, variant: str | None) -> tuple[int | None, int | None]:
     """(bytes, floating elements) of a local checkpoint's weights.
 
     Raises:
         InputError: it is no checkpoint.
     """
+    if (packed := gguf_at(path)) is not None:
+        return 8 * packed.stat().st_size, None  # in float32, of four bits
     if path.is_file():
         if not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
@@ -128,7 +133,7 @@ def _weigh(path: Path, arch: str | None) -> tuple[int | None, int | None]:
         if not (path / "config.json").is_file():
             arch = arch or _identified(path)
         config = load_json(inside(path, "config.json")) if arch is None else {}
-        weights = find_weights(path, config, library_of(config, arch))
+        weights = find_weights(path, config, library_of(config, arch), variant)
     try:
         return _sum_up(list(_files(weights)))
     except (InputError, OSError):  # damaged files are that job's failure, in its own words
@@ -173,7 +178,7 @@ def _remote(reference: Reference) -> Origin:
     if at and reference.revision not in (None, at):
         raise InputError(f"{reference.text}: two revisions, {at} and {reference.revision}: give one")
     branch = at or reference.revision
-    found = hub.find(repo, branch)
+    found = hub.find(repo, branch, reference.variant)
     author, _, name = repo.rpartition("/")
     weights = {file: size for file, size in found.sizes.items() if file.endswith(WEIGHT_SUFFIXES)}
     if not weights:

@@ -127,6 +127,7 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
     with _told(say) as (stage, progress):
         report = convert(
             job.source, made, job.method, **job.options, revision=job.revision, arch=job.arch, dtype=job.dtype,
+            variant=job.files, weights=job.weights,
             device=job.device, max_shard_size=job.max_shard_size, verify=job.verify, require_all=job.require_all,
             trust_remote_code=job.trust_remote_code, limits=job.limits, progress=progress, stage=stage,
             name=job.upload.repo if job.upload else job.output.rstrip("/").rpartition("/")[2],

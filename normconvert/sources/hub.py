@@ -64,7 +64,7 @@ class Found:
     dtypes: dict[str, int] = field(default_factory=dict)
 
 
-def find(repo: str, revision: str | None) -> Found:
+def find(repo: str, revision: str | None, variant: str | None = None) -> Found:
     """Look a model up without downloading it; where the hub cannot be asked, in the cache.
 
     Raises:
@@ -88,7 +88,7 @@ def find(repo: str, revision: str | None) -> Found:
             else:
                 files = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
                 dtypes = info.safetensors.parameters if info.safetensors else {}
-                return Found(info.sha, {name: files[name] for name in wanted_files(list(files))}, dict(dtypes))
+                return Found(info.sha, {name: files[name] for name in wanted_files(list(files), variant)}, dict(dtypes))
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
         sizes: dict[str, int | None] = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()

@@ -14,9 +14,8 @@ from normconvert.files.embedded import demo_folder
 from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.user_paths import user_path
 from normconvert.files.weight_files import (
-    GGUF,
     LARGEST_TEXT,
-    PICKLES,
+    WEIGHT_SUFFIXES,
     Checkpoint,
     adapter_files,
     find_weights,
@@ -32,11 +31,11 @@ from normconvert.options import Opening, check_options
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.bare_weights import identified, training_arguments
 from normconvert.sources.factories import is_factory, refuse_untrusted
+from normconvert.sources.gguf import dequantised, gguf_at
 from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import check_stated_sizes
 
-WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
 
 
@@ -74,6 +73,8 @@ def open_source(
     )  # fmt: skip
     check_options(how)
     refuse_untrusted(arch, trust_remote_code)
+    if reference and (packed := gguf_at(user_path(reference))) is not None:
+        return _open_gguf(reference, packed, how, found)
     path, commit = locate(reference, revision, variant)
     if path.is_dir():
         return open_folder(reference, path, commit, how, found)
@@ -84,6 +85,15 @@ def open_source(
             return open_folder(reference, path.parent, commit, replace(how, variant=named), found)
         raise InputError(f"{path}: a weight file beside a config.json: pass its folder {path.parent}, or --arch")
     return _finish(reference, None, path, {}, how, None, commit, found)
+
+
+def _open_gguf(reference: str, packed: Path, how: Opening, found: Found | None) -> Source:
+    for name in ("revision", "arch", "variant", "weights"):
+        if getattr(how, name) is not None:
+            raise InputError(f"{packed}: a GGUF says itself what it is: leave --{name} out")
+    folder, note = dequantised(packed)
+    source = open_folder(reference, folder, None, replace(how, trust_remote_code=False), found)
+    return replace(source, notes=(note, *source.notes))
 
 
 def open_pair(a: str, b: str, *, trust_remote_code: bool = False) -> tuple[Source, Source]:
@@ -130,8 +140,6 @@ def locate(reference: str, revision: str | None, variant: str | None = None) -> 
     if reference and path.exists():
         if revision is not None:
             raise InputError(f"{reference}: --revision is for hub ids, but this is a local path")
-        if path.is_file() and path.suffix == ".gguf":
-            raise InputError(f"{path}: {GGUF}")
         if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             raise InputError(f"{path}: not a checkpoint: expected a folder or a file {', '.join(WEIGHT_SUFFIXES)}")
         return path, None

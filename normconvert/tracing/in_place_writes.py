@@ -57,6 +57,8 @@ def mutates(node: fx.Node) -> bool:
 _MAY_RETURN_ITS_INPUT = (
     *("to", "type_as", "contiguous", "reshape", "flatten", "expand", "float", "view"),
     *("meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
+    # In eval mode they do, and some releases trace them as copies all the same.
+    *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
 )
 """Operations that return their input itself, or a view of it, at some dtypes and strides, and may not at the traced."""
 

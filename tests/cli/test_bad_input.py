@@ -101,7 +101,7 @@ PACKED = {"h.0.qweight": torch.zeros(3, dtype=torch.int32)}
 FOLDERS: list[tuple[str, Spoil, str]] = [
     ("empty folder", empty, "no config.json"),
     ("no weights", lambda f: (f / SAFE).unlink(), "no weights"),
-    ("only other formats", lambda f: (f / SAFE).rename(f / "model.gguf"), "found only model.gguf"),
+    ("only other formats", lambda f: (f / SAFE).rename(f / "model.onnx"), "found only model.onnx"),
     ("config is no JSON", lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     ("config is a list", lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     ("config is binary", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\0"), "not a text file"),

@@ -288,3 +288,17 @@ def test_a_process_killed_within_a_line_ends_its_job(monkeypatch: pytest.MonkeyP
     events = list(local.execute({0: Job("a", "a", "b", "out", "r", "rmsnorm", {})}))
     assert [event.kind for event in events] == ["start", "end"]
     assert "SIGKILL" in events[-1].data["result"]["message"]
+
+
+def test_a_source_says_which_of_its_weights_are_meant(here: Path) -> None:
+    shutil.copy(here / "model/model.safetensors", here / "model/model.fp16.safetensors")
+    Path("r.yaml").write_text("sources: [{source: model, variant: fp16}]\noutput: out\n")
+    assert run(["run", "r.yaml"]) == 0
+    assert json.loads(Path("out", RECORD_FILE).read_text())["options"]["variant"] == "fp16"
+
+
+@pytest.mark.parametrize("line", ["weights: both", "variant: [fp16]"])
+def test_weights_that_cannot_be_meant_are_refused(here: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(f"sources: [{{source: model, {line}}}]\noutput: out\n")
+    assert run(["run", "r.yaml"]) == 2
+    assert line.split(":")[0] in capsys.readouterr().err

@@ -372,14 +372,6 @@ def test_a_config_without_a_model_type_is_said(tmp_path: Path) -> None:
         open_source(str(folder))
 
 
-def test_gguf_is_called_what_it_is(tmp_path: Path) -> None:
-    folder = save(gpt2(), tmp_path / "src")
-    (folder / "model.safetensors").rename(folder / "model.gguf")
-    for path in (folder, folder / "model.gguf"):
-        with pytest.raises(InputError, match=r"GGUF holds weights as llama\.cpp runs them"):
-            open_source(str(path))
-
-
 def test_of_a_variant_on_the_hub_its_own_weights_are_fetched() -> None:
     shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     names = ["config.json", "model.safetensors", "model.bf16.safetensors", "model.safetensors.index.fp16.json", *shards]

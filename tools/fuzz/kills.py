@@ -4,14 +4,15 @@
 
 Each command runs in a process of its own and gets SIGKILL, SIGTERM, SIGINT or SIGHUP (INT sometimes twice) somewhere
 between its start and its end. Afterwards the output has to be the old one, whole, or the new one, whole, or not there;
-but for SIGKILL nothing else may be left, and after it nothing once the same command has run again. ``--stream`` is not
-among them, for want of a hub: tests/apply/test_streaming.py ends it at each shard.
+nothing else may be left, but for SIGKILL and for ``--stream``, which keeps the shards that it has done: after these
+nothing once the same command has run again. ``--stream`` reads from a hub on the loopback.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -19,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -27,9 +30,21 @@ RECIPE = "sources: [demo:gpt2]\ndefaults: {verify: false}\noutput: out\n"
 COMMANDS: dict[str, list[str]] = {
     "convert": ["rmsnorm", "demo:gpt2", "out"],
     "overwrite": ["rmsnorm", "demo:gpt2", "out", "--overwrite", "--dtype", "bfloat16", "--no-verify"],
+    "stream": ["rmsnorm", "org/sharded", "out", "--stream"],
     "run": ["run", "r.yaml"],
     "run --force": ["run", "r.yaml", "--force"],
 }
+
+
+@contextmanager
+def hub(root: Path) -> Iterator[None]:
+    """A hub on the loopback with one model of several shards, to which all commands that are started here are led."""
+    from tests.support.hub_server import Repository, serve
+    from tests.support.tiny_checkpoints import gpt2, save
+
+    with serve({"org/sharded": Repository(save(gpt2(), root / "sharded", "sharded"))}) as server:
+        os.environ |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        yield
 
 
 def digest(folder: Path) -> str | None:
@@ -47,7 +62,9 @@ def start(name: str, folder: Path) -> subprocess.Popen[str]:
     """A command in a folder of its own."""
     command = [sys.executable, "-m", "normconvert", *COMMANDS[name]]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    # A cache of its own: a shard that is there already is not streamed.
+    home = os.environ | {"HF_HOME": str(folder.with_name(f"cache {folder.name}"))}
+    return subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=home)
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -80,9 +97,10 @@ def attempt(name: str, number: signal.Signals, after: float, folder: Path, whole
             wrong += [] if early else [f"status {process.returncode}"]
         if "Traceback" in errors:
             wrong.append(f"a traceback: {errors.strip().splitlines()[-1]}")
-        if extra := [entry for entry in left if entry not in ("r.yaml", "out")]:
+        known = ("r.yaml", "out", *((".out.stream",) if name == "stream" else ()))
+        if extra := [entry for entry in left if entry not in known]:
             wrong.append(f"left: {extra}")
-    else:
+    if number == signal.SIGKILL or (name == "stream" and found is None):
         again = start(name, folder)
         again.communicate()
         left = sorted(path.name for path in folder.iterdir())
@@ -98,7 +116,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw, counts, failures = random.Random(arguments.seed), Counter[str](), []
-    with tempfile.TemporaryDirectory(prefix="kills-") as root:
+    with tempfile.TemporaryDirectory(prefix="kills-") as root, hub(Path(root)):
         seconds: dict[str, float] = {}
         whole: dict[str, set[str | None]] = {}
         for name in COMMANDS:

@@ -4,6 +4,7 @@
 # follows if it fails. Installers say nothing while they unpack gigabytes: the size of .venv then shows that they do.
 what=$1
 shift
+VENV=${VENV:-.venv}
 started=$(date +%s)
 log=$(mktemp) || exit 1
 trap 'kill "$beating" 2>/dev/null; rm -f "$log"' EXIT
@@ -11,7 +12,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 seconds() { echo "$(($(date +%s) - started)) s"; }
-size() { du -sh .venv 2>/dev/null | cut -f1; }
+size() { du -sh "$VENV" 2>/dev/null | cut -f1; }
 
 # Ends within a beat of its parent, however that ends: Ctrl-C does not reach it. Its sleep must not hold a pipe open.
 beat() {
@@ -20,9 +21,9 @@ beat() {
         now=$(size)
         if [ ! -t 1 ]; then
             said=$(grep -Ev '^WARNING|ninstall' "$log" | tail -n 1 | sed 's/^ *//' | cut -c 1-72)
-            echo "  $(seconds), ${now:-nothing} in .venv${said:+: $said}"
+            echo "  $(seconds), ${now:-nothing} in $VENV${said:+: $said}"
         elif [ "$now" != "$last" ]; then # else a bar of the installer moves
-            echo "  $(seconds), $now in .venv"
+            echo "  $(seconds), $now in $VENV"
         fi
         last=$now
     done
