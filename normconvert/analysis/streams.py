@@ -146,6 +146,8 @@ class Analysis:
             # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
             work += made.parts if made.kind == "sum" else ()
             if ref[0] not in self.data and ref != start:
+                if not self._mean_only:  # a norm of it sees more change than the mean, and needs to be asked
+                    stream.norms += [(use.norm, ref) for use in self.uses(ref) if use.norm is not None]
                 continue
             for use in self.uses(ref):
                 if use.to is not None:
