@@ -100,6 +100,7 @@ def convert(request: Conversion) -> Report:
         _refuse_if_pointless(report, request.require_all)
         if request.dry_run:
             return report
+        request, report = _with_powers(request, source, report, graph)
         report = _with_family(source, _with_statistics(source, report), request)
         with place.folder(source, report) as folder:
             report, hashes = _write(request, source, report, folder, place)
@@ -127,6 +128,8 @@ def _check(request: Conversion) -> dict[str, float]:
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
+    if request.method == "scale" and request.stream and request.power is None:
+        raise InputError("--stream reads the weights once, as they are written: say --power")
     if not request.dry_run:
         local = user_path(request.src)
         check_output(user_path(request.out), local if local.exists() else None, request.overwrite)
@@ -243,6 +246,32 @@ def _silent(stage: str) -> None:
     """Told of a stage when nobody listens."""
 
 
+def _with_powers(request: Conversion, source: Source, report: Report, graph: Graph) -> tuple[Conversion, Report]:
+    """The request with the powers of two that were measured, where it leaves them open, and the report of that plan.
+
+    Raises:
+        NothingToConvert: all streams fit as they are.
+    """
+    if request.method != "scale" or request.power is not None:
+        return request, report
+    from normconvert.rewrites.planning import plan_graph
+    from normconvert.tuning.powers import measured_powers
+
+    (request.stage or _silent)("measure")
+    start = time.perf_counter()
+    found = measured_powers(source, graph, request.allowed, request.device)
+    request = replace(request, power=found.power)
+    plan = plan_graph(graph, request.allowed, request.method)
+    report = replace(
+        report, plan=plan, options=recorded(request), notes=(*source.notes, *plan.notes, *found.notes),
+        seconds={**report.seconds, "measure": time.perf_counter() - start},
+    )  # fmt: skip
+    if not found.needed:
+        told = "; ".join(found.notes)
+        raise _with_report(NothingToConvert(f"{report.source}: nothing to scale: {told}; see --headroom"), report)
+    return request, report
+
+
 def _with_statistics(source: Source, report: Report) -> Report:
     """The report with what there is to say of the running statistics that would be folded into weights."""
     from normconvert.verification.running_statistics import check_statistics
@@ -348,7 +377,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
 
     from normconvert.sources.converted import load
     from normconvert.tracing.probes import verification_inputs
-    from normconvert.verification.equivalence import tolerance_for, verify_models, watched_norms
+    from normconvert.verification.equivalence import overflow_mended, tolerance_for, verify_models, watched_norms
     from normconvert.verification.limits import judge_limits
     from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
@@ -360,6 +389,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
+        wider=(lambda: source.load(dtype=torch.bfloat16, device=device)) if overflow_mended(plan, dtype) else None,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=trust),
         exact=lambda: load(folder, dtype=torch.float64, device=device, trust_remote_code=trust),

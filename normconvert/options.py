@@ -20,14 +20,14 @@ from normconvert.errors import InputError, first_line
 
 METHODS: Mapping[str, str] = {
     "rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm",
-    "fold": "LayerNorm or RMSNorm", "rotate": "LayerNorm or RMSNorm",
+    "fold": "LayerNorm or RMSNorm", "rotate": "LayerNorm or RMSNorm", "scale": "LayerNorm or RMSNorm",
 }  # fmt: skip
 """Conversion -> the norm that it looks for, in words."""
 
 SETS = ("ema", "model")
 """Which weights of a checkpoint of training: averaged, or as they were trained."""
-OF_TENSORS = ("fold", "rotate")
-"""Conversions that change tensors alone: no module, no operation, and no speed."""
+OF_TENSORS = ("fold", "rotate", "scale")
+"""Conversions that change numbers alone, tensors and epsilons: no operation, and no speed."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
@@ -201,7 +201,7 @@ class Options:
     keep_features: bool = option(
         False,
         "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
-        methods=("rmsnorm", "crmsnorm", "rotate"), recorded=True, recipe=True,
+        methods=("rmsnorm", "crmsnorm", "rotate", "scale"), recorded=True, recipe=True,
     )  # fmt: skip
     through_features: bool = option(
         False,
@@ -237,6 +237,20 @@ class Options:
         0,
         "Of the rotation: of its signs, or of the random matrix.",
         metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True,
+    )  # fmt: skip
+    power: str | None = option(
+        None,
+        "Multiply the streams by 2^-N; or NORM=N, a norm of each stream, with commas between; else as measured.",
+        metavar="N", methods=("scale",), recorded=True, recipe=True,
+    )  # fmt: skip
+    headroom: float = option(
+        4.0,
+        "How many times the largest value of a stream has to fit into float16, where its power is measured.",
+        metavar="X", at_least=1, methods=("scale",), recipe=True,
+    )  # fmt: skip
+    data: str | None = option(
+        None, "Measure on these examples, too, KIND:WHERE as for swap: text:FILE, imagefolder:DIR, npz:FILE.",
+        metavar="KIND:WHERE", methods=("scale",), recipe=True,
     )  # fmt: skip
 
     def for_method(self, method: str) -> Options:

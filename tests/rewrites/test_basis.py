@@ -24,7 +24,7 @@ from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import MODELS, built, logits, skeleton
 
-BASES = ["rotate"]
+BASES = ["rotate", "scale"]
 """Conversions of whole streams."""
 
 COUNTS = {
