@@ -23,6 +23,7 @@ from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import MODELS, built, logits, skeleton
+from tests.support.equivalence import check
 
 BASES = ["rotate", "scale"]
 """Conversions of whole streams."""
@@ -315,3 +316,24 @@ def test_a_norm_inside_the_models_own_code_keeps_what_it_reads(method: str) -> N
     assert outcome.plan is not None
     assert not outcome.problems
     assert not outcome.plan.converted
+
+
+class ScaledOnce(nn.Module):
+    """A layer scale of a value of parameters, of which a norm reads one without the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.gain = nn.Parameter(torch.empty(3, 8)), nn.Parameter(torch.empty(8))
+        self.write, self.first, self.last = nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.read, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.gain * (self.write(x) + self.queries)
+        return self.head(self.last(stream)) + self.read(self.first(self.queries))
+
+
+def test_a_layer_scale_does_not_fold_into_what_a_norm_reads_too() -> None:
+    inputs = [{"x": torch.randn(3, 5, dtype=torch.float64)}]
+    for method in BASES:
+        assert not check_basis(ScaledOnce, inputs, method, Options(power="2")).problems
+    assert not check(ScaledOnce, inputs).problems
