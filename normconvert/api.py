@@ -5,6 +5,7 @@ The other public functions stand in the rooms of their stages; :mod:`normconvert
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
-from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert
+from normconvert.errors import FidelityError, InputError, NormConvertError, NothingToConvert, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
     METHODS,
@@ -51,7 +52,7 @@ Failure = TypeVar("Failure", bound=NormConvertError)
 
 @taking(Inspection)
 def inspect(request: Inspection) -> Report:
-    """What :func:`convert` would do with ``src``, norm by norm; writes nothing.
+    """What :func:`convert` would do with ``src``, norm by norm; writes nothing but an anatomy, if asked for.
 
     Raises:
         InputError: the source is not a usable checkpoint.
@@ -59,7 +60,16 @@ def inspect(request: Inspection) -> Report:
     """
     check_options(request)
     with collecting(False):
-        return _plan(request)[1]
+        _, report, graph = _plan(request)
+    if request.anatomy is not None:
+        from normconvert.rewrites.anatomy import FORMS, anatomy_of
+
+        text = json.dumps(FORMS[request.form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
+        try:
+            user_path(request.anatomy).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--anatomy {request.anatomy}: {first_line(error)}") from error
+    return report
 
 
 @taking(Identifying)

@@ -35,6 +35,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROTATIONS = ("hadamard", "random")
 """Orthogonal maps: see `normconvert.plan.rotations`."""
 
+FORMS = ("graph", "llm-compressor", "awq")
+"""What an anatomy is written as."""
+
 LEVELS = ("quick", "standard", "thorough")
 LEVEL = "How much is verified: quick runs two inputs, standard each kind once, thorough all, and long ones."
 
@@ -238,6 +241,11 @@ class Options:
         "Of the rotation: of its signs, or of the random matrix.",
         metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True,
     )  # fmt: skip
+    values: bool = option(
+        False,
+        "Rotate the values of attention, too, head by head, between the linear maps that write and read them.",
+        methods=("rotate",), recorded=True, recipe=True,
+    )  # fmt: skip
     power: str | None = option(
         None,
         "Multiply the streams by 2^-N; or NORM=N, a norm of each stream, with commas between; else as measured.",
@@ -326,6 +334,12 @@ class Inspection(_Planning):
         "rmsnorm", f"The conversion to look at: {METHOD}.", spelling="--for", metavar="METHOD", choices=tuple(METHODS)
     )
     _: KW_ONLY
+    anatomy: str | Path | None = option(
+        None, "Write what reads each norm, what writes into each stream and what is paired, as JSON.", metavar="FILE"
+    )
+    form: str = option(
+        "graph", "Of the anatomy: all of it, or as quantisers map layers.", spelling="--format", choices=FORMS
+    )
     stage: Stage | None = None
 
 

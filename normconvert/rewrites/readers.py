@@ -197,6 +197,15 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     return Reader(frozenset([node]), name, stored, out, None, path)
 
 
+def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
+    """The linear map that a reader is, with a weight of its own.
+
+    Raises:
+        Unfoldable: it is none, or its weight is not stored.
+    """
+    return _reader(analysis, leak, False, {}, False)
+
+
 def _unpadded(node: fx.Node) -> bool:
     padding = argument(node, 4, "padding", 0)
     return bool(padding == "valid") or all_are(padding, 0)

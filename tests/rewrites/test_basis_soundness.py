@@ -35,7 +35,8 @@ def test_every_kind_of_part_is_converted_right(kind: str, method: str) -> None:
                 one[f"data{number}"] = data["data"]
         torch.set_default_dtype(torch.float32)
         if cases:
-            outcome = check_basis(lambda cases=cases: Side(cases), inputs, method, Options(seed=1, power="3"), seed=1)  # type: ignore[misc]
+            options = Options(seed=1, power="3", values=True)
+            outcome = check_basis(lambda cases=cases: Side(cases), inputs, method, options, seed=1)  # type: ignore[misc]
             assert outcome.plan is not None, outcome.problems
             assert not outcome.problems, "\n".join(outcome.problems)
 
@@ -49,7 +50,10 @@ def test_random_networks_are_converted_right_or_not_at_all(method: str) -> None:
         inputs = runnable_inputs(case)
         if inputs is None:
             continue
-        options = Options(seed=number, rotation=draw.choice(["hadamard", "random"]), power=draw.choice(["2", "-5"]))
+        options = Options(
+            seed=number, rotation=draw.choice(["hadamard", "random"]), power=draw.choice(["2", "-5"]),
+            values=draw.random() < 0.7,
+        )  # fmt: skip
         outcome = check_basis(lambda case=case: Network(case), inputs, method, options, seed=case.seed)  # type: ignore[misc]
         counts["converted" if outcome.plan and outcome.plan.converted else "refused"] += 1
         assert outcome.plan is None or not outcome.problems, f"{case}\n" + "\n".join(outcome.problems)
