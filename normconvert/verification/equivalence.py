@@ -118,7 +118,7 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), _in_one_basis(probes, plan)
+    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), in_one_basis(probes, plan)
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
@@ -162,7 +162,7 @@ def verify_models(
     return judge(fidelity, proof, rounding, dtype, converted_run)
 
 
-def _in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
+def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
     """The probes without those that give embeddings from outside which the converted model takes in another basis."""
     doors = plan.untraced_doors if plan is not None and plan.method in ("rotate", "scale") else ()
     return [probe for probe in probes if probe.inputs.keys().isdisjoint(doors)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,18 @@ def test_an_edit_of_an_eps_changes_a_number_of_a_norm_and_nothing_else() -> None
     for wrong in ({"attributes": ["normalized_shape"]}, {"attributes": ["eps2"]}, {"eps": -1.0}, {"eps": "0"}):
         with pytest.raises(ValueError, match="module edit"):
             apply_module_edits(model, [{**row, **wrong}])
+
+
+def test_a_class_that_reads_the_config_elsewhere_too_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = MODELS["llama"][1]
+    forward = kind.forward
+
+    def reads_the_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = forward(self, *args, **kwargs)
+        found.logits = found.logits + self.config.rms_norm_eps
+        return found
+
+    monkeypatch.setattr(kind, "forward", functools.wraps(forward)(reads_the_config))
+    options = Options(power="2")
+    plan, graph = planned(skeleton("llama"), options, "scale")
+    assert "has the argument" in difference(graph, plan, options)
