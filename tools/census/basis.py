@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import Counter
@@ -28,7 +28,7 @@ WORK = ROOT / "build" / "basis.jsonl"
 HEADING = "## Another basis"
 METHODS = ("rotate", "scale")
 POWER = "3"
-SECONDS = 150
+SECONDS = 240
 """For one model."""
 
 FIRST = """
@@ -45,8 +45,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary. Returns 1 if a converted model does not compute the same."""
-    from tools.census.coverage import _read
-    from tools.census.one_model import first_line
+    from tools.census.coverage import _preload, _read
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
@@ -58,20 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.write:
         end = time.monotonic() + 60 * arguments.minutes
         arguments.work.parent.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGALRM, _too_long)
+        _preload("rmsnorm")
         with arguments.work.open("a") as work:
             for library, name in _keys(arguments.only):
                 if (library, name) in rows:
                     continue
                 if time.monotonic() > end:
                     break
-                signal.alarm(SECONDS)
-                try:
-                    row = bases_of(library, name)
-                except Exception as error:  # whatever one model raises, the others are still to be looked at
-                    row = {"failure": first_line(error)}
-                finally:
-                    signal.alarm(0)
+                row = _apart(library, name)
                 rows[library, name] = row = {"library": library, "name": name, **row}
                 work.write(json.dumps(row) + "\n")
                 work.flush()
@@ -85,8 +78,29 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(row.get(m, {}).get("mismatch") for row in rows.values() for m in METHODS))
 
 
-def _too_long(number: int, frame: Any) -> None:
-    raise TimeoutError(f"more than {SECONDS} s")
+def _apart(library: str, name: str) -> Row:
+    """The row of one model, made in a process of its own: whatever ends that, the others are still to be looked at."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, library, name), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        found: Row = receiver.recv() if receiver.poll(SECONDS) else {"failure": f"more than {SECONDS} s"}
+    except EOFError:
+        found = {"failure": "the process ended"}
+    process.kill()
+    process.join()
+    return found
+
+
+def _send(sender: Any, library: str, name: str) -> None:
+    from tools.census.one_model import first_line
+
+    try:
+        sender.send(bases_of(library, name))
+    except Exception as error:
+        sender.send({"failure": first_line(error)})
 
 
 def _keys(only: list[str]) -> list[tuple[str, str]]:
