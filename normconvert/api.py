@@ -5,6 +5,7 @@ The other public functions stand in the rooms of their stages; :mod:`normconvert
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normconvert.apply.record import loading_files, write_card, write_record
-from normconvert.errors import InputError
+from normconvert.errors import InputError, NothingToConvert, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
     Conversion,
@@ -52,6 +53,8 @@ NO_ROOM = "not verified: the disk has no room for the source beside the output (
 def inspect(request: Inspection) -> Report:
     """What :func:`convert` would do with ``src``, or :func:`convert_model` with a model in memory, norm by norm.
 
+    Writes nothing but an anatomy, if asked for.
+
     Raises:
         InputError: the source is not a usable checkpoint.
         TraceError: the model cannot be traced.
@@ -64,7 +67,16 @@ def inspect(request: Inspection) -> Report:
     if request.example_inputs is not None:
         raise InputError("example_inputs are for models in memory, and src is a checkpoint")
     with collecting(False):
-        return _plan(request)[1]
+        _, report, graph = _plan(request)
+    if request.anatomy is not None:
+        from normconvert.rewrites.anatomy import FORMS, anatomy_of
+
+        text = json.dumps(FORMS[request.form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
+        try:
+            user_path(request.anatomy).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--anatomy {request.anatomy}: {first_line(error)}") from error
+    return report
 
 
 @taking(Identifying)
@@ -131,6 +143,7 @@ def convert(request: Conversion) -> Report:
         refuse_if_pointless(report, request.require_all)
         if request.dry_run:
             return report
+        request, report = _with_powers(request, source, report, graph)
         report = _with_family(source, _with_statistics(source, report), request, graph)
         with place.folder(source, report) as folder:
             report, hashes = _write(request, source, report, folder, place)
@@ -168,6 +181,8 @@ def _check(request: Conversion) -> dict[str, float]:
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
+    if request.method == "scale" and request.stream and request.power is None:
+        raise InputError("--stream reads the weights once, as they are written: say --power")
     if not request.dry_run:
         local = user_path(request.src)
         check_output(user_path(request.out), local if local.exists() else None, request.overwrite)
@@ -289,6 +304,33 @@ def _silent(stage: str) -> None:
     """Told of a stage when nobody listens."""
 
 
+def _with_powers(request: Conversion, source: Source, report: Report, graph: Graph) -> tuple[Conversion, Report]:
+    """The request with the powers of two that were measured, where it leaves them open, and the report of that plan.
+
+    Raises:
+        NothingToConvert: all streams fit as they are.
+    """
+    if request.method != "scale" or request.power is not None:
+        return request, report
+    from normconvert.rewrites.planning import plan_graph
+    from normconvert.tuning.powers import measured_powers
+    from normconvert.verification.outcome import with_report
+
+    (request.stage or _silent)("measure")
+    start = time.perf_counter()
+    found = measured_powers(source, graph, request.allowed, request.device)
+    request = replace(request, power=found.power)
+    plan = plan_graph(graph, request.allowed, request.method)
+    report = replace(
+        report, plan=plan, options=recorded(request), notes=(*source.notes, *plan.notes, *found.notes),
+        seconds={**report.seconds, "measure": time.perf_counter() - start},
+    )  # fmt: skip
+    if not found.needed:
+        told = "; ".join(found.notes)
+        raise with_report(NothingToConvert(f"{report.source}: nothing to scale: {told}; see --headroom"), report)
+    return request, report
+
+
 def _with_statistics(source: Source, report: Report) -> Report:
     """The report with what there is to say of the running statistics that would be folded into weights."""
     from normconvert.apply.layout import origins_of
@@ -367,7 +409,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
 
     from normconvert.sources.converted import load
     from normconvert.tracing.probes import verification_inputs
-    from normconvert.verification.equivalence import tolerance_for, verify_models, watched_norms
+    from normconvert.verification.equivalence import overflow_mended, tolerance_for, verify_models, watched_norms
     from normconvert.verification.limits import judge_limits
     from normconvert.verification.rounding import ROUNDING_TOLERANCE
 
@@ -379,6 +421,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
+        wider=(lambda: source.load(dtype=torch.bfloat16, device=device)) if overflow_mended(plan, dtype) else None,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=partial(reopened, dtype=dtype),
         exact=partial(reopened, dtype=torch.float64),

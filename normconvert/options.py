@@ -21,14 +21,14 @@ from normconvert.errors import InputError, first_line
 
 METHODS: Mapping[str, str] = {
     "rmsnorm": "LayerNorm", "crmsnorm": "LayerNorm", "fuse-bn": "BatchNorm",
-    "fold": "LayerNorm or RMSNorm", "rotate": "LayerNorm or RMSNorm",
+    "fold": "LayerNorm or RMSNorm", "rotate": "LayerNorm or RMSNorm", "scale": "LayerNorm or RMSNorm",
 }  # fmt: skip
 """Conversion -> the norm that it looks for, in words."""
 
 SETS = ("ema", "model")
 """Which weights of a checkpoint of training: averaged, or as they were trained."""
-OF_TENSORS = ("fold", "rotate")
-"""Conversions that change tensors alone: no module, no operation, and no speed."""
+OF_TENSORS = ("fold", "rotate", "scale")
+"""Conversions that change numbers alone, tensors and epsilons: no operation, and no speed."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """How weights may be stored; ``auto`` is each tensor's own."""
@@ -40,6 +40,9 @@ CHECKED, TOLD = "How it is checked", "What is told"
 
 ROTATIONS = ("hadamard", "random")
 """Orthogonal maps: see `normconvert.plan.rotations`."""
+
+FORMS = ("graph", "llm-compressor", "awq")
+"""What an anatomy is written as."""
 
 LEVELS = ("quick", "standard", "thorough")
 LEVEL = "How much is verified: quick runs two inputs, standard each kind once, thorough all, and long ones."
@@ -262,7 +265,7 @@ class Options:
     keep_features: bool = option(
         False,
         "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
-        methods=("rmsnorm", "crmsnorm", "rotate"), recorded=True, recipe=True, panel=PLANNED,
+        methods=("rmsnorm", "crmsnorm", "rotate", "scale"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     through_features: bool = option(
         False,
@@ -298,6 +301,25 @@ class Options:
         0,
         "Of the rotation: of its signs, or of the random matrix.",
         metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
+    )  # fmt: skip
+    values: bool = option(
+        False,
+        "Rotate the values of attention, too, head by head, between the linear maps that write and read them.",
+        methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
+    )  # fmt: skip
+    power: str | None = option(
+        None,
+        "Multiply the streams by 2^-N; or NORM=N, a norm of each stream, with commas between; else as measured.",
+        metavar="N", methods=("scale",), recorded=True, recipe=True, panel=PLANNED,
+    )  # fmt: skip
+    headroom: float = option(
+        4.0,
+        "How many times the largest value of a stream has to fit into float16, where its power is measured.",
+        metavar="X", at_least=1, methods=("scale",), recipe=True, panel=PLANNED,
+    )  # fmt: skip
+    data: str | None = option(
+        None, "Measure on these examples, too, KIND:WHERE as for swap: text:FILE, imagefolder:DIR, npz:FILE.",
+        metavar="KIND:WHERE", methods=("scale",), recipe=True, panel=PLANNED,
     )  # fmt: skip
 
     def for_method(self, method: str) -> Options:
@@ -375,6 +397,12 @@ class Inspection(_Planning):
     )  # fmt: skip
     _: KW_ONLY
     example_inputs: Any = option(None, EXAMPLE, console=False)
+    anatomy: str | Path | None = option(
+        None, "Write what reads each norm, what writes into each stream and what is paired, as JSON.", metavar="FILE"
+    )
+    form: str = option(
+        "graph", "Of the anatomy: all of it, or as quantisers map layers.", spelling="--format", choices=FORMS
+    )
     stage: Stage | None = None
 
 

@@ -19,7 +19,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, 
 from normconvert.analysis.handwritten import Forms, HandWritten
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
-from normconvert.analysis.rms_by_hand import is_number, plain, rms_norm_by_hand
+from normconvert.analysis.rms_by_hand import CASTS, is_number, plain, rms_norm_by_hand
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
@@ -134,7 +134,7 @@ def _by_hand(node: fx.Node, source: HandWritten, *, centred: bool = True) -> _Fo
         elif name_of(user) == "aten.add" and aligned and bias is None:
             bias = others[0]
         # A cast may take its dtype from a parameter, and is passed over; everything else ends the affine part.
-        elif not (name_of(user) in ("aten.to", "aten.type_as") and not [o for o in others if o.op != "placeholder"]):
+        elif not (name_of(user) in CASTS and not [o for o in others if o.op != "placeholder"]):
             break
         at = user
     return _Found(
@@ -299,7 +299,7 @@ def _named_parameter(graph: Graph, node: Any, path: str) -> tuple[str | None, fl
             ), offset
         if name_of(node) == "aten.add" and plain(node) and is_number(node.args[1]):
             offset += float(node.args[1])  # type: ignore[arg-type]
-        elif name_of(node) not in ("aten.to", "aten.type_as", "aten.view", "aten.reshape", "aten.detach"):
+        elif name_of(node) not in CASTS | {"aten.view", "aten.reshape", "aten.detach"}:
             return None, offset
         node = node.args[0]
     return None, offset

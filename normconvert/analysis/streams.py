@@ -146,6 +146,8 @@ class Analysis:
             # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
             work += made.parts if made.kind == "sum" else ()
             if ref[0] not in self.data and ref != start:
+                if not self._mean_only:  # a norm of it sees more change than the mean, and needs to be asked
+                    stream.norms += [(use.norm, ref) for use in self.uses(ref) if use.norm is not None]
                 continue
             for use in self.uses(ref):
                 if use.to is not None:
@@ -277,20 +279,23 @@ class Analysis:
             return Use(leak=Leak(ref, user, "product", f"{operation(user)} multiplies it channel by channel"))
         return Use(to=(user, place))
 
-    def other_readers(self, ref: AxisRef, allowed: Callable[[AxisRef], bool]) -> Iterator[fx.Node]:
+    def other_readers(
+        self, ref: AxisRef, allowed: Callable[[AxisRef], bool], *, norms_too: bool = False
+    ) -> Iterator[fx.Node]:
         """The readers of a parameter (followed through values made of parameters alone) that are not ``allowed``.
 
         A reader is fine if it takes the parameter to a ref for which ``allowed`` holds, or if it is a norm: one never
-        sees a mean. Where more is to change than that, a norm is fine if what it reads is allowed.
+        sees a mean. Where more is to change than that, a norm is fine if what it reads is allowed, and with
+        ``norms_too`` none is.
         """
         for use in self.uses(ref):
             if use.leak is not None:
                 yield use.leak.reader
-            elif use.norm is not None and not self._mean_only and not allowed(ref):
+            elif use.norm is not None and (norms_too or (not self._mean_only and not allowed(ref))):
                 yield use.norm.read
             elif use.to is not None and use.to[0] not in self.data:
                 # Even if it is a member: `grow` does not look for its other readers.
-                yield from self.other_readers(use.to, allowed)
+                yield from self.other_readers(use.to, allowed, norms_too=norms_too)
             elif use.to is not None and not allowed(use.to):
                 yield use.to[0]
 

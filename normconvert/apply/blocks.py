@@ -17,6 +17,7 @@ from torch import Tensor
 from normconvert.plan.edits import Edit, Lookup, apply_edits
 
 BLOCK = 1 << 17  # elements edited at a time: 1 MiB in float64, which stays in the cache
+See = Callable[[Tensor, Tensor], None]
 LINE = 64  # bytes a cache holds together: narrower blocks of columns would fetch each line several times
 
 HUGE = 1 << 21  # bytes of a huge page
@@ -27,6 +28,7 @@ HALVES = (torch.float16, torch.bfloat16)
 NEEDS_WHOLE: dict[str, Callable[[Edit, int], set[int]]] = {
     "center": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "scale": lambda edit, ndim: {0, 1} if "groups" in edit else {int(edit["axis"]) % ndim},
+    "times": lambda edit, ndim: set(),
     "shift": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "fill": lambda edit, ndim: set(),
     "compress": lambda edit, ndim: {int(edit["axis"]) % ndim},
@@ -137,15 +139,18 @@ def _memory(size: int) -> Tensor:
 
 
 def edit_rows(
-    rows: Tensor, edits: Sequence[Edit], lookup: Lookup, target: torch.dtype, workspace: Workspace, mean: Tensor | None
-) -> Tensor:
+    rows: Tensor, edits: Sequence[Edit], lookup: Lookup, target: torch.dtype, workspace: Workspace, mean: Tensor | None,
+    see: See = lambda exact, stored: None,
+) -> Tensor:  # fmt: skip
     """Some rows of a tensor with edits that may be applied to rows, after ``mean`` is subtracted, in ``target``.
 
-    The result holds until the next call.
+    The result holds until the next call. ``see`` is called with it in float64 and as it is stored.
     """
     wide = workspace.widened(rows)
     block = apply_edits(wide if mean is None else wide.sub_(mean), edits, lookup, own=True)
-    return workspace.empty("whole", tuple(block.shape), target).copy_(block)
+    stored = workspace.empty("whole", tuple(block.shape), target).copy_(block)
+    see(block, stored)
+    return stored
 
 
 def edit_whole(
@@ -156,6 +161,7 @@ def edit_whole(
     *,
     in_place: bool = False,
     workspace: Workspace | None = None,
+    see: See = lambda exact, stored: None,
 ) -> Tensor:
     """``apply_edits(value, edits, lookup).to(target)``, with float64 for one block at a time where the edits permit.
 
@@ -166,10 +172,14 @@ def edit_whole(
         target: dtype of the result.
         in_place: ``value`` may be overwritten.
         workspace: memory for the blocks, and for the result, which then holds until the next call.
+        see: called with each block in float64 and as it is stored.
     """
     dim = block_dimension(edits, tuple(value.shape), tuple(value.shape))
     if dim is None:
-        return apply_edits(value, edits, lookup).to(target)
+        exact = apply_edits(value, edits, lookup)
+        stored = exact.to(target)
+        see(exact, stored)
+        return stored
     whole, blockwise = value, workspace or Workspace()
     # Its shape may stand for the result's: no edit of NEEDS_WHOLE changes a dimension that it does not need whole.
     for start, stop in blocks(tuple(value.shape), dim, value.element_size()):
@@ -179,5 +189,5 @@ def edit_whole(
         # In place, a block is written over what it alone was made of: the blocks to come read other elements.
         if start == 0 and not (in_place and value.dtype == target and value.shape == shape):
             whole = torch.empty(shape, dtype=target) if workspace is None else workspace.empty("whole", shape, target)
-        whole.narrow(dim, start, stop - start).copy_(block)
+        see(block, whole.narrow(dim, start, stop - start).copy_(block))
     return whole

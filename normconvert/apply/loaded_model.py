@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normconvert.apply.source_reader import check_finite, is_finite, overflows
 from normconvert.apply.state import edited_values
+from normconvert.apply.underflow import Underflow
 from normconvert.files.safetensors_file import FLOATING, torch_dtype
 from normconvert.plan.conversion_plan import Plan
 
@@ -51,6 +52,9 @@ def save_loaded(
     if dtype is not None:
         model = model.to(dtype)
     for name, value in edited.items():
+        lost = Underflow(name, plan.tensors[name])
+        lost.see(value, value.to(dtype or state[name].dtype))
+        lost.check(dtype or state[name].dtype)
         _assign(model, name, value, untied=any(row["op"] == "copy" for row in plan.tensors[name]))
     infinite = {name for name, rows in plan.tensors.items() if any(row["op"] == "bound" for row in rows)}
     for name, parameter in model.named_parameters():

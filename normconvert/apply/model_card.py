@@ -42,6 +42,11 @@ METHODS = {
         "Tensor names and shapes are unchanged, and so is the class of the model. Its outputs are the original's; "
         "embeddings and hidden states are in the new basis."
     ),
+    "scale": (
+        "Each scaled residual stream is stored times a power of two, and the ε of the norms that read it times its "
+        "square, so that its values fit into float16; what the model computes is the original's. Tensor names and "
+        "shapes are unchanged. Embeddings and hidden states are scaled."
+    ),
 }
 TRAINED = {
     "swap un": ("Unified Normalization", "2208.01313"),
@@ -148,7 +153,8 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
 
 def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str) -> str:
     named = json.dumps(name, ensure_ascii=False)
-    in_place = "as converted" if plan.structural or not plan.modules else "RMSNorm modules in place"
+    replaced = any(edit["op"] == "replace" for edit in plan.modules)
+    in_place = "RMSNorm modules in place" if replaced and not plan.structural else "as converted"
     trust = TRUST if code == OWN else ""
     own = f"import normconvert\n\nmodel = normconvert.load({named}{trust})  # {in_place}"
     if library == "torch":

@@ -25,6 +25,7 @@ from normconvert.apply.blocks import Workspace, block_dimension, centres_rows, e
 from normconvert.apply.layout import Layout, OutFile, OutTensor
 from normconvert.apply.scan import all_finite
 from normconvert.apply.source_reader import SourceReader, check_finite, overflows
+from normconvert.apply.underflow import Underflow
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_tensor, torch_dtype
 from normconvert.files.tensor_info import TensorInfo
@@ -197,25 +198,30 @@ class Writer:
     def _compute(self, fd: int, task: Task, workspace: Workspace) -> None:
         """Edit, convert and write one tensor: the whole of it, or some rows at a time where the edits permit."""
         tensor, info = task.tensor, self._info(task.tensor)
-        target = torch_dtype(tensor.dtype)
+        target, lost = torch_dtype(tensor.dtype), Underflow(tensor.name, tensor.edits)
         by_rows = block_dimension(tensor.edits, info.shape, tensor.shape) == 0
         if self._source.is_pickle:
             value = self._source.read(tensor.origin)
             self._check(tensor, value)
-            edited = edit_whole(value, tensor.edits, self._lookup, target) if tensor.edits else value.to(target)
+            edited = value.to(target)
+            if tensor.edits:
+                edited = edit_whole(value, tensor.edits, self._lookup, target, see=lost.see)
             self._write_tensor(fd, tensor, edited, task.at)
         elif by_rows or centres_rows(tensor.edits, info.shape, tensor.shape):
             with info.file.open("rb", buffering=0) as handle:
-                self._compute_rows(fd, task, info, handle, target, workspace, centred=not by_rows)
+                self._compute_rows(fd, task, info, handle, target, workspace, lost, centred=not by_rows)
         else:  # blocks of columns are put together in memory first
             value = read_tensor(info, memory=workspace.raw)
             self._check(tensor, value)
-            edited = edit_whole(value, tensor.edits, self._lookup, target, in_place=True, workspace=workspace)
+            edited = edit_whole(
+                value, tensor.edits, self._lookup, target, in_place=True, workspace=workspace, see=lost.see
+            )
             self._write_tensor(fd, tensor, edited, task.at)
+        lost.check(target)
 
     def _compute_rows(
         self, fd: int, task: Task, info: TensorInfo, handle: FileIO, target: torch.dtype, workspace: Workspace,
-        centred: bool,
+        lost: Underflow, *, centred: bool,
     ) -> None:  # fmt: skip
         """Rows lie one behind the other in the file: they are read, edited and written while they are in the cache."""
         tensor, at = task.tensor, task.at
@@ -228,7 +234,7 @@ class Writer:
             value = read_tensor(info, rows, workspace.raw, handle)
             self._check(tensor, value)
             if tensor.edits:
-                value = edit_rows(value, edits, self._lookup, target, workspace, mean)
+                value = edit_rows(value, edits, self._lookup, target, workspace, mean, lost.see)
             else:
                 value = workspace.empty("whole", tuple(value.shape), target).copy_(value)
             at += self._write_tensor(fd, tensor, value, at)

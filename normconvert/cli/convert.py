@@ -52,6 +52,16 @@ def rotate(ask: Ask[Conversion], view: View) -> int:
     return _convert(ask, view)
 
 
+@register(short_help="Scale the residual streams into float16's range.", rich_help_panel=CONVERSIONS)
+@command(Conversion, View, said=MEASURES, method="scale")
+def scale(ask: Ask[Conversion], view: View) -> int:
+    """Store every residual stream that provably allows it times a power of two, so that its values fit into float16.
+
+    The power is measured on a few inputs, or given. Names, shapes and what the model computes stay.
+    """
+    return _convert(ask, view)
+
+
 BESIDE = "The folder to make; for a weight file, NAME-fused beside it if left out."
 
 

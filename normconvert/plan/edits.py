@@ -83,6 +83,16 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return view.mul_(_vector(view, dim, vector) if vector.ndim else vector).reshape(shape)
 
 
+def _times(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- (x + offset) 2^exponent - offset everywhere: what writes into a stream that takes a power of two.
+
+    ``offset`` (0) is what the model adds to the stored numbers, as in a norm that applies 1 + weight.
+    """
+    offset = float(edit.get("offset", 0.0))
+    factor = 2.0 ** int(edit["exponent"])
+    return x.mul_(factor) if offset == 0 else x.add_(offset).mul_(factor).sub_(offset)
+
+
 def _shift(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- x + by along the channels: an affine norm's shift moving into the bias before it."""
     view, dim, shape = _split(x, edit)
@@ -204,6 +214,7 @@ def _drop(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
+    "times": _times,
     "shift": _shift,
     "add_product": _add_product,
     "fill": _fill,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 MARKS = {"converted": (YES, GOOD), "skipped": ("=", FAINT), "failed": (NO, BAD), "interrupted": ("-", "yellow")}
 STAGES = {
-    "start": "starting", "open": "opening", "trace": "tracing", "write": "writing", "verify": "verifying",
-    "copy": "copying", "upload": "uploading",
+    "start": "starting", "open": "opening", "trace": "tracing", "measure": "measuring", "write": "writing",
+    "verify": "verifying", "copy": "copying", "upload": "uploading",
 }  # fmt: skip
 WORDS = {"convert": "convert", "redo": "convert again", "skip": "", "refuse": "refuse", "upload": "upload"}
 WIDE = 1000

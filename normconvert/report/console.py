@@ -326,7 +326,7 @@ def how_to_load(report: Report) -> list[str]:
     remote = TRUST if auto else ""
     lines.append(f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})')
     # Where tensors alone were changed, that code is there to refuse other classes and to warn of adapters.
-    if auto and report.method in OF_TENSORS:
+    if auto and report.method in OF_TENSORS and all(row.get("stated") for row in report.plan.modules):
         lines.append(f'model = {auto}.from_pretrained("{report.out}")  # the library alone')
     return lines
 

@@ -104,6 +104,7 @@ class Screen:
         texts = {
             "open": f"opening {src}",
             "trace": "tracing the model",
+            "measure": "measuring the streams",
             "write": f"writing {out}",
             "verify": "verifying",
         }

@@ -146,7 +146,9 @@ def _resolve_scales(analysis: Analysis, refs: list[tuple[AxisRef, Provenance]]) 
         inner = {ref for call in group for ref in call.inner.members}
         if len({call.writers for call in group}) != 1:
             continue
-        if any(next(analysis.other_readers(s, inner.__contains__), None) for s in group[0].writers):
+        # A norm of parameters alone would not see their mean go, but gamma.
+        readers_of = (analysis.other_readers(s, inner.__contains__, norms_too=True) for s in group[0].writers)
+        if any(next(others, None) for others in readers_of):
             continue
         # gamma becomes one, so it must have no other readers than the calls that fold.
         if set(readers(factor[0], _REARRANGES)) != {call.ref[0] for call in group}:

@@ -64,6 +64,8 @@ def _other_edit(own: Plan, plan: Plan) -> str:
     for name in dict.fromkeys([*plan.tensors, *own.tensors]):
         if plan.tensors.get(name) != own.tensors.get(name):
             return f"`{name}` is edited otherwise than those ask who read it and write with it"
+    if plan.modules != own.modules:
+        return "the norms have not the ε that the graph asks for"
     return "" if plan.config == own.config else "tied tensors are not those that the graph asks for"
 
 

@@ -29,6 +29,7 @@ from normconvert.rewrites.edited_trace import INSERTED, NORM, Differs, settings_
 from normconvert.rewrites.expected_changes import (
     Biased,
     Clamped,
+    Epsilon,
     ExpectedChanges,
     Gone,
     Inserted,
@@ -47,7 +48,8 @@ def prove(graph: Graph, plan: Plan, changes: ExpectedChanges) -> None:
     Raises:
         Differs: it cannot be traced, or computes something else.
     """
-    compare(graph, trace_edited(graph, plan.modules, changes.untied), changes)
+    numbers = {key: value for key, value in plan.config.items() if type(value) is float}
+    compare(graph, trace_edited(graph, plan.modules, changes.untied, numbers), changes)
 
 
 def compare(old: Graph, new: Graph, changes: ExpectedChanges) -> None:
@@ -216,6 +218,13 @@ class _Comparison:
         self._same_operation(node, other, biased=True)
 
     @_changed.register
+    def _(self, label: Epsilon, node: fx.Node) -> None:
+        other = self._next(node)
+        if _numbers(other).count(label.new) != 1 or _numbers(node).count(label.old) != 1:
+            raise Differs(module_path(node), f"{operation(node)} has not the ε {label.new:g}")
+        self._same_operation(node, other, eps=label)
+
+    @_changed.register
     def _(self, label: Clamped, node: fx.Node) -> None:
         found = [self._next(node), *islice(self.rest, 2)]
         read = [self._image_of(label.source), *found]
@@ -251,24 +260,26 @@ class _Comparison:
 
     # What becomes of all others: nothing.
 
-    def _same_operation(self, a: fx.Node, b: fx.Node, biased: bool = False) -> None:
+    def _same_operation(self, a: fx.Node, b: fx.Node, biased: bool = False, eps: Epsilon | None = None) -> None:
         if a.target != b.target or a.op != b.op:
             raise Differs(module_path(a), f"{operation(a)} becomes {operation(b)}{self.width}")
         self.image[a] = b
         # What nothing returned depends on may have any shape.
         if self.changes.live is None or a in self.changes.live:
-            self._arguments(a, b, biased)
+            self._arguments(a, b, biased, eps)
             self._shapes(a, b)
 
-    def _arguments(self, a: fx.Node, b: fx.Node, biased: bool) -> None:
-        old, new = list(a.args), list(b.args)
+    def _arguments(self, a: fx.Node, b: fx.Node, biased: bool, eps: Epsilon | None) -> None:
+        old, new, named = list(a.args), list(b.args), dict(a.kwargs)
+        if eps is not None:
+            old, named = [_now(value, eps) for value in old], {key: _now(value, eps) for key, value in named.items()}
         if biased:  # an absent bias is no argument at all, or None
             old, new = [*old[:2], *old[3:]], [*new[:2], *new[3:]]
         sizes = _SIZES.get(name_of(a)) if self.changes.compressed else None
         for i, (x, y) in enumerate(zip(old, new, strict=False)):
             if not self._same(a, x, y, free=i == sizes):
                 raise Differs(module_path(a), f"{operation(a)} has the argument {y}, not {x},{self.width}".rstrip(","))
-        if len(old) != len(new) or not self._same(a, dict(a.kwargs), dict(b.kwargs)):
+        if len(old) != len(new) or not self._same(a, named, dict(b.kwargs)):
             raise Differs(module_path(a), f"{operation(a)} is called in another way{self.width}")
 
     def _same(self, at: fx.Node, a: Any, b: Any, free: bool = False) -> bool:
@@ -346,6 +357,15 @@ def _by_key(graph: Graph) -> dict[Any, Iterator[fx.Node]]:
         if node.target is MARKER:
             found[tuple(node.args[1:4])].append(node)
     return {key: iter(nodes) for key, nodes in found.items()}
+
+
+def _numbers(node: fx.Node) -> list[Any]:
+    """The floating arguments of an operation."""
+    return [value for value in (*node.args, *node.kwargs.values()) if type(value) is float]
+
+
+def _now(value: Any, epsilon: Epsilon) -> Any:
+    return epsilon.new if type(value) is float and value == epsilon.old else value
 
 
 def same_number(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@ parts: it carries what the part is applied to, and its settings as they were bui
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,18 +59,28 @@ INSERTED = torch.ops.normconvert.inserted.default
 NORM = torch.ops.normconvert.norm.default
 
 
-def trace_edited(graph: Graph, modules: Sequence[Mapping[str, Any]], untied: Mapping[str, tuple[int, ...]]) -> Graph:
+def trace_edited(
+    graph: Graph,
+    modules: Sequence[Mapping[str, Any]],
+    untied: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, Any] | None = None,
+) -> Graph:
     """The graph of the model with module edits applied, called as ``graph`` was.
 
     Args:
         graph: of the original.
         modules: rows for :func:`normconvert.runtime.apply_module_edits`.
         untied: names that are tensors of their own now, and their shapes.
+        config: numbers that the model's config holds now, by dotted keys: what the model reads of it while it runs.
 
     Raises:
         Differs: the edits do not fit the model, or it cannot be traced with them.
     """
-    model = copy_model(graph.modules[""])
+    model: Any = copy_model(graph.modules[""])
+    for key, value in (config or {}).items():
+        *sections, last = key.split(".")
+        # The copy's own, which its modules share.
+        setattr(functools.reduce(getattr, sections, model.config), last, value)
     # A model may hold parts of the runtime before it is edited, which are the same on both sides.
     # Held by reference: what is edited away must not leave its id to what takes its place.
     own = {id(part): part for module in model.modules() for part in (module, *_operations_at(module))}

@@ -20,6 +20,7 @@ from normconvert.analysis.streams import AxisRef
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import clamp_behind
 from normconvert.rewrites.edited_trace import Differs
+from normconvert.rewrites.epsilons import epsilon_node
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
@@ -79,7 +80,15 @@ class Merged:
     settings: Mapping[str, Any]
 
 
-Label = Gone | SameAs | Inserted | Replaced | Biased | Clamped | Merged
+@dataclass(frozen=True)
+class Epsilon:
+    """The operation of a norm that holds its eps: it holds another."""
+
+    old: float
+    new: float
+
+
+Label = Gone | SameAs | Inserted | Replaced | Biased | Clamped | Merged | Epsilon
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,17 @@ def _merges(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
     return found
 
 
+def _epsilons(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
+    found: dict[fx.Node, Label] = {}
+    for norm in find_norms(graph, uncentred=True):
+        if norm.path in rows:
+            node = epsilon_node(norm)
+            if node is None:
+                raise Differs(norm.path, f"`{norm.path}` has no ε that could be another")
+            found[node] = Epsilon(float((norm.module or {})["eps"]), float(rows[norm.path]["eps"]))
+    return found
+
+
 _LABELS: dict[str, Callable[[Graph, Rows], dict[fx.Node, Label]]] = {
     "replace": _replacements,
     # A norm inside a block that is merged is a part of it.
@@ -232,6 +252,7 @@ _LABELS: dict[str, Callable[[Graph, Rows], dict[fx.Node, Label]]] = {
     "merge": _merges,
     "center": _insertions,
     "compress": _insertions,
+    "epsilon": _epsilons,
 }
 """Module edit -> what labels the nodes that it changes; of two labels the later holds."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites import crmsnorm, folding, fuse_bn, rmsnorm, rotating  # noqa: F401  # register themselves
+from normconvert.rewrites import crmsnorm, folding, fuse_bn, rmsnorm, rotating, scaling  # noqa: F401  # register themselves
 from normconvert.rewrites.claims import unfounded
 from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
@@ -48,11 +48,16 @@ def planned(
 ) -> tuple[Plan, Graph]:
     """As :func:`plan_model`; the graph as well, for :func:`difference`."""
     graph = tracer(model)
+    return plan_graph(graph, options, method), graph
+
+
+def plan_graph(graph: Graph, options: Options, method: str) -> Plan:
+    """The plan for a model that has been traced."""
     plan = REWRITES[method].planner(graph, options)
     if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
         verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
-        return Plan(method, verdicts=verdicts), graph
-    return _with_doors(plan, graph), graph
+        return Plan(method, verdicts=verdicts)
+    return _with_doors(plan, graph)
 
 
 def difference_later(graph: Graph, plan: Plan, options: Options) -> str:
@@ -87,6 +92,7 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
         what |= {"rotate": "the stream in another basis", "fold": "what a norm gives, without its weight and bias"}
+        what |= {"scale": "values times a power of two"}
         names = ", ".join(dict.fromkeys(row["door"] for row in plan.shifted_doors))
         notes.append(f"{EXACT}{what.get(plan.method, 'other values')}: {names}")
     doors = [door for door in graph.doors if door not in plan.untraced_doors]
@@ -101,7 +107,7 @@ def _new_table(plan: Plan, graph: Graph) -> list[str]:
         return []
     names = {name for name, one in graph.modules[""].named_parameters(remove_duplicate=False) if one is weight}
     changed = {name for name in plan.tensors if names & {name, *plan.aliases.get(name, ())}}
-    moved = any(edit["op"] in ("center", "rotate") for name in changed for edit in plan.tensors[name])
+    moved = any(edit["op"] in ("center", "rotate", "times") for name in changed for edit in plan.tensors[name])
     return ["set_input_embeddings"] if moved else []
 
 

@@ -66,7 +66,7 @@ class _Form:
     out: int
 
 
-_FORMS = {
+LINEAR_FORMS = {
     "aten.linear": _Form(0, 1, 2, 1, 0),
     "aten.addmm": _Form(1, 2, 0, 0, 1),
     "aten.mm": _Form(0, 1, None, 0, 1),
@@ -74,7 +74,7 @@ _FORMS = {
     **dict.fromkeys(CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
 }
 
-_STORED = MOVES | COPIES | ALIASES
+STORED = MOVES | COPIES | ALIASES
 """What may stand between a stored weight and the map that uses it."""
 
 
@@ -102,7 +102,7 @@ def readers_of(
     module = calls[0].module or {}
     has_bias = module.get("bias") is not None and not bias_stays
     starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
-    values, leaks = _values(analysis, starts, has_bias)
+    values, leaks = values_behind(analysis, starts, has_bias)
     if through_features:
         leaks = [leak for leak in leaks if leak.code != "features"]
     if not leaks:
@@ -128,7 +128,7 @@ def readers_of(
     return result, values
 
 
-def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[set[AxisRef], list[Leak]]:
+def values_behind(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[set[AxisRef], list[Leak]]:
     """What is made of the norm's result alone, channel by channel, and what reads that."""
     values: set[AxisRef] = set()
     leaks: list[Leak] = []
@@ -163,7 +163,7 @@ def _values(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[
 
 def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
     node, (value, place) = leak.reader, leak.ref
-    form = _FORMS.get(name_of(node))
+    form = LINEAR_FORMS.get(name_of(node))
     # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
     if leak.code != "linear" or form is None or node.kwargs:
         raise Unfoldable(leak.reason)
@@ -197,6 +197,15 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     return Reader(frozenset([node]), name, stored, out, None, path)
 
 
+def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
+    """The linear map that a reader is, with a weight of its own.
+
+    Raises:
+        Unfoldable: it is none, or its weight is not stored.
+    """
+    return _reader(analysis, leak, False, {}, False)
+
+
 def _unpadded(node: fx.Node) -> bool:
     padding = argument(node, 4, "padding", 0)
     return bool(padding == "valid") or all_are(padding, 0)
@@ -212,7 +221,7 @@ def _stored(
             if not parameter.stored:
                 raise Unfoldable(f"the weight of {operation(reader)} is not stored")
             return parameter.name, place, out
-        terms = terms_of(node) if name_of(node) in _STORED else None
+        terms = terms_of(node) if name_of(node) in STORED else None
         if terms is None or len(terms) != 1 or len(terms[0]) != 1:
             raise Unfoldable(f"the weight of {operation(reader)} is computed")
         operand = terms[0][0]
@@ -231,6 +240,6 @@ def _check_users(analysis: Analysis, name: str, described_as: str, allowed: froz
             continue
         if len(parameter.aliases) > 1 and not apart:
             raise Unfoldable(f"the {described_as} is tied")
-        for user in readers(node, _STORED):
+        for user in readers(node, STORED):
             if user not in allowed and not (apart and name_of(user) == EMBEDDING):
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")

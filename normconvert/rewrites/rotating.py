@@ -11,6 +11,7 @@ What cannot be written in another basis keeps a stream as it is: a norm's output
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_no
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
+from normconvert.rewrites.values import Pair, rotate_values, value_pairs
 from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
 from normconvert.rewrites.writers import table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
@@ -76,6 +78,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
         move(graph, search.moved[path], tensors, change)
+    pairs = value_pairs(search.analysis) if options.values else []
+    rotate_values(search.analysis, pairs, {**change, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
     doors = _doors_in(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
@@ -85,7 +89,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
         aliases=aliases,
         config=config,
         verdicts=verdicts + never_called(graph, set(search.calls)),
-        notes=notes + _notes(streams, doors, options) + ([CASTS] if float32 else []),
+        notes=notes + _notes(streams, doors, options) + _notes_of(pairs, options) + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
         shifted_doors=_doors_out(search, converted, paths),
@@ -231,11 +235,31 @@ def _notes(streams: list[Stream], doors: list[str], options: Options) -> list[st
     notes = []
     if doors:
         notes.append(f"{', '.join(doors)} must be in the new basis, as what the output's own embeddings give is")
-    for size in dict.fromkeys(stream.size for stream in streams):
+    return notes + list(_without_hadamard((stream.size for stream in streams), options))
+
+
+def _notes_of(pairs: list[Pair], options: Options) -> list[str]:
+    """What is said of rotated values."""
+    if not options.values:
+        return []
+    if not pairs:
+        return ["no values are rotated: none are written and read by linear maps alone (--values)"]
+    weights = dict.fromkeys(reader.weight for pair in pairs for reader in pair.readers)
+    notes = [
+        f"values are rotated between {len(weights)} pairs of linear maps: those that `{next(iter(weights))}` reads"
+    ]
+    notes[0] += " and others" if len(weights) > 1 else ""
+    if any(pair.cached for pair in pairs):
+        notes.append("caches hold rotated values: those of the original do not fit")
+    return notes + list(_without_hadamard((pair.stream.size for pair in pairs), options))
+
+
+def _without_hadamard(sizes: Iterable[int], options: Options) -> Iterator[str]:
+    """Of each width that has no Hadamard matrix what takes its place."""
+    for size in dict.fromkeys(sizes):
         order = order_without_hadamard(size)
         if options.rotation == "hadamard" and order > 1:
-            notes.append(
+            yield (
                 f"no Hadamard matrix of {size} channels is known here: a random orthogonal matrix of order {order} "
                 "takes its place in one factor"
             )
-    return notes

@@ -171,6 +171,15 @@ def _set(model: nn.Module, edit: Mapping[str, Any]) -> None:
         setattr(module, attribute, new)
 
 
+def _epsilon(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    """Give a norm another eps, under each name that its module keeps it by."""
+    module = get_module(model, edit["path"])
+    for name in edit["attributes"]:
+        if type(vars(module).get(name)) is not float:
+            raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no number {name!r}")
+        setattr(module, name, float(edit["eps"]))
+
+
 MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "replace": _replace,
     "center": _center,
@@ -182,6 +191,7 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "compress": _compress,
     "affine": _affine,
     "clip": _clip,
+    "epsilon": _epsilon,
 }
 STRUCTURAL = frozenset({"absorb", "affine", "bias", "clip", "resize", "merge", "set"})
 """Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
@@ -202,7 +212,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "set", "path", "set"}``,
             ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional", "size"}``,
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
-            ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``. A norm of kind ``crmsnorm`` also has
+            ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``,
+            ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:

@@ -47,8 +47,10 @@ def _are_attributes(value: Any) -> bool:
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("kind", "key", "weight", "bias", "name", "activation"), _is_name),
     **dict.fromkeys(("size", "inputs", "outputs", "groups"), _is_size),
-    **dict.fromkeys(("optional", "mean_free", "folded", "channels_last", "expand", "guarded", "owned"), _is_flag),
-    **dict.fromkeys(("keep", "dropped"), _are_names),
+    **dict.fromkeys(
+        ("optional", "mean_free", "folded", "channels_last", "expand", "guarded", "owned", "stated"), _is_flag
+    ),
+    **dict.fromkeys(("keep", "dropped", "attributes"), _are_names),
     **dict.fromkeys(("shape", "kernel", "stride", "padding", "dilation"), _are_sizes),
     "op": lambda value: isinstance(value, str),
     "path": lambda value: isinstance(value, str) and _is_name(value),
@@ -71,6 +73,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "compress": ("side", "axis", "basis"),
     "affine": ("size", "eps"),
     "clip": ("shape",),
+    "epsilon": ("attributes", "eps"),
 }
 """Operation -> the fields that a row must have, beside ``op`` and ``path``."""
 

@@ -190,7 +190,7 @@ def huggingface_files(
         *parents, last = key.split(".")
         section = config
         for parent in parents:
-            section = section[parent]
+            section = section.setdefault(parent, {})
         section[last] = value
     guard = plan.guard or (config.get(CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
     # What is decided by the tensors' names (:mod:`normconvert.sources.unnamed_class`) cannot be told by those written.

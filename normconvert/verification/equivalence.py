@@ -22,9 +22,10 @@ from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
+from normconvert.verification.figures import Errors, finite, probe_rows, remarks_on, skipped_probes
 from normconvert.verification.lazy_weights import LazyWeight
 from normconvert.verification.probe_runs import Run, Told, algebra_model, run_model
-from normconvert.verification.proof import UNITS, Edited, Maker, Proof, Test, able_to_change, prove
+from normconvert.verification.proof import Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
 from normconvert.verification.run_comparison import Distances, comparable_part, compare_runs, felt, loss_difference
@@ -86,6 +87,7 @@ def verify_models(
     rounding_tolerance: float = ROUNDING_TOLERANCE,
     converted_norms: Sequence[str] = (),
     plan: Plan | None = None,
+    wider: ModelOrMaker | None = None,
     exact: Maker | None = None,
     level: str = "standard",
     told: Told | None = None,
@@ -105,6 +107,7 @@ def verify_models(
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
         plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
+        wider: the original in a dtype of larger range, which stands in for `original` where that has no finite outputs.
         exact: loads the converted one in float64, for models that remember the dtype that they were loaded in.
         level: ``quick``, ``standard`` or ``thorough``: the last runs all probes in the dtype too.
         told: called with what is done next, before each probe's run.
@@ -115,24 +118,23 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), _in_one_basis(probes, plan)
+    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), in_one_basis(probes, plan)
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
-    original_run, native, dtype = _run_original(original, native, probes, seed, progress)
+    original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress)
     able = [p for p in probes if p.name not in original_run.failures]
     progress.expect(len(native) + 2 * len(able))
     test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, progress.of)
-    model = _take(converted)
+    model, told_of = _take(converted), progress.of("the result")
     with watch_means(model, converted_norms) as means:
-        told_of = progress.of("the result")
         converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
     edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
     del edited
     expected = comparable_part(proof.truth, original_run)
-    errors = _Errors(compare_runs(expected, original_run, shifted), compare_runs(expected, converted_run, shifted))
+    errors = Errors(compare_runs(expected, original_run, shifted), compare_runs(expected, converted_run, shifted))
     _refuse_empty(errors.converted, proof, dtype)
     decides = {p.name for p in native if p.realistic} or {p.name for p in native}
     rounding = measure_rounding(
@@ -150,19 +152,19 @@ def verify_models(
         mean_over_rms=max(means.values(), default=None),
         moved=dict(proof.moved),
         worst_module=proof.worst_module,
-        probes=_rows(_skipped(original_run, proof.truth), proof.distances, errors),
+        probes=probe_rows(skipped_probes(original_run, proof.truth), proof.distances, errors),
         tolerance=proof.tolerances.get(proof.worst, tolerance) if proof.worst else tolerance,
         rounding_tolerance=rounding_tolerance,
         level=level,
         storage=proof.stored.units if proof.stored is not None else None,
-        remarks=_remarks(proof, errors, rounding),
+        remarks=remarks_on(proof, errors, rounding, dtype if original is wider else None),
     )
     return judge(fidelity, proof, rounding, dtype, converted_run)
 
 
-def _in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
+def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
     """The probes without those that give embeddings from outside which the converted model takes in another basis."""
-    doors = plan.untraced_doors if plan is not None and plan.method == "rotate" else ()
+    doors = plan.untraced_doors if plan is not None and plan.method in ("rotate", "scale") else ()
     return [probe for probe in probes if probe.inputs.keys().isdisjoint(doors)]
 
 
@@ -204,18 +206,11 @@ class _Progress:
         return one
 
 
-@dataclass(frozen=True)
-class _Errors:
-    """Distances from the truth in the dtype."""
-
-    original: Distances
-    converted: Distances
-
-
 def _run_original(
-    original: ModelOrMaker, native: Sequence[Probe], probes: Sequence[Probe], seed: int, progress: _Progress
-) -> tuple[Run, list[Probe], torch.dtype]:
-    """The original's outputs, the probes that it was run on and can take, and its dtype."""
+    original: ModelOrMaker, wider: ModelOrMaker | None, native: Sequence[Probe], probes: Sequence[Probe], seed: int,
+    progress: _Progress,
+) -> tuple[ModelOrMaker, Run, list[Probe], torch.dtype]:  # fmt: skip
+    """The original or what stands in for it, its outputs, the probes that it was run on and can take, its own dtype."""
     model = _take(original)
     dtype = floating_dtype(model)
     run = run_model(model, native, dtype=dtype, seed=seed, told=progress.of("the original"))
@@ -226,7 +221,9 @@ def _run_original(
     if not able:
         reason = next(iter(run.failures.values()), "there are no probes")
         raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
-    return run, able, dtype
+    if wider is not None and not finite(run):
+        return wider, run_model(_take(wider), able, dtype=dtype, seed=seed), able, dtype
+    return original, run, able, dtype
 
 
 def _refuse_empty(errors: Distances, proof: Proof, dtype: torch.dtype) -> None:
@@ -242,44 +239,6 @@ def _refuse_empty(errors: Distances, proof: Proof, dtype: torch.dtype) -> None:
         "cannot verify: no output of the original holds a finite number other than zero, and on such outputs any "
         "two models agree; are its weights those of a trained model?"
     )
-
-
-def _skipped(original: Run, truth: Run) -> dict[str, str]:
-    """Probe -> why nothing can be said of it."""
-    return {**original.failures, **{name: f"in float64: {why}" for name, why in truth.failures.items()}}
-
-
-def _rows(skipped: Mapping[str, str], algebra: Distances, errors: _Errors) -> list[dict[str, Any]]:
-    """What the report says of each probe and output."""
-    rows: list[dict[str, Any]] = [{"probe": name, "skipped": why} for name, why in skipped.items()]
-    for key in dict.fromkeys([*algebra, *errors.converted]):
-        sides = {"algebra": algebra, "original_error": errors.original, "converted_error": errors.converted}
-        known = {name: side[key] for name, side in sides.items() if key in side}
-        figures = {name: known[name].relative if name in known else None for name in sides}
-        left_out = max(d.left_out for d in known.values())
-        rows.append({"probe": key[0], "output": key[1], **figures, **({"left_out": left_out} if left_out else {})})
-    return rows
-
-
-def _remarks(proof: Proof, errors: _Errors, rounding: Rounding) -> list[str]:
-    """Sentences on what was left out, what decided and how."""
-    found = []
-    shares: dict[str, float] = {}
-    for (probe, _), d in [*proof.distances.items(), *errors.converted.items()]:
-        if d.left_out:
-            shares[probe] = max(shares.get(probe, 0.0), d.left_out)
-    for probe, share in shares.items():
-        found.append(f"{share:.0%} of the values on probe {probe!r} left out: the original has no finite ones there")
-    for (probe, output), tolerance in proof.tolerances.items():
-        found.append(
-            f"output {output!r} on probe {probe!r} is ill-conditioned and held to {tolerance:.1g}: {UNITS:g} times "
-            "what moving the original's own weights by one unit of float64 changes there"
-        )
-    if rounding.draws:
-        found.append(
-            f"rounding held against the original and {rounding.draws} draws of it, weights moved by half a unit"
-        )
-    return found
 
 
 def judge(fidelity: Fidelity, proof: Proof, rounding: Rounding, dtype: torch.dtype, converted: Run) -> Fidelity:
@@ -344,12 +303,18 @@ def verify_checkpoints(request: Verification) -> Fidelity:
         rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
         converted_norms=watched_norms(plan) if plan is not None else (),
         plan=plan,
+        wider=loader(first, torch.bfloat16, device) if overflow_mended(plan, used) else None,
         exact=loader(second, torch.float64, device) if algebra is None else None,
         level=request.level,
         told=request.stage,
         seed=seed,
     )
     return judge_limits(fidelity, limits)
+
+
+def overflow_mended(plan: Plan | None, dtype: torch.dtype) -> bool:
+    """Whether the original may overflow in ``dtype`` where the converted one is made not to."""
+    return plan is not None and plan.method == "scale" and dtype == torch.float16
 
 
 def watched_norms(plan: Plan) -> list[str]:

@@ -28,16 +28,16 @@ def refuse_if_pointless(report: Report, require_all: bool) -> None:
     if not plan.verdicts:
         message = f"{report.source}: nothing to do: {report.architecture} has no {METHODS[report.method]}"
         message += "".join(f"\n  {other}" for other in report.others)
-        raise _with_report(NothingToConvert(message), report)
+        raise with_report(NothingToConvert(message), report)
     groups = collapse(Row(v.path, v.reason, v.kind) for v in plan.kept)
     times = [f" (×{group.count})" if group.count > 1 else "" for group in groups]
     reasons = "".join(f"\n  {group.name}{n}: {group.text}" for group, n in zip(groups, times, strict=True))
     if not plan.converted:
         message = f"{report.source}: none of {report.total} norms can be converted:{reasons}"
-        raise _with_report(NothingToConvert(message), report)
+        raise with_report(NothingToConvert(message), report)
     if require_all and plan.kept:
         message = f"{report.source}: {len(plan.kept)} of {report.total} norms cannot be converted:{reasons}"
-        raise _with_report(NothingToConvert(message), report)
+        raise with_report(NothingToConvert(message), report)
 
 
 def with_difference(fidelity: Fidelity, graph: Graph, plan: Plan, options: Options) -> Fidelity:
@@ -64,11 +64,11 @@ def with_fidelity(report: Report, fidelity: Fidelity, undone: str) -> Report:
     if not fidelity.passed:
         reasons = "; ".join(fidelity.reasons)
         message = f"{report.source}: the converted model differs from the original: {reasons}; {undone}"
-        raise _with_report(FidelityError(message), replace(report, out=None))
+        raise with_report(FidelityError(message), replace(report, out=None))
     return report
 
 
-def _with_report(error: Failure, report: Report) -> Failure:
+def with_report(error: Failure, report: Report) -> Failure:
     """The error with the attribute ``report``: verdicts and figures for whoever catches it."""
     vars(error)["report"] = report
     return error

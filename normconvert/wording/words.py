@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 BECOMES = {
     "rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused", "fold": "folded", "rotate": "rotated",
+    "scale": "scaled",
     **dict.fromkeys(["un", "repbn", "powernorm", "ln-free"], "swapped"),
 }  # fmt: skip
 """Conversion -> what its norms become."""

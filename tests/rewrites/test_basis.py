@@ -23,6 +23,10 @@ from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import MODELS, built, logits, skeleton
+from tests.support.equivalence import check
+
+BASES = ["rotate", "scale"]
+"""Conversions of whole streams."""
 
 COUNTS = {
     "cohere": {"fold": (3, 0), "rotate": (3, 0)},
@@ -290,3 +294,46 @@ def test_a_norm_of_a_stream_that_stays_sees_a_rotation() -> None:
     outcome = check_basis(Constant, [{"x": torch.randn(3, 3, dtype=torch.float64)}], "rotate", Options())
     assert outcome.plan is not None
     assert not outcome.problems
+
+
+class ReadInPlace(nn.Module):
+    """A value of parameters alone is added to a stream, and read by a norm that is no module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.gain = nn.Parameter(torch.empty(3, 8)), nn.Parameter(torch.empty(8))
+        self.write, self.last = nn.Linear(5, 8), nn.LayerNorm(8)
+        self.read, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.nn.functional.layer_norm(self.queries, (8,), self.gain)
+        return self.head(self.last(self.write(x) + self.queries)) + self.read(seen)
+
+
+@pytest.mark.parametrize("method", BASES)
+def test_a_norm_inside_the_models_own_code_keeps_what_it_reads(method: str) -> None:
+    outcome = check_basis(ReadInPlace, [{"x": torch.randn(3, 5, dtype=torch.float64)}], method, Options())
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert not outcome.plan.converted
+
+
+class ScaledOnce(nn.Module):
+    """A layer scale of a value of parameters, of which a norm reads one without the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.gain = nn.Parameter(torch.empty(3, 8)), nn.Parameter(torch.empty(8))
+        self.write, self.first, self.last = nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.read, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.gain * (self.write(x) + self.queries)
+        return self.head(self.last(stream)) + self.read(self.first(self.queries))
+
+
+def test_a_layer_scale_does_not_fold_into_what_a_norm_reads_too() -> None:
+    inputs = [{"x": torch.randn(3, 5, dtype=torch.float64)}]
+    for method in BASES:
+        assert not check_basis(ScaledOnce, inputs, method, Options(power="2")).problems
+    assert not check(ScaledOnce, inputs).problems

@@ -1,4 +1,4 @@
-"""Soundness of `fold` and `rotate` by property: whatever the network, a plan is right or there is none.
+"""Soundness of `fold`, `rotate` and `scale` by property: whatever the network, a plan is right or there is none.
 
 ``NORMCONVERT_SOUNDNESS=5000 pytest tests/rewrites/test_basis_soundness.py`` tries as many random networks, others.
 """
@@ -18,7 +18,7 @@ from tests.support.basis import check_basis
 from tests.support.random_networks import Network, describe, inputs_for, runnable_inputs
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
-METHODS = ["fold", "rotate"]
+METHODS = ["fold", "rotate", "scale"]
 
 
 @pytest.mark.slow
@@ -35,7 +35,8 @@ def test_every_kind_of_part_is_converted_right(kind: str, method: str) -> None:
                 one[f"data{number}"] = data["data"]
         torch.set_default_dtype(torch.float32)
         if cases:
-            outcome = check_basis(lambda cases=cases: Side(cases), inputs, method, Options(seed=1), seed=1)  # type: ignore[misc]
+            options = Options(seed=1, power="3", values=True)
+            outcome = check_basis(lambda cases=cases: Side(cases), inputs, method, options, seed=1)  # type: ignore[misc]
             assert outcome.plan is not None, outcome.problems
             assert not outcome.problems, "\n".join(outcome.problems)
 
@@ -49,7 +50,10 @@ def test_random_networks_are_converted_right_or_not_at_all(method: str) -> None:
         inputs = runnable_inputs(case)
         if inputs is None:
             continue
-        options = Options(seed=number, rotation=draw.choice(["hadamard", "random"]))
+        options = Options(
+            seed=number, rotation=draw.choice(["hadamard", "random"]), power=draw.choice(["2", "-5"]),
+            values=draw.random() < 0.7,
+        )  # fmt: skip
         outcome = check_basis(lambda case=case: Network(case), inputs, method, options, seed=case.seed)  # type: ignore[misc]
         counts["converted" if outcome.plan and outcome.plan.converted else "refused"] += 1
         assert outcome.plan is None or not outcome.problems, f"{case}\n" + "\n".join(outcome.problems)

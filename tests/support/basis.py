@@ -39,11 +39,11 @@ def check_basis(
         plan = REWRITES[method].planner(graph, options)
         truth = make().eval()
         randomise(truth, seed)
-        problems = ["it has module edits"] if plan.modules else []
+        problems = [f"it has the edit {row['op']}" for row in plan.modules if row["op"] != "epsilon"]
         if plan.converted and (why := difference(graph, plan, options)):
             problems.append(why)
         edited = algebra_model(truth, plan)
-        for verdict in plan.converted:
+        for verdict in plan.converted if method != "scale" else ():
             weight = getattr(edited.get_submodule(verdict.path), "weight", None)
             if weight is not None and not bool((weight == 1).all()):
                 problems.append(f"{verdict.path} is said to be converted and has a weight")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.equivalence import algebra_model, tolerance_for
+from normconvert.verification.equivalence import algebra_model, in_one_basis, tolerance_for
 from normconvert.verification.probe_runs import Run, run_model
 from normconvert.verification.run_comparison import compare_runs
 from tests.support.perturb import settle
@@ -23,8 +23,7 @@ NOISE = 4.0
 
 def fidelity(case: Any, plan: Any, shifted: bool) -> Row:
     """The plan on float64 copies of the weights against the original in float64."""
-    probes = verification_inputs(case.skeleton(), seed=0)
-    truth, probes = in_float64(case.build()), verification_inputs(case.skeleton(), seed=0)
+    truth, probes = in_float64(case.build()), in_one_basis(verification_inputs(case.skeleton(), seed=0), plan)
     if case.batchnorms:
         settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
     converted = algebra_model(truth, plan)

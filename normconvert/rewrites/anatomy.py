@@ -1,0 +1,173 @@
+"""The anatomy of a model, for tools that quantise it: who reads each norm, who writes into each stream, what is paired.
+
+Exact names of tensors and modules, from the traced graph. What cannot be said of a norm or a stream is said with the
+reason: a mapping that leaves a reader out would be wrong without a word.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
+from normconvert.rewrites.moved_norms import tables_to_untie
+from normconvert.rewrites.readers import Unfoldable, readers_of
+from normconvert.rewrites.values import Pair, value_pairs
+from normconvert.tracing.graph import Graph
+
+FORMAT = 1
+
+
+def anatomy_of(graph: Graph) -> dict[str, Any]:
+    """Norms with their readers, streams with their writers, and pairs of linear maps, as JSON-ready data.
+
+    Several calls of a model, with ids and with embeddings say, are told as one.
+    """
+    norms = find_norms(graph, uncentred=True)
+    analysis = Analysis(graph, norms, mean_only=False)
+    calls: dict[str, list[Norm]] = defaultdict(list)
+    for norm in norms:
+        calls[norm.path].append(norm)
+    untied = {name: head for name, (_, head) in tables_to_untie(analysis).items()}
+    return {
+        "format": FORMAT,
+        "norms": [_norm(analysis, path, group, untied) for path, group in calls.items()],
+        "streams": _merged(_stream(analysis, stream) for stream in analysis.streams),
+        "tied": [[table, head] for table, head in untied.items()],
+        "values": _merged(_values(analysis, pair) for pair in value_pairs(analysis)),
+    }
+
+
+def _norm(analysis: Analysis, path: str, group: list[Norm], untied: dict[str, str]) -> dict[str, Any]:
+    """A norm; ``readers`` is empty and ``why`` a clause where something else than linear maps reads it."""
+    settings = group[0].module or {}
+    row: dict[str, Any] = {"name": path, "kind": group[0].kind, "centred": group[0].centred}
+    row |= {key: settings.get(key) for key in ("size", "eps", "weight", "bias", "offset")}
+    try:
+        found, _ = readers_of(analysis, group, untied, bias_stays=True, through_features=True)
+    except Unfoldable as why:
+        return {**row, "readers": [], "why": f"{why}"}
+    return {**row, "readers": [_named(reader.weight) for reader in found], "why": ""}
+
+
+def _stream(analysis: Analysis, stream: Stream) -> dict[str, Any]:
+    writers: list[str] = []
+    others: list[str] = []
+    for ref, made in stream.members.items():
+        if made.kind == "parameter":
+            writers.append(_tensor(analysis, ref))
+        elif ref[0] in analysis.graph.outside:
+            continue  # embeddings that a call may be given in place of ids
+        elif made.reason or made.rest:
+            others.append(made.reason or made.rest)
+        elif made.kind == "scale":
+            others.append("a scale by channel")
+    return {
+        "size": stream.size,
+        "norms": list(dict.fromkeys(norm.path for norm, _ in stream.norms)),
+        "writers": [_named(name) for name in dict.fromkeys(writers)],
+        "other_writers": list(dict.fromkeys(others)),
+        "other_readers": list(dict.fromkeys(leak.reason for leak in stream.leaks if leak.code != "features")),
+        "doors": list(dict.fromkeys(leak.reason for leak in stream.leaks if leak.code == "features")),
+    }
+
+
+def _values(analysis: Analysis, pair: Pair) -> dict[str, Any]:
+    """A pair; ``heads`` is how many parts of ``size`` the writers make and the readers take."""
+    writers = {_tensor(analysis, ref): int(ref[1].outer) for ref in pair.writers}
+    readers = {reader.weight: int(reader.place.outer) for reader in pair.readers}
+    return {
+        "size": pair.stream.size,
+        "heads": [max(writers.values()), max(readers.values())],
+        "writers": [_named(name) for name in writers],
+        "readers": [_named(name) for name in readers],
+    }
+
+
+def _tensor(analysis: Analysis, ref: AxisRef) -> str:
+    return analysis.graph.parameters[ref[0]].name
+
+
+def _named(tensor: str) -> dict[str, str]:
+    return {"module": tensor.rpartition(".")[0], "tensor": tensor}
+
+
+def _merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all calls without those that say the same of fewer tensors."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        names = {one["tensor"] for one in row["writers"]}
+        same = next((o for o in found if names & {one["tensor"] for one in o["writers"]} and _alike(o, row)), None)
+        if same is None:
+            found.append(row)
+            continue
+        for key, value in row.items():
+            if isinstance(value, list) and key != "heads":
+                same[key] += [one for one in value if one not in same[key]]
+    return found
+
+
+def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return bool(a["size"] == b["size"] and a.get("norms") == b.get("norms") and a.get("readers") == b.get("readers"))
+
+
+def awq(anatomy: dict[str, Any]) -> list[dict[str, Any]]:
+    """As AWQ and SmoothQuant take it: a layer whose results take a scale by channel, and who takes the inverse."""
+    rows = [
+        {"smooth_layer": norm["name"], "balance_layers": _modules(norm["readers"])}
+        for norm in anatomy["norms"]
+        if norm["readers"] and norm["weight"] and not norm["offset"]
+    ]
+    for pair in anatomy["values"]:
+        writers, readers = _modules(pair["writers"]), _modules(pair["readers"])
+        # With fewer heads of values than of queries a channel has several readers in one matrix.
+        if len(writers) == 1 and pair["heads"][0] == pair["heads"][1]:
+            rows.append({"smooth_layer": writers[0], "balance_layers": readers})
+    return rows
+
+
+def llm_compressor(anatomy: dict[str, Any]) -> dict[str, Any]:
+    """In the terms of llm-compressor's SpinQuant: norm mappings, what R1 turns where, and the pairs of R2.
+
+    Norms that cannot be folded there stand under ``left_out`` with the reason, and so does every stream that R1 may not
+    turn.
+    """
+    mappings, left_out = [], {}
+    for norm in anatomy["norms"]:
+        if why := norm["why"] or _unfolded(norm):
+            left_out[norm["name"]] = why
+        else:
+            mappings.append({"norm": norm["name"], "linears": _modules(norm["readers"])})
+    folded = {row["norm"]: row["linears"] for row in mappings}
+    turned = []
+    for stream in anatomy["streams"]:
+        stays = [*stream["other_writers"], *stream["other_readers"], *(left_out.get(n, "") for n in stream["norms"])]
+        if why := next(filter(None, stays), ""):
+            left_out[f"the stream that {stream['norms'][0]} reads"] = why
+            continue
+        into = list(dict.fromkeys(module for norm in stream["norms"] for module in folded[norm]))
+        turned.append({"weight_output": _modules(stream["writers"]), "weight_input": into, "size": stream["size"]})
+    pairs = [
+        {"attn_v": _modules(p["writers"]), "attn_o": _modules(p["readers"]), "attn_head_dim": p["size"]}
+        for p in anatomy["values"]
+    ]
+    return {"norm_mappings": mappings, "r1": turned, "r2": pairs, "tied": anatomy["tied"], "left_out": left_out}
+
+
+def _unfolded(norm: dict[str, Any]) -> str:
+    """Why a weight may move into the readers here and not there; empty if it may."""
+    if norm["centred"]:
+        return "it is a LayerNorm: a rotation has to keep the mean"
+    if norm["bias"] is not None:
+        return "it has a bias, which is not folded there"
+    return "its weight is stored without a number that the model adds" if norm["offset"] else ""
+
+
+def _modules(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(row["module"] for row in rows))
+
+
+FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {"graph": dict, "llm-compressor": llm_compressor, "awq": awq}
+"""Name of a form -> makes it of the anatomy."""

@@ -1,0 +1,267 @@
+"""scale: the residual streams times a power of two, without changing what the model computes.
+
+A value x of a stream that norms alone read may be stored as s x: x / sqrt(mean(x^2) + eps) = s x / sqrt(mean((s x)^2) +
+s^2 eps), for RMSNorm and LayerNorm alike. Everything that writes into the stream takes s, the norms that read it take
+s^2 for their eps, and their weights and readers stay. With s = 2^-k no number is rounded anew (but for what leaves the
+dtype's range): a stream that overflows float16 fits into it.
+
+A number passes where a rotation does not: the weight of a layer scale takes it, and that of a norm whose result is
+written into the stream. A table that is the output head, too, stays one where the norm before the head takes 1 / s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import fx
+
+from normconvert.analysis.norms import Norm, is_float32_cast
+from normconvert.analysis.streams import AxisRef, Provenance, Stream
+from normconvert.errors import InputError
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.epsilons import epsilons_in_config
+from normconvert.rewrites.folding import CASTS
+from normconvert.rewrites.moved_norms import Moved, doors_behind
+from normconvert.rewrites.readers import values_behind
+from normconvert.rewrites.registry import rewrite
+from normconvert.rewrites.rmsnorm import shifted_doors
+from normconvert.rewrites.scalable import Search, factor, groups_of, norm_of, readers_of_stream, search_scale
+from normconvert.rewrites.verdicts import never_called
+from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.in_place_writes import boundary_of
+
+MOST = 120
+"""The largest power, up or down: float32 has 2^-126 to 2^127."""
+ASSUMED = 1
+"""The power of a plan that is made before anything was measured: its verdicts hold for any."""
+
+
+@rewrite("scale", compared="verification")
+def plan_scale(graph: Graph, options: Options) -> Plan:
+    """The plan that multiplies every stream which provably allows it by the power of two that ``options`` give it.
+
+    Every norm gets a verdict: it is converted if what it reads is scaled.
+
+    Raises:
+        InputError: ``power`` is no number, or names a norm that reads no such stream.
+    """
+    search = search_scale(graph, options)
+    powers = _powers(search, options.power)
+    numbers = _Numbers(search)
+    for stream in search.streams:
+        if powers[id(stream)]:
+            numbers.add(stream, -powers[id(stream)])
+    tensors = numbers.edits()
+    config: dict[str, Any] = {"tie_word_embeddings": False} if numbers.copies else {}
+    paths = [p for p, group in search.calls.items() if search.reads(group[0]) and _power(search, powers, group[0])]
+    converted = [norm for path in paths for norm in search.calls[path]]
+    modules = [
+        {"op": "epsilon", "path": path, "attributes": search.attributes[path],
+         "eps": _eps(search, path) * 4.0 ** -_power(search, powers, search.calls[path][0])}
+        for path in paths if search.attributes[path]
+    ]  # fmt: skip
+    config |= epsilons_in_config(graph.modules[""], modules)
+    needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
+    doors = _doors_in(graph, needed)
+    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
+    return Plan(
+        "scale",
+        tensors=tensors,
+        aliases={name: names for name, names in numbers.aliases.items() if name in tensors},
+        modules=modules,
+        config=config,
+        verdicts=[_verdict(search, path, powers, options) for path in search.calls]
+        + never_called(graph, set(search.calls)),
+        notes=_notes(numbers, tensors, modules, doors) + ([CASTS] if float32 else []),
+        float32_norms=float32,
+        untraced_doors=doors,
+        shifted_doors=_doors_out(search, converted, tensors),
+    )
+
+
+def name_of_group(group: list[Stream]) -> str:
+    """The norm that streams which take one number are called by: the first that reads one of them."""
+    return group[0].norms[0][0].path
+
+
+def _powers(search: Search, asked: str | None) -> dict[int, int]:
+    """Stream, by identity -> the power of two that it is divided by.
+
+    Raises:
+        InputError: see :func:`plan_scale`.
+    """
+    given = powers_in(asked)
+    groups = groups_of(search)
+    paths = {norm.path for group in groups for stream in group for norm, _ in stream.norms}
+    if isinstance(given, dict) and (unknown := given.keys() - paths):
+        raise InputError(f"--power {min(unknown)}=…: no norm of that name reads a stream that can be scaled")
+    found: dict[int, int] = {}
+    for group in groups:
+        power: int
+        if isinstance(given, dict):
+            own = {given[norm.path] for stream in group for norm, _ in stream.norms if norm.path in given}
+            if len(own) > 1:
+                raise InputError(f"--power {asked}: these norms read streams that take one number")
+            power = own.pop() if own else 0
+        else:
+            power = ASSUMED if given is None else given
+        found |= {id(stream): power for stream in group}
+    return found
+
+
+def powers_in(text: str | None) -> int | dict[str, int] | None:
+    """What ``--power`` says: a number, or a norm of each stream and its number.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            found = {"": int(text)}
+        else:
+            rows = (row.rpartition("=") for row in text.split(","))
+            found = {name.strip(): int(number) for name, _, number in rows}
+    except ValueError:
+        raise InputError(f"--power {text}: expected a whole number, or NORM=NUMBER with commas between") from None
+    if any(abs(power) > MOST for power in found.values()):
+        raise InputError(f"--power {text}: expected numbers from -{MOST} to {MOST}")
+    return found[""] if "=" not in text else found
+
+
+def _power(search: Search, powers: dict[int, int], norm: Norm) -> int:
+    return powers[id(search.where[norm][0])]
+
+
+def _eps(search: Search, path: str) -> float:
+    return float((search.calls[path][0].module or {})["eps"])
+
+
+class _Numbers:
+    """What each tensor is multiplied by, as powers of two.
+
+    Attributes:
+        exponents: tensor -> by what it does (writes, reads, precedes a head) -> the power; and what the model adds to
+            the stored numbers.
+        copies: head that a table is untied from -> the table.
+    """
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self.exponents: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+        self.copies: dict[str, str] = {}
+        self.aliases: dict[str, list[str]] = {}
+
+    def add(self, stream: Stream, exponent: int) -> None:
+        """What it takes to multiply a stream by 2^exponent."""
+        for ref, made in stream.members.items():
+            self._write(ref, made, exponent)
+        for weight in readers_of_stream(self._search, stream).values():
+            self._take(self._named(weight), "reads", -exponent)
+
+    def _write(self, ref: AxisRef, made: Provenance, exponent: int) -> None:
+        if made.kind == "scale" and (take := factor(self._search, made)) is not None:
+            self._take(take.name, "scales", exponent, take.offset)
+        elif made.kind == "norm":
+            self._norm(norm_of(self._search, ref[0]), "writes", exponent)
+        elif ref in self._search.untied:
+            name, head = table_and_head(self._search.analysis.graph, ref[0])
+            self.copies[head] = name
+            self._take(name, "writes", exponent)
+        elif made.kind == "parameter":
+            self._take(self._named(ref[0]), "writes", exponent)
+            for path in self._search.heads.get(ref[0], ()):
+                self._norm(self._search.calls[path][0], "head", -exponent)
+
+    def _named(self, node: fx.Node) -> str:
+        parameter = self._search.analysis.graph.parameters[node]
+        if len(parameter.aliases) > 1:
+            self.aliases[parameter.name] = list(parameter.aliases)
+        return parameter.name
+
+    def _norm(self, norm: Norm, role: str, exponent: int) -> None:
+        settings = norm.module or {}
+        self._take(f"{norm.path}.{settings['weight']}", role, exponent, settings["offset"])
+        if settings["bias"] is not None:
+            self._take(f"{norm.path}.{settings['bias']}", role, exponent)
+
+    def _take(self, name: str, role: str, exponent: int, offset: float = 0.0) -> None:
+        # Several values may ask for the same of one tensor, which must not be scaled twice.
+        if self.exponents[name].setdefault(role, (exponent, offset)) != (exponent, offset):
+            raise AssertionError(f"{name} is to take two numbers")
+
+    def edits(self) -> Edits:
+        """The rows of a plan."""
+        found: Edits = {head: [{"op": "copy", "from": table}] for head, table in self.copies.items()}
+        for name, roles in self.exponents.items():
+            exponent, offset = sum(power for power, _ in roles.values()), max(added for _, added in roles.values())
+            if exponent:
+                found[name] = [{"op": "times", "exponent": exponent, **({"offset": offset} if offset else {})}]
+        return found
+
+
+def _verdict(search: Search, path: str, powers: dict[int, int], options: Options) -> Verdict:
+    group = search.calls[path]
+    kind = group[0].kind
+    if all(search.reads(norm) for norm in group):
+        power = _power(search, powers, group[0])
+        if not power:
+            return Verdict(path, kind, False, "its stream fits as it is: it is multiplied by one.", "fits")
+        s = "a power of two" if options.power is None else f"2^{-power}"
+        return Verdict(path, kind, True, f"its stream is multiplied by {s}, its ε by the square of that.", "converted")
+    why = search.refused.get(path) or next(
+        search.stays[id(search.where[norm][0])] for norm in group if not search.reads(norm)
+    )
+    return Verdict(path, kind, False, why.reason, why.code)
+
+
+def _notes(numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doors: list[str]) -> list[str]:
+    found = [UNTIED.format(table, head) for head, table in numbers.copies.items()]
+    if doors:
+        found.append(f"{', '.join(doors)} must be scaled, as what the output's own embeddings give is")
+    other = [row["path"] for row in modules if not row.get("stated")]
+    if other:
+        found.append(
+            f"no config gives {len(other)} norms their new ε (`{other[0]}`, say): load it by normconvert or with "
+            "trust_remote_code; the unmodified class takes the old one"
+        )
+    added = [name for name, rows in tensors.items() if any("offset" in row for row in rows)]
+    if added:
+        found.append(
+            f"{len(added)} weights to which the model adds 1 are rounded anew, to half a unit: `{added[0]}`, say; all "
+            "other numbers are exact"
+        )
+    return found
+
+
+def _doors_in(graph: Graph, members: set[AxisRef]) -> list[str]:
+    """The arguments that hold values of scaled streams, which come from outside unscaled."""
+    outside: list[fx.Node] = [node for node, _ in members if node in graph.outside]
+    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
+
+
+def _doors_out(search: Search, converted: list[Norm], tensors: Edits) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return scaled streams, or what the norms before heads give."""
+    found = shifted_doors(search.analysis, converted, search.where)
+    for path in dict.fromkeys(path for paths in search.heads.values() for path in paths):
+        group = search.calls[path]
+        if f"{path}.{(group[0].module or {})['weight']}" in tensors:
+            starts: list[AxisRef] = [(n.output, n.place) for n in group if n.place is not None]
+            values, _ = values_behind(search.analysis, starts, False)
+            rows = doors_behind(search.analysis.graph, [Moved(group, [], values, bias_stays=False)])
+            found += [row for row in rows if row not in found]
+    return found
+
+
+def watched(search: Search) -> dict[str, set[tuple[str, str, str]]]:
+    """Norm that a group of streams is called by -> where their values pass a module's boundary."""
+    found = {}
+    for group in groups_of(search):
+        nodes = {node for stream in group for node, _ in stream.members}
+        keys = {key for node in nodes if (key := boundary_of(node)) is not None and key[1] in ("input", "output")}
+        found[name_of_group(group)] = keys
+    return found

@@ -1,0 +1,142 @@
+"""Linear maps with nothing but channel-transparent operations between: values of attention, and what reads them.
+
+What V writes and O alone reads may be stored in any other basis A: O (V x) = (O A') (A V x) for an orthogonal A. Where
+the operations between split the channels into heads, A is one map for each head's, and with fewer heads of values than
+of queries the same follows to each reader's place. The pair is found by what reads the values, whatever modules are
+called. (QuaRot, arXiv 2404.00456, section 4; SpinQuant, arXiv 2405.16406, calls it R2.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of
+from normconvert.analysis.operations import name_of, readers
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
+from normconvert.rewrites.fold import along
+from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Reader, Unfoldable, linear_reader
+from normconvert.rewrites.writers import Edits
+
+CACHES = ("cache", "past_key_values")
+"""How outputs are called that hold what later calls are given again."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is written and read: the values, the stored tensors that write them, and the linear maps that read them."""
+
+    stream: Stream
+    writers: tuple[AxisRef, ...]
+    readers: tuple[Reader, ...]
+    cached: bool
+
+
+def value_pairs(analysis: Analysis) -> list[Pair]:
+    """All pairs of a graph whose tensors nobody else reads."""
+    found: list[Pair] = []
+    seen: set[AxisRef] = set()
+    for start in _starts(analysis):
+        if start in seen or start in analysis.stream_of:
+            continue
+        stream = analysis.grow(start)
+        seen |= stream.members.keys()
+        if (pair := _pair(analysis, stream)) is not None:
+            found.append(pair)
+    # Several calls of a model share its tensors: each round leaves fewer pairs, or is the last.
+    while True:
+        kept = [pair for pair in found if _alone(analysis, pair, found)]
+        if len(kept) == len(found):
+            return found
+        found = kept
+
+
+def _starts(analysis: Analysis) -> Iterator[AxisRef]:
+    """Values of heads, which a product of two values mixes over tokens; then what a linear map gives as a whole."""
+    wholes = []
+    for node in analysis.graph.nodes:
+        value = None
+        if name_of(node) == "aten.scaled_dot_product_attention":
+            value = node.args[2]
+        elif name_of(node) in ("aten.matmul", "aten.bmm") and node.args[1] in analysis.data:
+            value = node.args[1]
+        elif name_of(node) in LINEAR_FORMS and node in analysis.data and name_of(node) in ("aten.linear", "aten.addmm"):
+            wholes.append(node)
+        if isinstance(value, fx.Node):
+            yield _last(value)
+    yield from map(_last, wholes)
+
+
+def _last(node: fx.Node) -> AxisRef:
+    shape = shape_of(node)
+    return node, ChannelAxis(len(shape) - 1, shape[-1])
+
+
+def _pair(analysis: Analysis, stream: Stream) -> Pair | None:
+    """A stream that linear maps alone write and read."""
+    if not isinstance(stream.size, int) or stream.size < 2 or stream.norms:
+        return None
+    cached = False
+    found: list[Reader] = []
+    for leak in stream.leaks:
+        names = analysis.graph.outputs.get(leak.ref[0], ())
+        if leak.code == "returned" and names and all(name.split(".")[0] in CACHES for name in names):
+            cached = True
+            continue
+        try:
+            found.append(linear_reader(analysis, leak))
+        except Unfoldable:
+            return None
+    writers = [ref for ref, made in stream.members.items() if made.kind == "parameter"]
+    plain = all(made.kind == "parameter" or (made.kind == "sum" and not made.rest) for made in stream.members.values())
+    return Pair(stream, tuple(writers), tuple(found), cached) if plain and writers and found else None
+
+
+def _alone(analysis: Analysis, pair: Pair, pairs: list[Pair]) -> bool:
+    """Whether the tensors of a pair are read in no other way than by this or another pair."""
+    members = {ref for one in pairs for ref in one.stream.members}
+    by_weight: dict[str, set[fx.Node]] = {}
+    ways: dict[str, set[ChannelAxis]] = {}
+    for one in pairs:
+        for reader in one.readers:
+            by_weight.setdefault(reader.weight, set()).update(reader.nodes)
+            ways.setdefault(reader.weight, set()).add(reader.place)
+        for ref in one.writers:
+            # A tensor that writes one pair and reads another is edited along two axes, which do not mind each other.
+            ways.setdefault(f"{analysis.graph.parameters[ref[0]].name} as a writer", set()).add(ref[1])
+    for ref in pair.writers:
+        parameter = analysis.graph.parameters[ref[0]]
+        if len(parameter.aliases) > 1 or len(ways[f"{parameter.name} as a writer"]) > 1:
+            return False
+        if next(analysis.other_readers(ref, members.__contains__, norms_too=True), None) is not None:
+            return False
+    nodes = {parameter.name: node for node, parameter in analysis.graph.parameters.items()}
+    for reader in pair.readers:
+        node = nodes[reader.weight]
+        if len(analysis.graph.parameters[node].aliases) > 1 or len(ways[reader.weight]) > 1:
+            return False
+        if any(user not in by_weight[reader.weight] for user in readers(node, STORED)):
+            return False
+    return True
+
+
+def rotate_values(analysis: Analysis, pairs: list[Pair], change: dict[str, Any], tensors: Edits) -> None:
+    """Add the edits that give each pair another basis, one for all heads of a size.
+
+    Args:
+        analysis: the streams.
+        pairs: of :func:`value_pairs`.
+        change: the edit without its axis.
+        tensors: tensor -> its edits so far, which stay before these.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for pair in pairs:
+        for ref in pair.writers:
+            rows[analysis.graph.parameters[ref[0]].name, "writes"] = {**change, **along(ref[1])}
+        for reader in pair.readers:
+            rows[reader.weight, "reads"] = {**change, **along(reader.place)}
+    for (name, _), row in rows.items():
+        tensors.setdefault(name, []).append(row)

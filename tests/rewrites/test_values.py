@@ -1,0 +1,83 @@
+"""`rotate --values`: what attention mixes over tokens in another basis, found by who reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import normconvert
+from normconvert.options import Options
+from normconvert.rewrites.planning import difference, plan_model, planned
+from normconvert.verification.equivalence import algebra_model
+from tests.support.basis import check_basis
+from tests.support.basis_models import built, logits, skeleton
+
+VALUES = Options(values=True, seed=3)
+PAIRS = {"llama": 2, "vit": 2, "opt": 2, "gemma2": 2, "gpt2": 0}
+"""Model -> pairs of linear maps; GPT-2 keeps queries, keys and values in one tensor."""
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gemma2", "gpt2"))]
+)
+def test_values_rotate_and_the_model_stays(name: str) -> None:
+    plan, graph = planned(skeleton(name), VALUES, "rotate")
+    plain = plan_model(skeleton(name), Options(seed=3), "rotate")
+    more = [name for name, rows in plan.tensors.items() if rows != plain.tensors.get(name)]
+    assert len([name for name in more if name.endswith(".weight")]) == 2 * PAIRS[name]
+    assert difference(graph, plan, VALUES) == ""
+    truth = built(name).double()
+    expected = logits(truth)
+    assert float((logits(algebra_model(truth, plan)) - expected).norm() / expected.norm()) < 1e-13
+    for row in (plan.tensors[name][-1] for name in more):
+        # With fewer heads of values than of queries there is one map for each, and readers follow.
+        assert row["constant"] is False
+        assert row.get("outer", 1) == (2 if name == "llama" and row["axis"] == 0 else 4)
+
+
+def test_the_stock_class_loads_rotated_values(tmp_path: Path) -> None:
+    built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    report = normconvert.convert(tmp_path / "model", tmp_path / "out", "rotate", values=True, verify_level="quick")
+    assert any(note.startswith("values are rotated between 2 pairs of linear maps") for note in report.notes)
+    assert "caches hold rotated values: those of the original do not fit" in report.notes
+    truth, found = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float64) for n in ("model", "out"))
+    torch.testing.assert_close(logits(found), logits(truth), rtol=1e-5, atol=1e-5)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        said = [model.generate(ids, max_new_tokens=5, do_sample=False) for model in (truth, found)]
+    assert torch.equal(*said)
+
+
+class Attention(nn.Module):
+    """Attention written by hand; ``seen`` lets somebody else read the values."""
+
+    def __init__(self, seen: str = "") -> None:
+        super().__init__()
+        self.seen = seen
+        self.norm = nn.LayerNorm(8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.write, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(self.write(x))
+        q, k, v = (f(n).unflatten(-1, (2, 4)).transpose(-2, -3) for f in (self.q, self.k, self.v))
+        mixed = torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
+        if self.seen == "positive":
+            mixed = mixed.relu()
+        if self.seen == "weight":
+            n = n + self.v(self.o(n))
+        y = self.o(mixed.transpose(-2, -3).flatten(-2))
+        return self.head(y) + (self.v.weight.sum() if self.seen == "sum" else 0) + n.sum()
+
+
+@pytest.mark.parametrize(("seen", "rotates"), [("", True), ("positive", False), ("weight", False), ("sum", False)])
+def test_values_that_others_see_stay(seen: str, rotates: bool) -> None:
+    inputs = [{"x": torch.randn(2, 6, 5, dtype=torch.float64)}]
+    outcome = check_basis(lambda: Attention(seen), inputs, "rotate", VALUES)
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert bool(outcome.plan.tensors.get("v.weight", [])) is rotates

@@ -1,0 +1,227 @@
+"""The census of changes of basis: what `rotate` and `scale` do to every model with LayerNorm or RMSNorm.
+
+Each model is built small, traced on the meta device, planned for both, and built for real with perturbed weights: the
+plan applied to float64 weights must equal the original.
+
+    nice python -m tools.census.basis --minutes 30      # goes on where it stopped
+    python -m tools.census.basis --write                # the section of docs/coverage.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+PAGE = ROOT / "docs" / "coverage.md"
+WORK = ROOT / "build" / "basis.jsonl"
+HEADING = "## Another basis"
+METHODS = ("rotate", "scale")
+POWER = "3"
+SECONDS = 240
+"""For one model."""
+
+FIRST = """
+llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi3 glm granite olmo olmo2 mixtral deepseek_v2 deepseek_v3
+gpt_oss t5 gpt2 opt gpt_neox bloom falcon whisper vit dinov2 siglip clip_text_model bert phi stablelm
+starcoder2 nemotron cohere cohere2 smollm3 qwen2_moe qwen3_moe olmoe gptj codegen mt5 umt5 clip
+clip_vision_model siglip_vision_model dinov3_vit beit deit swin swinv2 modernbert roberta xglm mpt persimmon
+dbrx jamba mamba ernie4_5 helium glm4 exaone4 seed_oss hunyuan_v1_dense
+"""
+"""The types to begin with."""
+
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep what is left, then print the summary. Returns 1 if a converted model does not compute the same."""
+    from tools.census.coverage import _preload, _read
+
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
+    parser.add_argument("--work", type=Path, default=WORK, help="results so far")
+    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section")
+    arguments = parser.parse_args(argv)
+    rows = _read(arguments.work)
+    if not arguments.write:
+        end = time.monotonic() + 60 * arguments.minutes
+        arguments.work.parent.mkdir(parents=True, exist_ok=True)
+        _preload("rmsnorm")
+        with arguments.work.open("a") as work:
+            for library, name in _keys(arguments.only):
+                if (library, name) in rows:
+                    continue
+                if time.monotonic() > end:
+                    break
+                row = _apart(library, name)
+                rows[library, name] = row = {"library": library, "name": name, **row}
+                work.write(json.dumps(row) + "\n")
+                work.flush()
+                print(f"{library} {name}: {row.get('failure') or [outcome(row[m]) for m in METHODS]}", flush=True)
+    else:
+        head, _, tail = PAGE.read_text(encoding="utf-8").partition(f"{HEADING}\n")
+        rest = tail.find("\n## ")
+        kept = tail[rest + 1 :] if rest >= 0 else ""
+        PAGE.write_text("\n".join([head.rstrip(), "", *section(list(rows.values())), kept]).rstrip() + "\n", "utf-8")
+    print(summary(list(rows.values())))
+    return int(any(row.get(m, {}).get("mismatch") for row in rows.values() for m in METHODS))
+
+
+def _apart(library: str, name: str) -> Row:
+    """The row of one model, made in a process of its own: whatever ends that, the others are still to be looked at."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, library, name), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        found: Row = receiver.recv() if receiver.poll(SECONDS) else {"failure": f"more than {SECONDS} s"}
+    except EOFError:
+        found = {"failure": "the process ended"}
+    process.kill()
+    process.join()
+    return found
+
+
+def _send(sender: Any, library: str, name: str) -> None:
+    from tools.census.one_model import first_line
+
+    try:
+        sender.send(bases_of(library, name))
+    except Exception as error:
+        sender.send({"failure": first_line(error)})
+
+
+def _keys(only: list[str]) -> list[tuple[str, str]]:
+    from tools.census.zoo.timm_zoo import timm_names
+    from tools.census.zoo.transformers_zoo import transformers_types
+
+    first = FIRST.split()
+    types = [name for name in first if name in set(transformers_types())]
+    types += [name for name in transformers_types() if name not in first]
+    keys = [("transformers", name) for name in types]
+    # One of the other library after every second, so that a sweep which is stopped has seen some of both.
+    for number, name in enumerate(timm_names()):
+        keys.insert(min(len(FIRST.split()) + 3 * number, len(keys)), ("timm", name))
+    return [key for key in keys if not only or key[1] in only]
+
+
+def bases_of(library: str, name: str) -> Row:
+    """Plan and verify both conversions of one model."""
+    from normconvert.errors import NormConvertError
+    from normconvert.options import Options
+    from normconvert.rewrites.planning import plan_model
+    from normconvert.tracing.model_graph import trace_model
+    from tools.census.one_model import ATTEMPTS
+    from tools.census.zoo.case import Skipped
+    from tools.census.zoo.timm_zoo import timm_case
+    from tools.census.zoo.transformers_zoo import transformers_case
+
+    make = transformers_case if library == "transformers" else timm_case
+    row: Row = {}
+    level = 0
+    for _ in range(ATTEMPTS):
+        try:
+            case, level = make(name, level)
+        except Skipped as error:
+            return row or {"failure": f"skipped: {error}"}
+        skeleton = case.skeleton()
+        try:
+            graph = trace_model(skeleton)
+        except NormConvertError as error:
+            row, level = row or {"failure": f"not traced: {str(error).splitlines()[0][:200]}"}, level + 1
+            continue
+        row = {"model_class": case.model_class}
+        for method in METHODS:
+            plan = plan_model(skeleton, Options(power=POWER), method, lambda model: graph)  # noqa: B023
+            row[method] = _found(case, plan)
+        return row
+    return row
+
+
+def _found(case: Any, plan: Any) -> Row:
+    from tools.census.zoo.fidelity import fidelity
+
+    norms = [v for v in plan.verdicts if v.code not in ("unreached", "unused")]
+    row: Row = {"norms": len(norms), "converted": len(plan.converted)}
+    row["reasons"] = dict(Counter(v.code for v in norms if not v.converted))
+    kept = [v for v in norms if not v.converted]
+    if kept:
+        row["example"] = f"`{kept[0].path}`: {kept[0].reason}"[:300]
+    row["stated"] = all(edit.get("stated") for edit in plan.modules)
+    return row | (fidelity(case, plan, False) if plan.converted else {})
+
+
+def outcome(found: Row) -> str:
+    """One cell of the table."""
+    if found.get("mismatch"):
+        return "**mismatch**"
+    if not found["norms"]:
+        return ""
+    if not found["converted"]:
+        return f"refused: {', '.join(found['reasons'])}"
+    own = "" if found["stated"] else ", ε by its own edit"
+    if "unverified" in found:
+        return f"unverified{own}"
+    if found["converted"] == found["norms"]:
+        return f"complete{own}"
+    return f"{found['converted']} of {found['norms']}{own} ({', '.join(found['reasons'])})"
+
+
+def summary(rows: list[Row]) -> str:
+    """One line a conversion."""
+    lines = []
+    for method in METHODS:
+        found = [row[method] for row in rows if method in row and row[method]["norms"]]
+        states = Counter(outcome(one).split(":")[0].split(",")[0].split(" (")[0] for one in found)
+        partly = sum(0 < one["converted"] < one["norms"] for one in found)
+        lines.append(
+            f"{method}: {len(found)} models with norms, {states['complete']} complete, {partly} partly, "
+            f"{states['refused']} refused, {states['unverified']} unverified, {states['**mismatch**']} mismatches"
+        )
+    return "\n".join(lines)
+
+
+def section(rows: list[Row]) -> list[str]:
+    """The section of docs/coverage.md."""
+    shown = [row for row in rows if any(row.get(m, {}).get("norms") for m in METHODS)]
+    failed = Counter(row["failure"].split(":")[0] for row in rows if "failure" in row)
+    lines = [
+        HEADING, "",
+        f"What `normconvert rotate` and `normconvert scale` (by 2^-{POWER}) do to models with LayerNorm or RMSNorm,",
+        "small and with perturbed weights, verified in float64. Norms that no traced call runs are not counted.",
+        "*ε by its own edit*: no config can say the new ε, so the library alone reads the old one.", "",
+        *(f"- {line}" for line in summary(rows).splitlines()),
+        f"- not built or not traced: {sum(failed.values())} of {len(rows)} tried", "",
+        "Made by `python -m tools.census.basis`.", "",
+        "| library | model | rotate | scale | largest error |", "| --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for row in sorted(shown, key=lambda row: (row["library"] != "transformers", row["name"])):
+        errors = [row[m]["error"] for m in METHODS if row[m].get("error") is not None]
+        worst = f"{max(errors):.1e}" if errors else ""
+        lines.append(
+            f"| {row['library']} | `{row['name']}` | {outcome(row['rotate'])} | {outcome(row['scale'])} | {worst} |"
+        )
+    examples: dict[tuple[str, str], str] = {}
+    for row in shown:
+        for method in METHODS:
+            for code in list(row[method]["reasons"])[:1]:
+                examples.setdefault((method, code), f"{row['name']}, {row[method].get('example', '')}")
+    lines += ["", "Why norms stay, an example each:", ""]
+    lines += [f"- {method}, {code}: {text}" for (method, code), text in sorted(examples.items())]
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
