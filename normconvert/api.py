@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normconvert.apply.record import loading_files, write_card, write_record
-from normconvert.errors import InputError, NothingToConvert, first_line
+from normconvert.errors import InputError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.options import (
     Conversion,
@@ -312,23 +312,22 @@ def _with_powers(request: Conversion, source: Source, report: Report, graph: Gra
     """
     if request.method != "scale" or request.power is not None:
         return request, report
-    from normconvert.rewrites.planning import plan_graph
-    from normconvert.tuning.powers import measured_powers
-    from normconvert.verification.outcome import with_report
+    import torch
+
+    from normconvert.tracing.probes import verification_inputs
+    from normconvert.tuning.data.probes import data_probes
+    from normconvert.verification.stream_powers import measured_powers, with_powers
 
     (request.stage or _silent)("measure")
     start = time.perf_counter()
-    found = measured_powers(source, graph, request.allowed, request.device)
-    request = replace(request, power=found.power)
-    plan = plan_graph(graph, request.allowed, request.method)
-    report = replace(
-        report, plan=plan, options=recorded(request), notes=(*source.notes, *plan.notes, *found.notes),
-        seconds={**report.seconds, "measure": time.perf_counter() - start},
-    )  # fmt: skip
-    if not found.needed:
-        told = "; ".join(found.notes)
-        raise with_report(NothingToConvert(f"{report.source}: nothing to scale: {told}; see --headroom"), report)
-    return request, report
+    allowed = request.allowed
+    probes = [p for p in verification_inputs(source.skeleton(), tokenizer=source.tokenizer()) if p.realistic]
+    probes += data_probes(source, request.data) if request.data is not None else []
+    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
+    found = measured_powers(source.load(dtype=wide, device=request.device), graph, allowed, probes)
+    report = with_powers(report, graph, allowed, found)
+    seconds = {**report.seconds, "measure": time.perf_counter() - start}
+    return replace(request, power=found.power), replace(report, seconds=seconds)
 
 
 def _with_statistics(source: Source, report: Report) -> Report:

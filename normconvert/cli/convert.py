@@ -47,7 +47,7 @@ def fold(ask: Ask[Conversion], view: View) -> int:
 def rotate(ask: Ask[Conversion], view: View) -> int:
     """Store every residual stream that provably allows it in another orthogonal basis, its norms' weights folded.
 
-    Names, shapes and the class of the model stay, and what it computes; quantising it afterwards loses less.
+    Names, shapes and the class of the model stay, and what it computes; large single channels are spread over all.
     """
     return _convert(ask, view)
 

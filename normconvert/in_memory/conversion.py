@@ -26,6 +26,7 @@ from normconvert.verification.outcome import refuse_if_pointless, with_differenc
 from normconvert.verification.probe_runs import named_tensors
 from normconvert.verification.rounding import ROUNDING_TOLERANCE
 from normconvert.verification.running_statistics import check_statistics
+from normconvert.verification.stream_powers import measured_powers, with_powers
 
 if TYPE_CHECKING:
     from normconvert.verification.fidelity import Fidelity
@@ -60,6 +61,9 @@ def convert_model(request: ModelConversion) -> tuple[Any, Report]:
     with collecting(False):
         report, graph = _planned(subject, request.method, request.allowed, recorded(request), clock)
     refuse_if_pointless(report, request.require_all)
+    if request.method == "scale" and request.power is None:
+        clock("measure")
+        request, report = _with_powers(subject, report, graph, request)
     report = _with_statistics(subject, report)
     clock("write")
     values = edited_tensors(subject.model, report.plan)
@@ -109,6 +113,17 @@ def _planned(
         others=tuple(other_norms(graph, method)),
     )  # fmt: skip
     return report, graph
+
+
+def _with_powers(
+    subject: Subject, report: Report, graph: Graph, request: ModelConversion
+) -> tuple[ModelConversion, Report]:
+    """The request with the powers of two that the streams need, and the report with the plan for them."""
+    if request.data is not None:
+        raise InputError("data is for files; a model in memory is measured on example_inputs: give more of them")
+    probes = [probe for probe in subject.probes("standard") if probe.realistic]
+    found = measured_powers(subject.in_float64(), graph, request.allowed, probes)
+    return replace(request, power=found.power), with_powers(report, graph, request.allowed, found)
 
 
 def _with_statistics(subject: Subject, report: Report) -> Report:

@@ -1,29 +1,27 @@
-"""The powers of two by which streams fit into float16, measured on probes and on the user's data."""
+"""The powers of two by which streams fit into float16, measured while the model runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from normconvert.errors import NothingToConvert
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
+from normconvert.result import Report
+from normconvert.rewrites.planning import plan_graph
 from normconvert.rewrites.scalable import Search, search_scale
 from normconvert.rewrites.scaling import plan_scale, watched
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.probes import Probe, verification_inputs
+from normconvert.tracing.probes import Probe
+from normconvert.verification.outcome import with_report
 from normconvert.verification.stream_sizes import Sizes, measure_streams
 
-if TYPE_CHECKING:
-    from normconvert.sources import Source
-
 LARGEST = torch.finfo(torch.float16).max
-EXAMPLES = 64
-"""Of the user's data."""
-BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -41,19 +39,19 @@ class Powers:
     needed: bool
 
 
-def measured_powers(source: Source, graph: Graph, options: Options, device: str = "cpu") -> Powers:
+def measured_powers(model: nn.Module, graph: Graph, options: Options, probes: Sequence[Probe]) -> Powers:
     """The powers that leave ``options.headroom`` between the largest value of each stream and float16's.
 
     Streams whose norms share an eps of the config take one power, if the config can say that of all its norms.
 
     Args:
-        source: its model is loaded in float32, and run.
-        graph: of the model.
+        model: in float32 or wider; it is run.
+        graph: of it.
         options: of the conversion.
-        device: where it runs.
+        probes: what it is run on.
 
     Raises:
-        InputError: the data cannot be read, or the model not be run.
+        InputError: the model cannot be run.
     """
     search = search_scale(graph, options)
     places = watched(search)
@@ -62,31 +60,32 @@ def measured_powers(source: Source, graph: Graph, options: Options, device: str 
         for path, group in search.calls.items()
         if group[0].module is not None and search.reads(group[0])
     }
-    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
-    model = source.load(dtype=wide, device=device)
-    probes = [p for p in verification_inputs(source.skeleton(), tokenizer=source.tokenizer()) if p.realistic]
-    probes += _examples(source, options.data) if options.data is not None else []
     sizes = measure_streams(model, probes, places, norms)
-    del model
     own = {name: power_for(sizes.largest.get(name, 0.0), options.headroom) for name in places}
     plan, power = _planned(graph, options, own)
     return Powers(power, (*_in_words(sizes), *_unstated(sizes, plan, search)), any(own.values()))
 
 
+def with_powers(report: Report, graph: Graph, options: Options, found: Powers) -> Report:
+    """The report of a conversion whose powers have been measured, with the plan for them.
+
+    Raises:
+        NothingToConvert: all streams fit as they are.
+    """
+    first = report.plan.notes
+    plan = plan_graph(graph, replace(options, power=found.power), report.method)
+    notes = tuple(note for note in report.notes if note not in first)
+    recorded = {**report.options, "power": found.power}
+    report = replace(report, plan=plan, options=recorded, notes=(*notes, *plan.notes, *found.notes))
+    if not found.needed:
+        told = "; ".join(found.notes)
+        raise with_report(NothingToConvert(f"{report.source}: nothing to scale: {told}; see --headroom"), report)
+    return report
+
+
 def power_for(largest: float, headroom: float) -> int:
     """The smallest k, not below zero, for which ``largest`` 2^-k is float16's largest number over ``headroom``."""
     return max(0, math.ceil(math.log2(largest * headroom / LARGEST))) if largest > 0 else 0
-
-
-def _examples(source: Source, data: str) -> Iterator[Probe]:
-    from normconvert.tuning.data.batches import all_batches
-    from normconvert.tuning.data.opening import open_data
-    from normconvert.tuning.data.wanted import wanted_by
-
-    skeleton = source.skeleton()
-    examples = open_data(data, wanted_by(source, skeleton), skeleton)
-    for number, batch in enumerate(all_batches(examples, BATCH, EXAMPLES)):
-        yield Probe(f"data-{number}", {name: value for name, value in batch.items() if name != "labels"})
 
 
 def _planned(graph: Graph, options: Options, own: Mapping[str, int]) -> tuple[Plan, str]:
