@@ -128,7 +128,6 @@ ODD_NORMS: dict[str, Callable[[], nn.Module]] = {
     "a weight in a buffer": Frozen,
     "extra state": Remembering,
     "a parametrization": _parametrized,
-    "a hook that uses the weight": _hooked,
     "old weight_norm": lambda: _old_weight_norm(nn.LayerNorm(D), None),
     "weight_norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.LayerNorm(D), dim=-1),
 }
@@ -145,6 +144,13 @@ def test_a_norm_that_is_more_than_a_norm_stays_alone(odd: str) -> None:
     plan = plan_of(lambda: Model(PreNorm(), _block(ODD_NORMS[odd]())))
     assert converted(plan) == OTHERS
     assert verdict(plan, "blocks.1.norm").code == "not-a-module"
+
+
+def test_what_a_hook_is_given_stays_as_it_is() -> None:
+    # It is given the stream itself, and may keep it.
+    plan = plan_of(lambda: Model(PreNorm(), _block(_hooked())))
+    assert converted(plan) == set()
+    assert "a hook of blocks.1.norm is given" in verdict(plan, "blocks.0.norm").reason
 
 
 def test_what_a_norm_holds_besides_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ class Net(nn.Module):
         return self.head(self.last(h))
 
 
-def net(size: float) -> nn.Module:
-    model = perturb(Net().eval())
+def net(size: float) -> Any:
+    model: Any = perturb(Net().eval())
     with torch.no_grad():
         for layer in (model.write, model.inner):
             layer.weight.mul_(size)

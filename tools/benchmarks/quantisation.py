@@ -49,8 +49,10 @@ def main() -> None:
         "# Quantisation", "",
         "Rotated models ([`normconvert rotate`](commands.md)) compute the same, and their large single channels are",
         "spread over all: where a model has such, few bits lose less; each table shows how much. Perplexity by",
-        f"round-to-nearest, in float32 ({settings}, simulated): one scale for each row of a weight and for each token,",
-        "all linear maps but the output head. Rotated: the mean over three seeds, with the smallest and the largest.", "",
+        f"round-to-nearest, in float32 ({settings}, simulated): one scale for each row of a weight and for each "
+        "token,",
+        "all linear maps but the output head. Rotated: the mean over three seeds, with the smallest and the largest.",
+        "",
         f"Made by `python tools/benchmarks/quantisation.py` with torch {torch.__version__.split('+')[0]}.", "", *parts,
     ]  # fmt: skip
     options.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
