@@ -24,7 +24,7 @@ from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
 from normconvert.report.junit import PARTS
 from normconvert.wording.grouping import Row, collapse
-from normconvert.wording.words import becomes, felt, human_bytes
+from normconvert.wording.words import becomes, human_bytes, task_metrics_in_words
 
 if TYPE_CHECKING:
     from normconvert.adapters.conversion import AdapterReport
@@ -293,7 +293,7 @@ def figures(fidelity: Fidelity) -> RenderableType:
     table.add_row("rounding", rounding, _limit(rounding_fits, f"{fidelity.rounding_tolerance:g} ×"))
     lines: list[RenderableType] = [
         table,
-        Text(f"in use    {felt(fidelity)}"),
+        Text(f"in use    {task_metrics_in_words(fidelity)}"),
         Text(f"verified  {fidelity.level}", FAINT),
     ]
     lines += [Text(remark, FAINT) for remark in fidelity.remarks]

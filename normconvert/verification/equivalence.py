@@ -28,7 +28,13 @@ from normconvert.verification.probe_runs import Run, Told, algebra_model, run_mo
 from normconvert.verification.proof import Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
-from normconvert.verification.run_comparison import Distances, comparable_part, compare_runs, felt, loss_difference
+from normconvert.verification.run_comparison import (
+    Distances,
+    comparable_part,
+    compare_runs,
+    loss_difference,
+    task_metrics,
+)
 from normconvert.wording.steps import Step
 
 if TYPE_CHECKING:
@@ -142,7 +148,7 @@ def verify_models(
         remake=partial(_take, original), probes=native, expected=expected, dtype=dtype, shifted=shifted,
         tolerance=rounding_tolerance, level=level, seed=seed,
     )  # fmt: skip
-    top1, kl = felt(original_run, converted_run)
+    top1, kl = task_metrics(original_run, converted_run)
     fidelity = Fidelity(
         algebra=proof.distances[proof.worst].relative if proof.worst else 0.0,
         rounding=rounding.ratio,

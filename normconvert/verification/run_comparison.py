@@ -59,7 +59,7 @@ def comparable_part(truth: Run, original: Run) -> Run:
     return result
 
 
-def felt(original: Run, converted: Run) -> tuple[float, float]:
+def task_metrics(original: Run, converted: Run) -> tuple[float, float]:
     """(share of positions with the same top class, mean KL divergence in nats) over all probes."""
     same, positions, divergence = 0, 0, 0.0
     for probe, outputs in original.outputs.items():

@@ -35,7 +35,7 @@ def in_words(fidelity: Fidelity) -> dict[str, str]:
     if fidelity.rounding is not None:
         limit = f"{fidelity.rounding_tolerance:g}"
         words["rounding in the stored dtype"] = f"{fidelity.rounding:.3g} times the original's (at most {limit})"
-    words["in use"] = felt(fidelity)
+    words["in use"] = task_metrics_in_words(fidelity)
     return words
 
 
@@ -50,7 +50,7 @@ def with_changes(note: str, fidelity: Fidelity) -> str:
     )
 
 
-def felt(fidelity: Fidelity) -> str:
+def task_metrics_in_words(fidelity: Fidelity) -> str:
     """The third figure: ``top-1 100 % the same, KL 1e-12, loss +2e-09``."""
     words = f"top-1 {percent(fidelity.top1)} the same, KL {fidelity.kl:.1g}"
     return words if fidelity.loss_difference is None else f"{words}, loss {fidelity.loss_difference:+.1g}"
