@@ -8,26 +8,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normconvert.apply.record import loading_files, write_card, write_record
+from normconvert.apply.workplace import Workplace, workplace
 from normconvert.errors import InputError, first_line
 from normconvert.files.user_paths import user_path
-from normconvert.options import (
-    Conversion,
-    Identifying,
-    Inspection,
-    check_device,
-    check_options,
-    is_model,
-    recorded,
-    taking,
-)
+from normconvert.option_fields import check_options, is_model, recorded, taking
+from normconvert.options import Conversion, Identifying, Inspection, check_device
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
@@ -37,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from normconvert.apply.shard_stream import Stream
-    from normconvert.apply.source_reader import SourceReader
-    from normconvert.files.tensor_info import TensorInfo
     from normconvert.identification import Identification
     from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
@@ -136,7 +126,7 @@ def convert(request: Conversion) -> Report:
     """
     limits = _check(request)
     request = replace(request, name=request.name or request.push_to_hub)
-    with _workplace(request) as place:
+    with workplace(request) as place:
         source, report, graph = _plan(request, place.found, place.stream)
         from normconvert.verification.outcome import refuse_if_pointless
 
@@ -189,72 +179,6 @@ def _check(request: Conversion) -> dict[str, float]:
         if request.verify:
             check_device(request.device)
     return limits
-
-
-@dataclass
-class _Workplace:
-    """Where a conversion is made until it is complete: a staged folder, or what stands beside ``out`` for a stream.
-
-    Attributes:
-        reader: reads the source's files in the background, from :attr:`found` on.
-        stream: shards come one by one; None: the source is here as a whole.
-        found: to be called when the source's tensors are known; None: nothing is to be read yet.
-        staging: the staged folder, once the source is known.
-    """
-
-    reader: SourceReader
-    stream: Stream | None
-    found: Found | None = None
-    staging: list[Path] = field(default_factory=list)
-
-    @contextmanager
-    def folder(self, source: Source, report: Report) -> Iterator[Path]:
-        """The folder to write to."""
-        if self.stream is None:
-            yield self.staging[0]
-        else:
-            with self.stream.output(source, {**report.options, "plan": report.plan.to_json()}) as folder:
-                yield folder
-
-    def can_verify(self, request: Conversion) -> bool:
-        """Whether the result is to be verified, and the source is still there for it."""
-        return request.verify and (self.stream is None or self.stream.verifiable)
-
-
-@contextmanager
-def _workplace(request: Conversion) -> Iterator[_Workplace]:
-    """What must be there while a conversion runs, and is put in place or cleared away at its end."""
-    from normconvert.apply.output_folder import staged_output
-    from normconvert.apply.shard_stream import streamed
-    from normconvert.apply.source_reader import SourceReader
-
-    out = user_path(request.out)
-    with ExitStack() as staged, ExitStack() as stack:
-        # Two stacks: what reads and copies must have ended before the output moves into place.
-        stream = None
-        if request.stream:
-            target = None if request.dry_run else out
-            stream = stack.enter_context(streamed(target, request.overwrite, request.verify, request.stage))
-        # The reader works while this thread imports, builds and traces.
-        place = _Workplace(stack.enter_context(SourceReader()), stream)
-
-        def found(tensors: Iterable[TensorInfo], folder: Path | None) -> None:
-            tensors = list(tensors)
-            beside = folder or next((tensor.file for tensor in tensors), None)
-            place.staging.append(staged.enter_context(staged_output(out, beside, request.overwrite)))
-            place.reader.begin(tensors, folder, place.staging[0] if _mostly_copied(request) else None)
-
-        if not (request.dry_run or request.stream):
-            place.found = found
-        # A stream may take hours, in which garbage adds up; all else takes seconds.
-        stack.enter_context(collecting(request.stream))
-        yield place
-
-
-def _mostly_copied(request: Conversion) -> bool:
-    """Whether most bytes of the source will be those of the output, so that copying them early pays."""
-    asked = (request.method, request.dtype, request.max_shard_size, request.fold)
-    return asked == ("rmsnorm", "auto", None, False)
 
 
 def _plan(
@@ -352,7 +276,7 @@ def _with_family(source: Source, report: Report, request: Conversion, graph: Gra
 
 
 def _write(
-    request: Conversion, source: Source, report: Report, folder: Path, place: _Workplace
+    request: Conversion, source: Source, report: Report, folder: Path, place: Workplace
 ) -> tuple[Report, dict[str, str]]:
     """Apply the plan to the source's files; the report of it, and file name -> sha256 of the source's."""
     from normconvert.apply.checkpoint import write_checkpoint

@@ -25,7 +25,8 @@ from normconvert.apply.other_files import copy_other_files
 from normconvert.apply.output_folder import check_output, staged_output, write_json
 from normconvert.errors import FidelityError, InputError
 from normconvert.files.user_paths import user_path
-from normconvert.options import METHODS, taking
+from normconvert.option_fields import taking
+from normconvert.options import METHODS
 from normconvert.plan.conversion_plan import Plan
 from normconvert.runtime import ADAPTER_RECORD
 from normconvert.verification.fidelity import Fidelity

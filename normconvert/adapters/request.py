@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
-from normconvert.options import OUT, OVERWRITE, SOURCE, TRUST, WRITTEN, option
+from normconvert.option_fields import option
+from normconvert.options import OUT, OVERWRITE, SOURCE, TRUST, WRITTEN
 
 
 @dataclass(frozen=True)

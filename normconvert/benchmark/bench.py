@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from normconvert.benchmark.request import Benchmarking
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.files.user_paths import user_path
-from normconvert.options import METHODS, OF_TENSORS, Options, check_device, check_options, taking
+from normconvert.option_fields import check_options, taking
+from normconvert.options import METHODS, OF_TENSORS, Options, check_device
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
 from normconvert.errors import InputError
-from normconvert.options import DTYPES, METHODS, SHORT_DTYPES, SRC, Opening, option
+from normconvert.option_fields import option
+from normconvert.options import DTYPES, METHODS, SHORT_DTYPES, SRC, Opening
 
 
 def _numbers(text: str, spelled: str) -> list[int]:

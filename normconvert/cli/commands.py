@@ -18,7 +18,7 @@ from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origi
 
 import typer
 
-from normconvert.options import About, about, types
+from normconvert.option_fields import About, about, types
 
 Request = TypeVar("Request")
 Asked = TypeVar("Asked", covariant=True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from normconvert.cli.app import SHOWN, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import MEASURES, View
-from normconvert.options import OVERWRITE, option
+from normconvert.option_fields import option
+from normconvert.options import OVERWRITE
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen

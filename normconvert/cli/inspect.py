@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from normconvert.cli.app import BEFORE, register
 from normconvert.cli.commands import Ask, command, spelled
 from normconvert.cli.view import View
-from normconvert.options import Inspection, about
+from normconvert.option_fields import about
+from normconvert.options import Inspection
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from normconvert.cli.app import MANY, Command, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import View
-from normconvert.options import option, parse_size
+from normconvert.option_fields import option, parse_size
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from normconvert.cli.app import AFTER, register
 from normconvert.cli.commands import Ask, command
 from normconvert.cli.view import MEASURES, CiView, patient_threads
-from normconvert.options import TOLD, option
+from normconvert.option_fields import option
+from normconvert.options import TOLD
 from normconvert.verification.requests import Verification
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from normconvert.options import TOLD, option
+from normconvert.option_fields import option
+from normconvert.options import TOLD
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen

@@ -17,7 +17,8 @@ from normconvert.errors import FidelityError, InputError, NormConvertError
 from normconvert.exporting.placing import check_request, is_folder, put_in_place, staged
 from normconvert.exporting.request import Export
 from normconvert.files.user_paths import user_path
-from normconvert.options import Opening, check_options, taking
+from normconvert.option_fields import check_options, taking
+from normconvert.options import Opening
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
-from normconvert.options import CHECKED, DTYPES, SHORT_DTYPES, SRC, WRITTEN, Opening, option
+from normconvert.option_fields import option
+from normconvert.options import CHECKED, DTYPES, SHORT_DTYPES, SRC, WRITTEN, Opening
 
 TARGETS = ("generic", "onnxruntime", "openvino")
 OPSETS = range(18, 24)

@@ -9,7 +9,7 @@ from torch import nn
 
 from normconvert.errors import InputError
 from normconvert.in_memory.subject import Subject, subject_of
-from normconvert.options import is_model
+from normconvert.option_fields import is_model
 from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.equivalence import STORAGE_UNITS, verify_models
 from normconvert.verification.limits import check_limits, judge_limits

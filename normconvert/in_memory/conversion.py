@@ -12,7 +12,8 @@ from normconvert.errors import InputError
 from normconvert.in_memory.editing import edited_tensors, put_in
 from normconvert.in_memory.request import ModelConversion
 from normconvert.in_memory.subject import Subject, subject_of
-from normconvert.options import LEVELS, Inspection, Options, check_options, recorded, taking
+from normconvert.option_fields import check_options, recorded, taking
+from normconvert.options import LEVELS, Inspection, Options
 from normconvert.result import Clock, Report
 from normconvert.rewrites.other_norms import other_norms
 from normconvert.rewrites.planning import planned

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from typing import Any, Literal
 
-from normconvert.options import EXAMPLE, LEVEL, METHOD, METHODS, Network, Options, Stage, option
+from normconvert.option_fields import option
+from normconvert.options import EXAMPLE, LEVEL, METHOD, METHODS, Network, Options, Stage
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normconvert.errors import InputError
 from normconvert.in_memory.caches import Cache, caches_of
-from normconvert.options import is_model
+from normconvert.option_fields import is_model
 from normconvert.tracing.calls import Call, calls_of
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_copy import copy_model

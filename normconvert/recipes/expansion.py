@@ -14,7 +14,8 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.files.yaml_file import Key, nearest
-from normconvert.options import Conversion, Options, about
+from normconvert.option_fields import about
+from normconvert.options import Conversion, Options
 from normconvert.recipes.job import Job, Resources, Upload
 from normconvert.recipes.model import SETTINGS, Settings, Source, Variant
 from normconvert.recipes.origins import Origin, Reference, hub_models, local_checkpoints, look_up

@@ -23,6 +23,7 @@ from pydantic import (
 
 from normconvert import options as conversion
 from normconvert.errors import InputError
+from normconvert.option_fields import about, parse_size, types
 from normconvert.verification.limits import FIGURES
 
 OUTPUT = "out/{name}-{variant}"
@@ -50,7 +51,7 @@ def _known_method(name: str) -> str:
 
 def _known_size(text: str | int) -> int:
     try:
-        return conversion.parse_size(str(text), "size")
+        return parse_size(str(text), "size")
     except InputError:
         raise ValueError(f"expected a size such as 5GB, 500MB or 2GiB, found {text!r}") from None
 
@@ -66,9 +67,9 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list, json_schema_inpu
 
 def _fields_of(request: type[Any], names: Iterable[str]) -> dict[str, Any]:
     """Fields of a model for options of a request that a recipe may set, each of which may be left out."""
-    hints = conversion.types(request)
+    hints = types(request)
     made: dict[str, Any] = {}
-    for name, default, known in conversion.about(request):
+    for name, default, known in about(request):
         if name not in names:
             continue
         kind: Any = _without_none(hints[name])
@@ -92,7 +93,7 @@ def _without_none(hint: Any) -> Any:
 
 ALLOWED = [one.name for one in fields(conversion.Options)]
 """What a recipe says under ``options``."""
-SETTINGS = [name for name, _, known in conversion.about(conversion.Conversion) if known.recipe and name not in ALLOWED]
+SETTINGS = [name for name, _, known in about(conversion.Conversion) if known.recipe and name not in ALLOWED]
 """Further options of a conversion, which stand beside ``options``."""
 
 

@@ -27,7 +27,8 @@ from normconvert.files.weight_files import (
     refuse_dangling,
     variant_of,
 )
-from normconvert.options import Opening, check_options
+from normconvert.option_fields import check_options
+from normconvert.options import Opening
 from normconvert.plan.conversion_record import RECORD_FILE, structural_edits
 from normconvert.sources.bare_weights import identified, training_arguments
 from normconvert.sources.factories import is_factory, refuse_untrusted

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import InputError
-from normconvert.options import OUT, OVERWRITE, SRC, WRITTEN, Opening, Stage, check_options, option
+from normconvert.option_fields import check_options, option
+from normconvert.options import OUT, OVERWRITE, SRC, WRITTEN, Opening, Stage
 
 SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",

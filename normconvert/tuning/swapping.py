@@ -13,7 +13,8 @@ from torch import nn
 
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.user_paths import user_path
-from normconvert.options import check_device, taking
+from normconvert.option_fields import taking
+from normconvert.options import check_device
 from normconvert.result import Clock
 from normconvert.tuning import checkpoints
 from normconvert.tuning.data import all_batches

@@ -3,7 +3,7 @@
 - *Algebra*: the files' operations with the plan applied to float64 copies of the weights, against the original in
   float64; and the files' weights against those.
 - *Rounding*: the stored result in its dtype against that float64 truth, divided by the original's own such error.
-- *What users feel*: top-1 agreement, KL divergence, loss difference on text, in the dtype.
+- *In use*: top-1 agreement, KL divergence, loss difference on text, in the dtype.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.digest import sha256
 from normconvert.files.user_paths import user_path
-from normconvert.options import DTYPES, Conversion, Options, about, taking
+from normconvert.option_fields import about, taking
+from normconvert.options import DTYPES, Conversion, Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
 from normconvert.result import Clock, Report

@@ -7,20 +7,8 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from normconvert.options import (
-    DTYPES,
-    EXAMPLE,
-    LEVEL,
-    LEVELS,
-    REVISION,
-    SHORT_DTYPES,
-    SOURCE,
-    TRUST,
-    Network,
-    Stage,
-    option,
-    parse_size,
-)
+from normconvert.option_fields import option, parse_size
+from normconvert.options import DTYPES, EXAMPLE, LEVEL, LEVELS, REVISION, SHORT_DTYPES, SOURCE, TRUST, Network, Stage
 
 
 def _dtype(text: str, spelled: str) -> Any:

@@ -20,7 +20,7 @@ import pytest
 from normconvert import __version__
 from normconvert.cli import run
 from normconvert.errors import InputError
-from normconvert.options import parse_size
+from normconvert.option_fields import parse_size
 from normconvert.report.screen import Screen, execute
 from tests.support.tiny_checkpoints import contents, gpt2, save
 from tools.docs.command_output import alike, lines_of, page_says

@@ -19,7 +19,8 @@ from normconvert.cli import run
 from normconvert.cli.app import app
 from normconvert.cli.commands import Ask, command
 from normconvert.exporting.request import Export
-from normconvert.options import METHODS, Conversion, Opening, Options, about, check_options, taking
+from normconvert.option_fields import about, check_options, taking
+from normconvert.options import METHODS, Conversion, Opening, Options
 from normconvert.recipes.model import Settings
 from normconvert.tuning.settings import Swapping
 from normconvert.verification.requests import Verification

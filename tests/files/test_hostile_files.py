@@ -19,7 +19,7 @@ from normconvert.files.pickle_file import read_pickle
 from normconvert.files.safetensors_file import read_header
 from normconvert.files.weight_files import find_weights, load_json, read_checkpoint
 from normconvert.files.yaml_file import read_yaml
-from normconvert.options import parse_size
+from normconvert.option_fields import parse_size
 from normconvert.recipes.origins import Reference, look_up
 from normconvert.sources import open_source
 from tools.fuzz.mutations import BOMB

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from normconvert.options import parse_size
+from normconvert.option_fields import parse_size
 from tools.benchmarks.convert import Run, measure, sizes
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -14,7 +14,7 @@ from typing import Any
 import griffe
 
 ROLE = re.compile(r":(?:\w+:)?\w+:`~?([^`]+)`")
-TAKING = "normconvert.options.taking"
+TAKING = "normconvert.option_fields.taking"
 KINDS: dict[Any, Any] = {
     inspect.Parameter.POSITIONAL_OR_KEYWORD: griffe.ParameterKind.positional_or_keyword,
     inspect.Parameter.KEYWORD_ONLY: griffe.ParameterKind.keyword_only,
