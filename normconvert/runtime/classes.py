@@ -95,8 +95,9 @@ def converted_class(base: type) -> type:
         section = getattr(config, CONFIG_KEY)
         apply_module_edits(self, edits_for(self, section))
         if section.get("guard"):
-            known = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or []
-            # A list or a set, by release: transformers joins it with its own.
+            known = getattr(self, "_keys_to_ignore_on_load_unexpected", None)
+            # A list or a set, by release, empty too: transformers joins it with its own of that kind.
+            known = [] if known is None else known
             self._keys_to_ignore_on_load_unexpected = type(known)([*known, f"{re.escape(section['guard'])}$"])
 
     @one_at_a_time
