@@ -41,6 +41,8 @@ def convert_model(request: ModelConversion) -> tuple[Any, Report]:
     them, or those of ``example_inputs`` and no others. A branch of ``forward`` that they do not take, on another shape,
     argument or flag, is not proved: list a call for it. The verification also runs other values and sizes. Whatever a
     forward hook of the model's owner is given counts as returned, so that it stays as it is; hooks run on the probes.
+    What a call leaves in the modules (``self.h = x``) is named as not proved; what it puts elsewhere, into a list that
+    it is given, a global or an attribute of a tensor, is seen by no trace and may change.
 
     Weights are edited in float64 and stored in their dtype. Modes, device and ``requires_grad`` stay, and ties do, but
     for what the plan unties. Parameters stay the objects that they are; those of fused norms are gone from the model.

@@ -71,6 +71,7 @@ class Graph:
         doors: arguments and methods that such a call was traced for.
         untraced_doors: those for which none could be.
         exits: value -> the ways out of the model, other than its outputs, that return it.
+        kept: attributes and tables of modules where a call leaves tensors.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -84,6 +85,7 @@ class Graph:
     doors: tuple[str, ...] = ()
     untraced_doors: tuple[str, ...] = ()
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 @one_at_a_time
@@ -104,7 +106,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program, unmarked = on_either_device(lambda device: _export(model, inputs, entry, device))
+            program, unmarked, kept = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     refuse_unseen(model, unmarked)
@@ -129,6 +131,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
         calls=((dict(inputs), entry),),
         unmarked=unmarked,
         exits=exits,
+        kept=kept,
     )
 
 
@@ -175,11 +178,14 @@ def merge(first: Graph, second: Graph) -> Graph:
         doors=first.doors + second.doors,
         untraced_doors=first.untraced_doors + second.untraced_doors,
         exits={**first.exits, **{mapping[node]: names for node, names in second.exits.items()}},
+        kept=tuple(dict.fromkeys((*first.kept, *second.kept))),
     )
 
 
-def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str) -> tuple[Any, frozenset[str]]:
-    """Export with markers, functional in the end; the modules left without markers.
+def _export(
+    model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
+) -> tuple[Any, frozenset[str], tuple[str, ...]]:
+    """Export with markers, functional in the end; the modules left without markers, and where it left tensors.
 
     A marker copies, so it would hide a write through one name of a tensor from its other names. Where the program
     writes in place to a tensor after a marker of it, under whatever name, the program is exported again without that
@@ -190,7 +196,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
     while True:
         hooks = marked(model, without), _entered(model, entry, inputs, held)
         made = fresh_caches(model), pretending(model, device), lean_export()
-        with hooks[0], hooks[1], made[0], made[1], made[2]:
+        with hooks[0], hooks[1], made[0] as left, made[1], made[2]:
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         for graph in graphs:
@@ -209,7 +215,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
             program = program.run_decompositions({})
         kept = without_changed(model, held, program.graph_signature.buffers_to_mutate.values())
         if len(kept) == len(held):
-            return program, frozenset(without)
+            return program, frozenset(without), tuple(dict.fromkeys(left))
         held = kept
 
 

@@ -7,16 +7,19 @@ real one in a trace.
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+
+from normconvert.compat.torch import pytree
 
 _KEPT = frozenset(("torch", "sympy", "numpy", "huggingface_hub", "rich", "typer", "normconvert"))
 """Packages whose memoised functions hold no tensors of a model, as those of the standard library do not."""
@@ -26,30 +29,55 @@ _HELD = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
-def fresh_caches(model: nn.Module) -> Iterator[None]:
-    """Empty caches of tensors before and after; attributes, hooks and tables of ``model`` are afterwards as before."""
-    tables: list[dict[str, Any]] = [table for module in model.modules() for table in _tables(module)]
-    before = [dict(table) for table in tables]
+def fresh_caches(model: nn.Module) -> Iterator[list[str]]:
+    """Empty caches of tensors before and after; attributes, hooks and tables of ``model`` are afterwards as before.
+
+    Yields:
+        Names, known at the end, of the attributes and tables where a run left tensors: whoever looks there later finds
+        them without the model returning them.
+    """
+    tables = [row for path, module in model.named_modules() for row in _tables(path, module)]
+    before = [(copy.copy(table), where, table) for where, table in tables]
+    kept: list[str] = []
     clear_caches()
     try:
-        yield
+        yield kept
     finally:
         clear_caches()
-        for table, held in zip(tables, before, strict=True):
+        for held, where, table in before:
+            kept.extend(f"{where}{name}" for name in _new_tensors(table, held, not where or where.endswith(".")))
             table.clear()
-            table.update(held)
+            table.extend(held) if isinstance(table, list) else table.update(held)
 
 
-def _tables(holder: object) -> Iterator[dict[str, Any]]:
-    """The attributes of a module, its tables, and those of the plain objects that it keeps, a cache of texts say."""
-    yield vars(holder)
+def _tables(path: str, holder: object) -> Iterator[tuple[str, Any]]:
+    """Name and table: a module's attributes, its tables and lists, and those of the plain objects that it keeps."""
+    where = f"{path}." if path else ""
+    yield where, vars(holder)
     for key, value in vars(holder).items():
-        if type(value) in (dict, OrderedDict):
+        if type(value) in (dict, OrderedDict, list, set):
             if key not in _HELD:
-                yield value
+                yield f"{where}{key}", value
         # Objects of objects are left alone: they may refer to each other in circles.
         elif isinstance(holder, nn.Module) and _is_plain(value):
-            yield from _tables(value)
+            yield from _tables(f"{where}{key}", value)
+
+
+def _new_tensors(table: Any, held: Any, attributes: bool) -> Iterator[str]:
+    """Attributes that hold floating tensors and did not before; of a container one empty name, if it has such items."""
+    rows = table.items() if isinstance(table, dict) else enumerate(table)
+    old = held.values() if isinstance(held, dict) else held
+    new = [str(key) for key, value in rows if key not in _HELD and _holds_floats(value) and _is_none_of(value, old)]
+    yield from new if attributes else [""] * bool(new)
+
+
+def _is_none_of(value: object, others: Iterable[object]) -> bool:
+    return all(value is not one for one in others)
+
+
+def _holds_floats(value: object) -> bool:
+    leaves = pytree.tree_leaves(value) if isinstance(value, (list, tuple, dict)) else [value]
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1 for leaf in leaves)
 
 
 def _is_plain(value: object) -> bool:

@@ -48,7 +48,7 @@ def trace_calls(model: nn.Module, calls: tuple[Call, ...], doors: bool) -> Graph
         model: on the meta device.
         calls: keyword arguments of ``forward``, on the CPU.
         doors: the model's library is known, and so are further ways into and out of it: these are traced as well. Else
-            the arguments that no call gives are named as not proved.
+            the arguments that no call gives are named as not proved, and so is what a call leaves in the modules.
 
     Raises:
         TraceError: torch.export cannot follow the model in one of them; the message is that of the first try.
@@ -66,7 +66,8 @@ def trace_calls(model: nn.Module, calls: tuple[Call, ...], doors: bool) -> Graph
         except TraceError as error:
             first = first or error
         else:
-            return replace(graph, untraced_doors=tuple(not_given(model, calls)))
+            left = [f"what a call leaves in `{name}`" for name in graph.kept]
+            return replace(graph, untraced_doors=(*not_given(model, calls), *left))
     assert first is not None
     raise first
 
