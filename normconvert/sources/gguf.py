@@ -25,6 +25,8 @@ from normconvert.sources.stated_sizes import check_stated_sizes, in_proportion
 from normconvert.sources.transformers_models import quiet
 
 SUFFIX = ".gguf"
+BY_SHAPES = {"attention.key_length", "attention.value_length", "vocab_size", "feed_forward_length"}
+"""What the tensors say as well: another value would not fit them."""
 FLOATS = {"F32", "F16", "BF16", "F64"}
 
 
@@ -65,6 +67,7 @@ def _dequantised(path: Path, changed: int, size: int) -> tuple[Path, str]:
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         config = _config(path)
         check_stated_sizes(str(path), config.to_dict(), tensors)
+        _check_understood(path, config)
         with in_proportion(str(path), tensors):
             model = _model(path, config)
         _check_complete(path, model, tensors)
@@ -142,6 +145,46 @@ def _check_complete(path: Path, model: Any, tensors: Mapping[str, TensorInfo]) -
             f"{path}: transformers reads {taken} values of this GGUF into {type(model).__name__}, and the file holds "
             f"{held}{hint}: it would be another model; convert the one that it was made of"
         )
+
+
+def _check_understood(path: Path, config: Any) -> None:
+    """Refuse a file that says of how its model computes what transformers passes over: rope scaling, soft caps, scales.
+
+    Raises:
+        InputError: names the key.
+    """
+    from gguf import GGUFReader
+
+    fields: Any = GGUFReader(str(path)).fields
+    name = str(fields["general.architecture"].contents()) if "general.architecture" in fields else ""
+    known = _read_by_transformers(name)
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    width = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    for field, value in fields.items():
+        key = field.removeprefix(f"{name}.")
+        if key == field or key in known:
+            continue
+        # These say nothing that the model does not do anyway where they have these values.
+        implied = {"rope.dimension_count": width, "rope.scaling.type": "none", "attention.causal": True}
+        if key in BY_SHAPES or (key in implied and value.contents() == implied[key]):
+            continue
+        raise InputError(
+            f"{path}: transformers reads nothing of {field}, which says how the model computes: it would be another "
+            "model; convert the one that it was made of"
+        )
+
+
+def _read_by_transformers(architecture: str) -> set[str]:
+    """The keys of an architecture, without its name, that transformers makes a value of the config of."""
+    from transformers.integrations import ggml
+
+    def plain(name: str) -> str:
+        return name.replace("-", "").replace("_", "")
+
+    tables: Mapping[str, Mapping[str, Any]] = getattr(ggml, "GGUF_CONFIG_MAPPING", {})
+    rows = next((rows for name, rows in tables.items() if plain(name) == plain(architecture)), {})
+    return {key for key, value in rows.items() if value is not None}
 
 
 def _tokenizer(path: Path, folder: Path) -> bool:

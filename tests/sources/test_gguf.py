@@ -31,10 +31,12 @@ def gpt2() -> Any:
     return perturb(transformers.GPT2LMHeadModel(config)).eval()
 
 
-def write_gpt2(path: Path, model: Any, kind: Any = None, **extra: torch.Tensor) -> Path:
-    """A GPT-2 as llama.cpp's converter writes it; matrices as ``kind``."""
+def write_gpt2(path: Path, model: Any, kind: Any = None, say: Any = None, **extra: torch.Tensor) -> Path:
+    """A GPT-2 as llama.cpp's converter writes it; matrices as ``kind``; ``say`` is called with the writer."""
     config = model.config
     writer = gguf.GGUFWriter(str(path), "gpt2")
+    if say is not None:
+        say(writer)
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
@@ -113,3 +115,27 @@ def test_an_architecture_beside_it_is_refused(tmp_path: Path) -> None:
     path = write_gpt2(tmp_path / "tiny.gguf", gpt2())
     with pytest.raises(InputError, match="a GGUF says itself what it is: leave --arch out"):
         open_source(str(path), arch="timm:vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("say", "key"),
+    [
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "gpt2.rope.scaling.factor"),
+        (lambda writer: writer.add_logit_scale(0.5), "gpt2.logit_scale"),
+        (lambda writer: writer.add_sliding_window(4), "gpt2.attention.sliding_window"),
+        (lambda writer: writer.add_rope_dimension_count(8), "gpt2.rope.dimension_count"),
+    ],
+)
+def test_what_transformers_passes_over_is_refused_by_name(tmp_path: Path, say: Any, key: str) -> None:
+    with pytest.raises(InputError, match=rf"transformers reads nothing of {key}, which says how the model computes"):
+        open_source(str(write_gpt2(tmp_path / "tiny.gguf", gpt2(), say=say)))
+
+
+def test_what_says_nothing_more_is_no_obstacle(tmp_path: Path) -> None:
+    def say(writer: Any) -> None:
+        writer.add_vocab_size(101)
+        writer.add_key_length(16)
+        writer.add_rope_dimension_count(16)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+
+    assert open_source(str(write_gpt2(tmp_path / "tiny.gguf", gpt2(), say=say))).library == "transformers"
