@@ -219,6 +219,7 @@ def _plan(
         seconds={"open": opened - start, "trace": traced - opened},
         notes=(*source.notes, *plan.notes),
         others=tuple(other_norms(graph, request.method)) if lists else (),
+        factory=source.factory,
         options={**recorded(request), **({"arch": source.architecture} if source.factory else {})},
     )
     return source, report, graph

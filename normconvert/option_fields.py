@@ -151,9 +151,33 @@ def _refuse_models(name: str, kind: Any, args: Any, kwargs: Mapping[str, Any]) -
 
 
 def _settled(request: Request) -> Request:
-    """The request with each choice under its own name."""
-    found = {name: known.settled(getattr(request, name)) for name, _, known in about(type(request)) if known.aliases}
+    """The request with each choice under its own name, and numbers and lists as the text that an option takes.
+
+    Raises:
+        InputError: an option has a value of another type.
+    """
+    found, hints = {}, types(type(request))
+    for name, _, known in about(type(request)):
+        value = given = getattr(request, name)
+        if hints[name] in (str, str | None):
+            if isinstance(value, int) and not isinstance(value, bool):
+                value = str(value)
+            elif isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+                value = ",".join(value)
+        value = known.settled(value)
+        expected = _PLAIN.get(hints[name])
+        if expected and not (isinstance(value, expected[0]) and (expected[0] is bool or not isinstance(value, bool))):
+            raise InputError(f"{name} is {value!r}; expected {expected[1]}")
+        if value is not given:
+            found[name] = value
     return replace(request, **found) if found else request  # type: ignore[type-var]
+
+
+_PLAIN: Mapping[Any, tuple[Any, str]] = {
+    int: (int, "a whole number"), float: ((int, float), "a number"), bool: (bool, "True or False"),
+    int | None: ((int, type(None)), "a whole number, or None"), str | None: ((str, type(None)), "text, or None"),
+}  # fmt: skip
+"""Type of an option -> what it may be, and that in words; of the others, models and paths say, their readers tell."""
 
 
 def _documented(doc: str, kind: Any) -> str:

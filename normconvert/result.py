@@ -38,6 +38,7 @@ class Report:
         notes: sentences for the user.
         others: a sentence for each kind of norm that the conversion is not about; of an inspection, or of a model that
             has no other.
+        factory: ``FILE.py:FACTORY`` as it was given, for a model of neither library.
         options: the options of the conversion, with their defaults, by the names of the Python API.
     """
 
@@ -57,6 +58,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    factory: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property

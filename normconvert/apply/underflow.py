@@ -41,7 +41,8 @@ class Underflow:
             power = sum(int(row["exponent"]) for row in self._rows)
             share = (self._lost / self._size) ** 0.5 if self._size else 1.0
             name = str(dtype).removeprefix("torch.")
+            wider = ", or a wider --dtype" if dtype in (torch.float16, torch.bfloat16) else ""
             raise InputError(
                 f"tensor {self.name} times 2^{power} loses {share:.2g} of its size in {name}: choose a --power nearer "
-                "to zero, or a wider --dtype"
+                f"to zero{wider}"
             )

@@ -314,7 +314,7 @@ def how_to_load(report: Report) -> list[str]:
     code = remote_code(Path(report.out or ""))
     trust = TRUST if code == OWN else ""
     if report.library == "torch":
-        return [f'model = normconvert.load("{report.out}", arch="…/{report.architecture}"{TRUST})']
+        return [f'model = normconvert.load("{report.out}", arch="{report.factory}"{TRUST})']
     lines = [f'model = normconvert.load("{report.out}"{trust})']
     if report.plan.structural and (report.library == "timm" or code != SHIPPED):
         return lines

@@ -109,12 +109,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write docs/performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = {name: timed(name, options.small, options.threads, options.rounds) for name in options.models}
-    lines = table(rows, options.threads)
-    if options.write:
-        from tools.benchmarks.models import SECTIONS
+    rows: dict[str, Times] = {}
+    for name in options.models:
+        rows[name] = timed(name, options.small, options.threads, options.rounds)
+        lines = table(rows, options.threads)
+        # After each: a run of all takes most of an hour, and what is measured is kept.
+        if options.write:
+            from tools.benchmarks.models import SECTIONS
 
-        write_section(PAGE, "engines", "\n".join(lines), (*SECTIONS, "engines"))
+            write_section(PAGE, "engines", "\n".join(lines), (*SECTIONS, "engines"))
+        print(lines[-1], flush=True)
     print("\n".join(lines))
 
 
