@@ -168,6 +168,8 @@ def _check(request: Conversion) -> dict[str, float]:
         from normconvert.apply.upload import check_repository
 
         check_repository(request.push_to_hub, str(request.src))
+    elif request.public:
+        raise InputError("--public says how --push-to-hub REPO uploads: name the repository")
     limits = check_limits(request.limits or {})
     if limits and not request.verify:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")

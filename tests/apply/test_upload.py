@@ -55,3 +55,8 @@ def test_a_finished_output_is_uploaded_privately_and_its_card_loads_it(tmp_path:
 def test_a_repository_that_cannot_be_is_refused_before_any_work(repo: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         normconvert.convert("org/model@v1", tmp_path / "out", push_to_hub=repo)
+
+
+def test_public_says_nothing_without_a_repository(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--public says how --push-to-hub REPO uploads"):
+        normconvert.convert("demo:gpt2", tmp_path / "out", public=True)
