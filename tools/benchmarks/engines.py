@@ -214,7 +214,8 @@ def table(rows: Mapping[str, Times], threads: int) -> list[str]:
         "## Exported: in an engine", "",
         f"`python -m tools.benchmarks.engines`: float32 on a CPU with {threads} threads, {engines}. Median "
         "milliseconds of a call of the original and the converted model; ×: converted by original, the median over "
-        "rounds in which all take turns, with the quartiles. Texts of 128 tokens, images of 224², 30 s of sound."
+        "rounds in which all take turns, with the quartiles; other work on the machine hits all alike, so read these. "
+        "Texts of 128 tokens, images of 224², 30 s of sound."
         f"{missing}", "",
         "| model | engine | " + " | ".join(f"batch {b} | ×" for b in BATCHES) + " |", "| --- | --- | " + "---: | " * 4,
     ]  # fmt: skip
