@@ -22,7 +22,7 @@ from normconvert.options import Options
 from normconvert.rewrites.centring import can_untie, leaks_of
 from normconvert.rewrites.epsilons import attributes_of
 from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, values_behind
-from normconvert.rewrites.verdicts import Obstacle, explain_leak, misuse
+from normconvert.rewrites.verdicts import Obstacle, misuse, obstacle_among
 from normconvert.tracing.graph import Graph
 
 
@@ -115,17 +115,11 @@ def _obstacle(
     group: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], leaks: dict[int, list[Leak]]
 ) -> Obstacle | None:
     """What keeps a norm from reading a scaled stream: what it is, or who else reads that."""
-    for norm in group:
-        if norm.module is None:
-            return Obstacle("not-a-module", f"{norm.obstacle}.")
-        if norm not in where:
-            return Obstacle("unused", "nothing that the model returns depends on it.")
-        stream = where[norm][0]
-        if found := leaks[id(stream)]:
-            why = explain_leak(found, stream)
-            text = f"{why.returned}, unscaled." if why.returned else why.reason
-            return replace(why, reason=text.replace("with its mean, which", "unscaled, which"))
-    return None
+    why = obstacle_among(group, where, lambda stream: leaks[id(stream)])
+    if why is None:
+        return None
+    text = f"{why.returned}, unscaled." if why.returned else why.reason
+    return replace(why, reason=text.replace("with its mean, which", "unscaled, which"))
 
 
 def weight_of(graph: Graph, leak: Leak) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,16 +26,29 @@ class Obstacle:
     returned: str = ""
 
 
-def obstacle(group: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]], options: Options) -> Obstacle | None:
+def obstacle(group: list[Norm], where: Mapping[Norm, tuple[Stream, AxisRef]], options: Options) -> Obstacle | None:
     """What keeps a norm (all calls of one module) from being converted: what it is, or what its streams are."""
+    return obstacle_among(group, where, lambda stream: leaks_of(stream, options))
+
+
+def obstacle_among(
+    group: list[Norm], where: Mapping[Norm, tuple[Stream, AxisRef]], leaks: Callable[[Stream], list[Leak]]
+) -> Obstacle | None:
+    """The same, where a conversion has leaks of its own.
+
+    Args:
+        group: the calls.
+        where: call -> the stream that it reads.
+        leaks: what else reads a stream and may not, for the conversion in question.
+    """
     for norm in group:
         if norm.module is None:
             return Obstacle("not-a-module", f"{norm.obstacle}.")
         if norm not in where:
             return Obstacle("unused", "nothing that the model returns depends on it.")
         stream = where[norm][0]
-        if leaks := leaks_of(stream, options):
-            return explain_leak(leaks, stream)
+        if found := leaks(stream):
+            return explain_leak(found, stream)
     return None
 
 

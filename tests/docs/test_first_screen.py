@@ -92,7 +92,8 @@ def test_every_command_of_a_page_can_be_typed(page: str) -> None:
             continue
         if {"-h", "--help"} & {*arguments}:
             continue
-        COMMANDS[name].make_context(name, arguments)  # raises what a wrong option would
+        context = COMMANDS[name].make_context(name, arguments)  # raises what a wrong option would
+        assert context.command is COMMANDS[name]
 
 
 @pytest.mark.slow

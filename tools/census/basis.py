@@ -46,6 +46,7 @@ Row = dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary. Returns 1 if a converted model does not compute the same."""
     from tools.census.coverage import _preload, _read
+    from tools.census.sections import write_under
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
@@ -70,10 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 work.flush()
                 print(f"{library} {name}: {row.get('failure') or [outcome(row[m]) for m in METHODS]}", flush=True)
     else:
-        head, _, tail = PAGE.read_text(encoding="utf-8").partition(f"{HEADING}\n")
-        rest = tail.find("\n## ")
-        kept = tail[rest + 1 :] if rest >= 0 else ""
-        PAGE.write_text("\n".join([head.rstrip(), "", *section(list(rows.values())), kept]).rstrip() + "\n", "utf-8")
+        write_under(PAGE, HEADING, section(list(rows.values())))
     print(summary(list(rows.values())))
     return int(any(row.get(m, {}).get("mismatch") for row in rows.values() for m in METHODS))
 

@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary."""
     from tools.census.coverage import _read
     from tools.census.one_model import first_line
+    from tools.census.sections import write_under
 
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
@@ -65,10 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     rows = _read(arguments.work)
     if arguments.write:
-        head, _, tail = PAGE.read_text(encoding="utf-8").partition(f"{HEADING}\n")
-        rest = tail.find("\n## ")
-        kept = tail[rest + 1 :] if rest >= 0 else ""
-        PAGE.write_text("\n".join([head.rstrip(), "", *section(list(rows.values())), kept]).rstrip() + "\n", "utf-8")
+        write_under(PAGE, HEADING, section(list(rows.values())))
         return 0
     # One of the other library after every second: a sweep that is stopped has seen some of both.
     keys = [("transformers", name) for name in TRANSFORMERS.split()]
