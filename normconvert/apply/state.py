@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normconvert.apply.source_reader import is_finite, overflows
+from normconvert.apply.underflow import Underflow
 from normconvert.errors import InputError, first_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, limited, refuse_oversized
@@ -60,17 +61,25 @@ def beside(rows: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def stored(name: str, value: Tensor, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> Tensor:
-    """``value`` as it is stored: in the dtype and on the device of the original.
+def edited_tensors(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> what the plan makes of it, as it is stored: in the dtype and on the device of the original.
 
     Raises:
-        InputError: it is not finite there.
+        InputError: the plan does not fit the tensors, or a value is not finite there, or too small for it.
     """
+    values = edited_values(plan, tensors)
+    return {name: _stored(name, value, plan.tensors[name], tensors) for name, value in values.items()}
+
+
+def _stored(name: str, value: Tensor, rows: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> Tensor:
     like = tensors[beside(rows) or name].detach()
     # In memory it lies as the original does (channels last, say).
     made = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.to(like.device, like.dtype)
     if not is_finite(made) and not any(row["op"] == "bound" for row in rows):
         raise overflows(name, like if is_finite(like) else None, like.dtype)
+    lost = Underflow(name, rows)
+    lost.see(value, made.cpu())
+    lost.check(made.dtype)
     return made
 
 
@@ -95,8 +104,7 @@ def apply_plan(state_dict: Mapping[str, Tensor], plan: Plan | str | Path) -> dic
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
     tensors = _of_the_plans_model(state_dict, plan)
-    values = edited_values(plan, tensors)
-    edited = {name: stored(name, value, plan.tensors[name], tensors) for name, value in values.items()}
+    edited = edited_tensors(plan, tensors)
     for name, value in list(edited.items()):
         edited.update(dict.fromkeys(plan.aliases.get(name, ()), value))
     removed = set(plan.removed)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from normconvert.apply.source_reader import check_finite
+from normconvert.apply.state import edited_tensors
 from normconvert.errors import InputError
-from normconvert.in_memory.editing import edited_tensors, put_in
+from normconvert.in_memory.editing import put_in
 from normconvert.in_memory.request import ModelConversion
 from normconvert.in_memory.subject import Subject, subject_of
 from normconvert.option_fields import check_options, recorded, taking
@@ -69,7 +70,7 @@ def convert_model(request: ModelConversion) -> tuple[Any, Report]:
         request, report = _with_powers(subject, report, graph, request)
     report = _with_statistics(subject, report)
     clock("write")
-    values = edited_tensors(subject.model, report.plan)
+    values = edited_tensors(report.plan, named_tensors(subject.model))
     put_in(edited := subject.copy(), report.plan, values)
     report = replace(report, tensors_edited=len(values))
     if request.verify:

@@ -8,22 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normconvert.apply.state import beside, edited_values, stored
+from normconvert.apply.state import beside
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.runtime import apply_module_edits
 from normconvert.verification.probe_runs import named_tensors
-
-
-def edited_tensors(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Name -> the edited tensor, computed in float64 on the CPU and stored as ``model`` stores it.
-
-    Raises:
-        InputError: the plan does not fit, or an edited weight is not finite in its dtype.
-    """
-    tensors = named_tensors(model)
-    values = edited_values(plan, tensors)
-    return {name: stored(name, value, plan.tensors[name], tensors) for name, value in values.items()}
 
 
 def put_in(model: nn.Module, plan: Plan, values: dict[str, Tensor]) -> None:

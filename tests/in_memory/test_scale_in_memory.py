@@ -62,3 +62,13 @@ def test_what_fits_stays_and_data_are_for_files() -> None:
     made, _ = normconvert.convert_model(model, method="scale", example_inputs=(x,), power="3")
     assert torch.equal(made.write.weight * 8, model.write.weight)
     assert made.norm.eps == model.norm.eps / 64
+
+
+def test_small_weights_that_would_vanish_are_refused_by_name_here_too() -> None:
+    x, half = torch.randn(4, 5), net(1.0).half()
+    for verify in ("quick", False):
+        with pytest.raises(InputError, match=r"tensor \S+ times 2\^-2\d loses \S+ of its size in float16: choose a"):
+            normconvert.convert_model(half, "scale", example_inputs=(x.half(),), power="20", verify=verify)
+    plan = normconvert.convert_model(net(1.0), "scale", example_inputs=(x,), power="20", verify=False)[1].plan
+    with pytest.raises(InputError, match=r"tensor \S+ times 2\^-2\d loses \S+ of its size in float16: choose a"):
+        normconvert.apply_plan(half.state_dict(), plan)
