@@ -30,6 +30,7 @@ from normconvert.cli import (  # noqa: F401
 )
 from normconvert.cli.app import ARGUMENTS, app
 from normconvert.errors import InputError
+from normconvert.options import METHODS
 from normconvert.report.screen import give_up_printing
 from normconvert.tracing.garbage import collecting
 
@@ -83,7 +84,7 @@ def _json_argument(arguments: Sequence[str]) -> str | None:
 def main() -> None:
     """Run the command line and end the process with the exit status."""
     interrupts.install()
-    converting = sys.argv[1:2] in (["rmsnorm"], ["crmsnorm"])
+    converting = bool(sys.argv[1:]) and sys.argv[1] in METHODS
     with collecting(not converting):  # they switch it on where it is of use
         status = run(sys.argv[1:])
         interrupts.ignore()

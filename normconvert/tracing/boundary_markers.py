@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normconvert.compat.torch import DisableTorchFunction
 from normconvert.tracing.exits import feature_modules, marked_exits
 from normconvert.tracing.in_place_writes import boundary_marker
 from normconvert.tracing.own_hooks import has_own_hooks, mark_watched
@@ -44,8 +45,11 @@ _UNMARKED = (
 
 
 def _markable(value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return False
     # One number may be a constant, whose value torch computes while it traces, where a custom operation cannot run.
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
+    with DisableTorchFunction():  # or the modes of a trace would be asked for each of the three
+        return value.is_floating_point() and value.ndim >= 2 and value.numel() > 1
 
 
 def _mark_inputs(path: str) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
+from normconvert.tracing.garbage import collecting
 from normconvert.tracing.in_place_writes import make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
@@ -195,8 +196,9 @@ def _export(
     held = constant_buffers(model)
     while True:
         hooks = marked(model, without), _entered(model, entry, inputs, held)
-        made = fresh_caches(model), pretending(model, device), lean_export()
-        with hooks[0], hooks[1], made[0] as left, made[1], made[2]:
+        made = fresh_caches(model), pretending(model, device)
+        # A graph is cycles that are needed: looking through them took a tenth of a trace.
+        with hooks[0], hooks[1], made[0] as left, made[1], lean_export(), collecting(False):
             program = torch.export.export(model, (), without_values(inputs, device), strict=False)
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
         for graph in graphs:

@@ -17,20 +17,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from normconvert.compat.torch import OpOverload, pytree, schema
 
-
-@torch.library.custom_op("normconvert::boundary", mutates_args=())
-def boundary_marker(x: Tensor, path: str, side: str, key: str) -> Tensor:
-    """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
-    # torch does not let a custom operation return its input.
-    return x.clone()
-
-
-@boundary_marker.register_fake
-def _(x: Tensor, path: str, side: str, key: str) -> Tensor:
-    return torch.empty_like(x)
-
+# Not by `torch.library.custom_op`: nothing derives through a marker, and the wrappers for that take longer than itself.
+_LIBRARY = torch.library.Library("normconvert", "DEF")
+_LIBRARY.define("boundary(Tensor x, str path, str side, str key) -> Tensor")
+# torch does not let an operation return its input.
+_LIBRARY.impl("boundary", lambda x, path, side, key: x.clone(), "CompositeExplicitAutograd")
+_LIBRARY.impl("boundary", lambda x, path, side, key: torch.empty_like(x), "Meta")
 
 MARKER = torch.ops.normconvert.boundary.default
+
+
+def boundary_marker(x: Tensor, path: str, side: str, key: str) -> Tensor:
+    """Identity on ``x``, recorded in the graph: this is input or output ``key`` of the module at ``path``."""
+    marked: Tensor = MARKER(x, path, side, key)
+    return marked
+
 
 Boundary = tuple[str, str, str]
 """Module path, ``input`` or ``output``, and which one of them."""

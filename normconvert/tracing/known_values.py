@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from normconvert.compat.torch import (
     version,
     without_modes,
 )
+from normconvert.tracing.operands import operands
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What is raised where a model goes on by a value that nobody knows, such as one that weights give."""
@@ -67,6 +67,13 @@ _FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full"
 
 _FILLED = {"new_zeros": 0, "new_ones": 1, "zeros_like": 0, "ones_like": 1}
 """Functions whose result's values do not depend on those of the tensor that they take shape or dtype from."""
+
+
+_FACTS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse")
+)
+"""Attributes of a tensor that say nothing of its values; models ask for them more often than they compute."""
 
 
 class KnownValues(TorchFunctionMode):
@@ -114,10 +121,11 @@ class KnownValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _FACTS:
+            return func(*args)
         name = getattr(func, "__name__", "")
         args, kwargs = self._with_numbers(name, args, kwargs or {})
-        tensors = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        call = _Call(func, name, args, kwargs, tensors)
+        call = _Call(func, name, args, kwargs, operands(args, kwargs))
         return self._handler(call)(call)
 
     def _handler(self, call: _Call) -> Callable[[_Call], Any]:
@@ -328,15 +336,14 @@ class KnownValues(TorchFunctionMode):
                     del self._values[other]
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A function and its operands, ``tensors`` those among them that are tensors."""
 
     func: Callable[..., Any]
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
 
     def run(self) -> Any:
         return self.func(*self.args, **self.kwargs)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
-from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode, pytree
+from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode
+from normconvert.tracing.operands import operands
 
 Result = TypeVar("Result")
 
@@ -87,8 +88,9 @@ class _Meetings(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not self.seen:
-            with DisableTorchFunction():
-                leaves = pytree.tree_leaves((args, kwargs))
-                devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
-            self.seen = len(devices) > 1 and "meta" in devices
+            tensors = operands(args, kwargs)
+            if len(tensors) > 1:
+                with DisableTorchFunction():
+                    devices = {tensor.device.type for tensor in tensors}
+                self.seen = len(devices) > 1 and "meta" in devices
         return func(*args, **(kwargs or {}))
