@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/normconvert demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(DEV)
 	$(BIN)/python -m ruff check
@@ -47,11 +47,11 @@ lint: $(DEV)
 test-lowest: VENV := $(VENV)-lowest
 test-lowest: $(LOWEST)
 	$(BIN)/normconvert demo
-	$(BIN)/python -m pytest -n 2 $(QUICK)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(QUICK)
 
 # The long tests as well (minutes each).
 slow: $(DEV)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # Strictly: a link, an anchor or a page that is not there is an error. (With --quiet mkdocs counts no warnings.)
 docs: export NO_MKDOCS_2_WARNING = 1
