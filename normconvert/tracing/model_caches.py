@@ -106,8 +106,19 @@ def _memoised(modules: int, names: int) -> list[Any]:
     A search looks at every object there is, so modules whose functions are of no interest do not count.
     """
     # The type is private: nothing public tells a memoised function that hides in a closure.
-    wrappers = (value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper)
+    wrappers = (value for value in _all_objects() if type(value) is functools._lru_cache_wrapper)
     return [w for w in wrappers if _may_hold_models(str(w.__module__))]
+
+
+def _all_objects() -> list[Any]:
+    """What the garbage collector knows of, and what a server has taken out of its sight before it forked."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
 
 
 def _may_hold_models(module: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -88,3 +89,17 @@ def test_what_is_memoised_in_a_new_cell_of_a_notebook_is_found(monkeypatch: pyte
     table(3)
     with fresh_caches(nn.Linear(2, 2)):
         assert table.cache_info().currsize == 0
+
+
+def test_what_a_server_has_frozen_is_found(memoised: Any) -> None:
+    table = memoised("models.frozen", lambda n: torch.zeros(n))
+    table(3)
+    before = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        with fresh_caches(nn.Linear(2, 2)):
+            assert table.cache_info().currsize == 0
+        assert gc.get_freeze_count() > before
+    finally:
+        if not before:
+            gc.unfreeze()
