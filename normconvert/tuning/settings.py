@@ -16,11 +16,11 @@ SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",
     "repbn": "RepBN",
     "powernorm": "PowerNorm",
-    "ln-free": "no norm: LayerNorm with a frozen divisor",
+    "ln-free": "no norm: a frozen divisor",
 }
 """Method -> what it is, in words."""
 
-METHOD = "What takes LayerNorm's place: un (Unified Normalization), repbn, powernorm or ln-free."
+METHOD = "What takes the norms' place: un (Unified Normalization), repbn, powernorm or ln-free."
 DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
     "for the embedded models' own."

@@ -31,7 +31,7 @@ from normconvert.tuning.training import Trace, Watch, train
 
 @taking(Swapping)
 def swap(request: Swapping) -> SwapReport:
-    """Swap LayerNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
+    """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
 
     The state of an unfinished run lies in ``OUT.training`` beside ``out``.
 
