@@ -25,7 +25,7 @@ DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
     "for the embedded models' own."
 )
-MAY_CHANGE = frozenset({"max_minutes", "eval_data", "batches_between_checkpoints"})
+MAY_CHANGE = frozenset({"max_minutes", "eval_data", "batches_between_checkpoints", "guard_tails"})
 """Settings that a resumed run may change: they do not touch what is learnt."""
 
 
@@ -69,6 +69,9 @@ class Settings:
     max_minutes: float | None = option(
         None, "End earlier, the schedule fitted to the time; such a run cannot be repeated exactly.", metavar="X"
     )
+    guard_tails: float | None = option(
+        None, "Fail where the worst losses, of held-out or odd data, are more than X times the original's.", metavar="X"
+    )
     batches_between_checkpoints: int = option(
         500, "Steps between two saved states in OUT.training; 0: none.", metavar="N", spelling="--checkpoint-every"
     )
@@ -82,6 +85,8 @@ class Settings:
             raise InputError(f"length is {self.length}; expected 2 or more tokens")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise InputError(f"max_minutes is {self.max_minutes}; expected a positive number")
+        if self.guard_tails is not None and not 1 <= self.guard_tails < math.inf:
+            raise InputError(f"guard_tails is {self.guard_tails}; expected a number of 1 or more")
 
     def norm_options(self) -> dict[str, Any]:
         """Further arguments of the training norm."""

@@ -53,9 +53,10 @@ class Diverged(NormConvertError):
 
 @dataclass
 class Trace:
-    """What a run measured: one row each :attr:`every` steps."""
+    """What a run measured: one row each :attr:`every` steps; and how many there were, those before a resumption too."""
 
     every: int
+    steps: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -160,6 +161,10 @@ def train(
             watch(run.step, settings.steps, shown)
         if run.is_checkpoint():
             run.save()
+    # A result that is refused for its tails is not lost: the training ends at once if it is resumed.
+    if settings.guard_tails is not None:
+        run.save()
+    trace.steps = run.step
     return trace
 
 

@@ -46,10 +46,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ln-free": {},
     "ln-free, all norms gone at once": {"schedule": "none"},
 }
+DEEP: dict[str, Any] = {"steps": 40, "batch_size": 16}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "small batches": UN | OTHERS,
     "outliers": UN,
     "one example": {name: {"calibration": 1, **more} for name, more in OTHERS.items()},
+    "deep": {name: {**DEEP, **more} for name, more in OTHERS.items()},
+    "deep, high rate": {name: {**DEEP, "lr": 5e-3, **more} for name, more in OTHERS.items()},
 }
 WORDS = {
     "small batches": f"Batches of {COMMON['batch_size']}, {COMMON['steps']} steps, learning rate {COMMON['lr']:g}.",
@@ -57,6 +60,9 @@ WORDS = {
     "text of one token repeated.",
     "one example": f"As the first, but calibrated on one example, not {COMMON['calibration']}: the schedule has to do "
     "what calibration does otherwise, as in the papers, which have none.",
+    "deep": f"A ViT of 16 blocks (33 norms), {DEEP['steps']} steps of batches of {DEEP['batch_size']}, calibrated on "
+    f"{COMMON['calibration']}: more norms, and fewer steps to learn to do without them.",
+    "deep, high rate": "The same at a learning rate of 0.005, five times as high.",
 }
 FOUND = (
     "What comes out:",
@@ -80,6 +86,11 @@ FOUND = (
 Row = dict[str, Any]
 
 
+def settings_of(model: str, wanted: Sequence[str]) -> list[str]:
+    """Those among ``wanted`` that a model is tried in: the deep ViT has its own."""
+    return [setting for setting in wanted if setting.startswith("deep") == (model == "vit-16")]
+
+
 def outliers(model: str, data: str, folder: Path) -> str:
     """The data with outliers among them, as a file of ready inputs."""
     source = open_source(f"demo:{model}")
@@ -99,14 +110,16 @@ def outliers(model: str, data: str, folder: Path) -> str:
     return f"safetensors:{file}"
 
 
-def measure(model: str, setting: str, name: str, data: str, folder: Path, seeds: Sequence[int] = SEEDS) -> Row:
+def measure(
+    model: str, source: str, setting: str, name: str, data: str, folder: Path, seeds: Sequence[int] = SEEDS
+) -> Row:
     """One row: ``name`` with each of the seeds, as JSON-ready data."""
     more = SETTINGS[setting][name]
     runs = []
     for seed in seeds:
         try:
             report = normconvert.swap(
-                f"demo:{model}", folder / "ablation", name.partition(",")[0], data=data, seed=seed, overwrite=True,
+                source, folder / "ablation", name.partition(",")[0], data=data, seed=seed, overwrite=True,
                 length=LENGTH if model == "gpt2" else None, **(COMMON | more),
             )  # fmt: skip
         except Diverged as error:
@@ -158,9 +171,10 @@ def _line(row: Row) -> str:
     stopped = f"{len(row['runs']) - len(done)} of {len(row['runs'])}"
     if not done:
         return f"| {row['model']} | {row['name']} | – | – | – | – | {stopped} |"
-    shown = percent if row["model"] == "vit" else human_number
+    images = row["model"].startswith("vit")
+    shown = percent if images else human_number
     cells = [
-        _spread([run["tuned"] for run in done], shown, best=max if row["model"] == "vit" else min),
+        _spread([run["tuned"] for run in done], shown, best=max if images else min),
         _spread([run["kl"] for run in done], human_number),
         _spread([run["agreement"] for run in done], percent, best=max),
         _spread([run["losses"][-1] for run in done], human_number),
