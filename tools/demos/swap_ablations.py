@@ -22,6 +22,7 @@ from normconvert.sources import open_source
 from normconvert.tuning.data import open_data, wanted_by
 from normconvert.tuning.training import Diverged
 from normconvert.wording.words import human_number, percent
+from tools.demos.larger_models import HELD_OUT
 
 SEEDS = (0, 1, 2)
 COMMON: dict[str, Any] = {
@@ -46,7 +47,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ln-free": {},
     "ln-free, all norms gone at once": {"schedule": "none"},
 }
-DEEP: dict[str, Any] = {"steps": 40, "batch_size": 16}
+DEEP: dict[str, Any] = {"steps": 30, "batch_size": 8, "length": 32}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "small batches": UN | OTHERS,
     "outliers": UN,
@@ -60,8 +61,8 @@ WORDS = {
     "text of one token repeated.",
     "one example": f"As the first, but calibrated on one example, not {COMMON['calibration']}: the schedule has to do "
     "what calibration does otherwise, as in the papers, which have none.",
-    "deep": f"A ViT of 16 blocks (33 norms), {DEEP['steps']} steps of batches of {DEEP['batch_size']}, calibrated on "
-    f"{COMMON['calibration']}: more norms, and fewer steps to learn to do without them.",
+    "deep": f"A Llama of 12 blocks (25 RMSNorms), {DEEP['steps']} steps of batches of {DEEP['batch_size']}, "
+    f"calibrated on {COMMON['calibration']}: more norms, and fewer steps to learn to do without them.",
     "deep, high rate": "The same at a learning rate of 0.005, five times as high.",
 }
 FOUND = (
@@ -87,8 +88,8 @@ Row = dict[str, Any]
 
 
 def settings_of(model: str, wanted: Sequence[str]) -> list[str]:
-    """Those among ``wanted`` that a model is tried in: the deep ViT has its own."""
-    return [setting for setting in wanted if setting.startswith("deep") == (model == "vit-16")]
+    """Those among ``wanted`` that a model is tried in: the deep Llama has its own."""
+    return [setting for setting in wanted if setting.startswith("deep") == (model == "llama-12")]
 
 
 def outliers(model: str, data: str, folder: Path) -> str:
@@ -114,14 +115,16 @@ def measure(
     model: str, source: str, setting: str, name: str, data: str, folder: Path, seeds: Sequence[int] = SEEDS
 ) -> Row:
     """One row: ``name`` with each of the seeds, as JSON-ready data."""
-    more = SETTINGS[setting][name]
+    own: dict[str, Any] = {"length": None if model == "vit" else LENGTH}
+    if model == "llama-12":
+        own["eval_data"] = f"text:{source}/{HELD_OUT}"
+    settings = COMMON | own | SETTINGS[setting][name]
     runs = []
     for seed in seeds:
         try:
             report = normconvert.swap(
-                source, folder / "ablation", name.partition(",")[0], data=data, seed=seed, overwrite=True,
-                length=LENGTH if model == "gpt2" else None, **(COMMON | more),
-            )  # fmt: skip
+                source, folder / "ablation", name.partition(",")[0], data=data, seed=seed, overwrite=True, **settings
+            )
         except Diverged as error:
             runs.append({"seed": seed, "stopped": str(error)})
             continue
@@ -171,7 +174,7 @@ def _line(row: Row) -> str:
     stopped = f"{len(row['runs']) - len(done)} of {len(row['runs'])}"
     if not done:
         return f"| {row['model']} | {row['name']} | – | – | – | – | {stopped} |"
-    images = row["model"].startswith("vit")
+    images = row["model"] == "vit"
     shown = percent if images else human_number
     cells = [
         _spread([run["tuned"] for run in done], shown, best=max if images else min),

@@ -3,10 +3,10 @@
     apt-get install bible-kjv                        # the King James text, for gpt2 and llama only
     python tools/demos/swap_demos.py                       # writes docs/swap.md and docs/results/swap.json
     python tools/demos/swap_demos.py --only swaps --models gpt2 --methods un
-    python tools/demos/swap_demos.py --only speed          # of the models that were made before; wants an idle machine
+    python tools/demos/swap_demos.py --only tails speed    # of the models that were made before; wants an idle machine
 
 A run of one part, model or method leaves the other rows as they are. The Llama is trained first (three minutes on one
-core), and is kept in build/swap, too; it has swaps only. So is a ViT of sixteen blocks, which has ablations only. The
+core), and is kept in build/swap, too; it has swaps only. So is one of twelve blocks, which has ablations only. The
 fused models are kept in build/swap, for the
 speed to be measured again without a training.
 Seeded. Each row is one ``normconvert.swap``; accuracy and perplexity are of data that neither the original nor the swap
@@ -33,32 +33,37 @@ import normconvert
 from normconvert.tuning.result import SwapReport
 from normconvert.wording.words import human_number, percent
 from tools.benchmarks import swap_speed
-from tools.demos import swap_ablations
+from tools.demos import swap_ablations, swap_tails
 from tools.demos.corpus import cut, read_bible
-from tools.demos.larger_models import HELD_OUT, WINDOW, deep_vit, small_llama
+from tools.demos.larger_models import HELD_OUT, WINDOW, deep_llama, small_llama
 from tools.docs.pages import sections, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "swap.md"
 RESULTS = ROOT / "docs" / "results" / "swap.json"
 METHODS = ("un", "repbn", "powernorm", "ln-free")
-PARTS = ("swaps", "ablations", "speed")
+PARTS = ("swaps", "tails", "ablations", "speed")
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"steps": 300, "batch_size": 8, "eval_data": "demo:", "batches_between_checkpoints": 0},
     "llama": {"steps": 120, "batch_size": 8, "length": WINDOW, "batches_between_checkpoints": 0},
     "vit": {"steps": 400, "batch_size": 64, "eval_data": "demo:", "batches_between_checkpoints": 0},
 }
-MODELS = (*SETTINGS, "vit-16")
-MADE = {"llama": small_llama, "vit-16": deep_vit}
+MODELS = (*SETTINGS, "llama-12")
+MADE = {"llama": small_llama, "llama-12": deep_llama}
 """Models that are not embedded -> what trains them."""
-ONLY = {"llama": "swaps", "vit-16": "ablations"}
-"""Models that have one part only."""
+HAVE = {"llama": ("swaps", "tails"), "llama-12": ("ablations",)}
+"""Parts of the models that do not have them all."""
 LIMITS = {
     "vit": {"un": 1.0, "repbn": 1.0, "powernorm": 2.0, "ln-free": 2.0},
     **dict.fromkeys(("gpt2", "llama"), dict.fromkeys(METHODS, 5.0)),
 }
 """Points of accuracy that may be lost, or per cent of perplexity that may be gained."""
-KEYS = {"swaps": ("model", "name"), "ablations": ("model", "setting", "name"), "speed": ("model", "name")}
+KEYS = {
+    "swaps": ("model", "name"),
+    "tails": ("model", "name"),
+    "ablations": ("model", "setting", "name"),
+    "speed": ("model", "name"),
+}
 """What tells the rows of a part apart."""
 Row = dict[str, Any]
 
@@ -103,6 +108,13 @@ def measure(model: str, source: str, method: str, settings: dict[str, Any], out:
     return row
 
 
+def made(out: Path) -> Path:
+    """The folder of a fused model, which must be there."""
+    if not out.is_dir():
+        raise SystemExit(f"{out}: no model there: make it first with --only swaps")
+    return out
+
+
 def keep(part: str, rows: Sequence[Row], file: Path) -> dict[str, list[Row]]:
     """All rows of all parts: those measured before, and ``rows`` in their places; ``file`` keeps them."""
     found: dict[str, list[Row]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -143,6 +155,7 @@ def page(rows: dict[str, list[Row]]) -> str:
         )
     told = [f"{m}: {s['steps']} steps of {s['batch_size']} examples" for m, s in SETTINGS.items()]
     text += ["", f"{'; '.join(told)}. The times are those of a machine with other work to do."]
+    text += swap_tails.lines(rows["tails"])
     text += [*swap_ablations.lines(rows["ablations"]), *swap_speed.lines(rows["speed"])]
     return "\n".join(text)
 
@@ -164,23 +177,24 @@ def main() -> None:
     results = RESULTS if options.out == PAGE else options.out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = {"vit": "demo:", "vit-16": "demo:", **dict.fromkeys(("gpt2", "llama"), f"text:{folder / 'kjv.txt'}")}
-        if {"gpt2", "llama"} & set(options.models) and set(options.only) & {"swaps", "ablations"}:
+        data = {"vit": "demo:", **dict.fromkeys(("gpt2", "llama", "llama-12"), f"text:{folder / 'kjv.txt'}")}
+        if {"gpt2", "llama", "llama-12"} & set(options.models) and set(options.only) & {"swaps", "tails", "ablations"}:
             (folder / "kjv.txt").write_text("\n".join(cut(read_bible(options.text)).train), encoding="utf-8")
         for model in options.models:
-            parts = set(options.only) & {ONLY.get(model, part) for part in PARTS}
+            parts = set(options.only) & set(HAVE.get(model, PARTS))
             kept = {method: options.kept / f"{model}-{method}" for method in options.methods}
             source = f"demo:{model}"
             if model in MADE and parts:
                 source = str(MADE[model](options.kept / model, options.text))
-            if "swaps" in parts:
-                settings = {"data": data[model], **SETTINGS[model]}
-                if model == "llama":
-                    settings["eval_data"] = f"text:{source}/{HELD_OUT}"
-                if options.steps is not None:
-                    settings["steps"] = options.steps
-                for method, out in kept.items():
-                    keep("swaps", [measure(model, source, method, settings, out)], results)
+            settings = {"data": data[model], **SETTINGS.get(model, {})}
+            if model in MADE:
+                settings["eval_data"] = f"text:{source}/{HELD_OUT}"
+            if options.steps is not None:
+                settings["steps"] = options.steps
+            for method, out in kept.items() if "swaps" in parts else ():
+                keep("swaps", [measure(model, source, method, settings, out)], results)
+            for method, out in kept.items() if "tails" in parts else ():
+                keep("tails", [swap_tails.measure(model, source, method, made(out), settings)], results)
             if "ablations" in parts:
                 for setting in swap_ablations.settings_of(model, options.settings):
                     where = data[model]
@@ -192,10 +206,7 @@ def main() -> None:
                             keep("ablations", [row], results)
             if "speed" in parts:
                 for method, out in kept.items():
-                    if not out.is_dir():
-                        raise SystemExit(f"{out}: no model there: make it first with --only swaps")
-                    row = swap_speed.measure(model, method, out, options.seconds)
-                    keep("speed", [row], results)
+                    keep("speed", [swap_speed.measure(model, method, made(out), options.seconds)], results)
     rows = keep("swaps", [], results)
     others = sections(options.out.read_text(encoding="utf-8"))[1] if options.out.exists() else {}
     options.out.write_text(page(rows), encoding="utf-8")
