@@ -20,6 +20,8 @@ SWAPS: Mapping[str, str] = {
 }
 """Method -> what it is, in words."""
 
+PROGRESSIVE = ("repbn", "ln-free")
+"""Methods whose old norms fade or go by a schedule; the others' go at once."""
 METHOD = "What takes the norms' place: un (Unified Normalization), repbn, powernorm or ln-free."
 DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
@@ -48,7 +50,7 @@ class Settings:
     norms: Sequence[str] = option((), "Swap the norms at these paths only; may be repeated.", metavar="GLOB")
     schedule: str = option(
         "linear",
-        "How the old norms fade or go in the first half of the steps; none: at once.",
+        "repbn, ln-free: how the old norms fade or go in the first half of the steps; none: at once.",
         choices=("linear", "cosine", "none"),
     )
     steps: int = option(1000, "Optimiser steps; 0 calibrates only.", metavar="N", at_least=0)

@@ -188,9 +188,8 @@ def _with_tails(report: SwapReport, student: Student, lesson: _Lesson, run: Run,
     """The report with the worst losses, on what is held back and on what the model rarely meets; refused if too bad."""
     examples, settings = lesson.examples, run.settings
     odd = adversarial(lesson.subject.wanted, examples.learnt, examples.measured)
-    tails, notes = tails_of(
-        student.model, lesson.teacher, [examples.measured, *odd], run.processes, batch_size=settings.batch_size
-    )
+    sets = {"held-out data": examples.measured, **{data.name: data for data in odd}}
+    tails, notes = tails_of(student.model, lesson.teacher, sets, run.processes, batch_size=settings.batch_size)
     if not odd:
         notes = (*notes, "tails on held-out data only: the model takes more than one input, which cannot be made up")
     if settings.guard_tails is not None:

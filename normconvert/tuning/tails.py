@@ -7,7 +7,7 @@ other example with a class, that of the class. Where no class is known, the orig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def _short(loss: float) -> str:
 def tails_of(
     model: nn.Module,
     teacher: nn.Module,
-    sets: Sequence[Data],
+    sets: Mapping[str, Data],
     processes: Processes,
     *,
     batch_size: int = 32,
@@ -88,7 +88,7 @@ def tails_of(
     Args:
         model: swapped, in eval mode.
         teacher: the original.
-        sets: what is measured on.
+        sets: what is measured on, by what it is called.
         processes: each takes its share of the batches.
         batch_size: examples a batch.
         limit: examples of a set at most.
@@ -98,7 +98,7 @@ def tails_of(
         scores of classes.
     """
     found, notes = [], []
-    for data in sets:
+    for name, data in sets.items():
         losses: list[Tensor] = []
         why = ""
         try:
@@ -109,12 +109,12 @@ def tails_of(
             why = first_line(error)[:200]
         # All processes leave the set out, or those that go on would wait for the others for ever.
         if processes.mean([float(bool(why))])[0]:
-            notes.append(f"no tails on {data.name}: {why or 'another process could not measure them'}")
+            notes.append(f"no tails on {name}: {why or 'another process could not measure them'}")
             continue
         both = processes.gathered(torch.cat(losses, 1) if losses else torch.zeros(2, 0))
         if both.shape[1]:
             unit = "nats per token" if data.shifted else "nats per example"
-            found.append(Tail(data.name, unit, both.shape[1], *(quantiles(row) for row in both)))
+            found.append(Tail(name, unit, both.shape[1], *(quantiles(row) for row in both)))
     return tuple(found), tuple(notes)
 
 

@@ -76,7 +76,7 @@ def test_losses_are_those_of_tokens_or_of_examples(kind: str) -> None:
     else:
         rows, labels = x.reshape(-1, 4), torch.where(mask.bool(), x.argmax(-1), -100).flatten()
     data = Columns("some data", columns, shifted=shifted)
-    (tail,), notes = tails_of(Scores(3.0), Scores(1.0), [data], Processes(), batch_size=4)
+    (tail,), notes = tails_of(Scores(3.0), Scores(1.0), {"some data": data}, Processes(), batch_size=4)
     assert not notes
     assert tail.unit == ("nats per token" if shifted else "nats per example")
     for scale, found in ((1.0, tail.original), (3.0, tail.swapped)):
@@ -93,11 +93,11 @@ def test_data_that_a_model_cannot_take_is_left_out_with_the_reason() -> None:
         def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
             return {"features": x[None]}
 
-    data = [Columns("odd data", {"y": torch.zeros(2, 4)}), Columns("fine data", {"x": torch.zeros(2, 4)})]
+    data = {f"{name} data": Columns("", {x: torch.zeros(2, 4)}) for name, x in (("odd", "y"), ("fine", "x"))}
     tails, notes = tails_of(Scores(1.0), Scores(1.0), data, Processes())
     assert [tail.data for tail in tails] == ["fine data"]
     assert notes[0].startswith("no tails on odd data: ")
-    tails, notes = tails_of(Features(1.0), Features(1.0), data[1:], Processes())
+    tails, notes = tails_of(Features(1.0), Features(1.0), {"fine data": data["fine data"]}, Processes())
     assert (tails, notes) == ((), ("no tails on fine data: the model gives no scores of classes",))
 
 
@@ -157,6 +157,7 @@ def test_a_swap_reports_its_tails_and_is_refused_for_them(tmp_path: Path, capsys
     assert document["steps"] == 2
     assert [row["data"] for row in document["tails"][1:]] == ["noise", "black and white noise", "constant images"]
     held: dict[str, Any] = document["tails"][0]
+    assert held["data"] == "held-out data"
     assert held["losses"] == 360
     assert held["swapped"]["max"] >= held["swapped"]["99 %"] >= held["swapped"]["50 %"] > 0
     assert "Worst losses, original → swapped" in (tmp_path / "a.html").read_text()

@@ -25,10 +25,10 @@ def measure(model: str, source: str, method: str, out: Path, settings: dict[str,
     length = settings.get("length")
     learnt = open_data(settings["data"], wanted, teacher, length=length)
     measured = open_data(settings.get("eval_data", settings["data"]), wanted, teacher, length=length, held_out=True)
-    sets = [measured, *adversarial(wanted, learnt, measured)]
+    sets = {"held-out data": measured, **{data.name: data for data in adversarial(wanted, learnt, measured)}}
     tails, notes = tails_of(normconvert.load(out), teacher, sets, Processes())
-    row = {"model": model, "name": method, "tails": [{**tail.to_json(), "data": name} for tail, name in zip(
-        tails, ["held-out data", *(one.name for one in sets[1:])], strict=True)], "notes": list(notes)}  # fmt: skip
+    told = [tail.to_json() for tail in tails]
+    row = {"model": model, "name": method, "tails": told, "notes": list(notes)}
     print(json.dumps(row), flush=True)
     return row
 
