@@ -191,7 +191,7 @@ def _with_tails(report: SwapReport, student: Student, lesson: _Lesson, run: Run,
     sets = {"held-out data": examples.measured, **{data.name: data for data in odd}}
     tails, notes = tails_of(student.model, lesson.teacher, sets, run.processes, batch_size=settings.batch_size)
     if not odd:
-        notes = (*notes, "tails on held-out data only: the model takes more than one input, which cannot be made up")
+        notes = (*notes, "tails on held-out data only: no odd data can be made up for what this model takes")
     if settings.guard_tails is not None:
         kept = f"; the trained state is in {folder}: --resume goes on from it with another --guard-tails"
         check_tails(tails, settings.guard_tails, kept if settings.steps else "")
