@@ -85,8 +85,9 @@ FOUND = (
     "- On the deep Llama `ln-free` cannot do without: with all norms gone at once the first loss is no number, "
     "whatever the seed; with the schedule it trains. So the schedule stays the default. Presumably that is since this "
     "method's first map is not fitted to what the norm makes, but is the norm with a mean divisor: a long token stays "
-    "long, and gated blocks multiply it by itself. For `repbn`, whose map is fitted, there is no difference beyond the "
-    "spread here either; the loss merely begins at 25 and not at nothing.",
+    "long, and gated blocks multiply it by itself. For `repbn`, whose map is fitted, all that "
+    "finished is within the spread; but at once the loss begins at 25 and not at nothing, and at the high rate one "
+    "seed of three was lost in the fourth step.",
     "- Tried first, on the ViT: a learning rate of 3e-3. It was too high; the loss rose above where it began.",
 )
 Row = dict[str, Any]
