@@ -52,11 +52,11 @@ TRAINED = {
     "swap un": ("Unified Normalization", "2208.01313"),
     "swap repbn": ("RepBN", "2405.11582"),
     "swap powernorm": ("PowerNorm", "2003.07845"),
-    "swap ln-free": ("nothing: LayerNorm's divisor was frozen, norm by norm", "2507.02559"),
+    "swap ln-free": ("nothing: their divisors were frozen, norm by norm", "2507.02559"),
 }
-"""Swap -> what LayerNorm was swapped for, and its paper."""
+"""Swap -> what norms were swapped for, and its paper."""
 METHODS |= {
-    swap: f"LayerNorm was swapped for {norm} ([arXiv:{paper}](https://arxiv.org/abs/{paper})) while the model learnt "
+    swap: f"The norms were swapped for {norm} ([arXiv:{paper}](https://arxiv.org/abs/{paper})) while the model learnt "
     "to say what the original says; at inference such a norm is one scale and shift per channel."
     for swap, (norm, paper) in TRAINED.items()
 }

@@ -1,4 +1,4 @@
-"""``normconvert swap``: LayerNorm out, a norm with fixed statistics in, then fused away."""
+"""``normconvert swap``: LayerNorm or RMSNorm out, a norm with fixed statistics in, then fused away."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class _MethodMayLead(Command):
 
 @register(
     cls=_MethodMayLead,
-    short_help="Swap LayerNorm for a norm with learnt statistics, and fuse it away.",
+    short_help="Swap LayerNorm or RMSNorm for a norm with learnt statistics, and fuse it away.",
     rich_help_panel=CONVERSIONS,
 )
 @command(Swapping, View)
 def swap(ask: Ask[Swapping], view: View) -> int:
-    """Swap LayerNorms for norms with fixed statistics, learn these from data, and fuse the norms into their readers.
+    """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse them away.
 
     Not lossless: the report says what the output is worth beside the original. Several processes: accelerate launch.
     """

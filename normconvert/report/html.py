@@ -40,7 +40,7 @@ Document = dict[str, Any]
 EMPTY: dict[str, Any] = {
     "about": "", "tiles": [], "reasons": [], "notes": [], "charts": [], "figures": [], "worst": None, "remarks": [],
     "probes": [], "work": [], "seconds": [], "load": [], "findings": [], "kept": [], "converted": [], "bench": None,
-    "table": None,
+    "table": None, "tails": None,
 }  # fmt: skip
 """What a section of the page may leave out."""
 

@@ -34,6 +34,7 @@ def swap_section(data: Document) -> dict[str, Any]:
         "badge": ("plain", "not lossless"),
         "tiles": tiles,
         "table": ("What it is worth", *_stages(data["figures"])),
+        "tails": _tails(data["tails"]),
         **plan_view(Plan.from_json(data["plan"]), data["architecture"]),
         "charts": charts,
         "work": [
@@ -54,6 +55,25 @@ def _stages(figures: dict[str, Document]) -> tuple[list[str], list[tuple[str, ..
         for stage, one in figures.items()
     ]
     return [{"kl": "KL (nats)"}.get(key, key) for key in shown], rows
+
+
+def _tails(tails: list[Document]) -> tuple[str, list[str], list[tuple[str, ...]]] | None:
+    """The table of the worst losses, the original's and those of the swapped model; None if there are none."""
+    if not tails:
+        return None
+    shares = list(tails[0]["original"])
+    rows = [
+        (
+            f"{tail['data']}, {tail['unit']}",
+            *(f"{_loss(tail['original'][s])} → {_loss(tail['swapped'][s])}" for s in shares),
+        )
+        for tail in tails
+    ]
+    return "Worst losses, original → swapped", shares, rows
+
+
+def _loss(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.3g}"
 
 
 def batch_section(data: Document) -> dict[str, Any]:

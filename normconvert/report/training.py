@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from normconvert.wording.words import human_number, percent
 if TYPE_CHECKING:
     from normconvert.tuning.evaluation import Figures
     from normconvert.tuning.result import SwapReport
+    from normconvert.tuning.tails import Tail
 
 LINES = 10
 """Lines that a training prints where nothing can be rewritten."""
@@ -95,6 +96,8 @@ def show_swap(console: Console, report: SwapReport) -> None:
         grid.add_row("note", note)
     console.print(grid)
     console.print(figures_table(report.figures))
+    if report.tails:
+        console.print(tails_table(report.tails))
 
 
 def figures_table(figures: Mapping[str, Figures]) -> Table:
@@ -114,4 +117,17 @@ def figures_table(figures: Mapping[str, Figures]) -> Table:
         table.add_column(name, justify="right")
     for stage, one in figures.items():
         table.add_row(stage, *[tell(one) for _, tell in measures])
+    return table
+
+
+def tails_table(tails: Sequence[Tail]) -> Table:
+    """One row for each set of data: the original's worst losses and those that they have become."""
+    from normconvert.tuning.tails import SHARES
+
+    table = Table(box=None, padding=(0, 1), title="losses, original → swapped", title_justify="left")
+    table.add_column(" or ".join(dict.fromkeys(tail.unit for tail in tails)), no_wrap=True)
+    for share in SHARES:
+        table.add_column(share, justify="right", no_wrap=True)
+    for tail in tails:
+        table.add_row(tail.data, *(f"{tail.original[s]:.3g} → {tail.swapped[s]:.3g}" for s in SHARES))
     return table

@@ -7,17 +7,13 @@ takes it, and a layer scale gamma * (Wx + b) = (diag(gamma) W)x + gamma b moves 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.norms import find_norms
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef
-from normconvert.options import Options
-from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.centring import Centring, editability
+from normconvert.rewrites.centring import Centring
 from normconvert.rewrites.fold import along
 from normconvert.tracing.graph import Graph, module_path
 
@@ -83,15 +79,3 @@ def table_and_head(graph: Graph, tied: fx.Node) -> tuple[str, str]:
     table = next(u for u in readers(tied) if name_of(u) == EMBEDDING)
     own = f"{module_path(table)}.weight"
     return own, next(n for n in graph.parameters[tied].aliases if n != own)
-
-
-def with_untied_heads(graph: Graph, plan: Plan) -> Plan:
-    """A plan whose tied tables are two tensors, for whoever is to change the head and not the embedding."""
-    centring, _ = editability(Analysis(graph, find_norms(graph)), Options(tied="untie"))
-    tensors, config = dict(plan.tensors), dict(plan.config)
-    for ref in centring.untied:
-        own, other = table_and_head(graph, ref[0])
-        if other not in tensors and own not in tensors:
-            tensors[other] = [{"op": "copy", "from": own}]
-            config["tie_word_embeddings"] = False
-    return replace(plan, tensors=tensors, config=config)

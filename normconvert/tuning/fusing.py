@@ -14,6 +14,7 @@ from normconvert.errors import NothingToConvert
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.planning import plan_model
+from normconvert.runtime import REMOTE_FILE
 from normconvert.sources import Source, open_source
 from normconvert.tracing.probes import verification_inputs
 from normconvert.verification.equivalence import tolerance_for, verify_models
@@ -59,10 +60,13 @@ def fuse_folder(
     """
     from normconvert.sources.converted import load
 
+    # This package's own file: left there, it would be reported as code of the source's that is not copied.
+    (tuned / REMOTE_FILE).unlink(missing_ok=True)
     arch = f"timm:{original.architecture}" if not (tuned / "config.json").is_file() else None
     source = open_source(str(tuned), arch=arch, trust_remote_code=original.trust_remote_code)
     # A swap has changed the features anyway: its last norm may go into the head.
     plan = plan_model(source.skeleton(), Options(through_features=True), "fuse-bn")
+    plan = replace(plan, float32_norms=tuned_plan.float32_norms)
     swapped = [edit["path"] for edit in tuned_plan.modules if edit["op"] == "affine"]
     absorbed = tuple(edit["path"] for edit in plan.modules if edit["op"] == "absorb" and edit["path"] in swapped)
     if not absorbed:

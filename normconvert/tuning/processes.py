@@ -57,6 +57,14 @@ class Processes:
             dist.all_reduce(here)
         return [value / self.world for value in here.tolist()]
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The columns of all processes, side by side: (n, columns here) -> (n, columns of all), on the CPU."""
+        if self.world == 1:
+            return rows
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, rows)
+        return torch.cat(found, 1)
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes; one that is missing here counts as zero."""
         if self.world == 1:

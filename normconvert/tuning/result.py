@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan
     from normconvert.tuning.evaluation import Figures
     from normconvert.tuning.settings import Settings
+    from normconvert.tuning.tails import Tail
     from normconvert.verification.fidelity import Fidelity
 
 
@@ -30,6 +31,7 @@ class SwapReport:
         plan: module edits and verdicts of the output.
         figures: ``original``, ``calibrated``, ``tuned`` -> what it is worth on the evaluation data.
         eval_data: what that is, in words.
+        tails: the worst losses beside the original's, for each set of data.
         fused: the fused model against the unfused one; None without fusing.
         steps: optimiser steps taken.
         trace: loss, agreement and λ over the steps.
@@ -47,6 +49,7 @@ class SwapReport:
     plan: Plan
     figures: dict[str, Figures]
     eval_data: str
+    tails: tuple[Tail, ...] = ()
     fused: Fidelity | None = None
     steps: int = 0
     trace: tuple[dict[str, float], ...] = ()
@@ -71,6 +74,7 @@ class SwapReport:
             "norms": {"swapped": list(self.swapped), "left": list(self.left)},
             "figures": {name: figures.to_json() for name, figures in self.figures.items()},
             "eval_data": self.eval_data,
+            "tails": [tail.to_json() for tail in self.tails],
             "fused": self.fused.to_json() if self.fused else None,
             "steps": self.steps,
             "trace": list(self.trace),
@@ -88,6 +92,8 @@ def in_words(report: SwapReport) -> dict[str, str]:
         words += [f"accuracy {percent(one.accuracy)}"] if one.accuracy is not None else []
         words += [f"perplexity {human_number(one.perplexity)}"] if one.perplexity is not None else []
         found[stage] = ", ".join(words)
+    for tail in report.tails:
+        found[f"losses on {tail.data}, {tail.unit}"] = tail.in_words()
     if report.fused is not None:
         found["fused against unfused, float64"] = f"{report.fused.algebra:.2g} (at most {report.fused.tolerance:.2g})"
     return found

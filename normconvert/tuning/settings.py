@@ -16,16 +16,18 @@ SWAPS: Mapping[str, str] = {
     "un": "Unified Normalization",
     "repbn": "RepBN",
     "powernorm": "PowerNorm",
-    "ln-free": "no norm: LayerNorm with a frozen divisor",
+    "ln-free": "no norm: a frozen divisor",
 }
 """Method -> what it is, in words."""
 
-METHOD = "What takes LayerNorm's place: un (Unified Normalization), repbn, powernorm or ln-free."
+PROGRESSIVE = ("repbn", "ln-free")
+"""Methods whose old norms fade or go by a schedule; the others' go at once."""
+METHOD = "What takes the norms' place: un (Unified Normalization), repbn, powernorm or ln-free."
 DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
     "for the embedded models' own."
 )
-MAY_CHANGE = frozenset({"max_minutes", "eval_data", "batches_between_checkpoints"})
+MAY_CHANGE = frozenset({"max_minutes", "eval_data", "batches_between_checkpoints", "guard_tails"})
 """Settings that a resumed run may change: they do not touch what is learnt."""
 
 
@@ -48,7 +50,7 @@ class Settings:
     norms: Sequence[str] = option((), "Swap the norms at these paths only; may be repeated.", metavar="GLOB")
     schedule: str = option(
         "linear",
-        "How the old norms fade or go in the first half of the steps; none: at once.",
+        "repbn, ln-free: how the old norms fade or go in the first half of the steps; none: at once.",
         choices=("linear", "cosine", "none"),
     )
     steps: int = option(1000, "Optimiser steps; 0 calibrates only.", metavar="N", at_least=0)
@@ -69,6 +71,9 @@ class Settings:
     max_minutes: float | None = option(
         None, "End earlier, the schedule fitted to the time; such a run cannot be repeated exactly.", metavar="X"
     )
+    guard_tails: float | None = option(
+        None, "Fail where the worst losses, of held-out or odd data, are more than X times the original's.", metavar="X"
+    )
     batches_between_checkpoints: int = option(
         500, "Steps between two saved states in OUT.training; 0: none.", metavar="N", spelling="--checkpoint-every"
     )
@@ -82,6 +87,8 @@ class Settings:
             raise InputError(f"length is {self.length}; expected 2 or more tokens")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise InputError(f"max_minutes is {self.max_minutes}; expected a positive number")
+        if self.guard_tails is not None and not 1 <= self.guard_tails < math.inf:
+            raise InputError(f"guard_tails is {self.guard_tails}; expected a number of 1 or more")
 
     def norm_options(self) -> dict[str, Any]:
         """Further arguments of the training norm."""

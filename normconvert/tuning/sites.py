@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import fx
 
 from normconvert.analysis.norms import Norm, find_norms
 from normconvert.analysis.operations import name_of
 from normconvert.errors import InputError
-from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import MARKER
 
@@ -38,7 +40,9 @@ class NormSite:
         bias: likewise.
         offset: added to the weight.
         role: one of :data:`ROLES`.
-        mean_free: what it reads can be, and is, centred.
+        centred: it subtracts the mean over the channels (LayerNorm); False: RMSNorm.
+        mean_free: nothing is lost where no mean is subtracted: what it reads can be, and is, centred, or it subtracts
+            none itself.
     """
 
     path: str
@@ -50,43 +54,81 @@ class NormSite:
     bias: str | None
     offset: float
     role: str
+    centred: bool
     mean_free: bool
 
 
 def find_sites(graph: Graph, plan: Plan) -> list[NormSite]:
-    """All norms of the graph that are modules of their own, in execution order.
+    """All norms of the graph, LayerNorms and RMSNorms, that are modules of their own, in execution order.
 
     Args:
         graph: the traced model.
-        plan: of the ``rmsnorm`` rewrite for that graph: which norms read mean-free values.
+        plan: of the ``rmsnorm`` rewrite for that graph: which LayerNorms read mean-free values.
     """
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    norms = find_norms(graph)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    norms = find_norms(graph, uncentred=True)
     converted = {v.path for v in plan.converted}
     sources = {norm.source for norm in norms}
     sites = []
-    for path, group in calls.items():
+    for path, group in _calls(norms).items():
         row = group[0].module
-        if row is None or any(norm.module != row for norm in group):
+        if row is None or _obstacle(path, group, graph):
             continue
         roles = {_role(norm, sources) for norm in group}
+        centred = any(norm.centred for norm in group)
         sites.append(
             NormSite(
                 path=path,
                 kind=group[0].kind,
                 size=int(row["size"]),
-                eps=float(row["eps"]),
+                # torch's RMSNorm without an ε takes that of the dtype in which it computes: here, float32.
+                eps=torch.finfo(torch.float32).eps if row["eps"] is None else float(row["eps"]),
                 axis=int(row["axis"]),
                 weight=row["weight"],
                 bias=row["bias"],
                 offset=float(row["offset"]),
                 role=min(roles, key=("attention", "mlp", "final").index),
-                mean_free=path in converted,
+                centred=centred,
+                mean_free=path in converted or not centred,
             )
         )
     return sites
+
+
+def with_rms_norms(graph: Graph, plan: Plan) -> Plan:
+    """A plan of the ``rmsnorm`` rewrite with a verdict for every RMSNorm, too, which that rewrite is not about.
+
+    Args:
+        graph: the traced model.
+        plan: for that graph.
+    """
+    groups = {p: g for p, g in _calls(find_norms(graph, uncentred=True)).items() if not any(n.centred for n in g)}
+    verdicts = [*plan.verdicts]
+    for path, group in groups.items():
+        reason = _obstacle(path, group, graph)
+        code = "not-a-module" if reason else "kept"
+        verdicts.append(Verdict(path, group[0].kind, False, reason or "it stays the RMSNorm that it was.", code))
+    return replace(plan, verdicts=verdicts)
+
+
+def casts_among(graph: Graph, gone: Collection[str]) -> bool:
+    """Whether a norm at another path than ``gone`` casts its input to float32, whatever the model's dtype."""
+    return any(norm.float32 and norm.path not in gone for norm in find_norms(graph, uncentred=True))
+
+
+def _calls(norms: Sequence[Norm]) -> dict[str, list[Norm]]:
+    found: dict[str, list[Norm]] = defaultdict(list)
+    for norm in norms:
+        found[norm.path].append(norm)
+    return found
+
+
+def _obstacle(path: str, group: list[Norm], graph: Graph) -> str:
+    """Why a norm cannot be swapped, whatever it reads; empty if it can."""
+    without = next((norm for norm in group if norm.module is None), None)
+    if without is not None:
+        return f"{without.obstacle}."
+    found = misuse(path, group, graph)
+    return found.reason if found is not None else ""
 
 
 def _role(norm: Norm, sources: set[fx.Node]) -> str:

@@ -111,7 +111,7 @@ def make_student(
     norms: dict[str, SwapNorm] = {}
     for site in sites:
         old = model.get_submodule(site.path)
-        more = {"centred": True} if method in ("repbn", "ln-free") else {}
+        more = {"centred": site.centred} if method in ("repbn", "ln-free") else {}
         norm = TRAINING_NORMS[method](site.size, site.eps, axis=site.axis, **more, **(options or {}))
         weight = getattr(old, site.weight) + site.offset if site.weight else torch.ones(site.size)
         bias = getattr(old, site.bias) if site.bias else torch.zeros(site.size)
@@ -195,7 +195,8 @@ class _Measure:
         weight = x.new_ones(x.shape[0], 1) if weight is None else weight.double()
         beginning = first_tokens(input, axis, self.mask[0])
         first = torch.zeros_like(weight) if beginning is None else weight * beginning
-        sigma = (x.var(-1, unbiased=False, keepdim=True) + self.site.eps).sqrt()
+        square = x.var(-1, unbiased=False, keepdim=True) if self.site.centred else x.square().mean(-1, keepdim=True)
+        sigma = (square + self.site.eps).sqrt()
         new = Moments(
             n=float(weight.sum()),
             x=(x * weight).sum(0),

@@ -18,6 +18,7 @@ from normconvert.options import check_device
 from normconvert.result import Clock
 from normconvert.tuning import checkpoints
 from normconvert.tuning.data import all_batches
+from normconvert.tuning.data.adversarial import adversarial
 from normconvert.tuning.evaluation import Figures, evaluate
 from normconvert.tuning.examples import Examples, open_examples
 from normconvert.tuning.output import Target, write
@@ -26,12 +27,13 @@ from normconvert.tuning.result import SwapReport
 from normconvert.tuning.settings import Settings, Swapping
 from normconvert.tuning.student import Student, finish, make_student, make_teacher, measure, move
 from normconvert.tuning.subject import Subject, analyse
+from normconvert.tuning.tails import check_tails, tails_of
 from normconvert.tuning.training import Trace, Watch, train
 
 
 @taking(Swapping)
 def swap(request: Swapping) -> SwapReport:
-    """Swap LayerNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
+    """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
 
     The state of an unfinished run lies in ``OUT.training`` beside ``out``.
 
@@ -40,6 +42,8 @@ def swap(request: Swapping) -> SwapReport:
         TraceError: the model cannot be traced.
         NothingToConvert: there is no norm that can be swapped.
         Diverged: the training went astray; its last good state is kept.
+        HeavyTail: the worst losses are further from the original's than ``guard_tails`` allows; the trained state is
+            kept.
         FidelityError: the fused model does not compute what the trained one computes.
     """
     run = Run.begin(request)
@@ -62,6 +66,7 @@ def swap(request: Swapping) -> SwapReport:
     finish(student)
     figures["tuned"] = _figures(student.model, lesson, run)
     report = _report(str(request.src), student, lesson, run, figures, trace)
+    report = _with_tails(report, student, lesson, run, course.folder)
     if run.processes.is_main:
         report = write(report, subject, student, target, run.clock)
         checkpoints.remove(course.folder)  # only now: while there is no output, it is all that is left of the training
@@ -173,10 +178,24 @@ def _report(
         plan=lesson.subject.plan,
         figures=figures,
         eval_data=lesson.examples.measured.name,
-        steps=int(trace.rows[-1]["step"]) if trace.rows else 0,
+        steps=trace.steps,
         trace=tuple(trace.rows),
         notes=lesson.examples.notes,
     )
+
+
+def _with_tails(report: SwapReport, student: Student, lesson: _Lesson, run: Run, folder: Path) -> SwapReport:
+    """The report with the worst losses, on what is held back and on what the model rarely meets; refused if too bad."""
+    examples, settings = lesson.examples, run.settings
+    odd = adversarial(lesson.subject.wanted, examples.learnt, examples.measured)
+    sets = {"held-out data": examples.measured, **{data.name: data for data in odd}}
+    tails, notes = tails_of(student.model, lesson.teacher, sets, run.processes, batch_size=settings.batch_size)
+    if not odd:
+        notes = (*notes, "tails on held-out data only: no odd data can be made up for what this model takes")
+    if settings.guard_tails is not None:
+        kept = f"; the trained state is in {folder}: --resume goes on from it with another --guard-tails"
+        check_tails(tails, settings.guard_tails, kept if settings.steps else "")
+    return replace(report, tails=tails, notes=(*report.notes, *notes))
 
 
 def _finished(student: Student) -> Student:

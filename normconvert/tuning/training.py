@@ -28,7 +28,7 @@ from normconvert.tuning.data.batches import Data, training_batch
 from normconvert.tuning.guard import Guard, worst_norm
 from normconvert.tuning.norms import FrozenNorm, RepBatchNorm
 from normconvert.tuning.processes import Processes
-from normconvert.tuning.settings import Settings, share_left
+from normconvert.tuning.settings import PROGRESSIVE, Settings, share_left
 from normconvert.tuning.sites import ROLES
 from normconvert.tuning.student import Batch, Student, call, move
 
@@ -53,9 +53,10 @@ class Diverged(NormConvertError):
 
 @dataclass
 class Trace:
-    """What a run measured: one row each :attr:`every` steps."""
+    """What a run measured: one row each :attr:`every` steps; and how many there were, those before a resumption too."""
 
     every: int
+    steps: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -160,6 +161,10 @@ def train(
             watch(run.step, settings.steps, shown)
         if run.is_checkpoint():
             run.save()
+    # A result that is refused for its tails is not lost: the training ends at once if it is resumed.
+    if settings.guard_tails is not None:
+        run.save()
+    trace.steps = run.step
     return trace
 
 
@@ -253,7 +258,13 @@ class _Run:
             culprit = worst_norm(student, self.lesson.teacher, measured.batch)
         kept = (self.folder / checkpoints.STATE).is_file()
         where = f"the last good state is in {self.folder}" if kept else "it had not yet been saved"
-        raise Diverged(f"the training went astray at step {self.step + 1}: {reason}; {culprit} went first; {where}")
+        settings = self.lesson.settings
+        # Maps in the place of all norms at once can be so far off that there is nothing to learn from (docs/swap.md).
+        at_once = settings.schedule == "none" and settings.method in PROGRESSIVE
+        hint = "; --schedule linear lets the norms go little by little" if at_once else ""
+        raise Diverged(
+            f"the training went astray at step {self.step + 1}: {reason}; {culprit} went first; {where}{hint}"
+        )
 
     def take_step(self) -> None:
         """Update the student, which stays centred."""

@@ -61,7 +61,8 @@ def plan_of(
         for v in plan.verdicts
     ]
     config = dict(plan.config) | ({config_key: eps} if config_key else {})
-    return Plan(f"swap {method}", modules=modules, config=config, verdicts=verdicts, notes=list(plan.notes))
+    return Plan(f"swap {method}", modules=modules, config=config, verdicts=verdicts, notes=list(plan.notes),
+                float32_norms=plan.float32_norms)  # fmt: skip
 
 
 def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dtype: torch.dtype) -> None:

@@ -165,6 +165,8 @@ def test_a_swap_says_what_it_is_worth_beside_the_original() -> None:
     said = " ".join(page.text.split())
     assert "not lossless" in said
     assert "agreement accuracy KL (nats) original 100 % 90.55 % 0.37 tuned 90.27 % 90.55 % 0.37" in said
+    assert "Worst losses, original → swapped 50 % max" in said
+    assert "1 → 1.25 2 → ∞" in said
     (chart,) = json.loads(next(s for s in page.scripts if s.startswith("{"))).values()
     assert (chart["title"], chart["series"][0]["values"]) == ("Training", [0.5, 0.25])
 

@@ -91,6 +91,8 @@ def hostile() -> dict[str, dict[str, Any]]:
         "demo": {"command": "demo", "reports": [convert, convert], "text": texts, "digits": None},
         "swap": {
             "command": "swap", "source": EVIL, "out": EVIL, "architecture": EVIL, "library": EVIL, "method": EVIL,
+            "tails": [{"data": EVIL, "unit": EVIL, "losses": 2, "original": {"50 %": 1.0, "max": 2.0},
+                       "swapped": {"50 %": 1.25, "max": None}, "ratio": {"max": None}}],
             "eval_data": EVIL, "settings": {"data": EVIL}, "norms": {"swapped": [EVIL], "left": []}, "steps": 2,
             "figures": dict.fromkeys(("original", EVIL), WORTH), "fused": fidelity_document(EVIL, EVIL, fidelity),
             "trace": [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}], "seconds": {EVIL: 1.0}, "notes": [EVIL],

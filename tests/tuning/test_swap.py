@@ -222,13 +222,15 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
 
 def test_divergence_stops_and_names_the_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    status = run(["swap", "un", "demo:vit", str(out), "--data", "demo:", "--steps", "80", "--lr", "100000",
-                  "--batch-size", "32", "--calibration", "64", "--checkpoint-every", "10"])  # fmt: skip
+    status = run(["swap", "ln-free", "demo:vit", str(out), "--data", "demo:", "--steps", "80", "--lr", "100000",
+                  "--batch-size", "32", "--calibration", "64", "--checkpoint-every", "10",
+                  "--schedule", "none"])  # fmt: skip
     assert status == 1
     error = capsys.readouterr().err
     assert "went astray at step" in error
     assert "the norm `" in error
     assert "went first; the last good state is in" in error
+    assert "; --schedule linear lets the norms go little by little" in error
     assert not out.exists()
     assert (tmp_path / "out.training" / "state.pt").is_file()
 

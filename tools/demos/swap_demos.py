@@ -1,11 +1,13 @@
-"""What swapping the norms of the embedded models costs and gains: docs/swap.md.
+"""What swapping the norms of the embedded models, and of a small Llama, costs and gains: docs/swap.md.
 
-    apt-get install bible-kjv                        # the King James text, for gpt2 only
+    apt-get install bible-kjv                        # the King James text, for gpt2 and llama only
     python tools/demos/swap_demos.py                       # writes docs/swap.md and docs/results/swap.json
     python tools/demos/swap_demos.py --only swaps --models gpt2 --methods un
-    python tools/demos/swap_demos.py --only speed          # of the models that were made before; wants an idle machine
+    python tools/demos/swap_demos.py --only tails speed    # of the models that were made before; wants an idle machine
 
-A run of one part, model or method leaves the other rows as they are. The fused models are kept in build/swap, for the
+A run of one part, model or method leaves the other rows as they are. The Llama is trained first (three minutes on one
+core), and is kept in build/swap, too; it has swaps only. So is one of twelve blocks, which has ablations only. The
+fused models are kept in build/swap, for the
 speed to be measured again without a training.
 Seeded. Each row is one ``normconvert.swap``; accuracy and perplexity are of data that neither the original nor the swap
 has learnt from.
@@ -31,22 +33,37 @@ import normconvert
 from normconvert.tuning.result import SwapReport
 from normconvert.wording.words import human_number, percent
 from tools.benchmarks import swap_speed
-from tools.demos import swap_ablations
+from tools.demos import swap_ablations, swap_tails
 from tools.demos.corpus import cut, read_bible
+from tools.demos.larger_models import HELD_OUT, WINDOW, deep_llama, small_llama
 from tools.docs.pages import sections, write_section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "swap.md"
 RESULTS = ROOT / "docs" / "results" / "swap.json"
 METHODS = ("un", "repbn", "powernorm", "ln-free")
-PARTS = ("swaps", "ablations", "speed")
+PARTS = ("swaps", "tails", "ablations", "speed")
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {"steps": 300, "batch_size": 8, "eval_data": "demo:", "batches_between_checkpoints": 0},
+    "llama": {"steps": 120, "batch_size": 8, "length": WINDOW, "batches_between_checkpoints": 0},
     "vit": {"steps": 400, "batch_size": 64, "eval_data": "demo:", "batches_between_checkpoints": 0},
 }
-LIMITS = {"vit": {"un": 1.0, "repbn": 1.0, "powernorm": 2.0, "ln-free": 2.0}, "gpt2": dict.fromkeys(METHODS, 5.0)}
+MODELS = (*SETTINGS, "llama-12")
+MADE = {"llama": small_llama, "llama-12": deep_llama}
+"""Models that are not embedded -> what trains them."""
+HAVE = {"llama": ("swaps", "tails"), "llama-12": ("ablations",)}
+"""Parts of the models that do not have them all."""
+LIMITS = {
+    "vit": {"un": 1.0, "repbn": 1.0, "powernorm": 2.0, "ln-free": 2.0},
+    **dict.fromkeys(("gpt2", "llama"), dict.fromkeys(METHODS, 5.0)),
+}
 """Points of accuracy that may be lost, or per cent of perplexity that may be gained."""
-KEYS = {"swaps": ("model", "name"), "ablations": ("model", "setting", "name"), "speed": ("model", "name")}
+KEYS = {
+    "swaps": ("model", "name"),
+    "tails": ("model", "name"),
+    "ablations": ("model", "setting", "name"),
+    "speed": ("model", "name"),
+}
 """What tells the rows of a part apart."""
 Row = dict[str, Any]
 
@@ -67,11 +84,11 @@ def loss_of(report: SwapReport) -> float:
     return 100 * (after.perplexity / before.perplexity - 1)
 
 
-def measure(model: str, method: str, settings: dict[str, Any], out: Path) -> Row:
+def measure(model: str, source: str, method: str, settings: dict[str, Any], out: Path) -> Row:
     """One swap, as JSON-ready data; the fused model stays in ``out``."""
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    report = normconvert.swap(f"demo:{model}", out, method, overwrite=True, **settings)
+    report = normconvert.swap(source, out, method, overwrite=True, **settings)
     row = {
         "model": model,
         "name": method,
@@ -89,6 +106,13 @@ def measure(model: str, method: str, settings: dict[str, Any], out: Path) -> Row
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def made(out: Path) -> Path:
+    """The folder of a fused model, which must be there."""
+    if not out.is_dir():
+        raise SystemExit(f"{out}: no model there: make it first with --only swaps")
+    return out
 
 
 def keep(part: str, rows: Sequence[Row], file: Path) -> dict[str, list[Row]]:
@@ -115,7 +139,8 @@ def page(rows: dict[str, list[Row]]) -> str:
         "",
         "Made by `python tools/demos/swap_demos.py` "
         f"on {os.cpu_count()} cores, torch {torch.__version__.partition('+')[0]}. "
-        "Accuracy (vit) and perplexity (gpt2) are of held-out data.",
+        "Accuracy (vit) and perplexity (gpt2, llama) are of held-out data. llama, trained for this on gpt2's "
+        "text and not embedded, has RMSNorms, a tied head and shared keys.",
         "",
         "| model | method | original | calibrated | tuned | lost | allowed | agreement | fused − unfused, float64 "
         "| norms left | training |",
@@ -130,6 +155,7 @@ def page(rows: dict[str, list[Row]]) -> str:
         )
     told = [f"{m}: {s['steps']} steps of {s['batch_size']} examples" for m, s in SETTINGS.items()]
     text += ["", f"{'; '.join(told)}. The times are those of a machine with other work to do."]
+    text += swap_tails.lines(rows["tails"])
     text += [*swap_ablations.lines(rows["ablations"]), *swap_speed.lines(rows["speed"])]
     return "\n".join(text)
 
@@ -138,7 +164,7 @@ def main() -> None:
     """Parse the command line, run, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="do these parts (default: all)")
-    parser.add_argument("--models", nargs="+", choices=sorted(SETTINGS), default=sorted(SETTINGS))
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--settings", nargs="+", choices=swap_ablations.SETTINGS, default=swap_ablations.SETTINGS,
                         help="of the ablations (default: all)")  # fmt: skip
@@ -151,32 +177,36 @@ def main() -> None:
     results = RESULTS if options.out == PAGE else options.out.with_suffix(".json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = {"vit": "demo:", "gpt2": f"text:{folder / 'kjv.txt'}"}
-        if "gpt2" in options.models and set(options.only) & {"swaps", "ablations"}:
+        data = {"vit": "demo:", **dict.fromkeys(("gpt2", "llama", "llama-12"), f"text:{folder / 'kjv.txt'}")}
+        if {"gpt2", "llama", "llama-12"} & set(options.models) and set(options.only) & {"swaps", "tails", "ablations"}:
             (folder / "kjv.txt").write_text("\n".join(cut(read_bible(options.text)).train), encoding="utf-8")
         for model in options.models:
+            parts = set(options.only) & set(HAVE.get(model, PARTS))
             kept = {method: options.kept / f"{model}-{method}" for method in options.methods}
-            if "swaps" in options.only:
-                settings = {"data": data[model], **SETTINGS[model]}
-                if options.steps is not None:
-                    settings["steps"] = options.steps
-                for method, out in kept.items():
-                    keep("swaps", [measure(model, method, settings, out)], results)
-            if "ablations" in options.only:
-                for setting in options.settings:
+            source = f"demo:{model}"
+            if model in MADE and parts:
+                source = str(MADE[model](options.kept / model, options.text))
+            settings = {"data": data[model], **SETTINGS.get(model, {})}
+            if model in MADE:
+                settings["eval_data"] = f"text:{source}/{HELD_OUT}"
+            if options.steps is not None:
+                settings["steps"] = options.steps
+            for method, out in kept.items() if "swaps" in parts else ():
+                keep("swaps", [measure(model, source, method, settings, out)], results)
+            for method, out in kept.items() if "tails" in parts else ():
+                keep("tails", [swap_tails.measure(model, source, method, made(out), settings)], results)
+            if "ablations" in parts:
+                for setting in swap_ablations.settings_of(model, options.settings):
                     where = data[model]
                     if setting == "outliers":
                         where = swap_ablations.outliers(model, where, folder)
                     for name in swap_ablations.SETTINGS[setting]:
                         if name.partition(",")[0] in options.methods:
-                            row = swap_ablations.measure(model, setting, name, where, folder)
+                            row = swap_ablations.measure(model, source, setting, name, where, folder)
                             keep("ablations", [row], results)
-            if "speed" in options.only:
+            if "speed" in parts:
                 for method, out in kept.items():
-                    if not out.is_dir():
-                        raise SystemExit(f"{out}: no model there: make it first with --only swaps")
-                    row = swap_speed.measure(model, method, out, options.seconds)
-                    keep("speed", [row], results)
+                    keep("speed", [swap_speed.measure(model, method, made(out), options.seconds)], results)
     rows = keep("swaps", [], results)
     others = sections(options.out.read_text(encoding="utf-8"))[1] if options.out.exists() else {}
     options.out.write_text(page(rows), encoding="utf-8")

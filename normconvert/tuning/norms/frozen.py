@@ -7,7 +7,8 @@ Norms are frozen one after another, with training in between. In language models
 from that of all others, so it keeps an average of its own, until that, too, is replaced by σ̄ (the paper's last step).
 
 Freezing drops P, as in the authors' code. Where the stream has been centred (see :mod:`normconvert.rewrites.rmsnorm`)
-and is kept so, P is the identity and nothing is lost by that; elsewhere the model has to learn it.
+and is kept so, P is the identity and nothing is lost by that; elsewhere the model has to learn it. An RMSNorm has x in
+place of Px from the start (``centred=False``), and gains β.
 
 The auxiliary loss of the paper (section 3.3) is :attr:`FrozenNorm.spread`, mean (σ(x) - mean σ)²: it makes all tokens
 have one σ before it is frozen.
@@ -123,9 +124,10 @@ class FrozenNorm(nn.Module):
 def first_tokens(input: Tensor, axis: int, valid: Tensor | None = None) -> Tensor | None:
     """Which tokens stand at the first position of a sequence, as (tokens, 1); None if the input has no positions.
 
-    A sequence is an input (..., positions, channels) of at least three dimensions. Padding before it is not of it.
+    A sequence is an input (batch, positions, channels). Padding before it is not of it. Of four dimensions one more is
+    heads, or the two are of an image: nothing there is known to be a first position.
     """
-    if input.ndim < 3 or axis not in (-1, input.ndim - 1) or input.shape[-2] < 2:
+    if input.ndim != 3 or axis not in (-1, 2) or input.shape[-2] < 2:
         return None
     shape = input.shape[:-1]
     if valid is not None and valid.shape == shape:

@@ -1,4 +1,8 @@
-"""What UN and PowerNorm share: y = γ∘x/√(s + ε) + β, with s a stored mean of squares, channel by channel."""
+"""What UN and PowerNorm share: y = γ∘x/√(s + ε) + β, with s a stored mean of squares, channel by channel.
+
+Neither subtracts a mean, whatever norm it replaces: an RMSNorm's x/√(⟨x²⟩ + ε) has the mean over channels where this
+has it over tokens, and β, which an RMSNorm lacks, begins as the fit to calibration data says.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,10 @@
 BN normalises each channel over all tokens of the batch, with running statistics (momentum 0.1) in eval mode, where
 RepBN is one affine map per channel: a = γ/√(var+ε) + η, b = β - γ mean/√(var+ε) (eq. 5). LN and BN have parameters of
 their own.
+
+In place of an RMSNorm the first term is that norm, and RepBN stays what it is: BN subtracts each channel's mean over
+tokens, which an RMSNorm does not, and has a bias, which an RMSNorm lacks. The paper trains LLaMA-350M, an RMSNorm
+model, with RepBN and names no other form of it. What is left, a∘x + b, expresses either; which one is learnt.
 """
 
 from __future__ import annotations

@@ -28,11 +28,19 @@ def unrows(y: Tensor, like: Tensor, axis: int) -> Tensor:
 
 
 def weights_of(valid: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
-    """1 for a token that counts, 0 for padding, as (tokens, 1); None if all count or the mask is of something else."""
+    """1 for a token that counts, 0 for padding, as (tokens, 1); None if all count or the mask is of something else.
+
+    A mask (batch, positions) is that of (batch, positions, heads) and (batch, heads, positions), too: a norm of queries
+    or keys sees each token once a head.
+    """
     if valid is None:
         return None
     shape = list(x.shape)
     del shape[axis]
+    if len(shape) == 3 and valid.ndim == 2 and shape[0] == valid.shape[0]:
+        positions = [dim for dim in (1, 2) if shape[dim] == valid.shape[1]]
+        if len(positions) == 1:  # as many heads as positions: nobody can tell
+            valid = valid.unsqueeze(3 - positions[0]).expand(shape)
     if list(valid.shape) != shape:
         return None
     return valid.reshape(-1, 1).to(device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
