@@ -56,6 +56,8 @@ METHOD = ", ".join(METHODS)
 REVISION = "Branch, tag or commit on the hub."
 TRUST = "Let code that comes with a checkpoint run."
 
+GIVEN = "The file that the rotation was read from (rotate --rotation FILE)."
+
 EXAMPLE = (
     "How the model is called: a tuple, a dict of keyword arguments, or a list of these for several calls; models of "
     "transformers and timm need none."
@@ -122,8 +124,8 @@ class Options:
     )  # fmt: skip
     rotation: str = option(
         "hadamard",
-        "A Hadamard matrix with random signs, or a random orthogonal matrix.",
-        choices=ROTATIONS, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
+        "hadamard, a Hadamard matrix with random signs; random, a random orthogonal matrix; or a file that holds one.",
+        metavar="hadamard|random|FILE", methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     seed: int = option(
         0,
@@ -158,6 +160,8 @@ class Options:
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
         check_options(self)
+        if self.rotation not in ROTATIONS and "." not in self.rotation:  # files have an ending
+            raise InputError(f"unknown rotation {self.rotation!r}; expected {', '.join(ROTATIONS)} or a file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.given_rotations import read_rotation
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.divergence import watch_means
@@ -283,6 +284,8 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     from normconvert.verification.limits import check_limits, judge_limits
 
     limits = check_limits(request.limits or {})
+    if request.rotation is not None:
+        read_rotation(request.rotation)
     first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
     # On an original only: replayed on what is converted already, a plan would be applied twice.
     plan = recorded_plan(second.record) if first.record is None else None
