@@ -221,6 +221,10 @@ def _plan(
     from normconvert.tracing.model_graph import tracing_told
 
     plan, graph = planned(model, request.allowed, request.method, tracing_told(say))
+    if request.native and request.method == "rmsnorm":
+        from normconvert.rewrites.native import native_plan
+
+        plan = native_plan(source, plan, graph)
     traced = time.perf_counter()
     lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")

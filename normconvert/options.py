@@ -107,6 +107,11 @@ class Options:
         "Move the norms' weight and bias into the linear maps that read them, where each can take them.",
         spelling="--fold/--no-fold", methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
+    native: bool = option(
+        False,
+        "Write the library's own model that has RMSNorm, to be loaded without any code of ours, or refuse.",
+        methods=("rmsnorm",), recorded=True, recipe=True, panel=WRITTEN,
+    )  # fmt: skip
     merge_branches: bool = option(
         False,
         "Make parallel convolutions and skips of a block one convolution.",
@@ -154,7 +159,12 @@ class Options:
 
     def for_method(self, method: str) -> Options:
         """The same, with the method's own defaults for what the user left open."""
-        general: dict[str, Any] = {"tied": "center", "min_gain": 3, **DEFAULTS.get(method, {})}
+        # The library's own model has no operation at a table's output.
+        general: dict[str, Any] = {
+            "tied": "untie" if self.native else "center",
+            "min_gain": 3,
+            **DEFAULTS.get(method, {}),
+        }
         return replace(self, **{name: value for name, value in general.items() if getattr(self, name) is None})
 
     def check(self) -> None:

@@ -154,7 +154,7 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
 def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str) -> str:
     named = json.dumps(name, ensure_ascii=False)
     replaced = any(edit["op"] == "replace" for edit in plan.modules)
-    in_place = "RMSNorm modules in place" if replaced and not plan.structural else "as converted"
+    in_place = "RMSNorm modules in place" if (replaced or plan.native) and not plan.structural else "as converted"
     trust = TRUST if code == OWN else ""
     own = f"import normconvert\n\nmodel = normconvert.load({named}{trust})  # {in_place}"
     if library == "torch":
@@ -166,6 +166,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
         place = json.dumps(f"{'hf-hub' if '/' in name else 'local-dir'}:{name}", ensure_ascii=False)
         plain = f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)  # {architecture}"
         blocks = [own, plain]
+    elif plan.native:
+        blocks = [f"from transformers import {plan.native}\n\nmodel = {plan.native}.from_pretrained({named})"]
     elif code != SHIPPED:
         plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({named}{trust})"
         blocks = [own] if plan.structural else [own, f"{plain}  # {ORIGINAL}"]
@@ -188,6 +190,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
     if plan.structural:
         missing = "tensors of the plain architecture are missing here, or have other shapes"
         return f"{text}\n\nUnmodified {library} cannot load it: {missing}."
+    if plan.native:
+        return f"{text}\n\nThis is {library}'s own model with RMSNorm: no code of normconvert's is needed."
     if plan.method != "rmsnorm":
         return text
     return text + (

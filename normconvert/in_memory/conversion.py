@@ -109,6 +109,8 @@ def _planned(
     subject: Subject, method: str, allowed: Options, options: dict[str, Any], clock: Clock
 ) -> tuple[Report, Graph]:
     """What becomes of every norm; no weight is read."""
+    if allowed.native:
+        raise InputError("native is for checkpoints: a model in memory keeps its class")
     clock("trace")
     plan, graph = planned(subject.skeleton, allowed, method, subject.tracer)
     shapes = {name: list(tensor.shape) for name, tensor in subject.skeleton.state_dict().items()}

@@ -320,6 +320,8 @@ def how_to_load(report: Report) -> list[str]:
         return lines
     if report.library == "timm":
         return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
+    if report.plan.native:
+        return [*lines, f'model = {report.plan.native}.from_pretrained("{report.out}")  # the library alone']
     auto = auto_class(Path(report.out or ""), report.architecture)
     if code != SHIPPED:
         return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{trust})  # {ORIGINAL}']

@@ -24,7 +24,7 @@ from normconvert.options import ROTATIONS, Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.given_rotations import TOLERANCE, Given, error_of_ones, given_in, size_of
 from normconvert.plan.rotations import order_without_hadamard
-from normconvert.rewrites.centring import Centring, can_untie, editability
+from normconvert.rewrites.centring import Centring, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
 from normconvert.rewrites.readers import Unfoldable
@@ -92,7 +92,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     own = "hadamard" if given is not None else kind
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
-    doors = _doors_in(graph, needed)
+    doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "rotate",
@@ -264,12 +264,6 @@ def _verdict(search: _Search, path: str) -> Verdict:
         return Verdict(path, kind, True, reason, "converted")
     why = _why(search, path)
     return Verdict(path, kind, False, why.reason, why.code)
-
-
-def _doors_in(graph: Graph, members: set[AxisRef]) -> list[str]:
-    """The arguments that hold values of rotated streams, which come from outside in the old basis."""
-    outside: list[fx.Node] = [node for node, _ in members if node in graph.outside]
-    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
 
 
 def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list[dict[str, Any]]:

@@ -211,6 +211,7 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
         TraceError: the source cannot be traced.
     """
     from normconvert.rewrites.family_plan import with_family
+    from normconvert.rewrites.native import native_plan
     from normconvert.rewrites.planning import planned
     from normconvert.rewrites.registry import REWRITES
 
@@ -222,6 +223,8 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
             "its weights: compare the two models by normconvert verify",
         )
     plan, graph = planned(source.skeleton(), options, method)
+    if options.native and method == "rmsnorm":
+        plan = native_plan(source, plan, graph)
     return with_family(source, plan, options, whole=graph)
 
 
