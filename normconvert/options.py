@@ -110,7 +110,7 @@ class Options:
     native: bool = option(
         False,
         "Write the library's own model that has RMSNorm, to be loaded without any code of ours, or refuse.",
-        methods=("rmsnorm",), recorded=True, recipe=True, panel=WRITTEN,
+        methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     merge_branches: bool = option(
         False,

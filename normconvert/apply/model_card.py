@@ -11,13 +11,13 @@ from typing import Any
 from normconvert.apply.card_metadata import metadata
 from normconvert.plan.conversion_plan import Plan, Verdict
 
+UNCHANGED = "Tensor names and shapes are unchanged."
 PAPER = "https://arxiv.org/abs/2305.14858"
 METHODS = {
     "rmsnorm": (
         "Every converted norm reads a stream whose writers were centred (their mean over the channels removed), so "
         "that LayerNorm and RMSNorm are the same function there: *Pre-RMSNorm and Pre-CRMSNorm Transformers: "
-        f"Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). Tensor names and shapes are "
-        "unchanged."
+        f"Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). {UNCHANGED}"
     ),
     "crmsnorm": (
         "The mean-free stream is stored in one channel less and the norms are CRMSNorm: *Pre-RMSNorm and Pre-CRMSNorm "
@@ -142,6 +142,8 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
         origin += f" at revision [`{revision[:12]}`](https://huggingface.co/{base}/tree/{revision})"
     count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
     method = METHODS.get(plan.method, "")
+    if plan.native:
+        method = method.replace(UNCHANGED, f"It is written as `{plan.native}`.")
     claim = (
         "trained to compute nearly the same" if plan.method in TRAINED else "computing the same function up to rounding"
     )

@@ -214,8 +214,10 @@ def _move_bias(analysis: Analysis, calls: list[Norm], found: _Tensors) -> None:
     path = calls[0].path
     bias = f"{path}.{(calls[0].module or {})['bias']}"
     found.removed.append(bias)
-    if [row["op"] for row in found.edits.pop(bias, [])] == ["fill"]:
+    if [row["op"] for row in found.edits.get(bias, [])] == ["fill"]:
         return  # folded already
+    # Gone from the files; whoever edits the original's own class sees zeros.
+    found.edits[bias] = [{"op": "fill", "value": 0.0}]
     try:
         readers, values = readers_of(analysis, calls, through_features=True)
     except Unfoldable as why:
