@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.apply.workplace import Workplace, workplace
 from normconvert.errors import InputError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import check_options, is_model, recorded, taking
-from normconvert.options import Conversion, Identifying, Inspection, check_device
+from normconvert.options import ROTATIONS, Conversion, Identifying, Inspection, check_device
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from normconvert.tracing.graph import Graph
     from normconvert.verification.fidelity import Fidelity
 
+Asked = TypeVar("Asked", Inspection, Conversion)
 NO_ROOM = "not verified: the disk has no room for the source beside the output (--stream)"
 
 
@@ -50,6 +51,7 @@ def inspect(request: Inspection) -> Report:
         TraceError: the model cannot be traced.
     """
     check_options(request)
+    request = _with_rotation(request)
     if is_model(request.src):
         from normconvert.in_memory.conversion import inspect_model
 
@@ -125,6 +127,7 @@ def convert(request: Conversion) -> Report:
         FidelityError: the result differs from the original; ``out`` was not made. Its ``report`` has the figures.
     """
     limits = _check(request)
+    request = _with_rotation(request)
     request = replace(request, name=request.name or request.push_to_hub)
     with workplace(request) as place:
         source, report, graph = _plan(request, place.found, place.stream)
@@ -183,6 +186,19 @@ def _check(request: Conversion) -> dict[str, float]:
     return limits
 
 
+def _with_rotation(request: Asked) -> Asked:
+    """The request with the content of the rotation's file in place of its path.
+
+    Raises:
+        InputError: it is no file of an orthogonal matrix.
+    """
+    if request.rotation in ROTATIONS:
+        return request
+    from normconvert.plan.given_rotations import with_rotation_read
+
+    return with_rotation_read(request)
+
+
 def _plan(
     request: Inspection | Conversion, found: Found | None = None, stream: Stream | None = None
 ) -> tuple[Source, Report, Graph]:
@@ -205,6 +221,10 @@ def _plan(
     from normconvert.tracing.model_graph import tracing_told
 
     plan, graph = planned(model, request.allowed, request.method, tracing_told(say))
+    if request.native and request.method == "rmsnorm":
+        from normconvert.rewrites.native import native_plan
+
+        plan = native_plan(source, plan, graph)
     traced = time.perf_counter()
     lists = isinstance(request, Inspection) or not plan.verdicts
     dtype = str(source.dtype).removeprefix("torch.")

@@ -56,6 +56,8 @@ METHOD = ", ".join(METHODS)
 REVISION = "Branch, tag or commit on the hub."
 TRUST = "Let code that comes with a checkpoint run."
 
+GIVEN = "The file that the rotation was read from (rotate --rotation FILE)."
+
 EXAMPLE = (
     "How the model is called: a tuple, a dict of keyword arguments, or a list of these for several calls; models of "
     "transformers and timm need none."
@@ -105,6 +107,11 @@ class Options:
         "Move the norms' weight and bias into the linear maps that read them, where each can take them.",
         spelling="--fold/--no-fold", methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
+    native: bool = option(
+        False,
+        "Write the library's own model that has RMSNorm, to be loaded without any code of ours, or refuse.",
+        methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
+    )  # fmt: skip
     merge_branches: bool = option(
         False,
         "Make parallel convolutions and skips of a block one convolution.",
@@ -122,8 +129,8 @@ class Options:
     )  # fmt: skip
     rotation: str = option(
         "hadamard",
-        "A Hadamard matrix with random signs, or a random orthogonal matrix.",
-        choices=ROTATIONS, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
+        "hadamard, a Hadamard matrix with random signs; random, a random orthogonal matrix; or a file that holds one.",
+        metavar="hadamard|random|FILE", methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     seed: int = option(
         0,
@@ -152,12 +159,19 @@ class Options:
 
     def for_method(self, method: str) -> Options:
         """The same, with the method's own defaults for what the user left open."""
-        general: dict[str, Any] = {"tied": "center", "min_gain": 3, **DEFAULTS.get(method, {})}
+        # The library's own model has no operation at a table's output.
+        general: dict[str, Any] = {
+            "tied": "untie" if self.native else "center",
+            "min_gain": 3,
+            **DEFAULTS.get(method, {}),
+        }
         return replace(self, **{name: value for name, value in general.items() if getattr(self, name) is None})
 
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
         check_options(self)
+        if self.rotation not in ROTATIONS and "." not in self.rotation:  # files have an ending
+            raise InputError(f"unknown rotation {self.rotation!r}; expected {', '.join(ROTATIONS)} or a file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from normconvert.files.user_paths import user_path
 from normconvert.option_fields import taking
 from normconvert.options import METHODS
 from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.given_rotations import read_rotation
 from normconvert.runtime import ADAPTER_RECORD
 from normconvert.verification.fidelity import Fidelity
 
@@ -86,6 +87,8 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
     from normconvert.verification.record_check import source_reference
 
     record = read_whole_record(target)
+    if request.rotation is not None:
+        read_rotation(request.rotation)
     for read in (folder, target):
         check_output(out, read, request.overwrite)
     adapter = read_adapter(folder)

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 
 from normconvert.option_fields import option
-from normconvert.options import OUT, OVERWRITE, SOURCE, TRUST, WRITTEN
+from normconvert.options import GIVEN, OUT, OVERWRITE, SOURCE, TRUST, WRITTEN
 
 
 @dataclass(frozen=True)
@@ -23,5 +23,6 @@ class AdapterConversion:
     source: str | Path | None = option(
         None, "What was converted; needed where that was a local folder or file.", metavar="SRC"
     )
+    rotation: str | None = option(None, GIVEN, metavar="FILE")
     overwrite: bool = option(False, OVERWRITE, panel=WRITTEN)
     trust_remote_code: bool = option(False, TRUST, panel=SOURCE)

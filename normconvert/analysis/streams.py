@@ -175,6 +175,10 @@ class Analysis:
         counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
         return next((name for name, count in counts if count and count % size == 0), None)
 
+    def norm_of(self, node: fx.Node) -> Norm | None:
+        """The norm whose normalised value a value is."""
+        return self._made_by.get(node)
+
     def provenance(self, ref: AxisRef) -> Provenance:
         """What the value at ``ref`` is made of."""
         node, place = ref

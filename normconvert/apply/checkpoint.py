@@ -17,12 +17,12 @@ import torch
 from normconvert.apply.layout import can_stream, index_bytes, make_layout
 from normconvert.apply.loaded_model import save_loaded
 from normconvert.apply.other_files import copy_other_files
-from normconvert.apply.output_folder import edit_config, set_dtype, staged_output, write_json
+from normconvert.apply.output_folder import set_dtype, staged_output, write_json
 from normconvert.apply.source_reader import SourceReader
 from normconvert.apply.writer import Progress, Writer
 from normconvert.errors import InputError, Unfinished
 from normconvert.files.code_references import without_code
-from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.conversion_plan import Plan, edited_config
 from normconvert.sources import Source
 from normconvert.sources.transformers_models import own_class
 
@@ -192,7 +192,7 @@ def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype |
     config: Mapping[str, Any] = without_code(source.config)
     if dtype is not None:
         config = set_dtype(config, str(dtype).removeprefix("torch."))
-    write_json(folder / "config.json", edit_config(config, plan.config))
+    write_json(folder / "config.json", edited_config(config, plan.config))
 
 
 __all__ = ["ApplyResult", "Progress", "apply_plan", "staged_output", "write_checkpoint"]

@@ -11,13 +11,13 @@ from typing import Any
 from normconvert.apply.card_metadata import metadata
 from normconvert.plan.conversion_plan import Plan, Verdict
 
+UNCHANGED = "Tensor names and shapes are unchanged."
 PAPER = "https://arxiv.org/abs/2305.14858"
 METHODS = {
     "rmsnorm": (
         "Every converted norm reads a stream whose writers were centred (their mean over the channels removed), so "
         "that LayerNorm and RMSNorm are the same function there: *Pre-RMSNorm and Pre-CRMSNorm Transformers: "
-        f"Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). Tensor names and shapes are "
-        "unchanged."
+        f"Equivalent and Efficient Pre-LN Transformers* ([arXiv:2305.14858]({PAPER})). {UNCHANGED}"
     ),
     "crmsnorm": (
         "The mean-free stream is stored in one channel less and the norms are CRMSNorm: *Pre-RMSNorm and Pre-CRMSNorm "
@@ -142,6 +142,8 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
         origin += f" at revision [`{revision[:12]}`](https://huggingface.co/{base}/tree/{revision})"
     count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
     method = METHODS.get(plan.method, "")
+    if plan.native:
+        method = method.replace(UNCHANGED, f"It is written as `{plan.native}`.")
     claim = (
         "trained to compute nearly the same" if plan.method in TRAINED else "computing the same function up to rounding"
     )
@@ -154,7 +156,7 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
 def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str) -> str:
     named = json.dumps(name, ensure_ascii=False)
     replaced = any(edit["op"] == "replace" for edit in plan.modules)
-    in_place = "RMSNorm modules in place" if replaced and not plan.structural else "as converted"
+    in_place = "RMSNorm modules in place" if (replaced or plan.native) and not plan.structural else "as converted"
     trust = TRUST if code == OWN else ""
     own = f"import normconvert\n\nmodel = normconvert.load({named}{trust})  # {in_place}"
     if library == "torch":
@@ -166,6 +168,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
         place = json.dumps(f"{'hf-hub' if '/' in name else 'local-dir'}:{name}", ensure_ascii=False)
         plain = f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)  # {architecture}"
         blocks = [own, plain]
+    elif plan.native:
+        blocks = [f"from transformers import {plan.native}\n\nmodel = {plan.native}.from_pretrained({named})"]
     elif code != SHIPPED:
         plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({named}{trust})"
         blocks = [own] if plan.structural else [own, f"{plain}  # {ORIGINAL}"]
@@ -188,6 +192,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
     if plan.structural:
         missing = "tensors of the plain architecture are missing here, or have other shapes"
         return f"{text}\n\nUnmodified {library} cannot load it: {missing}."
+    if plan.native:
+        return f"{text}\n\nThis is {library}'s own model with RMSNorm: no code of normconvert's is needed."
     if plan.method != "rmsnorm":
         return text
     return text + (

@@ -204,19 +204,6 @@ def sweep(target: Path) -> None:
                     shutil.rmtree(folder)
 
 
-def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json's data with ``changes``: dotted key -> value."""
-    # A deep copy: the source's config is used again.
-    edited: dict[str, Any] = json.loads(json.dumps(config))
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = edited
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return edited
-
-
 def set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A copy of config.json's data whose dtype entries, where there are any, say ``dtype``."""
     edited: dict[str, Any] = {}

@@ -21,7 +21,7 @@ RECORD_FORMAT = 1
 
 def loading_files(source: Source, plan: Plan, dtype: str) -> dict[str, str | bytes]:
     """The files that make the output load by itself."""
-    if source.library != "transformers":
+    if source.library != "transformers" or plan.native:
         return {}
     from normconvert.sources.converted import huggingface_files
     from normconvert.sources.transformers_models import own_class
@@ -53,7 +53,7 @@ def record_of(source: Source, report: Report, hashes: dict[str, str]) -> dict[st
         "normconvert": __version__,
         "method": report.method,
         "library": source.library,
-        "architecture": source.architecture,
+        "architecture": report.plan.native or source.architecture,
         "source": {"reference": public_reference(report.source, source), "revision": source.revision, "sha256": hashes},
         "options": report.options,
         "versions": versions(source.library),

@@ -14,6 +14,7 @@ from normconvert.apply.underflow import Underflow
 from normconvert.errors import InputError, first_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, limited, refuse_oversized
+from normconvert.plan.given_rotations import read_rotation
 
 
 def edited_values(
@@ -83,7 +84,9 @@ def _stored(name: str, value: Tensor, rows: list[dict[str, Any]], tensors: Mappi
     return made
 
 
-def apply_plan(state_dict: Mapping[str, Tensor], plan: Plan | str | Path) -> dict[str, Tensor]:
+def apply_plan(
+    state_dict: Mapping[str, Tensor], plan: Plan | str | Path, *, rotation: str | Path | None = None
+) -> dict[str, Tensor]:
     """A state dict with a plan's edits: for code that has checkpoints of its own, of the model that the plan is of.
 
     The arithmetic is in float64, and each tensor is stored in its dtype, as the conversion of files and models does it.
@@ -94,6 +97,7 @@ def apply_plan(state_dict: Mapping[str, Tensor], plan: Plan | str | Path) -> dic
         state_dict: name -> tensor; it and its tensors stay as they are.
         plan: ``report.plan`` of :func:`normconvert.convert_model` or of ``inspect`` with a model, or the JSON file that
             ``plan.save`` wrote.
+        rotation: the file that the rotation was read from, if it was one and not by this process.
 
     Returns:
         A new state dict; tensors that the plan leaves alone are those of ``state_dict``.
@@ -103,6 +107,8 @@ def apply_plan(state_dict: Mapping[str, Tensor], plan: Plan | str | Path) -> dic
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
+    if rotation is not None:
+        read_rotation(rotation)
     tensors = _of_the_plans_model(state_dict, plan)
     edited = edited_tensors(plan, tensors)
     for name, value in list(edited.items()):

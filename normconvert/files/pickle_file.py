@@ -129,6 +129,21 @@ def read_training_arguments(path: Path) -> dict[str, Any]:
     return _arguments(loaded, "args") if isinstance(loaded, Mapping) else {}
 
 
+def read_plain_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle that is one, or a mapping of them; no wrapping is looked through.
+
+    Raises:
+        InputError: as :func:`read_pickle`.
+    """
+    import torch
+
+    loaded, _ = _read(path)
+    tensors = {"tensor": loaded} if isinstance(loaded, torch.Tensor) else _tensors(loaded)
+    for name, value in tensors.items():
+        _refuse_expanded(path, name, value)
+    return {name: value.detach() for name, value in tensors.items()}
+
+
 def _arguments(loaded: Mapping[Any, Any], key: str) -> dict[str, Any]:
     value = loaded.get(key)
     inner = vars(value) if isinstance(value, argparse.Namespace) else value

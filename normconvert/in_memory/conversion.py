@@ -15,6 +15,7 @@ from normconvert.in_memory.request import ModelConversion
 from normconvert.in_memory.subject import Subject, subject_of
 from normconvert.option_fields import check_options, recorded, taking
 from normconvert.options import LEVELS, Inspection, Options
+from normconvert.plan.given_rotations import with_rotation_read
 from normconvert.result import Clock, Report
 from normconvert.rewrites.other_norms import other_norms
 from normconvert.rewrites.planning import planned
@@ -59,6 +60,7 @@ def convert_model(request: ModelConversion) -> tuple[Any, Report]:
         FidelityError: the converted model differs; ``model`` is as it was. Its ``report`` has the figures.
     """
     check_options(request)
+    request = with_rotation_read(request)
     limits = _checked_limits(request)
     subject = subject_of(request.model, request.example_inputs)
     clock = Clock(request.stage)
@@ -107,6 +109,8 @@ def _planned(
     subject: Subject, method: str, allowed: Options, options: dict[str, Any], clock: Clock
 ) -> tuple[Report, Graph]:
     """What becomes of every norm; no weight is read."""
+    if allowed.native:
+        raise InputError("native is for checkpoints: a model in memory keeps its class")
     clock("trace")
     plan, graph = planned(subject.skeleton, allowed, method, subject.tracer)
     shapes = {name: list(tensor.shape) for name, tensor in subject.skeleton.state_dict().items()}

@@ -7,6 +7,7 @@ writer (`apply`), the verification and the loader (`runtime`). It can be printed
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Plan:
             names them (only with ``--allow-shifted-outputs``).
         shapes: tensor name -> shape, of the whole model, for :func:`normconvert.apply_plan`; empty in plans of files,
             which are held against their headers.
+        native: the class (transformers) or model (timm) that the output is, where that is the library's own with
+            RMSNorm in place of the source's; else empty.
     """
 
     method: str
@@ -81,6 +84,7 @@ class Plan:
     shifted_doors: list[dict[str, Any]] = field(default_factory=list)
     shifted_outputs: list[str] = field(default_factory=list)
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    native: str = ""
 
     @property
     def converted(self) -> list[Verdict]:
@@ -104,17 +108,18 @@ class Plan:
         """A removed tensor of which transformers outputs keep the name, with no elements.
 
         transformers initialises tensors that a checkpoint lacks and only warns; a tensor of another shape it refuses.
-        None where tensors have other shapes anyway.
+        None where tensors have other shapes anyway, and where the library's own class has no such tensor.
         """
-        if any(edit["op"] == "resize" for edit in self.modules):
+        if self.native or any(edit["op"] == "resize" for edit in self.modules):
             return None
         return next((name for name in self.removed if name.endswith((".weight", ".running_var"))), None)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
         data = {"format": FORMAT, **asdict(self)}
-        if not self.shapes:
-            del data["shapes"]
+        for name in ("shapes", "native"):
+            if not data[name]:
+                del data[name]
         return data
 
     def save(self, path: str | Path) -> None:
@@ -151,3 +156,16 @@ class Plan:
             raise ValueError(f"plan: unknown entry {min(unknown)[:40]!r}")
         # A ValidationError is a ValueError.
         return TypeAdapter(cls).validate_python(data)
+
+
+def edited_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json's data with ``changes``: dotted key -> value."""
+    # A deep copy: the source's config is used again.
+    edited: dict[str, Any] = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = edited
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return edited

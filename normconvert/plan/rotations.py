@@ -4,6 +4,7 @@
   of order 2^k, times one of Paley's (q a prime: q + 1 for q = 3 mod 4, 2 (q + 1) for q = 1 mod 4), all numbers of one
   size; a width that has neither takes a random orthogonal matrix in its place, of the smallest order that is left.
 - ``random``: a random orthogonal matrix.
+- ``sha256:...``: a matrix that the user gave in a file: see `normconvert.plan.given_rotations`.
 
 With ``constant`` the map leaves what is the same in all channels as it is, Q 1 = 1, and so commutes with the mean:
 Q = U diag(1, ...) U' where the first column of U is the same number throughout. Every factor of H has that column.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from normconvert.options import ROTATIONS
+from normconvert.plan.given_rotations import KIND, matrix_of, nearest_orthogonal
 
 LARGEST = 64
 """Order of a factor of Sylvester's matrix: for more, two of half the order are fewer multiplications."""
@@ -29,21 +31,23 @@ def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor
     Args:
         x: in float64; on the meta device it is returned.
         dim: the channels.
-        kind: one of :data:`normconvert.options.ROTATIONS`.
+        kind: one of :data:`normconvert.options.ROTATIONS`, or of a file.
         seed: of the signs and random matrices.
         constant: Q 1 = 1.
 
     Raises:
         KeyError: there is no such kind.
+        InputError: the file was not read.
     """
-    if kind not in ROTATIONS:
+    if kind not in ROTATIONS and not kind.startswith(KIND):
         raise KeyError(kind)
     if x.device.type == "meta":
         return x
     size = x.shape[dim]
     rows = x.movedim(dim, -1)
-    if kind == "random":
-        rows = rows @ _random(size, seed, constant).T.to(x.device)
+    if kind != "hadamard":
+        matrix = _random(size, seed, constant) if kind == "random" else _given(kind, constant)
+        rows = rows @ matrix.T.to(x.device)
     else:
         factors = [factor.to(x.device) for factor in _factors(size, seed)]
         signs = _signs(size, seed, constant).to(x.device)
@@ -165,6 +169,17 @@ def _random(size: int, seed: int, constant: bool) -> Tensor:
         return _orthogonal(size, seed)
     outer, inner = _householder(size), torch.eye(size, dtype=torch.float64)
     inner[1:, 1:] = _orthogonal(size - 1, seed)
+    return outer @ inner @ outer.T
+
+
+@functools.lru_cache(maxsize=4)
+def _given(kind: str, constant: bool) -> Tensor:
+    """The orthogonal matrix nearest to the one that was read; of those with Q 1 = 1 if ``constant``."""
+    matrix = matrix_of(kind)
+    if not constant:
+        return nearest_orthogonal(matrix)
+    outer, inner = _householder(len(matrix)), torch.eye(len(matrix), dtype=torch.float64)
+    inner[1:, 1:] = nearest_orthogonal((outer.T @ matrix @ outer)[1:, 1:])
     return outer @ inner @ outer.T
 
 

@@ -5,10 +5,12 @@ All of it is plain data, since jobs run in other processes and on other machines
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from normconvert.errors import FidelityError, InputError, NothingToConvert
+from normconvert.options import ROTATIONS
 
 Status = Literal["converted", "skipped", "failed", "interrupted"]
 
@@ -114,6 +116,7 @@ class Job:
         return {
             "method": self.method,
             **self.options,
+            **self._rotation,
             "arch": self.arch,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
@@ -121,6 +124,18 @@ class Job:
             "trust_remote_code": self.trust_remote_code,
             **{name: value for name, value in chosen.items() if value is not None},
         }
+
+    @property
+    def _rotation(self) -> dict[str, str]:
+        """What the file of the rotation holds, if it is one that can be read here."""
+        rotation = self.options.get("rotation", ROTATIONS[0])
+        if rotation in ROTATIONS:
+            return {}
+        from normconvert.plan.given_rotations import read_rotation  # torch comes with it
+
+        with suppress(InputError):  # the job itself will tell
+            return {"rotation": read_rotation(rotation).text}
+        return {}
 
     def to_json(self) -> dict[str, Any]:
         """The job as JSON-ready data."""

@@ -141,8 +141,10 @@ def _convert(job: Job, made: Path, say: Say) -> tuple[Report, State]:
         source_files = replace(take(path, known), seen=seen)
         if {name: file.stat for name, file in source_files.files.items()} != before:
             raise InputError(f"{job.source}: changed while it was converted: run again when it is complete")
+    # Of what was read: the rotation's file may have changed meanwhile.
+    settings = job.settings | {"rotation": report.options["rotation"]}
     state = State(
-        settings=job.settings, source=source_name(job), revision=job.revision, source_files=source_files,
+        settings=settings, source=source_name(job), revision=job.revision, source_files=source_files,
         output_files=take(made), verified=report.fidelity is not None, figures=_figures(report),
         norms=(report.converted, report.total), run=job.run,
     )  # fmt: skip

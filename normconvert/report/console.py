@@ -320,11 +320,12 @@ def how_to_load(report: Report) -> list[str]:
         return lines
     if report.library == "timm":
         return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
+    if report.plan.native:
+        return [*lines, f'model = {report.plan.native}.from_pretrained("{report.out}")  # the library alone']
     auto = auto_class(Path(report.out or ""), report.architecture)
     if code != SHIPPED:
         return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{trust})  # {ORIGINAL}']
-    remote = TRUST if auto else ""
-    lines.append(f'model = {auto or report.architecture}.from_pretrained("{report.out}"{remote})')
+    lines.append(f'model = {auto or report.architecture}.from_pretrained("{report.out}"{TRUST if auto else ""})')
     # Where tensors alone were changed, that code is there to refuse other classes and to warn of adapters.
     if auto and report.method in OF_TENSORS and all(row.get("stated") for row in report.plan.modules):
         lines.append(f'model = {auto}.from_pretrained("{report.out}")  # the library alone')

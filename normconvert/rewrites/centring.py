@@ -8,6 +8,7 @@ are such streams. What cannot be centred *taints* what is made of it, until a ce
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, MOVES, S
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, operation, spans
 from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
-from normconvert.tracing.graph import module_path
+from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER, Boundary, boundary_of
 from normconvert.tracing.own_hooks import WATCHED
 
@@ -44,6 +45,7 @@ class Centring:
         scales: layer scales that fold.
         inserted: places of centring operations, in the order of insertion.
         optional: places at an input that holds embeddings from outside, and that a call may leave out.
+        given: values from outside that count as mean-free: whoever gives them has to see to that.
     """
 
     clean: set[AxisRef] = field(default_factory=set)
@@ -54,6 +56,7 @@ class Centring:
     scales: dict[AxisRef, Scale] = field(default_factory=dict)
     inserted: list[Boundary] = field(default_factory=list)
     optional: set[Boundary] = field(default_factory=set)
+    given: set[AxisRef] = field(default_factory=set)
 
 
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
@@ -79,6 +82,8 @@ def editability(analysis: Analysis, options: Options) -> tuple[Centring, dict[Bo
         for ref, made in stream.members.items():
             if made.kind == "parameter":
                 others = list(analysis.other_readers(ref, usable.__contains__))
+                if options.native:  # elsewhere a tied table stays as it is, and an operation stands at its output
+                    others = [reader for reader in others if not _blind(analysis, reader, ref)]
                 # A tensor that carries channels on two axes would need two edits, each of which is seen by what reads
                 # the other axis.
                 if not others and len(places[ref[0]]) == 1:
@@ -92,7 +97,34 @@ def editability(analysis: Analysis, options: Options) -> tuple[Centring, dict[Bo
     boundaries = _boundaries(analysis, usable)
     outside = analysis.graph.outside
     result.optional = {key for key, refs in boundaries.items() if all(_unmarked(s[0]) in outside for s in refs)}
+    if options.native:  # nothing can stand at the inputs of the library's own model
+        result.given = {ref for ref in usable if ref[0] in outside}
     return result, boundaries
+
+
+def doors_of(graph: Graph, refs: Collection[AxisRef]) -> list[str]:
+    """The arguments that hold the values from outside among ``refs``."""
+    outside: list[fx.Node] = [node for node, _ in refs if node in graph.outside]
+    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
+
+
+def _blind(analysis: Analysis, reader: fx.Node, ref: AxisRef) -> bool:
+    """Whether a linear map by a tensor applies to what has no mean itself, as W n = W P n if n = P n.
+
+    That is what a LayerNorm without a weight and a bias gives.
+    """
+    tensor, place = ref
+    if name_of(reader) != "aten.linear" or reader.args[1] is not tensor or place.dim != 1 or not place.whole:
+        return False
+    value: Any = reader.args[0]
+    at: AxisRef = (value, ChannelAxis(len(shape_of(value)) - 1, place.size))
+    while (norm := analysis.norm_of(at[0])) is None:
+        made = analysis.provenance(at)
+        if made.kind != "sum" or made.rest or len(made.parts) != 1:
+            return False
+        at = made.parts[0]
+    settings = norm.module or {"weight": "unknown"}
+    return norm.centred and norm.place == at[1] and settings["weight"] is None and settings["bias"] is None
 
 
 def _unmarked(node: fx.Node) -> fx.Node:

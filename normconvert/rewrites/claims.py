@@ -138,6 +138,7 @@ def _norm_with_a_mean(
                 fits = scale is not None and edited(scale.factor, "fill") and all(map(edited, scale.writers))
             else:
                 fits = made.kind == "sum" and not made.rest and all(part in clean for part in made.parts)
+                fits = fits or ref in found.given
             if fits:
                 clean.add(ref)
     for calls in replaced:

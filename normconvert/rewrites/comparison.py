@@ -9,15 +9,14 @@ expected: a class that splits such a value into heads, or divides by the root of
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import singledispatchmethod
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.op_table import POINTWISE, varies
@@ -34,10 +33,25 @@ from normconvert.rewrites.expected_changes import (
     Gone,
     Inserted,
     Merged,
+    Renormed,
     Replaced,
     SameAs,
     unmarked,
 )
+from normconvert.rewrites.graph_values import (
+    CLAMP,
+    SIZES,
+    floats_of,
+    marks_by_key,
+    narrowed,
+    same_number,
+    same_value,
+    sizes_of,
+    tensors_of,
+    with_epsilon,
+)
+from normconvert.rewrites.norm_calls import is_cast, norm_calls
+from normconvert.rewrites.unordered import Expressions, live
 from normconvert.tracing.graph import Graph, Parameter, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
@@ -60,16 +74,6 @@ def compare(old: Graph, new: Graph, changes: ExpectedChanges) -> None:
     """
     _Comparison(old, new, changes).run()
 
-
-_SIZES: dict[str, int] = {
-    **dict.fromkeys(["aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand", "aten.split"], 1),
-    **dict.fromkeys(["aten.split_with_sizes", "aten.broadcast_to", "aten.new_zeros", "aten.new_ones"], 1),
-    **dict.fromkeys(["aten.new_full", "aten.new_empty"], 1),
-    **dict.fromkeys(["aten.zeros", "aten.ones", "aten.full", "aten.empty"], 0),
-    **dict.fromkeys(["aten.unflatten"], 2),
-    "aten.slice": 3,
-}
-"""Operation -> the argument that holds sizes: in other widths it may differ as far as the shapes of the results may."""
 
 _ELEMENTWISE = POINTWISE | {"aten.masked_fill", "aten.masked_scatter"}
 _SILENT = {"aten._assert_tensor_metadata"}
@@ -95,8 +99,12 @@ class _Comparison:
         # Tied parameters have several placeholders, of which one is used.
         for node, parameter in sorted(new.parameters.items(), key=lambda item: bool(item[0].users)):
             self.tensors |= dict.fromkeys(parameter.aliases, node)
+        renormed = {label.path for label in changes.labels.values() if isinstance(label, Renormed)}
+        self.norms = norm_calls(new, renormed)
         self.rest = self._operations()
-        self.marks: dict[Any, Iterator[fx.Node]] = _by_key(new)
+        self.expressions = Expressions(self.rest if changes.rewritten else (), self._stripped)
+        self.live = live(old.outputs) if changes.rewritten else set()
+        self.marks: dict[Any, Iterator[fx.Node]] = marks_by_key(new)
         self.width = " at the new width" if changes.compressed else ""
 
     def run(self) -> None:
@@ -108,10 +116,14 @@ class _Comparison:
             label = self.changes.labels.get(node)
             if label is not None:
                 self._changed(label, node)
+            elif self.changes.rewritten and is_cast(node):
+                self._is(node, self._image_of(node.args[0]))
             elif node.target is MARKER:
                 self._is(node, self._image_of(node.args[0]))
                 if node in self.image:
                     self._shapes(node, self.image[node])
+            elif self.changes.rewritten:
+                self._same_anywhere(node)
             else:
                 self._same_operation(node, self._next(node))
         more = next(self.rest, None)
@@ -140,10 +152,13 @@ class _Comparison:
         return next((self.tensors[name] for name in parameter.aliases if name in self.tensors), None)
 
     def _operations(self) -> Iterator[fx.Node]:
-        replaced = [label.path for label in self.changes.labels.values() if isinstance(label, Replaced)]
+        gone = (Replaced, Renormed)
+        replaced = [label.path for label in self.changes.labels.values() if isinstance(label, gone)]
         paths, inside = set(replaced), tuple(f"{path}." for path in set(replaced))
         for node in self.new.nodes:
             if node.op in ("placeholder", "output") or node.target in (MARKER, INSERTED) or name_of(node) in _SILENT:
+                continue
+            if self.changes.rewritten and is_cast(node):
                 continue
             # What a norm of the runtime does inside is its own; what it made it of is seen.
             path = module_path(node)
@@ -158,6 +173,16 @@ class _Comparison:
 
     def _image_of(self, node: Any) -> Any:
         return self.image.get(node) if isinstance(node, fx.Node) else node
+
+    def _bare(self, node: Any) -> Any:
+        """A value of the new graph: what marks it left out, and where the graph was written anew casts and copies."""
+        return self.expressions.value(self._stripped(node))
+
+    def _stripped(self, node: Any) -> Any:
+        node = unmarked(node)
+        while self.changes.rewritten and isinstance(node, fx.Node) and is_cast(node):
+            node = unmarked(node.args[0])
+        return node
 
     def _is(self, node: fx.Node, value: Any) -> None:
         """Note what a value of the old graph is in the new one; nothing, if what it is made of is gone."""
@@ -210,6 +235,21 @@ class _Comparison:
         self.image[node] = other  # its shape is compared where a mark shows it
 
     @_changed.register
+    def _(self, label: Renormed, node: fx.Node) -> None:
+        call = next(self.norms.get(label.path, iter(())), None)
+        if call is None or call.norm.centred:
+            raise Differs(label.path, f"`{label.path}` is no RMSNorm there")
+        if self._bare(call.source) is not self._image_of(label.source):
+            raise Differs(label.path, f"`{label.path}` reads another value")
+        found = call.norm.module or {}
+        for key in ("size", "eps", "axis"):
+            if not same_number(label.settings.get(key), found.get(key)):
+                raise Differs(
+                    label.path, f"`{label.path}` has the {key} {found.get(key)}, not {label.settings.get(key)}"
+                )
+        self.image[node] = self._bare(call.result)
+
+    @_changed.register
     def _(self, label: Biased, node: fx.Node) -> None:
         other = self._next(node)
         name = self.new.parameters.get(other.args[2]) if len(other.args) > 2 else None  # type: ignore[arg-type]
@@ -220,7 +260,7 @@ class _Comparison:
     @_changed.register
     def _(self, label: Epsilon, node: fx.Node) -> None:
         other = self._next(node)
-        if _numbers(other).count(label.new) != 1 or _numbers(node).count(label.old) != 1:
+        if floats_of(other).count(label.new) != 1 or floats_of(node).count(label.old) != 1:
             raise Differs(module_path(node), f"{operation(node)} has not the ε {label.new:g}")
         self._same_operation(node, other, eps=label)
 
@@ -231,7 +271,7 @@ class _Comparison:
         right = len(found) == 3 and all(
             name_of(one) == name and not one.kwargs and len(one.args) == 2
             and unmarked(one.args[0]) is value and one.args[1] is self.tensors.get(f"{label.path}.{tensor}")
-            for one, name, value, tensor in zip(found, _CLAMP, read, TENSORS, strict=False)
+            for one, name, value, tensor in zip(found, CLAMP, read, TENSORS, strict=False)
         )  # fmt: skip
         if not right:
             raise Differs(label.path, f"`{label.path}` is not the clamp that it should be")
@@ -269,13 +309,32 @@ class _Comparison:
             self._arguments(a, b, biased, eps)
             self._shapes(a, b)
 
+    def _same_anywhere(self, a: fx.Node) -> None:
+        """What the same operation of the same values is, wherever it stands; what nobody needs may be gone."""
+        found = self.expressions.find(a, functools.partial(self._read, a))
+        if found is not None:
+            self.image[a] = found
+            self._shapes(a, found)
+        elif a in self.live:
+            raise Differs(module_path(a), f"nothing there is {operation(a)}")
+
+    def _read(self, at: fx.Node, value: fx.Node) -> Any:
+        """What an operation has to read in the new graph, where ``at`` reads a value of the old one."""
+        parameter = self.old.parameters.get(value)
+        if parameter is not None and not self.changes.untied.keys().isdisjoint(parameter.aliases):
+            return self.tensors.get(f"{module_path(at)}.weight")
+        return self._image_of(value)
+
     def _arguments(self, a: fx.Node, b: fx.Node, biased: bool, eps: Epsilon | None) -> None:
         old, new, named = list(a.args), list(b.args), dict(a.kwargs)
         if eps is not None:
-            old, named = [_now(value, eps) for value in old], {key: _now(value, eps) for key, value in named.items()}
+            old, named = (
+                [with_epsilon(value, eps) for value in old],
+                {key: with_epsilon(value, eps) for key, value in named.items()},
+            )
         if biased:  # an absent bias is no argument at all, or None
             old, new = [*old[:2], *old[3:]], [*new[:2], *new[3:]]
-        sizes = _SIZES.get(name_of(a)) if self.changes.compressed else None
+        sizes = SIZES.get(name_of(a)) if self.changes.compressed else None
         for i, (x, y) in enumerate(zip(old, new, strict=False)):
             if not self._same(a, x, y, free=i == sizes):
                 raise Differs(module_path(a), f"{operation(a)} has the argument {y}, not {x},{self.width}".rstrip(","))
@@ -284,7 +343,7 @@ class _Comparison:
 
     def _same(self, at: fx.Node, a: Any, b: Any, free: bool = False) -> bool:
         if isinstance(a, fx.Node):
-            return isinstance(b, fx.Node) and self._same_node(at, a, unmarked(b))
+            return isinstance(b, fx.Node) and self._same_node(at, a, self._bare(b))
         if isinstance(a, (list, tuple)):
             same_length = isinstance(b, (list, tuple)) and len(a) == len(b)
             return same_length and all(self._same(at, x, y, free) for x, y in zip(a, b, strict=True))
@@ -302,14 +361,14 @@ class _Comparison:
         return self._image_of(a) is b
 
     def _shapes(self, a: fx.Node, b: fx.Node) -> None:
-        old, new = _tensors(a), _tensors(b)
+        old, new = tensors_of(a), tensors_of(b)
         if len(old) != len(new):
             raise Differs(module_path(a), f"{operation(a)} has other results{self.width}")
         for x, y in zip(old, new, strict=True):
-            if x.dtype != y.dtype:
+            if x.dtype != y.dtype and not (self.changes.rewritten and x.is_floating_point() and y.is_floating_point()):
                 raise Differs(module_path(a), f"{operation(a)} is {y.dtype}, not {x.dtype},{self.width}".rstrip(","))
-            expected, shape = narrowed(_sizes(x), self.places.get(a, ())), _sizes(y)
-            if expected != shape and not self._constant(a, _sizes(x), shape):
+            expected, shape = narrowed(sizes_of(x), self.places.get(a, ())), sizes_of(y)
+            if expected != shape and not self._constant(a, sizes_of(x), shape):
                 wrong = f"{operation(a)} has the shape {list(shape)}{self.width}, not {list(expected)}"
                 raise Differs(module_path(a), wrong)
         if a not in self.constant:
@@ -337,7 +396,7 @@ class _Comparison:
 
     def _outputs(self) -> None:
         """Every output must be the image of its own; a name may come back from each call of the model."""
-        returned = Counter((name, unmarked(node)) for node, names in self.new.outputs.items() for name in names)
+        returned = Counter((name, self._bare(node)) for node, names in self.new.outputs.items() for name in names)
         for node, names in self.old.outputs.items():
             wanted = Counter((name, self.image.get(node)) for name in names)
             if self.places.get(node) or wanted - returned:
@@ -345,59 +404,3 @@ class _Comparison:
             returned -= wanted
         if returned:
             raise Differs("", f"the output {', '.join(name for name, _ in returned)} is new")
-
-
-_CLAMP = ("aten.sub", "aten.maximum", "aten.minimum")
-"""What the runtime's clamp does, in order, each with one of its tensors."""
-
-
-def _by_key(graph: Graph) -> dict[Any, Iterator[fx.Node]]:
-    found: dict[Any, list[fx.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.target is MARKER:
-            found[tuple(node.args[1:4])].append(node)
-    return {key: iter(nodes) for key, nodes in found.items()}
-
-
-def _numbers(node: fx.Node) -> list[Any]:
-    """The floating arguments of an operation."""
-    return [value for value in (*node.args, *node.kwargs.values()) if type(value) is float]
-
-
-def _now(value: Any, epsilon: Epsilon) -> Any:
-    return epsilon.new if type(value) is float and value == epsilon.old else value
-
-
-def same_number(a: Any, b: Any) -> bool:
-    """Whether two arguments that are no values of a graph are the same, exactly; NaN equals nothing."""
-    # 1 equals True in Python, and 0.0 equals -0.0: other arguments.
-    if type(a) is not type(b) or a != b:
-        return False
-    return not isinstance(a, float) or math.copysign(1.0, a) == math.copysign(1.0, b)
-
-
-def same_value(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two constants are the same, exactly; NaN equals nothing. None: it is no constant."""
-    if a is None or b is None:
-        return a is b
-    same = a.dtype == b.dtype and torch.equal(a, b)
-    return same and (not a.is_floating_point() or torch.equal(torch.signbit(a), torch.signbit(b)))
-
-
-def _tensors(node: fx.Node) -> list[Tensor]:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [v for v in values if isinstance(v, Tensor)]
-
-
-def _sizes(x: Tensor) -> tuple[Any, ...]:
-    """The shape, with sizes that depend on data as expressions."""
-    return tuple(s if isinstance(s, int) else s.node.expr for s in x.shape)
-
-
-def narrowed(shape: tuple[Any, ...], places: Collection[ChannelAxis]) -> tuple[Any, ...]:
-    """The shape with one channel less at each place."""
-    sizes = list(shape)
-    for place in places:
-        sizes[place.dim] = place.outer * (place.size - 1) * place.inner
-    return tuple(sizes)

@@ -26,10 +26,11 @@ from normconvert.analysis.streams import Analysis, AxisRef, Stream, described
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import Centring, editability, insertion
-from normconvert.rewrites.comparison import narrowed, prove
+from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import ExpectedChanges, expected_changes
 from normconvert.rewrites.fold import along
+from normconvert.rewrites.graph_values import narrowed
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Boundaries, Region, Stays, choose_region
 from normconvert.rewrites.registry import rewrite

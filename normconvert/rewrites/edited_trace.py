@@ -96,7 +96,16 @@ def trace_edited(
         for hook in _operations_at(module):
             if id(hook) not in own:
                 vars(hook)["change"] = _change(hook)
-    edited: Graph | None = None
+    return trace_as(graph, model)
+
+
+def trace_as(graph: Graph, model: nn.Module) -> Graph:
+    """The graph of another model, called as that of ``graph`` was.
+
+    Raises:
+        Differs: it cannot be traced so.
+    """
+    traced: Graph | None = None
     with _running(model) as stack, quiet():
         for inputs, path in graph.calls:
             try:
@@ -104,9 +113,9 @@ def trace_edited(
             except TraceError as error:
                 reason = str(error).removeprefix("the model could not be traced: ")
                 raise Differs(stack[-1] if stack else "", reason) from error
-            edited = found if edited is None else merge(edited, found)
-    assert edited is not None
-    return edited
+            traced = found if traced is None else merge(traced, found)
+    assert traced is not None
+    return traced
 
 
 def _operations_at(module: nn.Module) -> list[Center]:

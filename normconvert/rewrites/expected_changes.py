@@ -56,6 +56,15 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Renormed:
+    """The last operation of a norm: the RMSNorm of another class reads ``source`` now, whatever it is made of."""
+
+    path: str
+    source: fx.Node
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Biased:
     """A linear map is given a bias."""
 
@@ -88,7 +97,7 @@ class Epsilon:
     new: float
 
 
-Label = Gone | SameAs | Inserted | Replaced | Biased | Clamped | Merged | Epsilon
+Label = Gone | SameAs | Inserted | Replaced | Renormed | Biased | Clamped | Merged | Epsilon
 
 
 @dataclass(frozen=True)
@@ -100,12 +109,15 @@ class ExpectedChanges:
         compressed: values, and stored tensors, in one channel less.
         live: values that matter to what the model returns; None: all do.
         untied: names that are tensors of their own now, and their shapes.
+        rewritten: the new graph is of a class that was written anew: independent operations may run in another order,
+            and casts between floating dtypes may be others, which is another rounding and the same algebra.
     """
 
     labels: Mapping[fx.Node, Label] = field(default_factory=dict)
     compressed: Collection[AxisRef] = ()
     live: Collection[fx.Node] | None = None
     untied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rewritten: bool = False
 
 
 def expected_changes(

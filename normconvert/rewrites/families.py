@@ -54,7 +54,7 @@ def obstacle_in(
     own = REWRITES[plan.method].planner(graph, options)
     stages = {"planning", "verification"} if compare else {"planning"}
     compared = REWRITES[plan.method].compared in stages and not (whole and runs_inside(graph, whole, prefix[:-1]))
-    if _same_edits(own, plan, edits, prefix, paths, tensors):
+    if same_edits(own, plan, edits, prefix, paths, tensors):
         return difference(graph, own, options) if compared and own.converted else ""
     if plan.method != "rmsnorm":
         return "its own conversion would be another one"
@@ -77,7 +77,7 @@ def renamed(name: str, prefix: str, known: Any) -> str | None:
     return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in known), None)
 
 
-def _same_edits(
+def same_edits(
     own: Plan, plan: Plan, edits: Mapping[str, list[dict[str, Any]]], prefix: str, paths: Any, tensors: Any
 ) -> bool:
     """Whether what this class would change itself is what was changed."""

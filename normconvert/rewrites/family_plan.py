@@ -8,7 +8,9 @@ from normconvert.errors import NormConvertError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.families import obstacle_in
+from normconvert.rewrites.native import native_obstacle
 from normconvert.sources.families import as_class, opened_otherwise, tied_to
+from normconvert.sources.native_models import natives
 from normconvert.sources.source import Source
 from normconvert.sources.transformers_models import own_class
 from normconvert.tracing.graph import Graph
@@ -34,6 +36,8 @@ def with_family(
     resized = any(edit["op"] == "resize" for edit in plan.modules)
     if source.library != "transformers" or source.modules or resized or own_class(source) is not None:
         return plan
+    if plan.native:
+        return _with_native_family(source, plan, options)
     refused = {name: f"its head reads `{table}`" for name, table in tied_to(source, set(plan.tensors)).items()}
     proved = []
     for name in opened_otherwise(source)[:FAMILY]:
@@ -45,5 +49,26 @@ def with_family(
             refused[name] = why
         else:
             proved.append(name)
+    return _told(plan, proved, refused)
+
+
+def _with_native_family(source: Source, plan: Plan, options: Options) -> Plan:
+    """The same for the library's own RMSNorm model, each class of whose family is proved by itself."""
+    proved, refused = [], {}
+    for name in opened_otherwise(source)[:FAMILY]:
+        other = as_class(source, name)
+        for native in natives(other, 0.0):
+            try:
+                why = native_obstacle(other, plan, options.for_method(plan.method))
+            except NormConvertError as error:
+                why = str(error)
+            if why:
+                refused[native.architecture] = why
+            else:
+                proved.append(native.architecture)
+    return _told(plan, proved, refused)
+
+
+def _told(plan: Plan, proved: list[str], refused: dict[str, str]) -> Plan:
     notes = [f"{SHIFTED_CLASS}{name} ({why}): convert the original as that" for name, why in refused.items()]
     return replace(plan, classes=proved, shifted_classes=refused, notes=[*plan.notes, *notes])

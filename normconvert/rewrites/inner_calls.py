@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.rewrites.comparison import same_number, same_value
+from normconvert.rewrites.graph_values import same_number, same_value
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER
 

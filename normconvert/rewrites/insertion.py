@@ -71,6 +71,8 @@ class _Group:
     def follows(self, ref: AxisRef, clean: Set[AxisRef], new: Set[AxisRef] = frozenset()) -> bool:
         """Whether a value is mean-free by itself, given the edits, or because all that it is made of is."""
         made, rules = self.members[ref], self.rules
+        if ref in rules.given:
+            return True
         if made.kind == "parameter":
             return ref in rules.editable or ref in rules.untied
         if made.kind == "scale":

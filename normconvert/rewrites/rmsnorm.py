@@ -14,7 +14,7 @@ from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.centring import Centring, axis_of, insertion, root_of_taint
+from normconvert.rewrites.centring import Centring, axis_of, doors_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
 from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
@@ -48,6 +48,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes += fold_norms(analysis, [calls[v.path] for v in verdicts if v.converted], tensors)
     modules: list[dict[str, Any]] = [insertion("center", key, axis, centring) for key, axis in inserted.items()]
     modules += [_replacement(calls[v.path][0], tensors) for v in verdicts if v.converted]
+    doors = doors_of(graph, needed & centring.given)
     shifted = _shifted_outputs(analysis, converted, where) if options.allow_shifted_outputs else []
     return Plan(
         method="rmsnorm",
@@ -56,8 +57,9 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         modules=modules,
         config=config,
         verdicts=verdicts,
-        notes=notes + _notes(shifted, float32),
+        notes=notes + _notes(shifted, doors, float32),
         float32_norms=float32,
+        untraced_doors=doors,
         shifted_doors=shifted_doors(analysis, converted, where),
         shifted_outputs=shifted,
     )
@@ -146,8 +148,10 @@ def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm
     return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.ref[0], ())))
 
 
-def _notes(shifted: list[str], float32: bool) -> list[str]:
+def _notes(shifted: list[str], doors: list[str], float32: bool) -> list[str]:
     notes = [f"shifted outputs: {', '.join(shifted)}"] if shifted else []
+    if doors:
+        notes.append(f"{', '.join(doors)} must be without their mean, as what the output's own embeddings give is")
     if float32:
         notes.append(
             "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"

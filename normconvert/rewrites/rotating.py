@@ -19,10 +19,12 @@ from torch import fx
 
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, described, operation
-from normconvert.options import Options
+from normconvert.errors import InputError
+from normconvert.options import ROTATIONS, Options
 from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.plan.given_rotations import TOLERANCE, Given, error_of_ones, given_in, size_of
 from normconvert.plan.rotations import order_without_hadamard
-from normconvert.rewrites.centring import Centring, can_untie, editability
+from normconvert.rewrites.centring import Centring, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
 from normconvert.rewrites.readers import Unfoldable
@@ -63,14 +65,21 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     """The plan that rotates every stream which provably allows it, as a whole or not at all.
 
     Every norm gets a verdict: it is converted if what it reads is rotated.
+
+    Raises:
+        InputError: the rotation that is given is of another width than all streams, or moves the mean of a LayerNorm.
     """
-    search = _searched(graph, options)
+    given = given_in(options.rotation)
+    search = _searched(graph, options, given)
     streams = search.streams
     paths = [path for path, group in search.calls.items() if all(_reads(search, norm, streams) for norm in group)]
     converted = [norm for path in paths for norm in search.calls[path]]
     # One map for all streams, since a tensor may write into several.
     constant = any(norm.centred for norm in converted)
-    change = {"op": "rotate", "kind": options.rotation, "seed": options.seed, "constant": constant}
+    kind = given.kind if given is not None else options.rotation
+    change = {"op": "rotate", "kind": kind, "seed": options.seed, "constant": constant}
+    if given is not None and constant:
+        _refuse_moved_mean(given, next(norm for norm in converted if norm.centred))
     needed = {ref for stream in streams for ref in stream.members}
     found = replace(search.found, usable=streams)
     tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
@@ -79,9 +88,11 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     for path in paths:
         move(graph, search.moved[path], tensors, change)
     pairs = value_pairs(search.analysis) if options.values else []
-    rotate_values(search.analysis, pairs, {**change, "constant": False}, tensors)
+    # A matrix that is given is for the streams; a head has another width.
+    own = "hadamard" if given is not None else kind
+    rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
-    doors = _doors_in(graph, needed)
+    doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "rotate",
@@ -96,8 +107,12 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     )
 
 
-def _searched(graph: Graph, options: Options) -> _Search:
-    """Find the streams that can be rotated, and all their norms with them."""
+def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
+    """Find the streams that can be rotated, and all their norms with them.
+
+    Raises:
+        InputError: the rotation that is given fits none of them.
+    """
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
     # An output in another basis is another output, whatever the user allows of its mean.
@@ -111,6 +126,8 @@ def _searched(graph: Graph, options: Options) -> _Search:
     for stream in found.usable:
         if why := next((w for ref, made in stream.members.items() if (w := _fixed(search, ref, made))), None):
             search.stays[id(stream)] = why
+    if given is not None:
+        _leave_other_widths(search, given)
     for path, group in calls.items():
         if why := _unconvertible(search, path, group, options):
             search.refused[path] = why
@@ -120,6 +137,37 @@ def _searched(graph: Graph, options: Options) -> _Search:
         _leave_more(search)
         if len(search.stays) == before:
             return search
+
+
+def _leave_other_widths(search: _Search, given: Given) -> None:
+    """Leave the streams of another width than the matrix of a file.
+
+    Raises:
+        InputError: all of them are.
+    """
+    size, found = size_of(given.kind), sorted({stream.size for stream in search.streams})
+    if found and size not in found:
+        raise InputError(
+            f"{given.name}: holds a matrix of {size} channels, and the streams that can be rotated have "
+            f"{' and '.join(map(str, found))}"
+        )
+    for stream in search.streams:
+        if stream.size != size:
+            text = f"its stream stays as it is: it has {stream.size} channels, and {given.name} is a matrix of {size}."
+            search.stays[id(stream)] = Obstacle("width", text)
+
+
+def _refuse_moved_mean(given: Given, norm: Norm) -> None:
+    """Refuse a rotation that LayerNorms do not commute with.
+
+    Raises:
+        InputError: it takes the vector of ones to another.
+    """
+    if (error := error_of_ones(given.kind)) > TOLERANCE:
+        raise InputError(
+            f"{given.name}: Q 1 is {error:.2g} from 1, at most {TOLERANCE:.2g}: {described(norm.path)} is a LayerNorm, "
+            "and its mean needs a rotation that keeps the vector of ones"
+        )
 
 
 def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
@@ -218,12 +266,6 @@ def _verdict(search: _Search, path: str) -> Verdict:
     return Verdict(path, kind, False, why.reason, why.code)
 
 
-def _doors_in(graph: Graph, members: set[AxisRef]) -> list[str]:
-    """The arguments that hold values of rotated streams, which come from outside in the old basis."""
-    outside: list[fx.Node] = [node for node, _ in members if node in graph.outside]
-    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
-
-
 def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return rotated streams or what their norms give."""
     streams = shifted_doors(search.analysis, converted, search.where)
@@ -235,6 +277,8 @@ def _notes(streams: list[Stream], doors: list[str], options: Options) -> list[st
     notes = []
     if doors:
         notes.append(f"{', '.join(doors)} must be in the new basis, as what the output's own embeddings give is")
+    if options.rotation not in ROTATIONS:
+        return notes
     return notes + list(_without_hadamard((stream.size for stream in streams), options))
 
 
@@ -249,6 +293,8 @@ def _notes_of(pairs: list[Pair], options: Options) -> list[str]:
         f"values are rotated between {len(weights)} pairs of linear maps: those that `{next(iter(weights))}` reads"
     ]
     notes[0] += " and others" if len(weights) > 1 else ""
+    if options.rotation not in ROTATIONS:
+        notes.append("values take a Hadamard matrix: the file's is for the streams")
     if any(pair.cached for pair in pairs):
         notes.append("caches hold rotated values: those of the original do not fit")
     return notes + list(_without_hadamard((pair.stream.size for pair in pairs), options))
@@ -258,7 +304,7 @@ def _without_hadamard(sizes: Iterable[int], options: Options) -> Iterator[str]:
     """Of each width that has no Hadamard matrix what takes its place."""
     for size in dict.fromkeys(sizes):
         order = order_without_hadamard(size)
-        if options.rotation == "hadamard" and order > 1:
+        if options.rotation != "random" and order > 1:
             yield (
                 f"no Hadamard matrix of {size} channels is known here: a random orthogonal matrix of order {order} "
                 "takes its place in one factor"

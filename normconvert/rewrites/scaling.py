@@ -21,6 +21,7 @@ from normconvert.analysis.streams import AxisRef, Provenance, Stream
 from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.centring import doors_of
 from normconvert.rewrites.epsilons import epsilons_in_config
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.moved_norms import Moved, doors_behind
@@ -65,7 +66,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     ]  # fmt: skip
     config |= epsilons_in_config(graph.modules[""], modules)
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
-    doors = _doors_in(graph, needed)
+    doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "scale",
@@ -236,12 +237,6 @@ def _notes(numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doo
             "other numbers are exact"
         )
     return found
-
-
-def _doors_in(graph: Graph, members: set[AxisRef]) -> list[str]:
-    """The arguments that hold values of scaled streams, which come from outside unscaled."""
-    outside: list[fx.Node] = [node for node, _ in members if node in graph.outside]
-    return [door for door in graph.doors if any(node.name.startswith(door) for node in outside)]
 
 
 def _doors_out(search: Search, converted: list[Norm], tensors: Edits) -> list[dict[str, Any]]:

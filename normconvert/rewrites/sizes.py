@@ -16,8 +16,8 @@ from torch import fx, nn
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.streams import AxisRef, Stream
-from normconvert.rewrites.comparison import narrowed
 from normconvert.rewrites.edited_trace import Differs
+from normconvert.rewrites.graph_values import narrowed
 from normconvert.rewrites.regions import Stays
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
 from normconvert.files.user_paths import user_path
-from normconvert.plan.conversion_plan import FORMAT, Plan
+from normconvert.plan.conversion_plan import FORMAT, Plan, edited_config
 from normconvert.plan.conversion_record import RECORD_FILE, NotConverted, read_record, recorded_changes
 from normconvert.sources.families import family
 
@@ -184,14 +184,7 @@ def huggingface_files(
     """
     from normconvert.runtime import CONFIG_KEY, REMOTE_FILE, shipped_source
 
-    # A deep copy, since nested sections are changed as well.
-    config = json.loads(json.dumps(config))
-    for key, value in plan.config.items():
-        *parents, last = key.split(".")
-        section = config
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
+    config = edited_config(config, plan.config)
     guard = plan.guard or (config.get(CONFIG_KEY) or {}).get("guard")  # the source's own, if it has one
     # What is decided by the tensors' names (:mod:`normconvert.sources.unnamed_class`) cannot be told by those written.
     if not config.get("architectures"):

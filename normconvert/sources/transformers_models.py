@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+TIES = ("tie_word_embeddings",)
+"""What every configuration says, and of which each model type has a default of its own."""
+
+
 def describe(source: Source) -> Source:
     """Fill in the class name.
 
@@ -27,7 +31,7 @@ def describe(source: Source) -> Source:
         InputError: transformers has no such class or model type, or it needs code from the checkpoint.
     """
     with deferred("scipy.optimize", "linear_sum_assignment"):
-        return replace(source, architecture=_model_class(source, _config(source)).__name__)
+        return replace(source, architecture=_model_class(source, config_of(source)).__name__)
 
 
 def stated_class(source: Source) -> str | None:
@@ -52,7 +56,7 @@ def _needs_trust(source: Source, what: str) -> InputError:
     )
 
 
-def _config(source: Source) -> Any:
+def config_of(source: Source) -> Any:
     """The config object; code from the checkpoint runs only if trusted and needed."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -81,6 +85,16 @@ def _config(source: Source) -> Any:
                 f"{source.reference}: transformers does not know model_type {model_type!r}{hint}"
             ) from error
         raise InputError(f"{source.reference}: config.json is not valid: {first_line(error)}") from error
+
+
+def default_config(model_type: str) -> dict[str, Any] | None:
+    """What the configuration of a model type says by default, without what all say; None if there is none."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    if model_type not in CONFIG_MAPPING:
+        return None
+    said, general = CONFIG_MAPPING[model_type]().to_dict(), PreTrainedConfig().to_dict()
+    return {key: value for key, value in said.items() if key in TIES or key not in general}
 
 
 def _model_class(source: Source, config: Any) -> type[nn.Module]:
@@ -161,7 +175,7 @@ def build_meta(source: Source) -> nn.Module:
     # Lets models call .item() on what they make with linspace while they are built; not in the first releases of 5.
     safe_creation = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
 
-    config = _config(source)
+    config = config_of(source)
     model_class = _model_class(source, config)
     make = builder(model_class)
     try:
@@ -185,7 +199,7 @@ def build(source: Source, dtype: torch.dtype) -> tuple[nn.Module, Callable[[str]
         The model, and a function that gives the dtype of a parameter that is not to have that of the model's own
         parameter (norms that are kept in float32), else None.
     """
-    config = _config(source)
+    config = config_of(source)
     model_class = _model_class(source, config)
     make = builder(model_class)
     try:
@@ -245,13 +259,13 @@ def load(source: Source, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
     Returns:
         The model, and the names of its ``state_dict`` for which no weights were found.
     """
-    model_class: Any = _model_class(source, _config(source))
+    model_class: Any = _model_class(source, config_of(source))
     # The plain class would refuse the shapes of a converted folder.
     if source.modules:
         from normconvert.runtime import converted_class
 
         model_class = converted_class(model_class)
-    options = {"config": _config(source), "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    options = {"config": config_of(source), "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         with quiet():
             if source.is_pickle or source.given:
@@ -293,7 +307,7 @@ def _unwrapped(source: Source) -> dict[str, Any]:
     try:
         generation = GenerationConfig.from_pretrained(source.folder, local_files_only=True)
     except OSError:  # as from_pretrained finds it where there is no file of its own
-        generation = GenerationConfig.from_model_config(_config(source))
+        generation = GenerationConfig.from_model_config(config_of(source))
     return {"state_dict": weights, "generation_config": generation}
 
 

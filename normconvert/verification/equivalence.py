@@ -18,6 +18,7 @@ from torch import nn
 
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.given_rotations import read_rotation
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.verification.divergence import watch_means
@@ -169,8 +170,9 @@ def verify_models(
 
 
 def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
-    """The probes without those that give embeddings from outside which the converted model takes in another basis."""
-    doors = plan.untraced_doors if plan is not None and plan.method in ("rotate", "scale") else ()
+    """The probes without embeddings from outside which the converted model takes in another basis, or without mean."""
+    moved = plan is not None and (plan.method in ("rotate", "scale") or plan.native)
+    doors = plan.untraced_doors if plan is not None and moved else ()
     return [probe for probe in probes if probe.inputs.keys().isdisjoint(doors)]
 
 
@@ -283,11 +285,15 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     from normconvert.verification.limits import check_limits, judge_limits
 
     limits = check_limits(request.limits or {})
+    if request.rotation is not None:
+        read_rotation(request.rotation)
     first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
     # On an original only: replayed on what is converted already, a plan would be applied twice.
     plan = recorded_plan(second.record) if first.record is None else None
     used = request.dtype or second.dtype
-    _same_model(first.architecture, second.architecture, str(a), str(b))
+    # The library's own RMSNorm model is another class, which the plan names.
+    expected = (plan.native if plan is not None else "") or first.architecture
+    _same_model(expected, second.architecture, str(a), str(b))
     loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
     original = loader(first, used, device)()
     # A plan may change shapes, and says how; without one other shapes are another model.

@@ -26,6 +26,7 @@ from normconvert.option_fields import about, taking
 from normconvert.options import DTYPES, Conversion, Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.conversion_record import RECORD_FILE, read_whole_record
+from normconvert.plan.given_rotations import given_in, read_rotation
 from normconvert.result import Clock, Report
 from normconvert.verification.folder_comparison import (
     TOOLS,
@@ -115,6 +116,7 @@ def check(request: Checking) -> CheckReport:
     notes: list[str] = []
     findings: list[Finding] = []
     try:
+        _recall_rotation(folder, record, request.rotation)
         plan = _plan_again(opened, record)
         report = _report(folder, opened, plan, record)
     except _Unrepeatable as error:
@@ -176,12 +178,29 @@ def _options_of(record: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     try:
         options = Options(**{name: value for name, value in said.items() if name in names})
         options.check()
+        given_in(options.rotation)
         dtype, size = said.get("dtype", "auto"), said.get("max_shard_size")
         if dtype not in DTYPES or not (size is None or (type(size) is int and size > 0)):
             raise InputError(f"dtype {dtype!r} and max_shard_size {size!r} are none")
     except (TypeError, InputError) as error:
         raise _Unrepeatable("options", f"cannot be: {error}") from error
     return options, {"dtype": dtype, "max_shard_size": size}
+
+
+def _recall_rotation(folder: Path, record: dict[str, Any], file: str | None) -> None:
+    """Read the matrix again that was rotated by, if it was one of a file.
+
+    Raises:
+        _Unrepeatable: the file is another.
+        InputError: nothing says where it is, or it cannot be read.
+    """
+    given = given_in(_options_of(record)[0].rotation)
+    if given is None or record["method"] != "rotate":
+        return
+    if file is None:
+        raise InputError(f"{folder}: it was rotated by the matrix of {given.text[:60]}…: say where with --rotation")
+    if (found := read_rotation(file)).kind != given.kind:
+        raise _Unrepeatable("options.rotation", f"is {given.text}; {found.name} is {found.kind}")
 
 
 def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
@@ -192,6 +211,7 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
         TraceError: the source cannot be traced.
     """
     from normconvert.rewrites.family_plan import with_family
+    from normconvert.rewrites.native import native_plan
     from normconvert.rewrites.planning import planned
     from normconvert.rewrites.registry import REWRITES
 
@@ -203,6 +223,8 @@ def _plan_again(source: Source, record: dict[str, Any]) -> Plan:
             "its weights: compare the two models by normconvert verify",
         )
     plan, graph = planned(source.skeleton(), options, method)
+    if options.native and method == "rmsnorm":
+        plan = native_plan(source, plan, graph)
     return with_family(source, plan, options, whole=graph)
 
 

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.option_fields import option, parse_size
-from normconvert.options import DTYPES, EXAMPLE, LEVEL, LEVELS, REVISION, SHORT_DTYPES, SOURCE, TRUST, Network, Stage
+from normconvert.options import (
+    DTYPES,
+    EXAMPLE,
+    GIVEN,
+    LEVEL,
+    LEVELS,
+    REVISION,
+    SHORT_DTYPES,
+    SOURCE,
+    TRUST,
+    Network,
+    Stage,
+)
 
 
 def _dtype(text: str, spelled: str) -> Any:
@@ -46,6 +58,7 @@ class Verification:
     limits: Mapping[str, float] | None = option(
         None, "YAML: figure and limit, instead of the default limits.", metavar="FILE", parse=_limits
     )
+    rotation: str | None = option(None, GIVEN, metavar="FILE")
     stage: Stage | None = None
 
 
@@ -68,5 +81,6 @@ class Checking:
         (), "Files not to compare, such as '*.txt'; not for weights. Repeatable.", metavar="PATTERN"
     )
     trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
+    rotation: str | None = option(None, GIVEN, metavar="FILE")
     stage: Stage | None = None
     progress: Callable[[str, int, int], None] | None = None
