@@ -24,7 +24,7 @@ from normconvert.files.user_paths import user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
-from normconvert.wording.steps import Step
+from normconvert.wording.steps import Fact, Step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +114,9 @@ class Screen:
         def begin(stage: str) -> None:
             if isinstance(stage, Step):
                 self._step(stage)
+                return
+            if isinstance(stage, Fact):
+                self.begin(printable(" ".join(stage.split())))
                 return
             if stage == self._stage:
                 return
