@@ -133,6 +133,7 @@ def test_sharded_weights_lose_their_prefix_too(tmp_path: Path) -> None:
 def test_what_lies_beside_the_model_in_a_training_module_does_not_hide_it(tmp_path: Path) -> None:
     folder = rename(save(gpt2(), tmp_path / "src"), "model.", **{"criterion.weight": torch.ones(3)})
     source = open_source(str(folder))
+    assert source.notes[-1] == "tensors that GPT2LMHeadModel has no place for, copied as they are: criterion.weight"
     assert "criterion.weight" not in source.name_map
     assert source.name_map["transformer.wte.weight"] == "transformer.wte.weight"
 
