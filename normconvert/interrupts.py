@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import _thread
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from normconvert.errors import HungUp, Terminated
 
@@ -45,22 +47,23 @@ class _Interrupts:
         if now - self.last < PATIENCE:
             return
         if _importing(frame) and now - (self.deferred or now) < IMPORTS:
-            self.defer(number, now)
+            self.deferred = self.deferred or now
+            _send_later(number)
             return
         self.deferred = None
         self.interrupt(_KINDS[number])
-
-    def defer(self, number: int, now: float) -> None:
-        """The same signal once more, a moment later."""
-        self.deferred = self.deferred or now
-        timer = threading.Timer(AGAIN, _send, (number,))
-        timer.daemon = True
-        timer.start()
 
     def interrupt(self, kind: type[KeyboardInterrupt]) -> NoReturn:
         """Raise, and remember it: what is running may make another exception of it."""
         self.last, self.raised = time.monotonic(), kind()
         raise self.raised
+
+
+def _send_later(number: int) -> None:
+    """The same signal once more, a moment later."""
+    timer = threading.Timer(AGAIN, _send, (number,))
+    timer.daemon = True
+    timer.start()
 
 
 def _send(number: int) -> None:
@@ -88,6 +91,16 @@ def install() -> None:
     for number in _KINDS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _STATE.handle)
+    sys.unraisablehook = partial(_unraisable, sys.unraisablehook)
+
+
+def _unraisable(otherwise: Callable[[sys.UnraisableHookArgs], Any], what: sys.UnraisableHookArgs) -> None:
+    """Python prints what is raised in a destructor, and goes on: an interruption comes once more."""
+    if what.exc_value is None or what.exc_value is not _STATE.raised:
+        otherwise(what)
+        return
+    _STATE.last, _STATE.raised = -PATIENCE, None
+    _send_later(next(number for number, kind in _KINDS.items() if type(what.exc_value) is kind))
 
 
 def take() -> KeyboardInterrupt | None:

@@ -39,7 +39,7 @@ except KeyboardInterrupt as error:
 def ended(folder: Path, number: int, body: str, times: int = 1) -> list[str]:
     """What a program prints that gets a signal a few times, soon after it says that it is ready."""
     command = [sys.executable, "-c", PROGRAM.format(body=body), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     for _ in range(times):
@@ -57,6 +57,20 @@ def test_an_import_is_finished_first(tmp_path: Path, number: str, kind: str) -> 
     (tmp_path / "slow.py").write_text(SLOW)
     found = ended(tmp_path, getattr(signal, number), "import slow; import time; time.sleep(20)", times=3)
     assert found == ["imported", f"{kind} {kind} None"]
+
+
+DYING = """
+import time
+class Dying:
+    def __del__(self):
+        time.sleep(0.5)
+"""
+
+
+def test_a_destructor_does_not_swallow_it(tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    body = "import dying, time; one = dying.Dying(); del one; time.sleep(20)"
+    assert ended(tmp_path, signal.SIGTERM, body) == ["Terminated Terminated None"]
 
 
 def test_without_an_import_nothing_is_waited_for(tmp_path: Path) -> None:
