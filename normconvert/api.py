@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,17 @@ from normconvert.apply.workplace import Workplace, workplace
 from normconvert.errors import InputError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import check_options, is_model, recorded, taking
-from normconvert.options import ROTATIONS, Conversion, Identifying, Inspection, check_device
+from normconvert.options import ROTATIONS, Conversion, Identifying, Inspection, Stage, check_device
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
-from normconvert.wording.steps import Step
+from normconvert.wording.steps import Fact, Step
 
 if TYPE_CHECKING:
     import torch
 
     from normconvert.apply.shard_stream import Stream
+    from normconvert.files.tensor_info import TensorInfo
     from normconvert.identification import Identification
     from normconvert.plan.conversion_plan import Plan
     from normconvert.sources import Source
@@ -59,7 +60,7 @@ def inspect(request: Inspection) -> Report:
     if request.example_inputs is not None:
         raise InputError("example_inputs are for models in memory, and src is a checkpoint")
     with collecting(False):
-        _, report, graph = _plan(request)
+        _, report, graph = _plan(request, _told(request.stage or _silent))
     if request.anatomy is not None:
         from normconvert.rewrites.anatomy import FORMS, anatomy_of
 
@@ -245,6 +246,16 @@ def _plan(
         options={**recorded(request), **({"arch": source.architecture} if source.factory else {})},
     )
     return source, report, graph
+
+
+def _told(say: Stage) -> Found:
+    """Tells what is known of a source by its headers, which is long before it is traced."""
+
+    def found(tensors: Iterable[TensorInfo], folder: Path | None, facts: Sequence[str]) -> None:
+        for fact in facts:
+            say(Fact(fact))
+
+    return found
 
 
 def _silent(stage: str) -> None:

@@ -47,7 +47,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {"crmsnorm": {"tied": "untie", "min_
 
 Stage = Callable[[str], None]
 """Called with the name of each stage as it begins: ``open``, ``trace``, ``write``, ``verify``; and within a
-stage with what is done next, a :class:`normconvert.wording.steps.Step`."""
+stage with what is done next, a :class:`normconvert.wording.steps.Step`, or, by an inspection, with what is known of
+the source already, a :class:`normconvert.wording.steps.Fact`."""
 
 SRC = "Hub id (org/name, @revision), folder, weight file, or demo:NAME."
 OUT = "The folder to make; it appears complete or not at all."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ def workplace(request: Conversion) -> Iterator[Workplace]:
         # The reader works while this thread imports, builds and traces.
         place = Workplace(stack.enter_context(SourceReader()), stream)
 
-        def found(tensors: Iterable[TensorInfo], folder: Path | None) -> None:
+        def found(tensors: Iterable[TensorInfo], folder: Path | None, _: Sequence[str]) -> None:
             tensors = list(tensors)
             beside = folder or next((tensor.file for tensor in tensors), None)
             place.staging.append(staged.enter_context(staged_output(out, beside, request.overwrite)))

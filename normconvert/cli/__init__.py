@@ -48,9 +48,17 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _usage_error(error, arguments)
     except KeyboardInterrupt as error:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return getattr(error, "exit_status", 130)
+        return _interrupted(error)
+    # Before a command begins it is typer that catches it.
+    interruption = interrupts.take()
+    if interruption is not None:
+        return _interrupted(interruption)
     return status if isinstance(status, int) else 0
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    print("interrupted; nothing was written", file=sys.stderr)
+    return getattr(error, "exit_status", 130)
 
 
 def _usage_error(error: Any, arguments: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ def check(ask: Ask[Checking], view: CiView) -> int:
             "trace": "planning again",
             "replay": "converting again",
             "compare": f"comparing with {out}",
+            "verify": "measuring again",
         }
 
         def stage(name: str) -> None:

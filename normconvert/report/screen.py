@@ -19,12 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from normconvert import interrupts
 from normconvert.errors import InputError, NormConvertError
 from normconvert.files.user_paths import user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
-from normconvert.wording.steps import Step
+from normconvert.wording.steps import Fact, Step
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,6 +115,9 @@ class Screen:
         def begin(stage: str) -> None:
             if isinstance(stage, Step):
                 self._step(stage)
+                return
+            if isinstance(stage, Fact):
+                self.begin(printable(" ".join(stage.split())))
                 return
             if stage == self._stage:
                 return
@@ -282,14 +286,29 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
         screen.document({**done.document, "exit_status": done.exit_status})
         sys.stdout.flush()
         return done.exit_status
-    except NormConvertError as error:
-        return _fail(screen, error, str(error), error.exit_status)
     except KeyboardInterrupt as error:
-        screen.clear()
-        left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
-        message = "; ".join(["interrupted", left, *map(str, error.args)])
-        return _fail(screen, error, message, getattr(error, "exit_status", INTERRUPTED))
-    except (OSError, MemoryError) as error:
+        return _interrupted(screen, error)
+    except Exception as error:
+        # What was interrupted may have said so by an exception of its own.
+        interruption = interrupts.take()
+        if interruption is not None:
+            return _interrupted(screen, interruption)
+        return _failed(screen, error, done)
+    finally:
+        interrupts.take()
+
+
+def _interrupted(screen: Screen, error: KeyboardInterrupt) -> int:
+    screen.clear()
+    left = f"{' and '.join(screen.written)} complete" if screen.written else "nothing was written"
+    message = "; ".join(["interrupted", left, *map(str, error.args)])
+    return _fail(screen, error, message, getattr(error, "exit_status", INTERRUPTED))
+
+
+def _failed(screen: Screen, error: Exception, done: Done | None) -> int:
+    if isinstance(error, NormConvertError):
+        return _fail(screen, error, str(error), error.exit_status)
+    if isinstance(error, (OSError, MemoryError)):
         # What was asked for is done, and only the telling failed: nobody reads, or a log's disk is full.
         if done is not None and screen.written:
             give_up_printing()
@@ -299,11 +318,10 @@ def execute(screen: Screen, action: Callable[[], Done]) -> int:
             give_up_printing()
             return BROKEN_PIPE
         return _fail(screen, error, " ".join(str(error).split()) or "out of memory", 2)
-    except Exception as error:
-        name = type(error).__name__
-        first = (str(error).strip() or "no message").splitlines()[0]
-        hint = "" if screen.verbose > 1 else "; run with -vv"
-        return _fail(screen, error, f"{name}: {first} (a bug in normconvert: please report it{hint})", 2)
+    name = type(error).__name__
+    first = (str(error).strip() or "no message").splitlines()[0]
+    hint = "" if screen.verbose > 1 else "; run with -vv"
+    return _fail(screen, error, f"{name}: {first} (a bug in normconvert: please report it{hint})", 2)
 
 
 def give_up_printing() -> None:

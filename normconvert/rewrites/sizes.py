@@ -147,11 +147,10 @@ class Remedies:
     ) -> dict[AxisRef, Stays]:
         """The values that have to stay as they are, since a module cannot run without all their channels.
 
-        Of the streams that such a module touches they are the one with the fewest norms.
+        Of the streams that such a module touches they are the one that is most its own: with the fewest norms outside
+        of it, and the fewest of all.
         """
         _, paths = self._alike(difference.path)
-        where = f"`{difference.path}`" if difference.path else "the model"
-        why = Stays("", f"{where} does not run in one channel less, or computes something else: {difference}", "width")
         inside = tuple(f"{path}." if path else "" for path in paths)
         found: list[tuple[Stream, list[AxisRef]]] = []
         # What the module itself touches comes first; only a container touches nothing but what is inside.
@@ -160,10 +159,19 @@ class Remedies:
             found = [(stream, refs) for stream, refs in found if refs]
             if found:
                 break
-        least = min((len(stream.norms) for stream, _ in found), default=0)
-        refs = [ref for stream, refs in found if len(stream.norms) == least for ref in refs]
+        ranks = [_norms_elsewhere(stream, inside) for stream, _ in found]
+        blamed = [one for one, rank in zip(found, ranks, strict=True) if rank == min(ranks)]
         # Nothing is found to blame: all is given up rather than tried again without end.
-        return dict.fromkeys(refs or compressed, why)
+        refs = [ref for _, refs in blamed for ref in refs] or compressed
+        return dict.fromkeys(refs, self._refusal(difference, {stream.size for stream, _ in blamed}))
+
+    def _refusal(self, difference: Differs, sizes: Collection[int]) -> Stays:
+        """Why a module's stream stays: what it said, and which of its sizes were tried."""
+        where = f"`{difference.path}`" if difference.path else "the model"
+        own = _widths(self.graph.modules[difference.path], sizes)
+        tried = ", whether its " + " and ".join(f"{n} is {v} or {v - 1}" for n, v in sorted(own.items())) if own else ""
+        what = f"{where} does not run in one channel less, or computes something else{tried}: {difference}"
+        return Stays("", what, "width")
 
     def _alike(self, path: str) -> tuple[Hashable, set[str]]:
         """The kind of a module, and the paths of all of that kind."""
@@ -174,6 +182,12 @@ class Remedies:
         """What a module is: its class, its name without numbers, and the class it is a part of."""
         parent, _, name = path.rpartition(".")
         return type(self.graph.modules[path]), re.sub(r"\d+", "#", name), type(self.graph.modules.get(parent))
+
+
+def _norms_elsewhere(stream: Stream, inside: Collection[str]) -> tuple[int, int]:
+    """How many norms a stream has outside of the one module, of some, that holds most of them; and in all."""
+    total = len(stream.norms)
+    return min(total - sum(norm.path.startswith(one) for norm, _ in stream.norms) for one in inside), total
 
 
 def _runs_in(node: fx.Node, paths: Collection[str]) -> bool:

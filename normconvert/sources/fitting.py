@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from normconvert.files.weight_files import Checkpoint, renamed
+from normconvert.identification.words import few
 from normconvert.sources.libraries import describe, map_names
 from normconvert.sources.source import Source
 from normconvert.sources.tensor_names import DoesNotFit
@@ -80,8 +81,12 @@ def _fitted(source: Source, attach: Attach | None) -> Source:
     # The names can be mapped only when the class is known, so the source is made in two steps.
     source = describe(source)
     mapping = map_names(source)
+    notes = source.notes
+    if mapping.strays:
+        notes += (f"tensors that {source.architecture} has no place for, copied as they are: {few(mapping.strays)}",)
     return replace(
         source,
+        notes=notes,
         name_map=mapping.name_map,
         one_to_one=not mapping.merged,
         buffers=mapping.buffers,

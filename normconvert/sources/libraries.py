@@ -14,7 +14,7 @@ from normconvert.runtime import one_at_a_time
 from normconvert.sources.converted_form import apply_modules
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import in_proportion
-from normconvert.sources.tensor_names import DoesNotFit, missing_names, names_apart, tied_groups
+from normconvert.sources.tensor_names import DoesNotFit, missing_names, names_apart, strays, tied_groups
 
 if TYPE_CHECKING:
     import torch
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mapping:
-    """How checkpoint tensors become model tensors; the attributes as in :class:`Source`."""
+    """How checkpoint tensors become model tensors; the attributes as in :class:`Source`.
+
+    ``strays`` are tensors that no part of the model takes.
+    """
 
     name_map: dict[str, str]
     merged: frozenset[str]
     buffers: frozenset[str]
     tied: tuple[tuple[str, ...], ...]
     apart: frozenset[str]
+    strays: tuple[str, ...] = ()
 
 
 @one_at_a_time
@@ -132,7 +136,10 @@ def map_names(source: Source) -> Mapping:
         apart, tied = names_apart(tied, declared, stored)
     except ValueError as error:
         raise InputError(f"{source.reference}: {error}") from error
-    return Mapping(name_map, merged, buffers, tied, apart)
+    # A filter of timm's that makes tensors does not say of which.
+    unknown = source.library == "timm" and bool(merged)
+    unused = () if unknown else tuple(strays(source.tensors.values(), model, name_map.keys()))
+    return Mapping(name_map, merged, buffers, tied, apart, unused)
 
 
 def _check_missing(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from normconvert.sources.hub import HUB_ID, download
 from normconvert.sources.source import Source
 from normconvert.sources.stated_sizes import check_stated_sizes
 
-Found = Callable[[Iterable[TensorInfo], "Path | None"], None]
+Found = Callable[[Iterable[TensorInfo], "Path | None", Sequence[str]], None]
+"""Called with the tensors' places, the folder, and sentences: what this is, and which of its weights are taken."""
 
 
 def open_source(
@@ -63,8 +65,8 @@ def open_source(
         variant: of the weights in a folder (``fp16``); None: the plain ones, or the only variant.
         weights: ``ema`` or ``model``: which set of a checkpoint of training; None: the averaged one if there is one.
         trust_remote_code: allow code that comes with the checkpoint to run.
-        found: called with the tensors' places and the folder as soon as they are known, before the library that
-            builds the model is imported, which takes seconds.
+        found: called with the tensors' places, the folder and what is known of both as soon as that is so, before the
+            library that builds the model is imported, which takes seconds.
 
     Raises:
         InputError: anything that is wrong with the reference or the files, in one line.
@@ -246,23 +248,26 @@ def _finish(
     found: Found | None,
     attach: Callable[[Source], Source] | None = None,
 ) -> Source:
-    from normconvert.sources.fitting import fitted, without_prefix
-    from normconvert.sources.libraries import LibraryModels
-
     bare = how.arch is None and not (folder is not None and (folder / "config.json").is_file())
     library = "timm" if bare else library_of(config, how.arch)
     checkpoint = read_checkpoint(weights, how.weights)
     check_stated_sizes(str(folder or weights), config, checkpoint.tensors)
-    if found is not None:
-        found(checkpoint.tensors.values(), folder)
-    try:
-        dtype = majority_dtype(checkpoint.tensors)
-    except InputError as error:
-        raise InputError(f"{weights}: {error}") from error
     arch, prefix, notes = how.arch, "", [*notes_on(checkpoint, weights, folder)]
     if bare:
         arch, note, prefix = identified(reference, checkpoint, weights, folder)
         notes.append(note)
+    if found is not None:
+        stripped = [f"the tensors' names are taken without {prefix!r}"] if prefix else []
+        facts = (_what(config, arch, library, checkpoint, weights), *notes, *stripped)
+        found(checkpoint.tensors.values(), folder, facts)
+    # These import torch, and the libraries.
+    from normconvert.sources.fitting import fitted, without_prefix
+    from normconvert.sources.libraries import LibraryModels
+
+    try:
+        dtype = majority_dtype(checkpoint.tensors)
+    except InputError as error:
+        raise InputError(f"{weights}: {error}") from error
     source = Source(
         reference=reference, library=library, folder=folder, config=config,
         architecture=(arch or "").removeprefix("timm:"), tensors=checkpoint.tensors, name_map={}, one_to_one=True,
@@ -273,6 +278,18 @@ def _finish(
         notes=tuple(notes),
     )  # fmt: skip
     return fitted(without_prefix(source, prefix) or source if prefix else source, attach)
+
+
+def _what(config: dict[str, Any], arch: str | None, library: str, checkpoint: Checkpoint, weights: Path) -> str:
+    """What this is, as config.json, the user or the tensors' names say, and where its weights are."""
+    named = config.get("architectures") or [config.get("architecture") or config.get("model_type")]
+    name = arch.removeprefix("timm:") if arch is not None else str(named[0])
+    tensors = checkpoint.tensors.values()
+    files = sorted({tensor.file.name for tensor in tensors}) or [weights.name]
+    where = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    dtypes = Counter(tensor.dtype for tensor in tensors)
+    kinds = ", ".join(sorted(dtypes, key=lambda kind: -dtypes[kind]))
+    return f"{name} ({library}), {len(tensors)} tensors ({kinds}) in {where}"
 
 
 def _found_by_us(checkpoint: Checkpoint, weights: Path, folder: Path | None) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from normconvert.compat.transformers import may_be_missing
+from normconvert.compat.transformers import may_be_missing, may_be_unexpected
 from normconvert.errors import InputError
+from normconvert.files.safetensors_file import FLOATING
+from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,19 @@ STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model
 
 class DoesNotFit(InputError):
     """Tensors that a class needs are not there under the names that they have in it."""
+
+
+def strays(tensors: Iterable[TensorInfo], model: nn.Module, used: Collection[str]) -> list[str]:
+    """Tensors of floats that the class neither uses, nor makes itself, nor is known to leave alone."""
+    ignored = [re.compile(pattern) for pattern in may_be_unexpected(model)]
+    buffers = [name for name, _ in model.named_buffers()]
+    return [
+        info.name for info in tensors
+        if info.name not in used
+        and info.dtype in FLOATING
+        and not any(f".{info.name}".endswith(f".{own}") or f".{own}".endswith(f".{info.name}") for own in buffers)
+        and not any(pattern.search(info.name) for pattern in ignored)
+    ]  # fmt: skip
 
 
 def tied_groups(

@@ -7,19 +7,14 @@ tensors under its prefix, and its own beside them. Where they fit several classe
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
-from torch import nn
-
-from normconvert.compat.transformers import may_be_unexpected
 from normconvert.errors import InputError
-from normconvert.files.safetensors_file import FLOATING
 from normconvert.identification.words import few
 from normconvert.sources import transformers_models
 from normconvert.sources.families import family
 from normconvert.sources.source import Source
-from normconvert.sources.tensor_names import DoesNotFit, missing_names, tied_groups
+from normconvert.sources.tensor_names import DoesNotFit, missing_names, strays, tied_groups
 
 
 @dataclass(frozen=True)
@@ -86,17 +81,4 @@ def _fit(source: Source, name: str) -> Fit | None:
         return None
     literal, _, _ = transformers_models.rename(candidate, model, state, adapt_prefix=False)
     stripped = any(found not in literal and len(target) < len(found) for found, target in name_map.items())
-    return Fit(name, len(_strays(source, model, set(name_map))), stripped)
-
-
-def _strays(source: Source, model: nn.Module, used: set[str]) -> list[str]:
-    """Tensors that the class neither uses, nor makes itself, nor is known to leave alone."""
-    ignored = [re.compile(pattern) for pattern in may_be_unexpected(model)]
-    buffers = [name for name, _ in model.named_buffers()]
-    return [
-        name for name, info in source.tensors.items()
-        if name not in used
-        and info.dtype in FLOATING
-        and not any(f".{name}".endswith(f".{buffer}") or f".{buffer}".endswith(f".{name}") for buffer in buffers)
-        and not any(pattern.search(name) for pattern in ignored)
-    ]  # fmt: skip
+    return Fit(name, len(strays(source.tensors.values(), model, set(name_map))), stripped)

@@ -67,7 +67,8 @@ class Checking:
     """What :func:`normconvert.check` is asked.
 
     Attributes:
-        stage: called with each stage's name as it begins: ``open``, ``trace``, ``replay``, ``compare``.
+        stage: called with each stage's name as it begins: ``open``, ``trace``, ``replay``, ``compare``,
+            ``verify``.
         progress: called with (tensor, bytes done, bytes in all) while the plan is replayed.
     """
 
@@ -80,6 +81,7 @@ class Checking:
     ignore: Sequence[str] = option(
         (), "Files not to compare, such as '*.txt'; not for weights. Repeatable.", metavar="PATTERN"
     )
+    measure: bool = option(False, "Measure the recorded figures of the verification again.")
     trust_remote_code: bool = option(False, TRUST, panel=SOURCE)
     rotation: str | None = option(None, GIVEN, metavar="FILE")
     stage: Stage | None = None

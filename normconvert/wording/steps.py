@@ -1,4 +1,4 @@
-"""A step within a stage of a command: its words, and how many of the stage's steps are done."""
+"""What a command says while it works: a step within a stage, and what is known already."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ class Step(str):
         made: Any = super().__new__(cls, text)
         made.done, made.total = done, total
         return made
+
+
+class Fact(str):
+    """What is known of the source already, as text: a line that stays, whatever takes its time next."""
+
+    __slots__ = ()

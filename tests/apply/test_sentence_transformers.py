@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedTokenizerFast
 
 from normconvert import convert
 from tests.support.perturb import perturb
 
+# The lowest version has them at an older place, of which the newest warns.
+PLACE = "sentence_transformer.modules" if find_spec("sentence_transformers.sentence_transformer") else "models"
+MODULES: Any = import_module(f"sentence_transformers.{PLACE}")
+Dense, Pooling, Transformer = MODULES.Dense, MODULES.Pooling, MODULES.Transformer
 SENTENCES = ["a b c", "d e f g h i", "q"]
 
 

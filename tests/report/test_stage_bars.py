@@ -9,7 +9,7 @@ from rich.console import Console
 
 from normconvert.report.screen import Screen
 from normconvert.report.stage_bars import StageBars
-from normconvert.wording.steps import Step
+from normconvert.wording.steps import Fact, Step
 
 
 def shown(bars: StageBars) -> list[str]:
@@ -64,3 +64,13 @@ def test_without_a_terminal_a_stage_is_one_plain_line(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.splitlines() == [
         "opening demo:gpt2 ...", "tracing the model ...", "writing out ...", "verifying ...",
     ]  # fmt: skip
+
+
+def test_what_is_known_already_is_a_line_that_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Screen().stages("a")
+    stage("open")
+    stage(Fact("Mine (timm) in a[b]\n::error::"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "opening a ..."
+    assert lines[1].endswith(" s  Mine (timm) in a[b] ::error::")
+    assert len(lines) == 2

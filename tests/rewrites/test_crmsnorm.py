@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PhiConfig, PhiForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from normconvert.options import Options
 from normconvert.rewrites.crmsnorm import plan_crmsnorm
@@ -93,6 +94,27 @@ def test_a_model_that_cannot_take_an_odd_width_is_refused_with_the_reason(heads:
         assert "does not run in one channel less" in verdict.reason
         assert "47 channels cannot be split into 4 heads" in verdict.reason
     assert not heads or not (plan.tensors or plan.modules)
+
+
+def _with_head_norms(kind: str) -> nn.Module:
+    """A language model with norms of queries and keys; two norms read the stream, and StableLM's two heads two more."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 24, "vocab_size": 50, "max_position_embeddings": 64}
+    if kind == "phi":
+        return PhiForCausalLM(PhiConfig(**sizes, qk_layernorm=True))
+    return StableLmForCausalLM(StableLmConfig(**sizes, qk_layernorm=True, use_parallel_residual=True))
+
+
+@pytest.mark.parametrize("kind", ["stablelm", pytest.param("phi", marks=pytest.mark.slow)])
+def test_norms_of_heads_stay_without_the_stream(kind: str) -> None:
+    """`head_dim` is the width of the queries, which could be 7, and of the values, which are in no stream."""
+    with torch.device("meta"):
+        model = _with_head_norms(kind).eval()
+    plan = plan_crmsnorm(trace_model(model), Options())
+    assert len(plan.converted) == 2
+    assert not [v.path for v in plan.converted if "self_attn" in v.path]
+    for verdict in plan.kept:
+        assert ", whether its head_dim is 8 or 7: RuntimeError: shape " in verdict.reason
 
 
 def _layer_norms(model: nn.Module) -> int:

@@ -57,3 +57,9 @@ def test_private_names_were_seen_in_the_lowest_version(module: object) -> None:
     for name in module.NAMES:  # type: ignore[attr-defined]
         if name.without == "refused, naming the version":
             assert Version(name.seen.split(", ")[0]) == Version(BOUNDS[name.library]), name.path
+
+
+def test_torchvision_is_that_of_torch() -> None:
+    """0.N is made for 2.(N - 15) and needs just that: bounds that are not a pair cannot be installed together."""
+    torch_bound, vision_bound = Version(BOUNDS["torch"]), Version(BOUNDS["torchvision"])
+    assert (torch_bound.major, torch_bound.minor) == (2, vision_bound.minor - 15)

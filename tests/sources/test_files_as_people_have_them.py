@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,31 @@ def rename(folder: Path, prefix: str, **more: Tensor) -> Path:
     state = {f"{prefix}{name}": value for name, value in state.items()} | more
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+FACTS = """
+import sys
+from normconvert.sources import open_source
+def found(tensors, folder, facts):
+    print(*facts, sep="\\n", flush=True)
+    sys.exit(any(name in sys.modules for name in ("torch", "transformers", "timm")))
+open_source(sys.argv[1], found=found)
+"""
+
+
+def test_what_a_checkpoint_is_is_known_before_torch_is_imported(tmp_path: Path) -> None:
+    folder = save(gpt2(), tmp_path / "src")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    state = {f"model.{name}": value for name, value in state_of(UNIQUE).items()}
+    timm_file = write(state, tmp_path / "w.safetensors")
+    expected = {
+        folder: ["GPT2LMHeadModel (transformers), ", "weights of the variant fp16: model.fp16.safetensors"],
+        timm_file: [f"{UNIQUE} (timm), ", "identified as timm:", "the tensors' names are taken without 'model.'"],
+    }
+    for path, starts in expected.items():
+        done = subprocess.run([sys.executable, "-c", FACTS, str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert [line[: len(start)] for line, start in zip(done.stdout.splitlines(), starts, strict=True)] == starts
 
 
 # -- prefixes -------------------------------------------------------------------------------------------------------
@@ -106,6 +133,7 @@ def test_sharded_weights_lose_their_prefix_too(tmp_path: Path) -> None:
 def test_what_lies_beside_the_model_in_a_training_module_does_not_hide_it(tmp_path: Path) -> None:
     folder = rename(save(gpt2(), tmp_path / "src"), "model.", **{"criterion.weight": torch.ones(3)})
     source = open_source(str(folder))
+    assert source.notes[-1] == "tensors that GPT2LMHeadModel has no place for, copied as they are: criterion.weight"
     assert "criterion.weight" not in source.name_map
     assert source.name_map["transformer.wte.weight"] == "transformer.wte.weight"
 

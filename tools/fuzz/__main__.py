@@ -10,6 +10,7 @@ the inputs lie in the folder that is named.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import resource
 import shutil
@@ -42,10 +43,10 @@ class Found:
 
 
 def fuzz(count: int, seed: int, keep: Path | None = None) -> Found:
-    """Try ``count`` inputs, shared out over all doors.
+    """Try ``count`` inputs, or a few more, shared out over all doors.
 
     Args:
-        count: how many.
+        count: how many, at least.
         seed: the same gives the same inputs.
         keep: a folder for the inputs that failed.
     """
@@ -57,7 +58,7 @@ def fuzz(count: int, seed: int, keep: Path | None = None) -> Found:
         all_doors = doors(root)
         total = sum(door.share for door in all_doors)
         for door in all_doors:
-            _through(door, root, max(1, round(count * door.share / total)), seed, found, keep)
+            _through(door, root, math.ceil(count * door.share / total), seed, found, keep)
     return found
 
 

@@ -96,7 +96,7 @@ def attempt(name: str, number: signal.Signals, after: float, folder: Path, whole
             early = process.returncode == -number and not errors
             wrong += [] if early else [f"status {process.returncode}"]
         if "Traceback" in errors:
-            wrong.append(f"a traceback: {errors.strip().splitlines()[-1]}")
+            wrong.append(f"a traceback: {errors.strip()}")
         known = ("r.yaml", "out", *((".out.stream",) if name == "stream" else ()))
         if extra := [entry for entry in left if entry not in known]:
             wrong.append(f"left: {extra}")
