@@ -19,6 +19,7 @@ from normconvert.analysis.operations import (
     CONVOLUTIONS,
     COPIES,
     EMBEDDING,
+    GROUPED,
     MOVES,
     all_are,
     argument,
@@ -72,6 +73,7 @@ LINEAR_FORMS = {
     "aten.mm": _Form(0, 1, None, 0, 1),
     "aten.matmul": _Form(0, 1, None, 0, 1),
     **dict.fromkeys(CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
+    **dict.fromkeys(GROUPED, _Form(0, 1, None, 1, 2)),
 }
 
 STORED = MOVES | COPIES | ALIASES
@@ -174,7 +176,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     convolution = name_of(node) in CONVOLUTIONS
     rank = len(shape_of(weight))
     batched = convolution and len(shape_of(value)) == rank
-    if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or (rank != 2 and not convolution):
+    plain = convolution or rank == (3 if name_of(node) in GROUPED else 2)
+    if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or not plain:
         raise Unfoldable(f"{operation(node)} is no plain linear map")
     if has_bias and convolution and not _unpadded(node):
         raise Unfoldable(f"{operation(node)} pads with zeros, which a bias moved behind it would not be")
@@ -191,8 +194,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     path = module_path(node)
     module = analysis.graph.modules.get(path)
     # Registered as None: the class knows of a bias, and was built without.
-    plain = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
-    if not new_biases or not plain or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
+    absent = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
+    if not new_biases or not absent or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
         raise Unfoldable(f"{operation(node)} has no bias to take the norm's")
     return Reader(frozenset([node]), name, stored, out, None, path)
 
