@@ -24,12 +24,13 @@ from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.rotations import order_without_hadamard
 from normconvert.rewrites.centring import Centring, can_untie, editability
 from normconvert.rewrites.folding import CASTS
+from normconvert.rewrites.inner_calls import with_parts_as_ways_out
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
+from normconvert.rewrites.verdicts import Obstacle, in_a_branch, misuse, never_called, obstacle
 from normconvert.rewrites.writers import table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
@@ -64,6 +65,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
 
     Every norm gets a verdict: it is converted if what it reads is rotated.
     """
+    graph = with_parts_as_ways_out(graph)
     search = _searched(graph, options)
     streams = search.streams
     paths = [path for path, group in search.calls.items() if all(_reads(search, norm, streams) for norm in group)]
@@ -214,7 +216,8 @@ def _verdict(search: _Search, path: str) -> Verdict:
         if search.moved[path].bias_stays:
             reason += " Its bias stays, divided by the weight: one of them has none."
         return Verdict(path, kind, True, reason, "converted")
-    why = _why(search, path)
+    read = [search.where[norm][0] for norm in search.calls[path] if norm in search.where]
+    why = in_a_branch(_why(search, path), read, search.analysis) if read else _why(search, path)
     return Verdict(path, kind, False, why.reason, why.code)
 
 

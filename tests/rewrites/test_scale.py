@@ -133,10 +133,19 @@ def test_streams_of_their_own_take_numbers_of_their_own() -> None:
     for power, message in {
         "model.layers.1.q_norm=1": "no norm of that name reads a stream",
         "model.norm=1,model.layers.0.input_layernorm=2": "these norms read streams that take one number",
-        "much": "expected a whole number", "1.5": "expected a whole number", "999": "expected numbers from -120",
+        "much": "expected a whole number", "1.5": "expected a whole number", "999": "expected numbers from -60 to 60",
+        "58": r"--power 58: the ε of `model.layers.0.input_layernorm` would be 1.2e-41, which float32 does not hold",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=message):
             plan_model(skeleton("qwen3"), Options(power=power), "scale")
+
+
+@pytest.mark.parametrize("power", ["99", "-61", "2.5", "much"])
+def test_a_power_that_is_none_is_refused_before_anything_is_read(tmp_path: Path, power: str) -> None:
+    with pytest.raises(InputError, match=rf"--power {power}: expected "):
+        normconvert.convert(tmp_path / "none", tmp_path / "out", "scale", power=power)
+    with pytest.raises(InputError, match=rf"--power {power}: expected "):
+        normconvert.convert_model(nn.LayerNorm(4), method="scale", power=power)
 
 
 def test_small_weights_that_would_vanish_are_refused_by_name(tmp_path: Path) -> None:
