@@ -91,7 +91,9 @@ def powers_in(text: str | None) -> int | dict[str, int] | None:
     except ValueError:
         raise InputError(f"--power {text}: expected a whole number, or NORM=NUMBER with commas between") from None
     if any(abs(power) > MOST_POWER for power in found.values()):
-        raise InputError(f"--power {text}: expected numbers from -{MOST_POWER} to {MOST_POWER}, since norms square them")
+        raise InputError(
+            f"--power {text}: expected numbers from -{MOST_POWER} to {MOST_POWER}, since norms square them"
+        )
     return found[""] if "=" not in text else found
 
 

@@ -8,6 +8,7 @@ is (a zero padding does not) and the map has, or can be given, a bias of its own
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -207,6 +208,34 @@ def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
         Unfoldable: it is none, or its weight is not stored.
     """
     return _reader(analysis, leak, False, {}, False)
+
+
+def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None, int]:
+    """What a linear map's results are written by.
+
+    Args:
+        analysis: the streams.
+        node: one of :data:`LINEAR_FORMS`.
+
+    Returns:
+        The weight, its dimension of the results, the bias if there is one, and how many results there are.
+
+    Raises:
+        Unfoldable: they are not stored.
+    """
+    form = LINEAR_FORMS[name_of(node)]
+    args: list[Any] = [*node.args, *[None] * 3]
+    weight, bias = args[form.weight], args[form.bias] if form.bias is not None else None
+    if node.kwargs or not isinstance(weight, fx.Node) or len(shape_of(weight)) != 2:
+        raise Unfoldable(f"{operation(node)} is no plain linear map")
+    place = ChannelAxis(form.dim, int(shape_of(weight)[form.dim]))
+    name, _, out = _stored(analysis, weight, place, form.out, node)
+    count = int(shape_of(weight)[form.out])
+    if not isinstance(bias, fx.Node):
+        return name, out, None, count
+    if tuple(shape_of(bias)) != (count,):
+        raise Unfoldable(f"{operation(node)} has a bias that is no vector")
+    return name, out, _stored(analysis, bias, ChannelAxis(0, count), 0, node)[0], count
 
 
 def _unpadded(node: fx.Node) -> bool:

@@ -198,8 +198,8 @@ def section(rows: list[Row]) -> list[str]:
     lines = [
         HEADING, "",
         f"What `normconvert rotate` and `normconvert scale` (by 2^-{POWER}) do to models with LayerNorm or RMSNorm,",
-        "small and with perturbed weights, verified in float64. Norms that no traced call runs are not counted, and of those",
-        "that stay none that reads no residual stream: of queries and keys, say.",
+        "small and with perturbed weights, verified in float64. Norms that no traced call runs are not",
+        "counted, and of those that stay none that reads no residual stream: of queries and keys, say.",
         "*ε by its own edit*: no config can say the new ε, so the library alone reads the old one.", "",
         *(f"- {line}" for line in summary(rows).splitlines()),
         f"- not built or not traced: {sum(failed.values())} of {len(rows)} tried", "",
