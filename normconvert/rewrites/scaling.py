@@ -22,7 +22,7 @@ from normconvert.analysis.streams import AxisRef, Provenance, Stream
 from normconvert.errors import InputError
 from normconvert.options import Options, powers_in
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.rewrites.epsilons import epsilons_in_config
+from normconvert.rewrites.epsilons import epsilon_edit, epsilons_in_config
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.moved_norms import Moved, doors_behind
 from normconvert.rewrites.readers import values_behind
@@ -58,12 +58,13 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     paths = [p for p, group in search.calls.items() if search.reads(group[0]) and _power(search, powers, group[0])]
     converted = [norm for path in paths for norm in search.calls[path]]
     modules = [
-        {"op": "epsilon", "path": path, "attributes": search.attributes[path],
-         "eps": _eps(search, path) * 4.0 ** -_power(search, powers, search.calls[path][0])}
-        for path in paths if search.attributes[path]
-    ]  # fmt: skip
+        epsilon_edit(norm, search.attributes[path], _eps(search, path) * 4.0 ** -_power(search, powers, norm))
+        for path in paths
+        for norm in search.calls[path][:1]
+        if search.attributes[path] != []
+    ]
     _check_epsilons(modules, options.power)
-    config |= epsilons_in_config(graph.modules[""], modules)
+    config |= epsilons_in_config(graph.modules[""], [row for row in modules if row["op"] == "epsilon"])
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
     doors = _doors_in(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
