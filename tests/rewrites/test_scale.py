@@ -225,6 +225,46 @@ def test_another_eps_than_the_plans_is_found() -> None:
     assert "have not the ε" in difference(graph, plan, options)
 
 
+class Literal(nn.Module):
+    """A norm whose eps is a number in its code, of the last axis or of images, without its mean or with it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.gain = kind, nn.Parameter(torch.ones(8))
+        if kind == "image":
+            self.shift = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "image":
+            y = nn.functional.layer_norm(x.permute(0, 2, 3, 1), (8,), self.gain, self.shift, 1e-2)
+            return y.permute(0, 3, 1, 2)
+        if self.kind == "rms":
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-2) * (1 + self.gain)
+        return nn.functional.layer_norm(x, (8,), self.gain, None, 1e-2)
+
+
+class Renewed(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        linear = kind != "image"
+        self.write, self.read = (nn.Linear(a, b) if linear else nn.Conv2d(a, b, 1) for a, b in ((5, 8), (8, 3)))
+        self.norm = Literal(kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.read(self.norm(self.write(x)))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["last", "image", "rms"])
+def test_a_norm_whose_eps_is_in_its_code_is_renewed(kind: str) -> None:
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64) if kind == "image" else torch.randn(2, 5, dtype=torch.float64)
+    outcome = check_basis(lambda: Renewed(kind), [{"x": x}], "scale", Options(power="2"))
+    assert outcome.plan is not None
+    assert not outcome.problems
+    ((row),) = outcome.plan.modules
+    assert (row["op"], row["kind"], row["eps"]) == ("renew", "rmsnorm" if kind == "rms" else "layernorm", 1e-2 / 16)
+
+
 def test_an_edit_of_an_eps_changes_a_number_of_a_norm_and_nothing_else() -> None:
     model = nn.Sequential(nn.LayerNorm(4))
     row = {"op": "epsilon", "path": "0", "attributes": ["eps"], "eps": 1e-9}
