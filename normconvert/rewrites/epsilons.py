@@ -34,7 +34,7 @@ def _is(value: Any, eps: Any) -> bool:
     return type(value) is float and value == eps
 
 
-def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | None | Obstacle:
+def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | Obstacle | None:
     """The attributes of a norm's module that hold its eps, an empty list where that is zero; None if none holds it.
 
     Args:

@@ -157,11 +157,11 @@ def _moved(analysis: Analysis, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
             raise _Unknown
         return constant
 
+    arguments: Any
     arguments, named = fx.node.map_arg((node.args, node.kwargs), value)
-    if name_of(node) == GETITEM:
-        return operator.getitem(*arguments)
+    target: Any = operator.getitem if name_of(node) == GETITEM else node.target
     try:
-        return node.target(*arguments, **named)  # type: ignore[operator]
+        return target(*arguments, **named)
     except Exception as error:  # an operation that cannot be run on integers
         raise _Unknown from error
 
