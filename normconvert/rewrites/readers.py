@@ -68,13 +68,16 @@ class _Form:
     out: int
 
 
+BY_EXPERT = GROUPED | {"aten.bmm"}
+"""Linear maps with several matrices in one tensor, of which each place in another dimension takes its own."""
+
 LINEAR_FORMS = {
     "aten.linear": _Form(0, 1, 2, 1, 0),
     "aten.addmm": _Form(1, 2, 0, 0, 1),
     "aten.mm": _Form(0, 1, None, 0, 1),
     "aten.matmul": _Form(0, 1, None, 0, 1),
     **dict.fromkeys(CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
-    **dict.fromkeys(GROUPED, _Form(0, 1, None, 1, 2)),
+    **dict.fromkeys(BY_EXPERT, _Form(0, 1, None, 1, 2)),
 }
 
 STORED = MOVES | COPIES | ALIASES
@@ -177,7 +180,7 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     convolution = name_of(node) in CONVOLUTIONS
     rank = len(shape_of(weight))
     batched = convolution and len(shape_of(value)) == rank
-    plain = convolution or rank == (3 if name_of(node) in GROUPED else 2)
+    plain = convolution or rank == (3 if name_of(node) in BY_EXPERT else 2)
     if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or not plain:
         raise Unfoldable(f"{operation(node)} is no plain linear map")
     if has_bias and convolution and not _unpadded(node):

@@ -340,3 +340,30 @@ def test_a_layer_scale_does_not_fold_into_what_a_norm_reads_too() -> None:
     for method in BASES:
         assert not check_basis(ScaledOnce, inputs, method, Options(power="2")).problems
     assert not check(ScaledOnce, inputs).problems
+
+
+class Experts(nn.Module):
+    """A mixture in which every expert sees every token, and one tensor each way holds all of them."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen, self.write, self.norm, self.last = seen, nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 6, 8))
+        self.router, self.head = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.write(x)
+        n = self.norm(stream)
+        given = torch.bmm(torch.bmm(n.expand(3, -1, -1), self.up).relu(), self.down)
+        stream = stream + (given * self.router(n).softmax(-1).T.unsqueeze(-1)).sum(0)
+        result: Tensor = self.head(self.last(stream))
+        return result + self.up.sum() if self.seen else result
+
+
+@pytest.mark.parametrize(("method", "seen"), [("fold", False), ("rotate", False), ("scale", False), ("rotate", True)])
+def test_experts_in_one_tensor_take_what_their_norm_and_stream_ask_for(method: str, seen: bool) -> None:
+    inputs = [{"x": torch.randn(7, 5, dtype=torch.float64)}]
+    outcome = check_basis(lambda: Experts(seen), inputs, method, Options(seed=3, power="2"))
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert len(outcome.plan.converted) == (0 if seen else 2), [v.reason for v in outcome.plan.kept]
