@@ -41,14 +41,14 @@ def with_parts_as_ways_out(graph: Graph) -> Graph:
     returned: list[set[fx.Node]] = [set(node.all_input_nodes) for node in graph.nodes if node.op == "output"]
     entries = [entry for _, entry in graph.calls]
     own = {value for values, entry in zip(returned, entries, strict=True) for value in values if not entry}
-    exits = dict(graph.exits)
+    moved: dict[fx.Node, tuple[str, ...]] = {}
     for values, entry in zip(returned, entries, strict=True):
-        for value in (values - own) & graph.outputs.keys() if entry else ():
-            names = tuple(f"{entry}.{name}" for name in graph.outputs[value])
-            exits[value] = tuple(dict.fromkeys((*exits.get(value, ()), *names)))
-    moved = exits.keys() - graph.exits.keys()
-    outputs = {value: names for value, names in graph.outputs.items() if value in own or value not in exits}
-    return replace(graph, outputs=outputs, exits=exits) if moved or len(outputs) < len(graph.outputs) else graph
+        # In the order of the outputs, which a set has not.
+        for value, names in graph.outputs.items() if entry else ():
+            if value in values - own:
+                moved[value] = (*graph.exits.get(value, ()), *(f"{entry}.{name}" for name in names))
+    outputs = {value: names for value, names in graph.outputs.items() if value not in moved}
+    return replace(graph, outputs=outputs, exits={**graph.exits, **moved})
 
 
 def _calls(graph: Graph) -> list[list[fx.Node]]:

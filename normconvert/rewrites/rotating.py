@@ -127,7 +127,7 @@ def _searched(graph: Graph, options: Options) -> _Search:
 def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     """Why a value of a stream cannot be written in another basis, whatever becomes of the others."""
     if (norm := _norm_behind(search.analysis, made)) is not None:
-        why = f"{norm} is written back into it, and takes a number but no rotation"
+        why = f"{norm} is written into it, and takes a number but no rotation"
         return Obstacle("post-norm", f"its stream stays as it is: {why} (post-norm).")
     if made.kind == "opaque" and ref[0] not in search.analysis.graph.outside:
         return Obstacle("opaque", f"its stream stays as it is: it contains {made.reason}.")

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+)
 
 import normconvert
 from normconvert.errors import InputError, NothingToConvert
@@ -22,7 +27,7 @@ from normconvert.sources import open_source
 from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
-from tests.support.basis_models import MODELS, built, logits, skeleton
+from tests.support.basis_models import IMAGE, MODELS, built, logits, skeleton
 from tests.support.equivalence import check
 
 BASES = ["rotate", "scale"]
@@ -72,7 +77,7 @@ def test_the_model_computes_the_same_in_float64(name: str, method: str) -> None:
 def test_a_norm_at_the_end_of_a_branch_is_the_reason() -> None:
     plan = plan_model(skeleton("gemma2"), Options(), "rotate")
     assert {v.code for v in plan.kept} >= {"post-norm"}
-    assert any("written back into it, and takes a number but no rotation (post-norm)" in v.reason for v in plan.kept)
+    assert any("written into it, and takes a number but no rotation (post-norm)" in v.reason for v in plan.kept)
 
 
 def saved(
@@ -367,3 +372,14 @@ def test_experts_in_one_tensor_take_what_their_norm_and_stream_ask_for(method: s
     assert outcome.plan is not None
     assert not outcome.problems
     assert len(outcome.plan.converted) == (0 if seen else 2), [v.reason for v in outcome.plan.kept]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_only_the_base_returns_is_a_way_out_and_listed(keep: bool) -> None:
+    """Dinov2's mask token is reached by a call of its base alone, which returns what the last norm gives."""
+    with torch.device("meta"):
+        model = Dinov2ForImageClassification(Dinov2Config(**IMAGE)).eval()
+    plan = plan_model(model, Options(keep_features=keep), "rotate")
+    assert len(plan.converted) == (0 if keep else 5)
+    doors = [row["door"] for row in plan.shifted_doors if row["door"] != "hidden_states"]
+    assert sorted(doors) == ([] if keep else ["dinov2.last_hidden_state", "dinov2.pooler_output"])

@@ -28,7 +28,7 @@ WORK = ROOT / "build" / "basis.jsonl"
 HEADING = "## Another basis"
 METHODS = ("rotate", "scale")
 POWER = "3"
-SECONDS = 240
+SECONDS = 600
 """For one model."""
 
 FIRST = """
