@@ -64,11 +64,13 @@ def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
 def in_a_branch(obstacle: Obstacle, streams: Iterable[Stream], analysis: Analysis) -> Obstacle:
     """The same reason, named as that of a norm within a branch if no stream that it reads is a residual one.
 
-    A residual stream has a value that is the sum of two others; what queries and keys are made of has none.
+    A residual stream has a value that is the sum of two others; what queries and keys are made of has none, or one of
+    two products, where positions have turned them before.
     """
     for stream in streams:
         for made in stream.members.values():
-            if sum(node in analysis.data for node, _ in made.parts) > 1:
+            parts = [stream.members[ref].kind for ref in made.parts if made.kind == "sum" and ref[0] in analysis.data]
+            if len(parts) > 1 and not set(parts) <= {"opaque", "scale"}:
                 return obstacle
     return replace(obstacle, code="branch", reason=f"it reads no residual stream, and {obstacle.reason}")
 
