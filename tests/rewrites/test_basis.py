@@ -37,8 +37,8 @@ COUNTS = {
     "cohere": {"fold": (3, 0), "rotate": (3, 0)},
     "falcon": {"fold": (3, 0), "rotate": (3, 0)},
     # Those of what queries, keys and values are made of read a part of what is made.
-    "deepseek_v2": {"fold": (9, 0), "rotate": (7, 2)},
-    "deepseek_v3": {"fold": (9, 0), "rotate": (7, 2)},
+    "deepseek_v2": {"fold": (7, 2), "rotate": (7, 2)},
+    "deepseek_v3": {"fold": (7, 2), "rotate": (7, 2)},
     # Norms without weights have nothing to fold.
     "olmo": {"fold": (0, 5), "rotate": (5, 0)},
     # The norms of queries and keys are read by rotations of positions.

@@ -24,8 +24,8 @@ from tests.support.basis_models import MODELS, built, logits, skeleton
 QUICK = {"llama tied", "gemma2", "olmo2", "gpt2"}
 ROUNDED = {"gemma", "gemma2"}
 """They add one to the stored weights of norms that take the number."""
-UNSTATED = {"opt", "olmo"}
-"""No config says the eps of its norms; of the second no attribute does, either."""
+UNSTATED = {"opt", "olmo", "deepseek_v2", "deepseek_v3"}
+"""No config says the eps of its norms alone; of the second no attribute does, either."""
 
 
 def models(quick: set[str] = QUICK, without: str = "") -> list[Any]:
@@ -37,7 +37,7 @@ def models(quick: set[str] = QUICK, without: str = "") -> list[Any]:
 def test_the_model_is_the_same_bit_for_bit(name: str) -> None:
     options = Options(power="3")
     plan, graph = planned(skeleton(name), options, "scale")
-    assert [v.reason for v in plan.kept] == []
+    assert [v.reason for v in plan.kept if v.code != "branch"] == []
     assert difference(graph, plan, options) == ""
     assert {row["op"] for row in plan.modules} == {"renew" if name == "olmo" else "epsilon"}
     assert all(row.get("stated", False) for row in plan.modules) is (name not in UNSTATED)
