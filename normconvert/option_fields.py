@@ -38,6 +38,7 @@ class About:
         off: what ``--no-NAME`` does, for an option that the command line only switches off.
         short: its letter on the command line.
         parse: (what is typed, the option as it is spelled) -> the value.
+        valid: refuses, by an InputError, a value that it cannot have.
         recorded: part of what the output depends on, and so of its record.
         recipe: a recipe may set it.
         console: the command line has it.
@@ -59,6 +60,7 @@ class About:
     off: str | None = None
     short: str | None = None
     parse: Callable[[str, str], Any] | None = None
+    valid: Callable[[Any], object] | None = None
     recorded: bool = False
     recipe: bool = False
     console: bool = True
@@ -106,6 +108,8 @@ def check_options(request: Any) -> None:
             raise InputError(f"unknown {name} {value!r}; expected {expected}")
         if known.at_least is not None and value < known.at_least:
             raise InputError(f"{name} is {value}; expected {known.at_least} or more")
+        if known.valid is not None:
+            known.valid(value)
 
 
 def taking(kind: Callable[P, Request]) -> Callable[[Callable[[Request], Result]], Callable[P, Result]]:

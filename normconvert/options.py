@@ -36,6 +36,9 @@ CHECKED, TOLD = "How it is checked", "What is told"
 ROTATIONS = ("hadamard", "random")
 """Orthogonal maps: see `normconvert.plan.rotations`."""
 
+MOST_POWER = 60
+"""The largest power of a stream, up or down: a norm squares it, and float32 has 2^-126 to 2^127."""
+
 FORMS = ("graph", "llm-compressor", "awq")
 """What an anatomy is written as."""
 
@@ -72,6 +75,29 @@ class Network(Protocol):
 
     def eval(self) -> Any:
         """As torch has it."""
+
+
+def powers_in(text: str | None) -> int | dict[str, int] | None:
+    """What ``--power`` says: a number, or a norm of each stream and its number.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            found = {"": int(text)}
+        else:
+            rows = (row.rpartition("=") for row in text.split(","))
+            found = {name.strip(): int(number) for name, _, number in rows}
+    except ValueError:
+        raise InputError(f"--power {text}: expected a whole number, or NORM=NUMBER with commas between") from None
+    if any(abs(power) > MOST_POWER for power in found.values()):
+        raise InputError(
+            f"--power {text}: expected numbers from -{MOST_POWER} to {MOST_POWER}, since norms square them"
+        )
+    return found[""] if "=" not in text else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +172,7 @@ class Options:
     power: str | None = option(
         None,
         "Multiply the streams by 2^-N; or NORM=N, a norm of each stream, with commas between; else as measured.",
-        metavar="N", methods=("scale",), recorded=True, recipe=True, panel=PLANNED,
+        metavar="N", valid=powers_in, methods=("scale",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     headroom: float = option(
         4.0,

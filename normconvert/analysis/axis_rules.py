@@ -198,6 +198,16 @@ def addmm_rule(node: Call) -> tuple[Term, ...] | None:
     return None if term is None else ((Operand(node.args[0], broadcast(node.args[0], node)),), term)
 
 
+def grouped_rule(node: Call) -> tuple[Term, ...] | None:
+    """Rows of x by several matrices (k, n), the offsets saying which rows by which: n is the columns'."""
+    x, weight, offsets = node.args[0], node.args[1], argument(node, 2, "offs")
+    # Of two or of three dimensions both, it groups other things; a bias of it means nothing yet.
+    if len(shape_of(x)) != 2 or len(shape_of(weight)) != 3 or argument(node, 3, "bias") is not None:
+        return None
+    # The rows of x do not pass: each is multiplied by what its place among them chooses.
+    return ((Operand(x, {}), Operand(weight, {2: 1}), Operand(offsets, {}, linear=False)),)
+
+
 def embedding_rule(node: Call) -> tuple[Term, ...]:
     """The last dimension is dimension 1 of the table."""
     weight, index = node.args[0], node.args[1]

@@ -21,10 +21,14 @@ CONCATENATIONS = {"aten.cat", "aten.concat", "aten.concatenate"}
 CONVOLUTIONS = {"aten.conv1d", "aten.conv2d", "aten.conv3d"}
 TRANSPOSED = {"aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d"}
 
+GROUPED = {"aten._grouped_mm", "transformers.grouped_mm_fallback"}
+"""x W_e, row by row: the first rows of x by the first of several matrices, the next by the second, as offsets say."""
+
 LINEAR_MAPS = {
     *["aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.einsum"],
     *CONVOLUTIONS,
     *TRANSPOSED,
+    *GROUPED,
 }
 """Operations with a weight that mixes channels: a leak through one of them is a linear map reading the raw stream."""
 

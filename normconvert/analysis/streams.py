@@ -10,7 +10,7 @@ stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -134,15 +134,15 @@ class Analysis:
                 found.add(node)
         return found
 
-    def grow(self, start: AxisRef) -> Stream:
-        """The stream through ``start``, its members in execution order."""
+    def grow(self, start: AxisRef, ends: Collection[fx.Node] = ()) -> Stream:
+        """The stream through ``start``, its members in execution order; not what values at ``ends`` are made of."""
         stream = Stream(size=start[1].size)
         work, leaks = [start], {}
         while work:
             ref = work.pop()
             if ref in stream.members:
                 continue
-            made = stream.members[ref] = self.provenance(ref)
+            made = stream.members[ref] = self.provenance(ref) if ref[0] not in ends else Provenance("sum")
             # A layer scale times a mean-free value is not mean-free: what it multiplies is no part of this stream.
             work += made.parts if made.kind == "sum" else ()
             if ref[0] not in self.data and ref != start:

@@ -94,7 +94,8 @@ def structural_edits(folder: Path) -> tuple[dict[str, Any], ...]:
     from normconvert.runtime import STRUCTURAL  # torch comes with it, and to find a record takes none
 
     # Where the config cannot say a norm's new eps, the weights fit the class with that alone.
-    needed = any(edit["op"] in STRUCTURAL or (edit["op"] == "epsilon" and not edit.get("stated")) for edit in modules)
+    unstated = (edit["op"] in ("epsilon", "renew") and not edit.get("stated") for edit in modules)
+    needed = any(unstated) or any(edit["op"] in STRUCTURAL for edit in modules)
     return tuple(modules) if needed else ()
 
 

@@ -192,9 +192,18 @@ def _reads_compressed(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 
 def _rotate(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
-    """x <- Q x along the channels, Q orthogonal: a writer's, or W <- W Q' of what reads them (`plan.rotations`)."""
+    """x <- Q x along the channels, Q orthogonal: a writer's, or W <- W Q' of what reads them (`plan.rotations`).
+
+    With ``blocks`` only those of the ``outer`` blocks of channels take it.
+    """
     view, dim, shape = _split(x, edit)
-    return rotated(view, dim, edit["kind"], int(edit["seed"]), bool(edit["constant"])).reshape(shape)
+    settings = edit["kind"], int(edit["seed"]), bool(edit["constant"])
+    if "blocks" not in edit:
+        return rotated(view, dim, *settings).reshape(shape)
+    blocks = torch.tensor([int(n) for n in edit["blocks"]], device=x.device)
+    if not all(0 <= int(n) < view.shape[dim - 1] for n in edit["blocks"]):
+        raise ValueError(f"dimension {edit['axis']} of shape {shape} has no blocks {edit['blocks']}")
+    return view.index_copy(dim - 1, blocks, rotated(view.index_select(dim - 1, blocks), dim, *settings)).reshape(shape)
 
 
 def _merge(view: Tensor, dim: int, edit: Edit, shape: tuple[int, ...]) -> Tensor:

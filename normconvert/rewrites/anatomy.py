@@ -36,7 +36,7 @@ def anatomy_of(graph: Graph) -> dict[str, Any]:
         "norms": [_norm(analysis, path, group, untied) for path, group in calls.items()],
         "streams": _merged(_stream(analysis, stream) for stream in analysis.streams),
         "tied": [[table, head] for table, head in untied.items()],
-        "values": _merged(_values(analysis, pair) for pair in value_pairs(analysis)),
+        "values": _merged(_values(analysis, pair) for pair in value_pairs(analysis) if pair.rows is None),
     }
 
 

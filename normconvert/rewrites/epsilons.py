@@ -34,8 +34,8 @@ def _is(value: Any, eps: Any) -> bool:
     return type(value) is float and value == eps
 
 
-def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | Obstacle:
-    """The attributes of a norm's module that hold its eps; none where that is zero.
+def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | Obstacle | None:
+    """The attributes of a norm's module that hold its eps, an empty list where that is zero; None if none holds it.
 
     Args:
         graph: the model.
@@ -48,9 +48,21 @@ def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | Obstacle:
         return []
     module = graph.modules[group[0].path]
     names = [name for name, value in vars(module).items() if _is(value, eps) and not name.startswith("_")]
-    if not names or not all(map(epsilon_node, group)):
-        return Obstacle("epsilon", f"its ε, {eps:g}, is no number of its module that could be another.")
-    return names
+    return names if names and all(map(epsilon_node, group)) else None
+
+
+def epsilon_edit(norm: Norm, attributes: list[str] | None, eps: float) -> Edit:
+    """The module edit that gives a norm another eps: an attribute's number, or a norm of ours in place of its class.
+
+    Args:
+        norm: has a module.
+        attributes: of :func:`attributes_of`.
+        eps: the new one.
+    """
+    if attributes is not None:
+        return {"op": "epsilon", "path": norm.path, "attributes": attributes, "eps": eps}
+    kind = "layernorm" if norm.centred else "rmsnorm"
+    return {**(norm.module or {}), "op": "renew", "kind": kind, "eps": eps}
 
 
 def epsilons_in_config(model: nn.Module, rows: Sequence[Edit]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -175,7 +175,7 @@ def _insertions(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
     return found
 
 
-def _replacements(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
+def _replacements(graph: Graph, rows: Rows, uncentred: bool = False) -> dict[fx.Node, Label]:
     inside = tuple(f"{path}." for path in rows)
     found: dict[fx.Node, Label] = {}
     for node in graph.nodes:
@@ -183,7 +183,7 @@ def _replacements(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
             path = module_path(node)
             if path in rows or path.startswith(inside):
                 found[node] = Gone()
-    settings = {norm.path: norm.module for norm in find_norms(graph)}
+    settings = {norm.path: norm.module for norm in find_norms(graph, uncentred=uncentred)}
     entered: dict[str, fx.Node] = {}
     for node in graph.nodes:
         path = str(node.args[1]) if node.target is MARKER else ""
@@ -195,6 +195,17 @@ def _replacements(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
                 raise Differs(path, f"`{path}` is no norm that another could stand in for")
             found[unmarked(node)] = _replaced(path, entered[path], known, rows[path])
     return found
+
+
+def _renewals(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:
+    """As replacements; the eps is another, and the norm need not be a LayerNorm."""
+    found = _replacements(graph, rows, uncentred=True)
+    return {
+        node: replace(label, settings={**label.settings, "eps": float(rows[label.path]["eps"])})
+        if isinstance(label, Replaced)
+        else label
+        for node, label in found.items()
+    }
 
 
 def _replaced(path: str, source: fx.Node, known: Mapping[str, Any], row: Mapping[str, Any]) -> Replaced:
@@ -265,6 +276,7 @@ _LABELS: dict[str, Callable[[Graph, Rows], dict[fx.Node, Label]]] = {
     "center": _insertions,
     "compress": _insertions,
     "epsilon": _epsilons,
+    "renew": _renewals,
 }
 """Module edit -> what labels the nodes that it changes; of two labels the later holds."""
 

@@ -8,6 +8,7 @@ comparison of the whole with its edited self has compared this as well.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -30,6 +31,24 @@ def runs_inside(inner: Graph, outer: Graph, path: str) -> bool:
         return False
     around = _calls(outer)
     return all(any(_Walk(inner, outer, path).same(a, b) for b in around) for a in _calls(inner))
+
+
+def with_parts_as_ways_out(graph: Graph) -> Graph:
+    """What the model returns only if a part of it is called, its base say, is a way out and none of its outputs.
+
+    Such a call is traced where it reaches parameters that no call of the whole does.
+    """
+    returned: list[set[fx.Node]] = [set(node.all_input_nodes) for node in graph.nodes if node.op == "output"]
+    entries = [entry for _, entry in graph.calls]
+    own = {value for values, entry in zip(returned, entries, strict=True) for value in values if not entry}
+    moved: dict[fx.Node, tuple[str, ...]] = {}
+    for values, entry in zip(returned, entries, strict=True):
+        # In the order of the outputs, which a set has not.
+        for value, names in graph.outputs.items() if entry else ():
+            if value in values - own:
+                moved[value] = (*graph.exits.get(value, ()), *(f"{entry}.{name}" for name in names))
+    outputs = {value: names for value, names in graph.outputs.items() if value not in moved}
+    return replace(graph, outputs=outputs, exits={**graph.exits, **moved})
 
 
 def _calls(graph: Graph) -> list[list[fx.Node]]:

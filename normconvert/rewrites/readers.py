@@ -8,6 +8,7 @@ is (a zero padding does not) and the map has, or can be given, a bias of its own
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -19,6 +20,7 @@ from normconvert.analysis.operations import (
     CONVOLUTIONS,
     COPIES,
     EMBEDDING,
+    GROUPED,
     MOVES,
     all_are,
     argument,
@@ -66,12 +68,16 @@ class _Form:
     out: int
 
 
+BY_EXPERT = GROUPED | {"aten.bmm"}
+"""Linear maps with several matrices in one tensor, of which each place in another dimension takes its own."""
+
 LINEAR_FORMS = {
     "aten.linear": _Form(0, 1, 2, 1, 0),
     "aten.addmm": _Form(1, 2, 0, 0, 1),
     "aten.mm": _Form(0, 1, None, 0, 1),
     "aten.matmul": _Form(0, 1, None, 0, 1),
     **dict.fromkeys(CONVOLUTIONS, _Form(0, 1, 2, 1, 0)),
+    **dict.fromkeys(BY_EXPERT, _Form(0, 1, None, 1, 2)),
 }
 
 STORED = MOVES | COPIES | ALIASES
@@ -174,7 +180,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     convolution = name_of(node) in CONVOLUTIONS
     rank = len(shape_of(weight))
     batched = convolution and len(shape_of(value)) == rank
-    if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or (rank != 2 and not convolution):
+    plain = convolution or rank == (3 if name_of(node) in BY_EXPERT else 2)
+    if place.dim != (int(batched) if convolution else len(shape_of(value)) - 1) or not plain:
         raise Unfoldable(f"{operation(node)} is no plain linear map")
     if has_bias and convolution and not _unpadded(node):
         raise Unfoldable(f"{operation(node)} pads with zeros, which a bias moved behind it would not be")
@@ -191,8 +198,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     path = module_path(node)
     module = analysis.graph.modules.get(path)
     # Registered as None: the class knows of a bias, and was built without.
-    plain = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
-    if not new_biases or not plain or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
+    absent = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
+    if not new_biases or not absent or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
         raise Unfoldable(f"{operation(node)} has no bias to take the norm's")
     return Reader(frozenset([node]), name, stored, out, None, path)
 
@@ -204,6 +211,34 @@ def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
         Unfoldable: it is none, or its weight is not stored.
     """
     return _reader(analysis, leak, False, {}, False)
+
+
+def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None, int]:
+    """What a linear map's results are written by.
+
+    Args:
+        analysis: the streams.
+        node: one of :data:`LINEAR_FORMS`.
+
+    Returns:
+        The weight, its dimension of the results, the bias if there is one, and how many results there are.
+
+    Raises:
+        Unfoldable: they are not stored.
+    """
+    form = LINEAR_FORMS[name_of(node)]
+    args: list[Any] = [*node.args, *[None] * 3]
+    weight, bias = args[form.weight], args[form.bias] if form.bias is not None else None
+    if node.kwargs or not isinstance(weight, fx.Node) or len(shape_of(weight)) != 2:
+        raise Unfoldable(f"{operation(node)} is no plain linear map")
+    place = ChannelAxis(form.dim, int(shape_of(weight)[form.dim]))
+    name, _, out = _stored(analysis, weight, place, form.out, node)
+    count = int(shape_of(weight)[form.out])
+    if not isinstance(bias, fx.Node):
+        return name, out, None, count
+    if tuple(shape_of(bias)) != (count,):
+        raise Unfoldable(f"{operation(node)} has a bias that is no vector")
+    return name, out, _stored(analysis, bias, ChannelAxis(0, count), 0, node)[0], count
 
 
 def _unpadded(node: fx.Node) -> bool:

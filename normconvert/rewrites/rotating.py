@@ -26,12 +26,13 @@ from normconvert.plan.given_rotations import TOLERANCE, Given, error_of_ones, gi
 from normconvert.plan.rotations import order_without_hadamard
 from normconvert.rewrites.centring import Centring, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
+from normconvert.rewrites.inner_calls import with_parts_as_ways_out
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import Obstacle, misuse, never_called, obstacle
+from normconvert.rewrites.verdicts import Obstacle, in_a_branch, misuse, never_called, obstacle
 from normconvert.rewrites.writers import table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
@@ -69,6 +70,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     Raises:
         InputError: the rotation that is given is of another width than all streams, or moves the mean of a LayerNorm.
     """
+    graph = with_parts_as_ways_out(graph)
     given = given_in(options.rotation)
     search = _searched(graph, options, given)
     streams = search.streams
@@ -173,7 +175,7 @@ def _refuse_moved_mean(given: Given, norm: Norm) -> None:
 def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     """Why a value of a stream cannot be written in another basis, whatever becomes of the others."""
     if (norm := _norm_behind(search.analysis, made)) is not None:
-        why = f"{norm} is written back into it, and takes a number but no rotation"
+        why = f"{norm} is written into it, and takes a number but no rotation"
         return Obstacle("post-norm", f"its stream stays as it is: {why} (post-norm).")
     if made.kind == "opaque" and ref[0] not in search.analysis.graph.outside:
         return Obstacle("opaque", f"its stream stays as it is: it contains {made.reason}.")
@@ -262,7 +264,8 @@ def _verdict(search: _Search, path: str) -> Verdict:
         if search.moved[path].bias_stays:
             reason += " Its bias stays, divided by the weight: one of them has none."
         return Verdict(path, kind, True, reason, "converted")
-    why = _why(search, path)
+    read = [search.where[norm][0] for norm in search.calls[path] if norm in search.where]
+    why = in_a_branch(_why(search, path), read, search.analysis) if read else _why(search, path)
     return Verdict(path, kind, False, why.reason, why.code)
 
 

@@ -62,7 +62,7 @@ class Search:
     keep_features: bool = False
     stays: dict[int, Obstacle] = field(default_factory=dict)
     refused: dict[str, Obstacle] = field(default_factory=dict)
-    attributes: dict[str, list[str]] = field(default_factory=dict)
+    attributes: dict[str, list[str] | None] = field(default_factory=dict)
     reading: dict[fx.Node, fx.Node] = field(default_factory=dict)
     heads: dict[fx.Node, list[str]] = field(default_factory=dict)
     untied: set[AxisRef] = field(default_factory=set)

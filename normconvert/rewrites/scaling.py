@@ -14,28 +14,27 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import fx
 
 from normconvert.analysis.norms import Norm, is_float32_cast
 from normconvert.analysis.streams import AxisRef, Provenance, Stream
 from normconvert.errors import InputError
-from normconvert.options import Options
+from normconvert.options import Options, powers_in
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import doors_of
-from normconvert.rewrites.epsilons import epsilons_in_config
+from normconvert.rewrites.epsilons import epsilon_edit, epsilons_in_config
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.moved_norms import Moved, doors_behind
 from normconvert.rewrites.readers import values_behind
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.scalable import Search, factor, groups_of, norm_of, readers_of_stream, search_scale
-from normconvert.rewrites.verdicts import never_called
+from normconvert.rewrites.verdicts import in_a_branch, never_called
 from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import boundary_of
 
-MOST = 120
-"""The largest power, up or down: float32 has 2^-126 to 2^127."""
 ASSUMED = 1
 """The power of a plan that is made before anything was measured: its verdicts hold for any."""
 
@@ -47,7 +46,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     Every norm gets a verdict: it is converted if what it reads is scaled.
 
     Raises:
-        InputError: ``power`` is no number, or names a norm that reads no such stream.
+        InputError: ``power`` is no number, names a norm that reads no such stream, or leaves float32 no ε.
     """
     search = search_scale(graph, options)
     powers = _powers(search, options.power)
@@ -60,11 +59,13 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     paths = [p for p, group in search.calls.items() if search.reads(group[0]) and _power(search, powers, group[0])]
     converted = [norm for path in paths for norm in search.calls[path]]
     modules = [
-        {"op": "epsilon", "path": path, "attributes": search.attributes[path],
-         "eps": _eps(search, path) * 4.0 ** -_power(search, powers, search.calls[path][0])}
-        for path in paths if search.attributes[path]
-    ]  # fmt: skip
-    config |= epsilons_in_config(graph.modules[""], modules)
+        epsilon_edit(norm, search.attributes[path], _eps(search, path) * 4.0 ** -_power(search, powers, norm))
+        for path in paths
+        for norm in search.calls[path][:1]
+        if search.attributes[path] != []
+    ]
+    _check_epsilons(modules, options.power)
+    config |= epsilons_in_config(graph.modules[""], [row for row in modules if row["op"] == "epsilon"])
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
     doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
@@ -113,33 +114,27 @@ def _powers(search: Search, asked: str | None) -> dict[int, int]:
     return found
 
 
-def powers_in(text: str | None) -> int | dict[str, int] | None:
-    """What ``--power`` says: a number, or a norm of each stream and its number.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            found = {"": int(text)}
-        else:
-            rows = (row.rpartition("=") for row in text.split(","))
-            found = {name.strip(): int(number) for name, _, number in rows}
-    except ValueError:
-        raise InputError(f"--power {text}: expected a whole number, or NORM=NUMBER with commas between") from None
-    if any(abs(power) > MOST for power in found.values()):
-        raise InputError(f"--power {text}: expected numbers from -{MOST} to {MOST}")
-    return found[""] if "=" not in text else found
-
-
 def _power(search: Search, powers: dict[int, int], norm: Norm) -> int:
     return powers[id(search.where[norm][0])]
 
 
 def _eps(search: Search, path: str) -> float:
     return float((search.calls[path][0].module or {})["eps"])
+
+
+def _check_epsilons(rows: list[dict[str, Any]], asked: str | None) -> None:
+    """Refuse a power that no norm could compute with: float32 would hold neither its eps nor the squares beside it.
+
+    Raises:
+        InputError: names the norm.
+    """
+    held = torch.finfo(torch.float32)
+    for row in rows:
+        if not held.tiny <= row["eps"] <= held.max:
+            raise InputError(
+                f"--power {asked}: the ε of `{row['path']}` would be {row['eps']:.2g}, which float32 does not hold: "
+                "choose a power nearer to zero"
+            )
 
 
 class _Numbers:
@@ -217,6 +212,8 @@ def _verdict(search: Search, path: str, powers: dict[int, int], options: Options
     why = search.refused.get(path) or next(
         search.stays[id(search.where[norm][0])] for norm in group if not search.reads(norm)
     )
+    if read := [search.where[norm][0] for norm in group if norm in search.where]:
+        why = in_a_branch(why, read, search.analysis)
     return Verdict(path, kind, False, why.reason, why.code)
 
 

@@ -18,6 +18,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.operations import name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.fold import along
+from normconvert.rewrites.fused_values import Rows, only_in, rows_of_values
 from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Reader, Unfoldable, linear_reader
 from normconvert.rewrites.writers import Edits
 
@@ -27,12 +28,21 @@ CACHES = ("cache", "past_key_values")
 
 @dataclass(frozen=True)
 class Pair:
-    """What is written and read: the values, the stored tensors that write them, and the linear maps that read them."""
+    """What is written and read.
+
+    Attributes:
+        stream: the values.
+        writers: the stored tensors that write them, as a whole.
+        readers: the linear maps that read them.
+        cached: a call returns them for later ones.
+        rows: in place of writers, a part of a tensor that writes them.
+    """
 
     stream: Stream
     writers: tuple[AxisRef, ...]
     readers: tuple[Reader, ...]
     cached: bool
+    rows: Rows | None = None
 
 
 def value_pairs(analysis: Analysis) -> list[Pair]:
@@ -44,7 +54,11 @@ def value_pairs(analysis: Analysis) -> list[Pair]:
             continue
         stream = analysis.grow(start)
         seen |= stream.members.keys()
-        if (pair := _pair(analysis, stream)) is not None:
+        pair = _pair(analysis, stream)
+        if pair is None and (fused := rows_of_values(analysis, start)) is not None:
+            seen |= fused[0].members.keys()
+            pair = _pair(analysis, *fused)
+        if pair is not None:
             found.append(pair)
     # Several calls of a model share its tensors: each round leaves fewer pairs, or is the last.
     while True:
@@ -75,7 +89,7 @@ def _last(node: fx.Node) -> AxisRef:
     return node, ChannelAxis(len(shape) - 1, shape[-1])
 
 
-def _pair(analysis: Analysis, stream: Stream) -> Pair | None:
+def _pair(analysis: Analysis, stream: Stream, rows: Rows | None = None) -> Pair | None:
     """A stream that linear maps alone write and read."""
     if not isinstance(stream.size, int) or stream.size < 2 or stream.norms:
         return None
@@ -92,7 +106,9 @@ def _pair(analysis: Analysis, stream: Stream) -> Pair | None:
             return None
     writers = [ref for ref, made in stream.members.items() if made.kind == "parameter"]
     plain = all(made.kind == "parameter" or (made.kind == "sum" and not made.rest) for made in stream.members.values())
-    return Pair(stream, tuple(writers), tuple(found), cached) if plain and writers and found else None
+    if not plain or not found or bool(writers) is (rows is not None):
+        return None
+    return Pair(stream, tuple(writers), tuple(found), cached, rows)
 
 
 def _alone(analysis: Analysis, pair: Pair, pairs: list[Pair]) -> bool:
@@ -107,6 +123,8 @@ def _alone(analysis: Analysis, pair: Pair, pairs: list[Pair]) -> bool:
         for ref in one.writers:
             # A tensor that writes one pair and reads another is edited along two axes, which do not mind each other.
             ways.setdefault(f"{analysis.graph.parameters[ref[0]].name} as a writer", set()).add(ref[1])
+    if pair.rows is not None and not only_in(analysis, pair.rows, [one.rows for one in pairs if one.rows is not None]):
+        return False
     for ref in pair.writers:
         parameter = analysis.graph.parameters[ref[0]]
         if len(parameter.aliases) > 1 or len(ways[f"{parameter.name} as a writer"]) > 1:
@@ -136,6 +154,10 @@ def rotate_values(analysis: Analysis, pairs: list[Pair], change: dict[str, Any],
     for pair in pairs:
         for ref in pair.writers:
             rows[analysis.graph.parameters[ref[0]].name, "writes"] = {**change, **along(ref[1])}
+        if pair.rows is not None:
+            rows[pair.rows.weight, "writes"] = {**change, "axis": pair.rows.axis, **pair.rows.place}
+            if pair.rows.bias is not None:
+                rows[pair.rows.bias, "writes"] = {**change, "axis": 0, **pair.rows.place}
         for reader in pair.readers:
             rows[reader.weight, "reads"] = {**change, **along(reader.place)}
     for (name, _), row in rows.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import readers
-from normconvert.analysis.streams import AxisRef, Leak, Stream, operation
+from normconvert.analysis.streams import Analysis, AxisRef, Leak, Stream, operation
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Verdict
 from normconvert.rewrites.centring import leaks_of
@@ -59,6 +59,20 @@ def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
     if any(norm.module != group[0].module for norm in group):
         return Obstacle("not-a-module", "it is called in different ways.")
     return None
+
+
+def in_a_branch(obstacle: Obstacle, streams: Iterable[Stream], analysis: Analysis) -> Obstacle:
+    """The same reason, named as that of a norm within a branch if no stream that it reads is a residual one.
+
+    A residual stream has a value that is the sum of two others; what queries and keys are made of has none, or one of
+    two products, where positions have turned them before.
+    """
+    for stream in streams:
+        for made in stream.members.values():
+            parts = [stream.members[ref].kind for ref in made.parts if made.kind == "sum" and ref[0] in analysis.data]
+            if len(parts) > 1 and not set(parts) <= {"opaque", "scale"}:
+                return obstacle
+    return replace(obstacle, code="branch", reason=f"it reads no residual stream, and {obstacle.reason}")
 
 
 def never_called(graph: Graph, called: set[str]) -> list[Verdict]:

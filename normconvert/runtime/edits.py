@@ -192,6 +192,7 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "affine": _affine,
     "clip": _clip,
     "epsilon": _epsilon,
+    "renew": _replace,
 }
 STRUCTURAL = frozenset({"absorb", "affine", "bias", "clip", "resize", "merge", "set"})
 """Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
@@ -213,7 +214,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional", "size"}``,
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``,
-            ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``. A norm of kind ``crmsnorm`` also has
+            ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``; ``renew`` is ``replace`` with another eps,
+            where no attribute of the module holds it. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:

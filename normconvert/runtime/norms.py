@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normconvert.runtime.bases import BASES, lift
@@ -134,5 +135,18 @@ def _two_sums(x: Tensor, axis: int, eps: float) -> Tensor:
     return result
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm, "crmsnorm": CRMSNorm}
+class LayerNorm(RMSNorm):
+    """RMSNorm of x - mean(x), for a class that has its eps as a number in its code: here it may be another."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` of any float dtype along ``axis``; same shape and dtype out."""
+        x = input.movedim(self.axis, -1).to(wide_dtype(input))
+        weight, bias = getattr(self, self.weight_name), getattr(self, self.bias_name)
+        weight = weight if weight is None else weight.reshape(-1).to(x.dtype) + self.offset
+        bias = bias if bias is None else bias.reshape(-1).to(x.dtype)
+        y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(input.dtype).movedim(-1, self.axis)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"rmsnorm": RMSNorm, "crmsnorm": CRMSNorm, "layernorm": LayerNorm}
 """Kinds of norms that a plan may ask for."""

@@ -64,6 +64,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 """Field of a row -> whether it may have a value. A field means the same in every row."""
 REQUIRED: dict[str, tuple[str, ...]] = {
     "replace": ("kind", "size", "eps"),
+    "renew": ("kind", "size", "eps"),
     "center": ("side",),
     "absorb": (),
     "bias": ("size",),

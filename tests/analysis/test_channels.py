@@ -130,7 +130,7 @@ def holds(
     matrix = torch.randn(place.size, place.size, dtype=torch.float64)
     before = parts_of(_double(compute(node, values)))
     for key, at in kept.items():
-        values[key] = along(values[key], at, lambda x: x.to(matrix.dtype) @ matrix.T)
+        values[key] = along(values[key], at, lambda x: (x.to(matrix.dtype) @ matrix.T).to(x.dtype))
     after = parts_of(_double(compute(node, values)))
     for key in kept:
         values[key] = torch.utils._pytree.tree_map_only(Tensor, torch.zeros_like, values[key])

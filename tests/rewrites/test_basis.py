@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+)
 
 import normconvert
 from normconvert.errors import InputError, NothingToConvert
@@ -22,7 +27,7 @@ from normconvert.sources import open_source
 from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.basis import check_basis
-from tests.support.basis_models import MODELS, built, logits, skeleton
+from tests.support.basis_models import IMAGE, MODELS, built, logits, skeleton
 from tests.support.equivalence import check
 
 BASES = ["rotate", "scale"]
@@ -31,6 +36,9 @@ BASES = ["rotate", "scale"]
 COUNTS = {
     "cohere": {"fold": (3, 0), "rotate": (3, 0)},
     "falcon": {"fold": (3, 0), "rotate": (3, 0)},
+    # Those of what queries, keys and values are made of read a part of what is made.
+    "deepseek_v2": {"fold": (7, 2), "rotate": (7, 2)},
+    "deepseek_v3": {"fold": (7, 2), "rotate": (7, 2)},
     # Norms without weights have nothing to fold.
     "olmo": {"fold": (0, 5), "rotate": (5, 0)},
     # The norms of queries and keys are read by rotations of positions.
@@ -48,7 +56,7 @@ def some(names: Iterable[str], quick: set[str]) -> list[Any]:
 
 
 @pytest.mark.parametrize("method", ["fold", "rotate"])
-@pytest.mark.parametrize("name", some(MODELS, {"llama tied", "gemma", "gpt2"}))
+@pytest.mark.parametrize("name", some(MODELS, {"llama tied", "gemma", "gpt2", "mixtral"}))
 def test_the_model_computes_the_same_in_float64(name: str, method: str) -> None:
     options = Options(seed=3)
     plan, graph = planned(skeleton(name), options, method)
@@ -69,7 +77,7 @@ def test_the_model_computes_the_same_in_float64(name: str, method: str) -> None:
 def test_a_norm_at_the_end_of_a_branch_is_the_reason() -> None:
     plan = plan_model(skeleton("gemma2"), Options(), "rotate")
     assert {v.code for v in plan.kept} >= {"post-norm"}
-    assert any("written back into it, and takes a number but no rotation (post-norm)" in v.reason for v in plan.kept)
+    assert any("written into it, and takes a number but no rotation (post-norm)" in v.reason for v in plan.kept)
 
 
 def saved(
@@ -337,3 +345,41 @@ def test_a_layer_scale_does_not_fold_into_what_a_norm_reads_too() -> None:
     for method in BASES:
         assert not check_basis(ScaledOnce, inputs, method, Options(power="2")).problems
     assert not check(ScaledOnce, inputs).problems
+
+
+class Experts(nn.Module):
+    """A mixture in which every expert sees every token, and one tensor each way holds all of them."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen, self.write, self.norm, self.last = seen, nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 6, 8))
+        self.router, self.head = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.write(x)
+        n = self.norm(stream)
+        given = torch.bmm(torch.bmm(n.expand(3, -1, -1), self.up).relu(), self.down)
+        stream = stream + (given * self.router(n).softmax(-1).T.unsqueeze(-1)).sum(0)
+        result: Tensor = self.head(self.last(stream))
+        return result + self.up.sum() if self.seen else result
+
+
+@pytest.mark.parametrize(("method", "seen"), [("fold", False), ("rotate", False), ("scale", False), ("rotate", True)])
+def test_experts_in_one_tensor_take_what_their_norm_and_stream_ask_for(method: str, seen: bool) -> None:
+    inputs = [{"x": torch.randn(7, 5, dtype=torch.float64)}]
+    outcome = check_basis(lambda: Experts(seen), inputs, method, Options(seed=3, power="2"))
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert len(outcome.plan.converted) == (0 if seen else 2), [v.reason for v in outcome.plan.kept]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_only_the_base_returns_is_a_way_out_and_listed(keep: bool) -> None:
+    """Dinov2's mask token is reached by a call of its base alone, which returns what the last norm gives."""
+    with torch.device("meta"):
+        model = Dinov2ForImageClassification(Dinov2Config(**IMAGE)).eval()
+    plan = plan_model(model, Options(keep_features=keep), "rotate")
+    assert len(plan.converted) == (0 if keep else 5)
+    doors = [row["door"] for row in plan.shifted_doors if row["door"] != "hidden_states"]
+    assert sorted(doors) == ([] if keep else ["dinov2.last_hidden_state", "dinov2.pooler_output"])

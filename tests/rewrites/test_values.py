@@ -17,12 +17,14 @@ from tests.support.basis import check_basis
 from tests.support.basis_models import built, logits, skeleton
 
 VALUES = Options(values=True, seed=3)
-PAIRS = {"llama": 2, "vit": 2, "opt": 2, "gemma2": 2, "gpt2": 0}
-"""Model -> pairs of linear maps; GPT-2 keeps queries, keys and values in one tensor."""
+PAIRS = {"llama": 2, "vit": 2, "opt": 2, "gemma2": 2, "gpt2": 2, "gpt_neox": 2, "falcon": 2, "phi3": 2}
+"""Model -> pairs of linear maps."""
+BLOCKS = {"gpt2": [8, 9, 10, 11], "gpt_neox": [2, 5, 8, 11], "falcon": [5], "phi3": [6, 7]}
+"""Model that keeps queries, keys and values in one tensor -> which blocks of a head's rows are values."""
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("opt", "gemma2", "gpt2"))]
+    "name", [pytest.param(n, marks=() if n in ("llama", "gpt2") else pytest.mark.slow) for n in PAIRS]
 )
 def test_values_rotate_and_the_model_stays(name: str) -> None:
     plan, graph = planned(skeleton(name), VALUES, "rotate")
@@ -33,9 +35,13 @@ def test_values_rotate_and_the_model_stays(name: str) -> None:
     truth = built(name).double()
     expected = logits(truth)
     assert float((logits(algebra_model(truth, plan)) - expected).norm() / expected.norm()) < 1e-13
-    for row in (plan.tensors[name][-1] for name in more):
+    assert name not in BLOCKS or any("blocks" in plan.tensors[tensor][-1] for tensor in more)
+    for row in (plan.tensors[tensor][-1] for tensor in more):
         # With fewer heads of values than of queries there is one map for each, and readers follow.
         assert row["constant"] is False
+        if "blocks" in row:
+            assert row["blocks"] == BLOCKS[name]
+            continue
         assert row.get("outer", 1) == (2 if name == "llama" and row["axis"] == 0 else 4)
 
 
@@ -81,3 +87,49 @@ def test_values_that_others_see_stay(seen: str, rotates: bool) -> None:
     assert outcome.plan is not None
     assert not outcome.problems
     assert bool(outcome.plan.tensors.get("v.weight", [])) is rotates
+
+
+class Fused(nn.Module):
+    """Attention whose queries, keys and values are made by one map: one behind the other, by head, or mixed up."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.norm = nn.LayerNorm(8)
+        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.write, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.qkv(self.norm(self.write(x)))
+        if self.layout == "by head":
+            q, k, v = made.unflatten(-1, (2, 12)).chunk(3, -1)
+        else:
+            q, k, v = (part.unflatten(-1, (2, 4)) for part in made.split(8, -1))
+        if self.layout == "shifted":
+            v = made[..., 14:22].unflatten(-1, (2, 4))
+        if self.layout == "rounded":
+            v = v.to(torch.int64).to(v.dtype)
+        if self.layout == "twice":
+            q = made[..., 14:22].unflatten(-1, (2, 4))
+        q, k, v = (part.transpose(-2, -3) for part in (q, k, v))
+        mixed = torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
+        y = self.o(mixed.transpose(-2, -3).flatten(-2))
+        extra = made[..., -1:] if self.layout == "seen" else self.qkv.bias[-1] if self.layout == "bias seen" else 0
+        return self.head(y) + extra
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks"),
+    [
+        ("behind", [4, 5]),
+        ("by head", [2, 5]),
+        *((name, None) for name in ("shifted", "rounded", "twice", "seen", "bias seen")),
+    ],
+)
+def test_values_among_queries_and_keys_rotate_if_nobody_else_sees_them(layout: str, blocks: list[int] | None) -> None:
+    inputs = [{"x": torch.randn(2, 6, 5, dtype=torch.float64)}]
+    outcome = check_basis(lambda: Fused(layout), inputs, "rotate", VALUES)
+    assert outcome.plan is not None
+    assert not outcome.problems
+    rows = {name: edits[-1].get("blocks") for name, edits in outcome.plan.tensors.items()}
+    assert rows.get("qkv.weight") == rows.get("qkv.bias") == blocks

@@ -10,6 +10,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normconvert.compat.transformers import plain_experts
+
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES: dict[str, Any] = {
     **TOKENS, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 56,
@@ -17,6 +19,12 @@ SIZES: dict[str, Any] = {
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 12}
 IMAGE = {**SIZES, "image_size": 32, "patch_size": 8}
 GPT2 = {**TOKENS, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+EXPERTS = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    **SIZES, "moe_intermediate_size": 40, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4,
+}  # fmt: skip
 OPT = {**SIZES, "word_embed_proj_dim": 48, "ffn_dim": 56, "max_position_embeddings": 64}
 
 MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
@@ -32,6 +40,10 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "glm": (hf.GlmConfig, hf.GlmForCausalLM, GROUPED),
     "granite": (hf.GraniteConfig, hf.GraniteForCausalLM, GROUPED),
     "olmo": (hf.OlmoConfig, hf.OlmoForCausalLM, GROUPED),
+    "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM, EXPERTS),
+    "gpt_oss": (hf.GptOssConfig, hf.GptOssForCausalLM, EXPERTS),
+    "deepseek_v2": (hf.DeepseekV2Config, hf.DeepseekV2ForCausalLM, {**LATENT, "topk_method": "greedy"}),
+    "deepseek_v3": (hf.DeepseekV3Config, hf.DeepseekV3ForCausalLM, LATENT),
     "cohere": (hf.CohereConfig, hf.CohereForCausalLM, GROUPED),
     "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, GPT2),
     "opt": (hf.OPTConfig, hf.OPTForCausalLM, OPT),
@@ -77,6 +89,8 @@ def logits(model: nn.Module, *, wide: bool = True) -> Tensor:
     inputs: dict[str, Tensor] = {"input_ids": torch.randint(3, 64, (2, 9))}
     if hasattr(model.config, "image_size"):
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32, dtype=next(model.parameters()).dtype)}
+    for module in model.modules():  # by one kernel whatever the dtype: another rounds otherwise
+        plain_experts(getattr(module, "config", None))
     run: Callable[..., Any] = model
     with torch.no_grad():
         if not wide:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401  # registers transformers::grouped_mm_fallback
 from torch import Tensor
 
 import normconvert.tracing.graph  # noqa: F401  # registers normconvert::boundary
@@ -83,6 +84,7 @@ def conv_transpose(target: Any, spatial: int) -> list[Example]:
 
 
 _X, _LAST = (2, 3, 4), (4, 4, 4)
+_OFFSETS = torch.tensor([1, 1, 4], dtype=torch.int32)
 EXAMPLES: dict[str, list[Example]] = {
     "normconvert.boundary": same(torch.ops.normconvert.boundary.default, "a", "input", "0"),
     "aten.clone": same(aten.clone.default),
@@ -384,6 +386,14 @@ EXAMPLES: dict[str, list[Example]] = {
         call(aten.scaled_dot_product_attention.default, r(4, 4, 4), r(4, 4, 4), r(4, 4, 4), None, 0.0, True),
         call(aten.scaled_dot_product_attention.default, r(1, 4, 3, 4), r(1, 2, 3, 4), r(1, 2, 3, 4), enable_gqa=True),
         call(aten.scaled_dot_product_attention.default, r(1, 3, 4), r(2, 3, 4), r(2, 3, 4)),
+    ],
+    "aten._grouped_mm": [
+        call(aten._grouped_mm.default, r(4, 4).float(), r(3, 4, 4).float(), _OFFSETS),
+        call(aten._grouped_mm.default, r(4, 4).float(), r(4, 4).float(), _OFFSETS),
+    ],
+    "transformers.grouped_mm_fallback": [
+        call(torch.ops.transformers.grouped_mm_fallback.default, r(4, 4), r(3, 4, 4), _OFFSETS),
+        call(torch.ops.transformers.grouped_mm_fallback.default, r(4, 5), r(3, 5, 6), _OFFSETS),
     ],
     "aten.einsum": [
         call(aten.einsum.default, "btd,de->bte", [r(2, 3, 4), r(4, 5)]),

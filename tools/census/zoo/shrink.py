@@ -57,6 +57,8 @@ EXPERTS_USED = re.compile(
     r"top_k_experts"
 )
 EXPERT_GROUPS = {"n_group", "topk_group", "num_expert_group"}
+DENSE_LAYERS = {"first_k_dense_replace"}
+"""How many layers come before those with experts: one less than there are, or there were none with experts."""
 VOCABULARIES = re.compile(r"(\w+_)?vocab_size|num_embeds|ngram_vocab_size_base|encoder_hash_byte_group_vocab")
 NOT_VOCABULARIES = re.compile(r"type_vocab_size|audio_vocab_size|codebook_vocab_size|vocab_size_per_layer_input")
 TOKEN_IDS = re.compile(r"\w*token_(id|ids|index)|\w*_(start|end|pad|bos|eos|image|video|audio)_id|unk_index")
@@ -218,6 +220,8 @@ def _small(key: str, value: Any, config: Any, level: Level, depth: int, tokens: 
     if level.depth:
         if type(value) is int and LAYERS.fullmatch(key) and not NOT_LAYERS.fullmatch(key):
             return min(value, depth)
+        if key in DENSE_LAYERS and type(value) is int:
+            return min(value, depth - 1)
         if key in DEPTHS and _is_list(value):
             return type(value)(min(v, 2 if i == 0 else 1) for i, v in enumerate(value))
         if key == "depth" and _is_list(value):  # cvt: a stage needs more blocks than its number

@@ -135,6 +135,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "deformable_detr": {"use_timm_backbone": False, "backbone_config": RESNET},
     "detr": DETR,
     "table-transformer": DETR,
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "ministral": {"head_dim": 128},
