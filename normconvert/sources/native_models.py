@@ -90,7 +90,8 @@ def natives(source: Source, eps: float) -> list[Native]:
     """
     if source.library == "timm":
         # Most constructors take the name of a norm; what one makes of it shows in the graph.
-        return [Native('norm_layer="rmsnorm"', source.architecture, {"model_args.norm_layer": "rmsnorm"})]
+        config = {**_split(source.config), "model_args.norm_layer": "rmsnorm"}
+        return [Native('norm_layer="rmsnorm"', source.architecture, config)]
     rows = _TRANSFORMERS.get(str(source.config.get("model_type")), ()) if source.library == "transformers" else ()
     found = []
     for row in rows:
@@ -104,6 +105,15 @@ def natives(source: Source, eps: float) -> list[Native]:
             config = {key: eps if value is EPS else value for key, value in said.items()}
             found.append(Native(name, name, {k: v for k, v in config.items() if source.config.get(k, EPS) != v}))
     return found
+
+
+def _split(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What has timm read arguments beside the description of the weights, which once was the whole file."""
+    if "pretrained_cfg" in config:
+        return {}
+    names = {"labels": "label_names"}
+    described = {names.get(k, k): v for k, v in config.items() if k not in ("architecture", "num_features")}
+    return {"pretrained_cfg": described}
 
 
 @contextmanager

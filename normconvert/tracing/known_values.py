@@ -34,7 +34,7 @@ from normconvert.compat.torch import (
     version,
     without_modes,
 )
-from normconvert.tracing.operands import operands
+from normconvert.tracing.operands import FACTS, operands
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What is raised where a model goes on by a value that nobody knows, such as one that weights give."""
@@ -67,13 +67,6 @@ _FACTORIES = frozenset(("arange", "tensor", "as_tensor", "zeros", "ones", "full"
 
 _FILLED = {"new_zeros": 0, "new_ones": 1, "zeros_like": 0, "ones_like": 1}
 """Functions whose result's values do not depend on those of the tensor that they take shape or dtype from."""
-
-
-_FACTS = frozenset(
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse")
-)
-"""Attributes of a tensor that say nothing of its values; models ask for them more often than they compute."""
 
 
 class KnownValues(TorchFunctionMode):
@@ -121,7 +114,7 @@ class KnownValues(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _FACTS:
+        if func in FACTS:
             return func(*args)
         name = getattr(func, "__name__", "")
         args, kwargs = self._with_numbers(name, args, kwargs or {})

@@ -1,4 +1,4 @@
-"""The tensors that a function of torch is called with."""
+"""What a call of a function of torch is about: the tensors that it takes, and whether it asks for facts alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+
+FACTS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta", "is_cuda", "is_sparse")
+)
+"""Attributes of a tensor that say nothing of its values; models ask for them more often than they compute."""
 
 
 def operands(args: Iterable[Any], kwargs: dict[str, Any] | None) -> list[Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 
@@ -62,6 +63,24 @@ def test_timm_loads_its_own_rmsnorm_model(tmp_path: Path, name: str) -> None:
         assert far(loaded(x), before) < 1e-6  # timm made it in float32
     assert normconvert.check(tmp_path / "out", source).passed
     assert not (tmp_path / "out" / "modeling_normconvert.py").exists()
+
+
+def test_a_config_of_timms_old_form_is_split_for_the_argument(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = perturb(timm.create_model("test_vit", num_classes=7).eval())
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file(model.state_dict(), source / "model.safetensors")
+    # What is pretrained_cfg today was the whole file once.
+    size = {"input_size": [3, 160, 160], "fixed_input_size": True}
+    old = {"architecture": "test_vit", "num_classes": 7, "labels": ["a"] * 7, **size}
+    (source / "config.json").write_text(json.dumps(old))
+    report = normconvert.convert(source, tmp_path / "out", native=True)
+    assert report.fidelity is not None
+    assert report.fidelity.passed
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert isinstance(loaded.norm, RmsNorm)
+    assert (loaded.pretrained_cfg["label_names"], loaded.pretrained_cfg["input_size"]) == (["a"] * 7, [3, 160, 160])
 
 
 FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any], str]] = {

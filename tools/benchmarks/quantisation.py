@@ -31,6 +31,11 @@ BITS = {"float": (0, 0), "W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W16A6"
 """Setting -> bits of weights and of activations; 0: as they are."""
 SEEDS = (0, 1, 2)
 WINDOWS, LENGTH = 8, 256
+ROUNDED = (
+    "Read from a GGUF file in which its weights already had few bits: the original loses little where they are rounded "
+    "to few once more, on the grid that they came from, and a rotated model starts from another."
+)
+"""Said of a model whose weights were quantised before, by whoever published it."""
 
 
 def main() -> None:
@@ -42,8 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        models = [*options.models, *(str(_from_gguf(file, Path(folder))) for file in options.gguf)]
-        parts = [part for model in models for part in (measured(model, options.text, Path(folder)), "")]
+        models = dict.fromkeys(options.models, "") | {str(_from_gguf(f, Path(folder))): ROUNDED for f in options.gguf}
+        parts = [part for model in models.items() for part in (measured(*model, options.text, Path(folder)), "")]
     settings = ", ".join(list(BITS)[1:])
     lines = [
         "# Quantisation", "",
@@ -58,8 +63,8 @@ def main() -> None:
     options.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def measured(reference: str, text: Path | None, folder: Path) -> str:
-    """The table of one model."""
+def measured(reference: str, note: str, text: Path | None, folder: Path) -> str:
+    """The table of one model, with a note before it."""
     import normconvert
     from normconvert.sources import open_source
 
@@ -67,14 +72,14 @@ def measured(reference: str, text: Path | None, folder: Path) -> str:
     original = source.load(dtype=torch.float32)
     ids = _tokens(source, text)
     columns: dict[str, list[dict[str, float]]] = {"original": [perplexities(original, ids)]}
-    notes: list[str] = []
+    notes = [note] if note else []
     for label, values in (("rotated", False), ("rotated, values too", True)):
         for seed in SEEDS:
             out = folder / f"{Path(reference).name.replace(':', '-')}-{seed}-{values}"
             report = normconvert.convert(reference, out, "rotate", seed=seed, values=values, verify_level="quick")
             none = any("no values are rotated" in note for note in report.notes)
             if none:
-                notes = ["Queries, keys and values are one tensor here, so values stay as they are."]
+                notes += ["Queries, keys and values are one tensor here, so values stay as they are."]
                 break
             columns.setdefault(label, []).append(perplexities(normconvert.load(out, dtype=torch.float32), ids))
     rows = [f"## {Path(reference).name}", "", f"{ids.numel():,} tokens. {' '.join(notes)}".rstrip(), ""]
