@@ -98,7 +98,8 @@ def test_another_width_is_refused_and_a_stream_of_another_width_stays(tmp_path: 
         model, "rotate", example_inputs=(torch.tensor([[1, 2, 3]]),), rotation=str(written(tmp_path / "Q.pt", 12))
     )
     stays = {v.path: v.reason for v in report.plan.kept}
-    assert stays == {"narrow.1": "its stream stays as it is: it has 8 channels, and Q.pt is a matrix of 12."}
+    reason = "its stream stays as it is: it has 8 channels, and Q.pt is a matrix of 12."
+    assert stays == {"narrow.1": f"it reads no residual stream, and {reason}"}
     before, after = model.state_dict(), result.state_dict()
     assert torch.equal(after["narrow.0.weight"], before["narrow.0.weight"])
     assert not torch.equal(after["wide.0.weight"], before["wide.0.weight"])
