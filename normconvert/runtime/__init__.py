@@ -9,6 +9,7 @@ transformers outputs.
 from __future__ import annotations
 
 from normconvert.runtime.affine import Affine, Clip, PostActivation
+from normconvert.runtime.attention import LinearAttention, linear_attention
 from normconvert.runtime.bases import BASES, compress, lift
 from normconvert.runtime.classes import ADAPTER_RECORD, CONFIG_KEY, REMOTE_FILE, converted_class, edits_for
 from normconvert.runtime.classes import __getattr__ as __getattr__  # runtime.GPT2LMHeadModel, as in the one file
@@ -34,6 +35,7 @@ __all__ = [
     "Center",
     "Clip",
     "Compress",
+    "LinearAttention",
     "Padded",
     "PostActivation",
     "RMSNorm",
@@ -46,6 +48,7 @@ __all__ = [
     "converted_class",
     "edits_for",
     "lift",
+    "linear_attention",
     "one_at_a_time",
     "process_lock",
     "shipped_source",

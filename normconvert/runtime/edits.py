@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.runtime.affine import Affine, Clip, PostActivation
+from normconvert.runtime.attention import attend
 from normconvert.runtime.hooks import Center, Compress, add_hook
 from normconvert.runtime.modules import get_module, stand_in
 from normconvert.runtime.norms import NORMS
@@ -192,8 +193,9 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "affine": _affine,
     "clip": _clip,
     "epsilon": _epsilon,
+    "attend": attend,
 }
-STRUCTURAL = frozenset({"absorb", "affine", "bias", "clip", "resize", "merge", "set"})
+STRUCTURAL = frozenset({"absorb", "affine", "attend", "bias", "clip", "resize", "merge", "set"})
 """Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
 the edits applied."""
 
@@ -213,7 +215,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "compress", "path", "side", "key", "axis", "basis", "optional", "size"}``,
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``,
-            ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``. A norm of kind ``crmsnorm`` also has
+            ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``,
+            ``{"op": "attend", "path", "heads", "size", "grid", "prefix"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:
