@@ -190,11 +190,17 @@ def test_a_models_attention_becomes_linear(library: str, image: Tensor, monkeypa
     model, paths = swapped(MODELS[library])
     found = logits(model, image)
     seen = []
+
+    def instead(own: LinearAttention) -> Any:
+        def forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(own)
+            return by_pairs(own, q, k, v)
+
+        return forward
+
     for path in paths:
-        attention = model.get_submodule(f"{path}.linear_attention")
-        monkeypatch.setattr(
-            attention, "forward", lambda q, k, v, _a=attention, **_: seen.append(_a) or by_pairs(_a, q, k, v)
-        )
+        attention: Any = model.get_submodule(f"{path}.linear_attention")
+        monkeypatch.setattr(attention, "forward", instead(attention))
     torch.testing.assert_close(logits(model, image), found)
     assert len(seen) == len(paths)
 
