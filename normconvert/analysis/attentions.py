@@ -125,7 +125,8 @@ def known_mask(mask: fx.Node) -> Tensor | None:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() > LARGEST_MASK:
             return None
-        if node.op != "call_function" or not all(isinstance(n, int) for n in value.shape):
+        seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or seeded or not all(isinstance(n, int) for n in value.shape):
             return None
         if node not in nodes:
             nodes.add(node)
@@ -137,7 +138,7 @@ def known_mask(mask: fx.Node) -> Tensor | None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), found.__getitem__)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        found[node] = node.target(*args, **kwargs)
     result: Tensor = found[mask]
     return result if result.dtype == torch.bool else result == 0
 

@@ -60,11 +60,11 @@ def _if_unmasked(value: Tensor, mask: Tensor) -> Tensor:
     """``value``, if the mask hides nothing.
 
     transformers makes such masks when a model is exported, where eager calls have none. A graph does not know a mask's
-    values and cannot raise: what it computes with any other mask is no number.
+    values and cannot raise: what it computes with any other mask is infinite or no number.
     """
     shown = mask.all() if mask.dtype == torch.bool else (mask == 0).all()
     if is_compiling() or mask.is_meta or not is_plain(value, mask):
-        return torch.where(shown, value, torch.nan)
+        return torch.where(shown, value, torch.inf)
     if not shown:
         raise ValueError(NO_MASK)
     return value
@@ -188,7 +188,7 @@ class Attending:
         if taking.calls != 1:
             raise RuntimeError(
                 f"the attention of this {type(self).__name__} was swapped for a linear one, but its forward calls "
-                f'scaled_dot_product_attention {taking.calls} times, not once: load it with attn_implementation="sdpa" '
+                f"scaled_dot_product_attention {taking.calls} times, not once: load it with attn_implementation='sdpa' "
                 "(transformers), or with fused attention (timm)"
             )
         return result
@@ -224,5 +224,10 @@ def attend(model: nn.Module, edit: Mapping[str, Any]) -> None:
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has a {CHILD} already")
     sample = next((p for p in module.parameters() if p.is_floating_point()), None)
     new = LinearAttention(int(edit["heads"]), int(edit["size"]), edit["grid"], int(edit.get("prefix", 0)), like=sample)
+    take_over(module, new)
+
+
+def take_over(module: nn.Module, new: nn.Module) -> None:
+    """Let ``new`` answer the one call of scaled_dot_product_attention in a module's forward, as its child."""
     module.add_module(CHILD, new.train(module.training))
     module.__class__ = attending(type(module))

@@ -14,6 +14,7 @@ from normconvert.runtime.hooks import Center, Compress, add_hook
 from normconvert.runtime.modules import get_module, stand_in
 from normconvert.runtime.norms import NORMS
 from normconvert.runtime.padding import pad
+from normconvert.runtime.renaming import rename
 from normconvert.runtime.schema import check_module_edits, check_sizes
 
 
@@ -194,8 +195,9 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "clip": _clip,
     "epsilon": _epsilon,
     "attend": attend,
+    "rename": rename,
 }
-STRUCTURAL = frozenset({"absorb", "affine", "attend", "bias", "clip", "resize", "merge", "set"})
+STRUCTURAL = frozenset({"absorb", "affine", "attend", "bias", "clip", "resize", "merge", "set", "rename"})
 """Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
 the edits applied."""
 
@@ -216,7 +218,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``,
             ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``,
-            ``{"op": "attend", "path", "heads", "size", "grid", "prefix"}``. A norm of kind ``crmsnorm`` also has
+            ``{"op": "attend", "path", "heads", "size", "grid", "prefix"}``,
+            ``{"op": "rename", "path", "name"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:

@@ -81,6 +81,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "clip": ("shape",),
     "epsilon": ("attributes", "eps"),
     "attend": ("heads", "size", "grid"),
+    "rename": ("name",),
 }
 """Operation -> the fields that a row must have, beside ``op`` and ``path``."""
 

@@ -17,6 +17,7 @@ from normconvert.option_fields import taking
 from normconvert.options import check_device
 from normconvert.result import Clock
 from normconvert.tuning import checkpoints
+from normconvert.tuning.attention import blend
 from normconvert.tuning.data import all_batches
 from normconvert.tuning.data.adversarial import adversarial
 from normconvert.tuning.evaluation import Figures, evaluate
@@ -35,12 +36,14 @@ from normconvert.tuning.training import Trace, Watch, train
 def swap(request: Swapping) -> SwapReport:
     """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
 
+    Or swap softmax attention for a linear one (``sla``), or both (``slab``).
+
     The state of an unfinished run lies in ``OUT.training`` beside ``out``.
 
     Raises:
         InputError: bad input or usage.
         TraceError: the model cannot be traced.
-        NothingToConvert: there is no norm that can be swapped.
+        NothingToConvert: there is no norm, or no attention, that can be swapped.
         Diverged: the training went astray; its last good state is kept.
         HeavyTail: the worst losses are further from the original's than ``guard_tails`` allows; the trained state is
             kept.
@@ -134,7 +137,10 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     """The student, whose norms start from the statistics of one pass through the teacher."""
     run.clock("calibrate")
     settings, processes, subject = run.settings, run.processes, lesson.subject
-    student = make_student(lesson.teacher, subject.plan, subject.sites, settings.method, settings.norm_options())
+    student = make_student(lesson.teacher, subject.plan, subject.sites, settings.norm_method, settings.norm_options())
+    student = replace(student, attentions=blend(student.model, subject.attentions, convolution=settings.convolution))
+    if not subject.sites:
+        return student
     batches = all_batches(
         lesson.examples.learnt, settings.batch_size, settings.calibration, processes.rank, processes.world
     )
@@ -174,6 +180,8 @@ def _report(
         out=None,
         settings=run.settings,
         swapped=tuple(student.norms),
+        attention=tuple(student.attentions),
+        attention_left=dict(lesson.subject.left),
         left=(),
         plan=lesson.subject.plan,
         figures=figures,
