@@ -9,6 +9,7 @@ The scale of softmax attention drops out: it is in numerator and denominator.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -171,27 +172,10 @@ class _Taking(TorchFunctionMode):
 
 
 class Attending:
-    """A module whose forward calls scaled_dot_product_attention once, and gets its child's result for it.
+    """Before the own class of a module whose forward gets its child's result for softmax attention's.
 
-    The class of a module is exchanged for one that has this before its own class; nothing of it is lost or renamed.
+    Nothing of the module is lost or renamed.
     """
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the class does.
-
-        Raises:
-            RuntimeError: the class has no such call, or several: another implementation of attention is in use.
-        """
-        taking = _Taking(getattr(self, CHILD))
-        with taking:  # `as` would give compilers something else
-            result = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if taking.calls != 1:
-            raise RuntimeError(
-                f"the attention of this {type(self).__name__} was swapped for a linear one, but its forward calls "
-                f"scaled_dot_product_attention {taking.calls} times, not once: load it with attn_implementation='sdpa' "
-                "(transformers), or with fused attention (timm)"
-            )
-        return result
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copied and pickled by its own class, since classes made on demand have no place where pickle finds them."""
@@ -201,15 +185,34 @@ class Attending:
 _ATTENDING: dict[type, type] = {}
 
 
-def attending(kind: type) -> type:
-    """``kind`` with :class:`Attending` before it; the same one each time."""
+def attending(kind: type[nn.Module]) -> type:
+    """``kind`` with :class:`Attending` before it; the same one each time.
+
+    Its forward raises a RuntimeError if that of ``kind`` does not call scaled_dot_product_attention just once, as
+    another implementation of attention may.
+    """
     if kind not in _ATTENDING:
+        own = kind.forward
+
+        @functools.wraps(own)  # hooks and libraries ask for the names of its arguments
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            taking = _Taking(getattr(self, CHILD))
+            with taking:  # `as` would give compilers something else
+                result = own(self, *args, **kwargs)
+            if taking.calls != 1:
+                raise RuntimeError(
+                    f"the attention of this {kind.__name__} was swapped for a linear one, but its forward calls "
+                    f"scaled_dot_product_attention {taking.calls} times, not once: load it with "
+                    "attn_implementation='sdpa' (transformers), or with fused attention (timm)"
+                )
+            return result
+
         body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _ATTENDING[kind] = type(kind.__name__, (Attending, kind), body)
+        _ATTENDING[kind] = type(kind.__name__, (Attending, kind), {**body, "forward": forward})
     return _ATTENDING[kind]
 
 
-def _attending_again(kind: type) -> Any:
+def _attending_again(kind: type[nn.Module]) -> Any:
     return object.__new__(attending(kind))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -221,6 +222,9 @@ def test_names_stay_and_new_ones_come_with_the_module(library: str) -> None:
     assert [type(m).__name__ for m in plain.modules()] == [
         type(m).__name__ for p, m in model.named_modules() if "linear_attention" not in p
     ]
+    for path in paths:
+        signatures = [inspect.signature(m.get_submodule(path).forward) for m in (model, plain)]
+        assert signatures[0] == signatures[1]
     assert all(isinstance(model.get_submodule(path), type(plain.get_submodule(path))) for path in paths)
 
 

@@ -243,6 +243,43 @@ def test_a_training_that_goes_astray_names_the_attention(tmp_path: Path) -> None
     assert worst_part(student, teacher, {"x": torch.randn(2, 1, 8, 8)}).startswith("the attention `blocks.2.attn`")
 
 
+def test_a_training_is_gone_on_with_to_the_same_result(tmp_path: Path) -> None:
+    def swap(out: Path, **more: Any) -> None:
+        normconvert.swap(
+            "demo:vit", out, "sla", data="demo:", steps=6, batch_size=8, attention=["blocks.1.attn"], **more
+        )
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int, steps: int, shown: Any) -> None:
+        if step == 4:
+            raise Stopped
+
+    swap(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        swap(tmp_path / "parts", batches_between_checkpoints=2, watch=stop)
+    swap(tmp_path / "parts", batches_between_checkpoints=2, resume=True)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_its_norms_can_be_converted_afterwards(library: str, source: Path, tmp_path: Path) -> None:
+    of, data = ("demo:vit", "demo:") if library == "timm" else (source, images_of(source, tmp_path))
+    linear_one, both = tmp_path / "linear", tmp_path / "both"
+    normconvert.swap(of, linear_one, "sla", data=data, steps=1, batch_size=8, attention=["*"])
+    report = normconvert.convert(linear_one, both, "rmsnorm")
+    assert report.fidelity is not None
+    assert report.fidelity.passed
+    x = torch.randn(2, 1, 8, 8) if library == "timm" else torch.randn(2, 3, 16, 16)
+    one, other = (normconvert.load(folder) for folder in (linear_one, both))
+    assert linear(one) == linear(other)
+    with torch.no_grad():
+        results = [getattr(y, "logits", y) for y in (one(x), other(x))]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.slow
 def test_the_output_is_exported_to_onnx(tmp_path: Path) -> None:
     normconvert.swap("demo:vit", tmp_path / "out", "slab", data="demo:", steps=4, batch_size=32, attention=["*"])
