@@ -16,7 +16,7 @@ from torch import fx
 from normconvert.analysis.axis_rules import broadcast, dims_argument, kept_dims
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_forward, shape_of
 from normconvert.analysis.op_table import POINTWISE, terms_of
-from normconvert.analysis.operations import CONCATENATIONS, CONVOLUTIONS, argument, name_of
+from normconvert.analysis.operations import CONCATENATIONS, CONVOLUTIONS, LIKE_ANOTHER, argument, name_of
 
 ACTIVATIONS = {
     *[
@@ -121,7 +121,8 @@ def _operands(node: fx.Node) -> Iterator[Operand]:
         assert isinstance(x, fx.Node)
         yield Operand(x, kept_dims(x, dims_argument(argument(node, 1, "dim"), len(shape_of(x)))))
     elif name in POINTWISE or name in ACTIVATIONS:
-        yield from (Operand(x, broadcast(x, node)) for x in node.all_input_nodes if shape_of(x))
+        values = node.all_input_nodes[:1] if name in LIKE_ANOTHER else node.all_input_nodes
+        yield from (Operand(x, broadcast(x, node)) for x in values if shape_of(x))
     else:
         yield from (operand for term in terms_of(node) or () for operand in term)
 

@@ -192,13 +192,12 @@ def attending(kind: type[nn.Module]) -> type:
     another implementation of attention may.
     """
     if kind not in _ATTENDING:
-        own = kind.forward
 
-        @functools.wraps(own)  # hooks and libraries ask for the names of its arguments
+        @functools.wraps(kind.forward)  # hooks and libraries ask for the names of its arguments
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             taking = _Taking(getattr(self, CHILD))
             with taking:  # `as` would give compilers something else
-                result = own(self, *args, **kwargs)
+                result = kind.forward(self, *args, **kwargs)
             if taking.calls != 1:
                 raise RuntimeError(
                     f"the attention of this {kind.__name__} was swapped for a linear one, but its forward calls "

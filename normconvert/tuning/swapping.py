@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import taking
 from normconvert.options import check_device
@@ -26,7 +26,7 @@ from normconvert.tuning.output import Target, write
 from normconvert.tuning.processes import Processes
 from normconvert.tuning.result import SwapReport
 from normconvert.tuning.settings import Settings, Swapping
-from normconvert.tuning.student import Student, finish, make_student, make_teacher, measure, move
+from normconvert.tuning.student import Student, call, finish, make_student, make_teacher, measure, move
 from normconvert.tuning.subject import Subject, analyse
 from normconvert.tuning.tails import check_tails, tails_of
 from normconvert.tuning.training import Trace, Watch, train
@@ -139,6 +139,7 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     settings, processes, subject = run.settings, run.processes, lesson.subject
     student = make_student(lesson.teacher, subject.plan, subject.sites, settings.norm_method, settings.norm_options())
     student = replace(student, attentions=blend(student.model, subject.attentions, convolution=settings.convolution))
+    _try_attention(student, lesson, run)
     if not subject.sites:
         return student
     batches = all_batches(
@@ -148,6 +149,18 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     for path, found in moments.items():
         student.norms[path].calibrate(found)
     return student
+
+
+def _try_attention(student: Student, lesson: _Lesson, run: Run) -> None:
+    """Refuse what linear attention cannot take: images of another size, a forward that calls attention twice."""
+    if not student.attentions:
+        return
+    batch = move(lesson.examples.learnt.batch([0]), run.processes.device)
+    try:
+        with torch.no_grad():
+            call(student.model, batch)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{lesson.subject.source.reference}: {first_line(error)}") from error
 
 
 def _figures(model: nn.Module, lesson: _Lesson, run: Run) -> Figures:

@@ -129,6 +129,11 @@ REFUSED: dict[str, tuple[Call, Attend, str]] = {
     "some tokens of the grid gone": (lambda m, x: rows(m, x)[:, 1:], Attend(), "not seen to be a grid"),
     "shuffled": (lambda m, x: rows(m, x)[:, torch.arange(H * W).flip(0)], Attend(), "not seen to be a grid"),
     "rolled": (lambda m, x: rows(m, x).roll(1, 1), Attend(), "not seen to be a grid"),
+    "like an image": (
+        lambda m, x: m.positions.expand_as(rows(m, x)).type_as(rows(m, x)),
+        Attend(),
+        "not seen to be a grid",
+    ),
     "no image": (lambda m, x: m.positions.expand(B, -1, -1), Attend(), "not seen to be a grid"),
     "two heads' channels apart": (
         rows,

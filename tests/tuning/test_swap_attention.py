@@ -190,6 +190,19 @@ def test_options_of_the_other_methods_are_refused(tmp_path: Path) -> None:
         normconvert.swap("demo:vit", tmp_path / "out", "sla", data="demo:", norms=["*"])
 
 
+def test_a_forward_that_calls_attention_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm.layers import Attention as TimmAttention
+
+    own = TimmAttention.forward
+
+    def twice(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(self, x, *args, **kwargs) + own(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(TimmAttention, "forward", twice)
+    with pytest.raises(InputError, match="calls scaled_dot_product_attention 2 times, not once"):
+        normconvert.swap("demo:vit", tmp_path / "out", "sla", data="demo:", attention=["blocks.0.attn"])
+
+
 def test_only_layers_that_gain_are_chosen() -> None:
     few, many = (Attention(f"a{n}", 6, 64, n * n, (n, n)) for n in (8, 28))
     refused = Attention("b", obstacle="it is causal")
