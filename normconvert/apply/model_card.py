@@ -60,6 +60,15 @@ METHODS |= {
     "to say what the original says; at inference such a norm is one scale and shift per channel."
     for swap, (norm, paper) in TRAINED.items()
 }
+SLAB = "simplified linear attention ([arXiv:2405.11582](https://arxiv.org/abs/2405.11582))"
+LINEAR = {
+    "swap sla": f"The softmax attention was swapped for {SLAB} while the model learnt to say what the original says. "
+    "It takes images of one size.",
+    "swap slab": f"The norms were swapped for RepBN and the softmax attention for {SLAB} while the model learnt to say "
+    "what the original says; at inference such a norm is one scale and shift per channel. It takes images of one size.",
+}
+"""Swap -> what attention was swapped for."""
+METHODS |= LINEAR
 TRUST = ", trust_remote_code=True"
 ORIGINAL = "the original architecture"
 SHIPPED, OWN = "shipped", "own"
@@ -141,11 +150,16 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
     if base and revision:
         origin += f" at revision [`{revision[:12]}`](https://huggingface.co/{base}/tree/{revision})"
     count = f"{len(plan.converted)} of {len(plan.verdicts)} norms"
+    linear = sum(edit["op"] == "attend" for edit in plan.modules)
+    if linear:
+        count = f"the attention of {linear} modules" + (f" and {count}" if plan.converted else "")
     method = METHODS.get(plan.method, "")
     if plan.native:
         method = method.replace(UNCHANGED, f"It is written as `{plan.native}`.")
     claim = (
-        "trained to compute nearly the same" if plan.method in TRAINED else "computing the same function up to rounding"
+        "trained to compute nearly the same"
+        if plan.method in TRAINED | LINEAR
+        else "computing the same function up to rounding"
     )
     return (
         f"This is {origin}{f' ({architecture})' if architecture else ''} after `normconvert {plan.method}`: {count} "
@@ -189,6 +203,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
         return f"{text}\n\n```python\n{plain}\n```\n\n{why}"
     if any(edit["op"] == "affine" for edit in plan.modules):
         return f"{text}\n\nUnmodified {library} cannot load it: its norms would compute something else."
+    if any(edit["op"] == "attend" for edit in plan.modules):
+        return f"{text}\n\nUnmodified {library} cannot load it: its attention is another, with parameters of its own."
     if plan.structural:
         missing = "tensors of the plain architecture are missing here, or have other shapes"
         return f"{text}\n\nUnmodified {library} cannot load it: {missing}."

@@ -1,4 +1,4 @@
-"""``normconvert swap``: LayerNorm or RMSNorm out, a norm with fixed statistics in, then fused away."""
+"""``normconvert swap``: norms out, fixed statistics in, then fused away; or softmax attention out, linear in."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class _MethodMayLead(Command):
 
 @register(
     cls=_MethodMayLead,
-    short_help="Swap LayerNorm or RMSNorm for a norm with learnt statistics, and fuse it away.",
+    short_help="Swap norms for learnt statistics, fused away, or softmax attention for a linear one.",
     rich_help_panel=CONVERSIONS,
 )
 @command(Swapping, View)
 def swap(ask: Ask[Swapping], view: View) -> int:
     """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse them away.
+
+    Methods sla and slab swap the softmax attention of image models for a linear one, slab beside the norms.
 
     Not lossless: the report says what the output is worth beside the original. Several processes: accelerate launch.
     """

@@ -86,6 +86,10 @@ def show_swap(console: Console, report: SwapReport) -> None:
     grid.add_column()
     left = len(report.left)
     grid.add_row("norms", f"{len(report.swapped)} swapped, {left} left to run")
+    if report.settings.linear:
+        grid.add_row("attention", f"{len(report.attention)} swapped, {len(report.attention_left)} left to run")
+    for path, reason in report.attention_left.items():
+        grid.add_row("", f"`{path}`: {reason}")
     grid.add_row("learnt from", f"{report.settings.data}, {report.steps} steps")
     grid.add_row("measured on", report.eval_data)
     if report.fused is not None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.runtime.affine import Affine, Clip, PostActivation
+from normconvert.runtime.attention import attend
 from normconvert.runtime.hooks import Center, Compress, add_hook
 from normconvert.runtime.modules import get_module, stand_in
 from normconvert.runtime.norms import NORMS
 from normconvert.runtime.padding import pad
+from normconvert.runtime.renaming import rename
 from normconvert.runtime.schema import check_module_edits, check_sizes
 
 
@@ -193,8 +195,10 @@ MODULE_EDITS: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "clip": _clip,
     "epsilon": _epsilon,
     "renew": _replace,
+    "attend": attend,
+    "rename": rename,
 }
-STRUCTURAL = frozenset({"absorb", "affine", "bias", "clip", "resize", "merge", "set"})
+STRUCTURAL = frozenset({"absorb", "affine", "attend", "bias", "clip", "resize", "merge", "set", "rename"})
 """Edits after which the weights mean something else, or are others, than in the plain architecture: they fit only with
 the edits applied."""
 
@@ -215,7 +219,8 @@ def apply_module_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> 
             ``{"op": "affine", "path", "size", "eps", "axis", "weight", "bias", "guarded"}``,
             ``{"op": "clip", "path", "shape", "keep", "activation", "owned"}``,
             ``{"op": "epsilon", "path", "attributes", "eps", "stated"}``; ``renew`` is ``replace`` with another eps,
-            where no attribute of the module holds it. A norm of kind ``crmsnorm`` also has
+            where no attribute of the module holds it; ``{"op": "attend", "path", "heads", "size", "grid", "prefix"}``,
+            ``{"op": "rename", "path", "name"}``. A norm of kind ``crmsnorm`` also has
             ``basis``, ``expand`` and ``dropped``: parameters that leave with the old norm.
 
     Raises:

@@ -37,6 +37,10 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) < 9 and all(type(v) is int and 0 <= v <= _LARGEST for v in value)
 
 
+def _is_rectangle(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_is_size(v) for v in value)
+
+
 def _are_attributes(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(k, str) and k.isidentifier() and not k.startswith("_") and (_is_size(v) or _are_sizes(v))
@@ -46,12 +50,14 @@ def _are_attributes(value: Any) -> bool:
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("kind", "key", "weight", "bias", "name", "activation"), _is_name),
-    **dict.fromkeys(("size", "inputs", "outputs", "groups"), _is_size),
+    **dict.fromkeys(("size", "inputs", "outputs", "groups", "heads"), _is_size),
     **dict.fromkeys(
         ("optional", "mean_free", "folded", "channels_last", "expand", "guarded", "owned", "stated"), _is_flag
     ),
     **dict.fromkeys(("keep", "dropped", "attributes"), _are_names),
     **dict.fromkeys(("shape", "kernel", "stride", "padding", "dilation"), _are_sizes),
+    "grid": _is_rectangle,
+    "prefix": lambda value: value == 0 or _is_size(value),
     "op": lambda value: isinstance(value, str),
     "path": lambda value: isinstance(value, str) and _is_name(value),
     "side": lambda value: value in ("input", "output"),
@@ -75,6 +81,8 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "affine": ("size", "eps"),
     "clip": ("shape",),
     "epsilon": ("attributes", "eps"),
+    "attend": ("heads", "size", "grid"),
+    "rename": ("name",),
 }
 """Operation -> the fields that a row must have, beside ``op`` and ``path``."""
 
@@ -122,5 +130,7 @@ def check_sizes(model: nn.Module, edits: list[Mapping[str, Any]]) -> None:
             made = edit["outputs"] * edit["inputs"] * math.prod(edit["kernel"]) // edit["groups"] // 64
         elif edit["op"] in ("clip", "resize"):
             made = math.prod(edit["shape"])
-        if made > most or (edit["op"] in ("affine", "bias", "clip") and edit.get("size", 1) > widest):
+        elif edit["op"] == "attend":  # as many positions as tokens, of which a model of few parameters may have many
+            made = edit["heads"] * edit["size"] * (edit.get("prefix", 0) + math.prod(edit["grid"])) // 64
+        if made > most or (edit["op"] in ("affine", "attend", "bias", "clip") and edit.get("size", 1) > widest):
             raise ValueError(f"module edit {number} ({edit['op']}): larger than the model itself")

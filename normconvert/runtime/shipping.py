@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 
 PARTS = (
-    "one_thread", "kernels", "bases", "norms", "affine", "modules", "hooks", "padding", "schema", "edits", "own_file",
-    "classes",
+    "one_thread", "kernels", "bases", "norms", "affine", "modules", "attention", "renaming", "hooks", "padding",
+    "schema", "edits", "own_file", "classes",
 )  # fmt: skip
 """In the order of the file: each uses those before it. ``own_file`` stands for this module."""
 

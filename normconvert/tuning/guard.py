@@ -63,9 +63,13 @@ class Guard:
         vars(self).update(state)
 
 
-def worst_norm(student: Student, teacher: nn.Module, batch: Batch) -> str:
-    """The first norm, in execution order, whose output is not finite or far from the teacher's; else the farthest."""
-    paths = list(student.norms)
+def worst_part(student: Student, teacher: nn.Module, batch: Batch) -> str:
+    """The first norm whose output is not finite or far from the teacher's, then the first attention; else the farthest.
+
+    Both in execution order.
+    """
+    kinds = {**dict.fromkeys(student.norms, "norm"), **dict.fromkeys(student.attentions, "attention")}
+    paths = list(kinds)
     with torch.no_grad():
         with outputs_of(teacher, paths) as wanted:
             call(teacher, batch)
@@ -78,9 +82,9 @@ def worst_norm(student: Student, teacher: nn.Module, batch: Batch) -> str:
         s, t = found[path].double(), wanted[path].double()
         error = float((s - t).norm() / t.norm().clamp_min(1e-12))
         if not math.isfinite(error) or error > BROKEN:
-            return f"the norm `{path}` (its output is {error:.3g} of the original's away from it)"
+            return f"the {kinds[path]} `{path}` (its output is {error:.3g} of the original's away from it)"
         errors[path] = error
     if not errors:
         return "no norm"
     worst = max(errors, key=errors.__getitem__)
-    return f"the norm `{worst}` (its output is {errors[worst]:.3g} of the original's away from it)"
+    return f"the {kinds[worst]} `{worst}` (its output is {errors[worst]:.3g} of the original's away from it)"

@@ -62,7 +62,7 @@ def write(
     plan = _plan(report.method, subject, student, target)
     with staged_output(target.out, source.folder or source.files[0], target.overwrite) as folder:
         clock("write")
-        if target.fuse:
+        if target.fuse and subject.sites:
             report = _write_fused(report, source, student, plan, _Staged(folder, target, clock))
         else:
             write_folder(source, student, plan, folder, source.dtype)
@@ -75,9 +75,18 @@ def _plan(method: str, subject: Subject, student: Student, target: Target) -> Pl
     """What the record of the unfused folder says."""
     # float16 cannot hold weights that are 10⁶ times as large, so there is no such ε; fusing takes the norms away.
     plain = target.fuse or subject.source.dtype == torch.float16
-    key = None if plain else eps_key(subject.source, subject.sites, subject.norms)
+    # Unmodified library code would compute softmax attention with weights that were trained for another.
+    key = None if plain or subject.attentions else eps_key(subject.source, subject.sites, subject.norms)
     eps = LARGE_EPS if key else 1.0
-    return plan_of(student, subject.plan, method, eps=eps, config_key=key, guarded=not target.fuse and key is None)
+    return plan_of(
+        student,
+        subject.plan,
+        method,
+        eps=eps,
+        config_key=key,
+        guarded=not target.fuse and key is None,
+        renamed=subject.source.library == "transformers",
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class SwapReport:
         settings: what the user chose.
         swapped: paths of the norms that were swapped, in execution order.
         left: paths of the norms that still run in the output, swapped or not.
+        attention: paths of the modules whose attention became linear.
+        attention_left: path of a module whose attention stays -> why; of methods that swap attention.
         plan: module edits and verdicts of the output.
         figures: ``original``, ``calibrated``, ``tuned`` -> what it is worth on the evaluation data.
         eval_data: what that is, in words.
@@ -51,6 +53,8 @@ class SwapReport:
     eval_data: str
     tails: tuple[Tail, ...] = ()
     fused: Fidelity | None = None
+    attention: tuple[str, ...] = ()
+    attention_left: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     trace: tuple[dict[str, float], ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -72,6 +76,7 @@ class SwapReport:
             "method": self.method,
             "settings": self.settings.to_json(),
             "norms": {"swapped": list(self.swapped), "left": list(self.left)},
+            "attention": {"swapped": list(self.attention), "left": self.attention_left},
             "figures": {name: figures.to_json() for name, figures in self.figures.items()},
             "eval_data": self.eval_data,
             "tails": [tail.to_json() for tail in self.tails],

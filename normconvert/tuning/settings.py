@@ -17,12 +17,19 @@ SWAPS: Mapping[str, str] = {
     "repbn": "RepBN",
     "powernorm": "PowerNorm",
     "ln-free": "no norm: a frozen divisor",
+    "sla": "simplified linear attention",
+    "slab": "RepBN and simplified linear attention",
 }
 """Method -> what it is, in words."""
 
-PROGRESSIVE = ("repbn", "ln-free")
-"""Methods whose old norms fade or go by a schedule; the others' go at once."""
-METHOD = "What takes the norms' place: un (Unified Normalization), repbn, powernorm or ln-free."
+NORMS = {"sla": "", "slab": "repbn"}
+"""Method -> what takes the norms' place, where it is not the method itself; empty: they stay."""
+PROGRESSIVE = ("repbn", "ln-free", "sla", "slab")
+"""Methods whose old norms or attention fade or go by a schedule; the others' go at once."""
+METHOD = (
+    "What takes the norms' place: un (Unified Normalization), repbn, powernorm or ln-free; sla: a linear attention "
+    "takes the attention's place; slab: repbn and sla."
+)
 DATA = (
     "imagefolder:DIR, text:FILE, parquet:FILE[:COLUMN], hf:NAME[:SPLIT][:COLUMN], npz:FILE, safetensors:FILE, or demo: "
     "for the embedded models' own."
@@ -37,6 +44,9 @@ class Settings:
 
     Attributes:
         feature_weight: of the match of features, block by block, beside the match of logits.
+        matching: the share of the steps in which each layer's linear attention learns by itself to give what its
+            softmax attention gives, before it takes its place (sla, slab).
+        convolution: of the values, beside linear attention.
         spread_weight: of the loss that makes tokens equally long before the last norm goes (ln-free).
     """
 
@@ -48,9 +58,15 @@ class Settings:
         "distill", "Learn from the original's outputs, or from the labels of the data.", choices=("distill", "task")
     )
     norms: Sequence[str] = option((), "Swap the norms at these paths only; may be repeated.", metavar="GLOB")
+    attention: Sequence[str] = option(
+        (),
+        "sla, slab: swap the attention of the modules at these paths only, faster or not; may be repeated.",
+        metavar="GLOB",
+    )
     schedule: str = option(
         "linear",
-        "repbn, ln-free: how the old norms fade or go in the first half of the steps; none: at once.",
+        "repbn, ln-free, sla, slab: how the old norms and attention fade or go in the first half of the steps; "
+        "none: at once.",
         choices=("linear", "cosine", "none"),
     )
     steps: int = option(1000, "Optimiser steps; 0 calibrates only.", metavar="N", at_least=0)
@@ -62,6 +78,8 @@ class Settings:
     calibration: int = option(256, "Examples for the first statistics.", metavar="N", at_least=1)
     feature_weight: float = 1.0
     spread_weight: float = 0.1
+    matching: float = 0.25
+    convolution: bool = True
     window: int = option(4, "un: batches whose statistics are smoothed; 1: no smoothing.", metavar="M", at_least=1)
     filtration: bool = option(True, "un: leave outlier batches out.", spelling="--filtration/--no-filtration")
     # There is no fp16: its changing loss scale would get into the gradient statistics of un and powernorm.
@@ -85,10 +103,24 @@ class Settings:
             raise InputError(f"lr is {self.lr}; expected a positive number")
         if self.length is not None and self.length < 2:
             raise InputError(f"length is {self.length}; expected 2 or more tokens")
+        if self.norms and not self.norm_method:
+            raise InputError("--norms is for methods that swap norms, and sla leaves them as they are")
+        if self.attention and not self.linear:
+            raise InputError(f"--attention is for sla and slab, and {self.method} leaves attention as it is")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise InputError(f"max_minutes is {self.max_minutes}; expected a positive number")
         if self.guard_tails is not None and not 1 <= self.guard_tails < math.inf:
             raise InputError(f"guard_tails is {self.guard_tails}; expected a number of 1 or more")
+
+    @property
+    def norm_method(self) -> str:
+        """What takes the norms' place; empty: they stay."""
+        return NORMS.get(self.method, self.method)
+
+    @property
+    def linear(self) -> bool:
+        """Whether attention becomes linear."""
+        return self.method in NORMS
 
     def norm_options(self) -> dict[str, Any]:
         """Further arguments of the training norm."""
@@ -101,7 +133,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""
-        return asdict(self) | {"norms": list(self.norms)}
+        return asdict(self) | {"norms": list(self.norms), "attention": list(self.attention)}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What keeps a run with ``other`` settings from being resumed with these, one clause each."""

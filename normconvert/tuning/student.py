@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
 from normconvert.tracing.model_copy import copy_model
+from normconvert.tuning.attention import BlendedAttention
 from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
 from normconvert.tuning.norms.frozen import first_tokens
 from normconvert.tuning.norms.tokens import Moments, rows, summed, weights_of
@@ -37,12 +38,14 @@ class Student:
         norms: path -> the training norm there, in execution order.
         sites: what they replace.
         writers: name -> the edits that centre it.
+        attentions: path of a module -> the attention that fades into a linear one there.
     """
 
     model: nn.Module
     norms: dict[str, SwapNorm]
     sites: tuple[NormSite, ...]
     writers: dict[str, list[dict[str, Any]]]
+    attentions: dict[str, BlendedAttention] = field(default_factory=dict)
 
     def project(self) -> None:
         """Take the means out of what writes into centred streams."""
@@ -53,11 +56,11 @@ class Student:
                 value.copy_(apply_edits(value, edits, tensors.__getitem__).to(value.dtype))
 
     def train(self, mode: bool = True) -> None:
-        """Let the training norms measure, or let them be what they end as."""
+        """Let the training norms and attention measure, or let them be what they end as."""
         # First, for all modules: dropout would be noise in what is compared with the teacher.
         self.model.eval()
-        for norm in self.norms.values():
-            norm.train(mode)
+        for part in (*self.norms.values(), *self.attentions.values()):
+            part.train(mode)
 
     @contextmanager
     def masked(self, batch: Batch) -> Iterator[None]:
@@ -232,5 +235,7 @@ def finish(student: Student) -> None:
             norm.freeze()
             norm.merge_first()
             norm.keep_spread = False
+    for attention in student.attentions.values():
+        attention.set_mix(0.0)
     student.project()
     student.train(False)

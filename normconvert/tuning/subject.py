@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
+from normconvert.analysis.attentions import Attention, find_attentions
+from normconvert.analysis.norms import find_norms
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.options import Options
-from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.sources import Source
 from normconvert.tracing.graph import Graph
+from normconvert.tuning.attention import choose_attentions
 from normconvert.tuning.data import Wanted, wanted_by
 from normconvert.tuning.settings import Settings
 from normconvert.tuning.sites import NormSite, casts_among, choose, find_sites, with_rms_norms
@@ -24,6 +27,8 @@ class Subject:
         plan: of the ``rmsnorm`` rewrite, with a verdict for each RMSNorm, too.
         sites: the norms to swap.
         norms: how many the model has.
+        attentions: the attention to make linear.
+        left: path of a module whose attention stays -> why.
         wanted: the inputs that the model takes.
     """
 
@@ -32,22 +37,51 @@ class Subject:
     sites: tuple[NormSite, ...]
     norms: int
     wanted: Wanted
+    attentions: tuple[Attention, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str], None]) -> Subject:
-    """What the norms of a source read and feed, and which are to be swapped.
+    """What the norms and the attention of a source read and feed, and which are to be swapped.
 
     Raises:
         NothingToConvert: none can be.
     """
     clock("trace")
-    from normconvert.rewrites.rmsnorm import plan_rmsnorm
     from normconvert.tracing.model_graph import trace_model
 
     if source.modules:
         raise InputError(f"{source.reference}: its norms have been changed already; swap those of the original")
     model = source.skeleton()
     graph = trace_model(model)
+    if settings.linear:
+        attentions, left = choose_attentions(find_attentions(graph), settings.attention)
+        if not attentions:
+            raise NothingToConvert(f"{source.reference}: no attention can be swapped: {_reasons(left)}")
+    else:
+        attentions, left = (), {}
+    plan, chosen = _norms(source, graph, settings, fuse) if settings.norm_method else (_norms_kept(graph), ())
+    wanted = wanted_by(source, source.skeleton())
+    return Subject(source, plan, chosen, len(plan.verdicts), wanted, attentions, left)
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    """Each reason once, with the first path that it holds for."""
+    first = {reason: path for path, reason in reversed(list(left.items()))}
+    return " ".join(f"`{first[reason]}`: {reason}" for reason in dict.fromkeys(left.values())) or "it has none"
+
+
+def _norms_kept(graph: Graph) -> Plan:
+    """A plan that leaves all norms as they are."""
+    norms = {norm.path: norm for norm in find_norms(graph, uncentred=True)}
+    verdicts = [Verdict(path, norm.kind, False, "only attention is swapped.", "kept") for path, norm in norms.items()]
+    return Plan("swap sla", verdicts=verdicts, float32_norms=casts_among(graph, ()))
+
+
+def _norms(source: Source, graph: Graph, settings: Settings, fuse: bool) -> tuple[Plan, tuple[NormSite, ...]]:
+    """The plan that centres what the norms read, and the norms to swap."""
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+
     # an embedding that is the head, too, cannot hold what the last norm leaves behind
     plan = with_rms_norms(graph, plan_rmsnorm(graph, Options(tied="untie" if fuse else "center")))
     sites = find_sites(graph, plan)
@@ -64,12 +98,11 @@ def analyse(source: Source, settings: Settings, fuse: bool, clock: Callable[[str
     # package's, which do not.
     gone = {site.path for site in chosen} | {v.path for v in plan.converted}
     plan = replace(plan, float32_norms=casts_among(graph, gone))
-    return Subject(source, plan, chosen, len(plan.verdicts), wanted_by(source, source.skeleton()))
+    return plan, chosen
 
 
 def _with_untied_heads(graph: Graph, plan: Plan) -> Plan:
     """A plan whose tied tables are two tensors, since the head is to change and the embedding is not."""
-    from normconvert.analysis.norms import find_norms
     from normconvert.analysis.streams import Analysis
     from normconvert.rewrites.moved_norms import tables_to_untie
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import taking
 from normconvert.options import check_device
 from normconvert.result import Clock
 from normconvert.tuning import checkpoints
+from normconvert.tuning.attention import blend
 from normconvert.tuning.data import all_batches
 from normconvert.tuning.data.adversarial import adversarial
 from normconvert.tuning.evaluation import Figures, evaluate
@@ -25,7 +26,7 @@ from normconvert.tuning.output import Target, write
 from normconvert.tuning.processes import Processes
 from normconvert.tuning.result import SwapReport
 from normconvert.tuning.settings import Settings, Swapping
-from normconvert.tuning.student import Student, finish, make_student, make_teacher, measure, move
+from normconvert.tuning.student import Student, call, finish, make_student, make_teacher, measure, move
 from normconvert.tuning.subject import Subject, analyse
 from normconvert.tuning.tails import check_tails, tails_of
 from normconvert.tuning.training import Trace, Watch, train
@@ -35,12 +36,14 @@ from normconvert.tuning.training import Trace, Watch, train
 def swap(request: Swapping) -> SwapReport:
     """Swap LayerNorms and RMSNorms for norms with fixed statistics, learn these from data, and fuse the norms away.
 
+    Or swap softmax attention for a linear one (``sla``), or both (``slab``).
+
     The state of an unfinished run lies in ``OUT.training`` beside ``out``.
 
     Raises:
         InputError: bad input or usage.
         TraceError: the model cannot be traced.
-        NothingToConvert: there is no norm that can be swapped.
+        NothingToConvert: there is no norm, or no attention, that can be swapped.
         Diverged: the training went astray; its last good state is kept.
         HeavyTail: the worst losses are further from the original's than ``guard_tails`` allows; the trained state is
             kept.
@@ -134,7 +137,11 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     """The student, whose norms start from the statistics of one pass through the teacher."""
     run.clock("calibrate")
     settings, processes, subject = run.settings, run.processes, lesson.subject
-    student = make_student(lesson.teacher, subject.plan, subject.sites, settings.method, settings.norm_options())
+    student = make_student(lesson.teacher, subject.plan, subject.sites, settings.norm_method, settings.norm_options())
+    student = replace(student, attentions=blend(student.model, subject.attentions, convolution=settings.convolution))
+    _try_attention(student, lesson, run)
+    if not subject.sites:
+        return student
     batches = all_batches(
         lesson.examples.learnt, settings.batch_size, settings.calibration, processes.rank, processes.world
     )
@@ -142,6 +149,18 @@ def _calibrated(lesson: _Lesson, run: Run) -> Student:
     for path, found in moments.items():
         student.norms[path].calibrate(found)
     return student
+
+
+def _try_attention(student: Student, lesson: _Lesson, run: Run) -> None:
+    """Refuse what linear attention cannot take: images of another size, a forward that calls attention twice."""
+    if not student.attentions:
+        return
+    batch = move(lesson.examples.learnt.batch([0]), run.processes.device)
+    try:
+        with torch.no_grad():
+            call(student.model, batch)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{lesson.subject.source.reference}: {first_line(error)}") from error
 
 
 def _figures(model: nn.Module, lesson: _Lesson, run: Run) -> Figures:
@@ -174,6 +193,8 @@ def _report(
         out=None,
         settings=run.settings,
         swapped=tuple(student.norms),
+        attention=tuple(student.attentions),
+        attention_left=dict(lesson.subject.left),
         left=(),
         plan=lesson.subject.plan,
         figures=figures,

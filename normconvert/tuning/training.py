@@ -25,7 +25,7 @@ from normconvert.tuning.compare import (
     ranks,
 )
 from normconvert.tuning.data.batches import Data, training_batch
-from normconvert.tuning.guard import Guard, worst_norm
+from normconvert.tuning.guard import Guard, worst_part
 from normconvert.tuning.norms import FrozenNorm, RepBatchNorm
 from normconvert.tuning.processes import Processes
 from normconvert.tuning.settings import PROGRESSIVE, Settings, share_left
@@ -63,6 +63,9 @@ class Trace:
 def apply_schedule(student: Student, settings: Settings, progress: float) -> float:
     """Let the old norms fade or go, as ``progress`` (0 to 1) says; returns the share that is left."""
     left = share_left(settings.schedule, progress, REMOVED)
+    softmax = attention_left(settings, progress) if student.attentions else 0.0
+    for attention in student.attentions.values():
+        attention.set_mix(softmax)
     going = sorted(student.sites, key=lambda site: ROLES.index(site.role))
     gone = len(going) - math.ceil(left * len(going) - 1e-9)
     for i, site in enumerate(going):
@@ -75,7 +78,14 @@ def apply_schedule(student: Student, settings: Settings, progress: float) -> flo
             if norm.apart and (progress >= MERGED or settings.schedule == "none"):
                 norm.merge_first()
             norm.keep_spread = site.role == "final" and settings.spread_weight > 0
-    return left
+    return max(left if student.sites else 0.0, softmax)
+
+
+def attention_left(settings: Settings, progress: float) -> float:
+    """λ of attention: 1 while each layer's linear attention learns by itself, then as the schedule says."""
+    if progress < settings.matching:
+        return 1.0
+    return share_left(settings.schedule, progress - settings.matching, REMOVED - min(settings.matching, REMOVED / 2))
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def train(
         Diverged: the loss is not finite, or the agreement collapses; names the norm that went first.
         InputError: the state cannot be written or read.
     """
-    blocks = blocks_of(teacher, [site.path for site in student.sites])
+    blocks = blocks_of(teacher, [*(site.path for site in student.sites), *student.attentions])
     parameters = [p for p in student.model.parameters() if p.requires_grad]
     lesson = Lesson(student, teacher, data, settings, processes, blocks, parameters)
     run = _Run(lesson, folder)
@@ -255,13 +265,13 @@ class _Run:
             return
         student = self.lesson.student
         with student.masked(measured.batch):
-            culprit = worst_norm(student, self.lesson.teacher, measured.batch)
+            culprit = worst_part(student, self.lesson.teacher, measured.batch)
         kept = (self.folder / checkpoints.STATE).is_file()
         where = f"the last good state is in {self.folder}" if kept else "it had not yet been saved"
         settings = self.lesson.settings
         # Maps in the place of all norms at once can be so far off that there is nothing to learn from (docs/swap.md).
         at_once = settings.schedule == "none" and settings.method in PROGRESSIVE
-        hint = "; --schedule linear lets the norms go little by little" if at_once else ""
+        hint = "; --schedule linear lets them go little by little" if at_once else ""
         raise Diverged(
             f"the training went astray at step {self.step + 1}: {reason}; {culprit} went first; {where}{hint}"
         )
@@ -298,6 +308,9 @@ def _loss(lesson: Lesson, batch: Batch) -> tuple[Tensor, float]:
         parts = [feature_error(features[b], wanted[b], mask) for b in lesson.blocks if b in features and b in wanted]
         if parts:
             loss = loss + settings.feature_weight * torch.stack(parts).mean()
+    errors = [error for one in student.attentions.values() if (error := one.take_error()) is not None]
+    if errors and settings.matching:
+        loss = loss + torch.stack(errors).mean()
     return _with_spread(loss, student, settings), same
 
 

@@ -23,7 +23,7 @@ from normconvert.apply.other_files import copy_other_files
 from normconvert.apply.record import loading_files
 from normconvert.errors import InputError, NormConvertError
 from normconvert.plan.conversion_plan import Plan, Verdict
-from normconvert.runtime import STRUCTURAL, apply_module_edits
+from normconvert.runtime import CHILD, RENAMED, STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
 from normconvert.sources.transformers_models import own_class
 from normconvert.tuning.settings import SWAPS
@@ -35,7 +35,14 @@ LARGE_EPS = 1e12
 
 
 def plan_of(
-    student: Student, plan: Plan, method: str, *, eps: float = 1.0, config_key: str | None = None, guarded: bool = False
+    student: Student,
+    plan: Plan,
+    method: str,
+    *,
+    eps: float = 1.0,
+    config_key: str | None = None,
+    guarded: bool = False,
+    renamed: bool = False,
 ) -> Plan:
     """What the folder's record says: the centring, the norms that stay, an affine map at each that was swapped.
 
@@ -46,6 +53,7 @@ def plan_of(
         eps: of the affine maps.
         config_key: where config.json holds it; None: nowhere.
         guarded: the plain architecture shall refuse the weights, since it would take them for something else.
+        renamed: likewise, where attention alone was swapped, and the plain architecture would pass over its parameters.
     """
     swapped = {site.path for site in student.sites}
     modules = [edit for edit in plan.modules if edit["op"] == "center" or edit["path"] not in swapped]
@@ -54,6 +62,16 @@ def plan_of(
          "weight": site.weight or "weight", "bias": site.bias or "bias", **({"guarded": True} if guarded else {})}
         for site in student.sites
     ]  # fmt: skip
+    modules += [
+        {"op": "attend", "path": path, "heads": one.heads, "size": one.size, "grid": list(one.grid),
+         "prefix": one.prefix}
+        for path, one in student.attentions.items()
+    ]  # fmt: skip
+    removed = []
+    if student.attentions and not student.sites and renamed:
+        path, name = _own_parameter(student)
+        modules.append({"op": "rename", "path": path, "name": name})
+        removed.append(f"{path}.{name}")
     verdicts = [
         Verdict(v.path, v.kind, True, f"its statistics are learnt ({SWAPS[method]}).", "swapped")
         if v.path in swapped
@@ -61,8 +79,27 @@ def plan_of(
         for v in plan.verdicts
     ]
     config = dict(plan.config) | ({config_key: eps} if config_key else {})
-    return Plan(f"swap {method}", modules=modules, config=config, verdicts=verdicts, notes=list(plan.notes),
-                float32_norms=plan.float32_norms)  # fmt: skip
+    return Plan(f"swap {method}", modules=modules, removed=removed, config=config, verdicts=verdicts,
+                notes=list(plan.notes), float32_norms=plan.float32_norms)  # fmt: skip
+
+
+def _own_parameter(student: Student) -> tuple[str, str]:
+    """A module and its weight, which no other module has: one of a swapped attention, if there is one.
+
+    Raises:
+        InputError: there is none.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in student.model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(path)
+    for inside in (*student.attentions, ""):
+        for path, module in student.model.get_submodule(inside).named_modules(prefix=inside):
+            if type(module) in (nn.Linear, nn.Conv2d) and CHILD not in path and len(holders[id(module.weight)]) == 1:
+                return path, "weight"
+    raise InputError(
+        "no linear map or convolution of the model has a weight of its own, by whose name it could be known"
+    )
 
 
 def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dtype: torch.dtype) -> None:
@@ -84,6 +121,9 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
     trained = named_tensors(student.model)
     affine = {site.path: student.norms[site.path].affine() for site in student.sites}
     rows = {edit["path"]: edit for edit in plan.modules if edit["op"] == "affine"}
+    for edit in plan.modules:
+        if edit["op"] == "rename":
+            trained[f"{edit['path']}.{RENAMED.format(edit['name'])}"] = trained[f"{edit['path']}.{edit['name']}"]
     if "tie_word_embeddings" in plan.config:
         _untie(model, trained)
     for name, tensor in named_tensors(model).items():

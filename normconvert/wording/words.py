@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 BECOMES = {
     "rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm", "fuse-bn": "fused", "fold": "folded", "rotate": "rotated",
     "scale": "scaled",
-    **dict.fromkeys(["un", "repbn", "powernorm", "ln-free"], "swapped"),
+    **dict.fromkeys(["un", "repbn", "powernorm", "ln-free", "slab"], "swapped"),
 }  # fmt: skip
 """Conversion -> what its norms become."""
 

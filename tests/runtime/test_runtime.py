@@ -359,7 +359,7 @@ def test_half_keeps_epsilon_and_centring() -> None:
 
 def test_the_table_of_edits_is_what_plans_may_ask_for() -> None:
     known = {"replace", "center", "absorb", "affine", "bias", "resize", "merge", "set", "compress", "clip"}
-    known |= {"epsilon", "renew"}
+    known |= {"epsilon", "renew", "attend", "rename"}
     assert set(MODULE_EDITS) == known
     assert repr(Center("output", "0", -1)) == "Center('output', key='0', axis=-1)"
 

@@ -230,7 +230,7 @@ def test_divergence_stops_and_names_the_norm(tmp_path: Path, capsys: pytest.Capt
     assert "went astray at step" in error
     assert "the norm `" in error
     assert "went first; the last good state is in" in error
-    assert "; --schedule linear lets the norms go little by little" in error
+    assert "; --schedule linear lets them go little by little" in error
     assert not out.exists()
     assert (tmp_path / "out.training" / "state.pt").is_file()
 

@@ -19,7 +19,7 @@ from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.sources import open_source
 from normconvert.tracing.model_graph import trace_model
 from normconvert.tuning import guard
-from normconvert.tuning.guard import Guard, worst_norm
+from normconvert.tuning.guard import Guard, worst_part
 from normconvert.tuning.norms import TRAINING_NORMS
 from normconvert.tuning.sites import find_sites
 from normconvert.tuning.student import Student, make_student, make_teacher, measure
@@ -138,7 +138,7 @@ def test_the_norm_that_went_first_is_named(method: str, value: float) -> None:
     norm = student.norms["blocks.1.norm2"]
     for weight in (norm.weight, getattr(norm, "old_weight", norm.weight)):
         weight.data.mul_(value)
-    assert "`blocks.1.norm2`" in worst_norm(student, teacher, batch)
+    assert "`blocks.1.norm2`" in worst_part(student, teacher, batch)
 
 
 def test_a_loss_that_is_not_a_number_ends_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
