@@ -52,6 +52,8 @@ def measure() -> list[Row]:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """The tables in Markdown, and where linear attention begins to be faster."""
+    if not rows:
+        return []
     text = [
         "Time against tokens: random weights in the shapes of ViT-Ti and ViT-S without a class token, batch 1, "
         "float32, one thread; median milliseconds of a forward pass, in turns, and megabytes that one allocates.",
