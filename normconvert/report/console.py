@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -18,11 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from normconvert.apply.model_card import ORIGINAL, OWN, SHIPPED, TRUST, auto_class, remote_code
-from normconvert.options import OF_TENSORS
 from normconvert.report.blocks import INSERTED, centring_points, norm_lines
 from normconvert.report.charts import short
 from normconvert.report.junit import PARTS
+from normconvert.report.loading import show_loading
 from normconvert.wording.grouping import Row, collapse
 from normconvert.wording.words import becomes, human_bytes, task_metrics_in_words
 
@@ -86,9 +83,7 @@ def show_summary(
         grid.add_row("note", note)
     console.print(_indented(grid))
     if report.out is not None and kept:
-        for label, line in zip_longest(("load it",), how_to_load(report), fillvalue=""):
-            # Code to be copied is never wrapped.
-            console.print(Text.assemble((f"  {label:14}", FAINT), (line, "cyan")), soft_wrap=True)
+        show_loading(console, report)
     if verbose or measures or (report.plan.kept and report.plan.converted):
         from normconvert.report.tree import norm_tree
 
@@ -307,29 +302,6 @@ def figures(fidelity: Fidelity) -> RenderableType:
 def agrees(good: bool, text: str) -> Text:
     """``text`` with a tick or a cross."""
     return Text.assemble((f"{YES if good else NO} ", GOOD if good else BAD), text)
-
-
-def how_to_load(report: Report) -> list[str]:
-    """Lines of Python that load the output: as converted, and in the library if that can."""
-    code = remote_code(Path(report.out or ""))
-    trust = TRUST if code == OWN else ""
-    if report.library == "torch":
-        return [f'model = normconvert.load("{report.out}", arch="{report.factory}"{TRUST})']
-    lines = [f'model = normconvert.load("{report.out}"{trust})']
-    if report.plan.structural and (report.library == "timm" or code != SHIPPED):
-        return lines
-    if report.library == "timm":
-        return [*lines, f'model = timm.create_model("local-dir:{report.out}", pretrained=True)']
-    if report.plan.native:
-        return [*lines, f'model = {report.plan.native}.from_pretrained("{report.out}")  # the library alone']
-    auto = auto_class(Path(report.out or ""), report.architecture)
-    if code != SHIPPED:
-        return [*lines, f'model = {auto or report.architecture}.from_pretrained("{report.out}"{trust})  # {ORIGINAL}']
-    lines.append(f'model = {auto or report.architecture}.from_pretrained("{report.out}"{TRUST if auto else ""})')
-    # Where tensors alone were changed, that code is there to refuse other classes and to warn of adapters.
-    if auto and report.method in OF_TENSORS and all(row.get("stated") for row in report.plan.modules):
-        lines.append(f'model = {auto}.from_pretrained("{report.out}")  # the library alone')
-    return lines
 
 
 def _title(report: Report, remark: str = "", *, out: str | None = None) -> Text:

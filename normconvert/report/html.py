@@ -19,8 +19,8 @@ from normconvert.benchmark.result import Row
 from normconvert.plan.conversion_plan import Plan
 from normconvert.report.benchmark import machine_in_words, milliseconds
 from normconvert.report.charts import bench_chart, layer_chart, norm_chart
-from normconvert.report.console import how_to_load
 from normconvert.report.junit import PARTS
+from normconvert.report.loading import how_to_load
 from normconvert.report.parts import badge, bars, plan_view, tile
 from normconvert.report.runs import batch_section, swap_section
 from normconvert.result import Report

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normconvert.report.loading import show_loading
 from normconvert.report.screen import Screen
+from normconvert.result import Report
 from normconvert.wording.words import human_number, percent
 
 if TYPE_CHECKING:
@@ -102,6 +104,9 @@ def show_swap(console: Console, report: SwapReport) -> None:
     console.print(figures_table(report.figures))
     if report.tails:
         console.print(tails_table(report.tails))
+    if report.out is not None:
+        plan = report.plan
+        show_loading(console, Report(report.source, report.library, report.architecture, plan.method, report.out, plan))
 
 
 def figures_table(figures: Mapping[str, Figures]) -> Table:

@@ -2,7 +2,7 @@
 
 Between the map and the values stand operations that only move numbers: views, slices, splits. So they are run on the
 numbers of the rows in place of the map's results, and say themselves which rows arrive where, whether the parts lie one
-behind the other (GPT-2) or head by head (GPT-NeoX). The rows may be edited if nobody sees them but by the values.
+behind the other or head by head. The rows may be edited if nobody sees them but by the values.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from normconvert.runtime.kernels import is_plain, wide_dtype
-from normconvert.runtime.modules import get_module
+from normconvert.runtime.modules import Derived, derive, get_module
 
 LEAST = 1e-6
 """Added to the denominator, so that a query without any positive entry attends to nothing."""
@@ -171,27 +171,16 @@ class _Taking(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Attending:
+class Attending(Derived):
     """Before the own class of a module whose forward gets its child's result for softmax attention's.
 
-    Nothing of the module is lost or renamed.
+    Its forward raises a RuntimeError if that of the own class does not call scaled_dot_product_attention just once, as
+    another implementation of attention may. Nothing of the module is lost or renamed.
     """
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """Copied and pickled by its own class, since classes made on demand have no place where pickle finds them."""
-        return _attending_again, (type(self).__mro__[2],), self.__dict__
-
-
-_ATTENDING: dict[type, type] = {}
-
-
-def attending(kind: type[nn.Module]) -> type:
-    """``kind`` with :class:`Attending` before it; the same one each time.
-
-    Its forward raises a RuntimeError if that of ``kind`` does not call scaled_dot_product_attention just once, as
-    another implementation of attention may.
-    """
-    if kind not in _ATTENDING:
+    @classmethod
+    def members(cls, kind: Any, *settings: Any) -> dict[str, Any]:
+        """The forward."""
 
         @functools.wraps(kind.forward)  # hooks and libraries ask for the names of its arguments
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -206,13 +195,7 @@ def attending(kind: type[nn.Module]) -> type:
                 )
             return result
 
-        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _ATTENDING[kind] = type(kind.__name__, (Attending, kind), {**body, "forward": forward})
-    return _ATTENDING[kind]
-
-
-def _attending_again(kind: type[nn.Module]) -> Any:
-    return object.__new__(attending(kind))
+        return {"forward": forward}
 
 
 def attend(model: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -232,4 +215,4 @@ def attend(model: nn.Module, edit: Mapping[str, Any]) -> None:
 def take_over(module: nn.Module, new: nn.Module) -> None:
     """Let ``new`` answer the one call of scaled_dot_product_attention in a module's forward, as its child."""
     module.add_module(CHILD, new.train(module.training))
-    module.__class__ = attending(type(module))
+    module.__class__ = derive(type(module), Attending)

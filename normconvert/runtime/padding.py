@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from normconvert.runtime.kernels import is_plain
+from normconvert.runtime.modules import Derived, derive
 
 PADDED_FROM = (64, 8)
 """CPU: rows of an input from which on a linear map of an odd number of results is slower than one of one result more:
@@ -26,12 +27,19 @@ def _transposed(module: nn.Module) -> bool | None:
     return True if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" else None
 
 
-class Padded:
+class Padded(Derived):
     """A linear map that computes one result more than it has, and drops it: its number of results is odd.
 
     The class of a module is exchanged for one that has this before its own class. Its parameters keep shape, values and
     names. Only the memory behind them gets room for one more: what lies there does not matter, since it is dropped.
     """
+
+    _transposed: bool
+
+    @classmethod
+    def members(cls, kind: Any, *settings: Any) -> dict[str, Any]:
+        """Whether the weight is kept as (inputs, outputs)."""
+        return {"_transposed": settings[0]}
 
     def forward(self: Any, input: Tensor) -> Tensor:
         """As the class does."""
@@ -55,10 +63,6 @@ class Padded:
         return F.linear(input, wide.t() if across else wide, None if bias is None else _with_room(bias, 0)).narrow(
             -1, 0, weight.shape[across]
         )
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """Copied and pickled by its own class, since classes made on demand have no place where pickle finds them."""
-        return _made_again, (type(self).__mro__[2],), self.__dict__
 
 
 def _may_move(parameter: Tensor) -> bool:
@@ -84,15 +88,12 @@ def _with_room(parameter: nn.Parameter, dim: int) -> Tensor:
     return parameter.as_strided(shape, stride)
 
 
-_PADDED: dict[type, type] = {}
-
-
 def pad(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> None:
     """Let a linear map whose number of results has become odd compute one more, where that is faster."""
     transposed = _transposed(module)
     if transposed is None or old[int(transposed)] % 2 or new[int(transposed)] % 2 == 0:
         return
-    module.__class__ = _padded(type(module), transposed)
+    module.__class__ = derive(type(module), Padded, transposed)
     if transposed:
         module.register_state_dict_post_hook(_contiguous)
 
@@ -102,16 +103,3 @@ def _contiguous(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
     weight = state.get(f"{prefix}weight")
     if weight is not None and not isinstance(weight, nn.Parameter):
         state[f"{prefix}weight"] = weight.contiguous()
-
-
-def _padded(kind: type, transposed: bool) -> type:
-    if kind not in _PADDED:
-        body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        _PADDED[kind] = type(kind.__name__, (Padded, kind), {**body, "_transposed": transposed})
-    return _PADDED[kind]
-
-
-def _made_again(kind: type) -> Any:
-    module: Any = object.__new__(kind)
-    module.__class__ = _padded(kind, bool(_transposed(module)))
-    return module

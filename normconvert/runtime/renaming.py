@@ -7,41 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from normconvert.runtime.modules import get_module
+from normconvert.runtime.modules import Derived, derive, get_module
 
 RENAMED = "{}_beside_linear_attention"
 
 
-class Renamed:
+class Renamed(Derived):
     """Before the own class of a module, one of whose parameters is kept under another name."""
 
-    renamed_parameter: str
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """Copied and pickled by its own class, since classes made on demand have no place where pickle finds them."""
-        return _renamed_again, (type(self).__mro__[2], self.renamed_parameter), self.__dict__
-
-
-_RENAMED: dict[tuple[type, str], type] = {}
-
-
-def _renamed(kind: type, name: str) -> type:
-    if (kind, name) not in _RENAMED:
-        body = {
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
-            "renamed_parameter": name,
-        }
-        new = RENAMED.format(name)
-        _RENAMED[kind, name] = type(
-            kind.__name__, (Renamed, kind), {**body, name: property(lambda self: self._parameters[new])}
-        )
-    return _RENAMED[kind, name]
-
-
-def _renamed_again(kind: type, name: str) -> Any:
-    return object.__new__(_renamed(kind, name))
+    @classmethod
+    def members(cls, kind: Any, *settings: Any) -> dict[str, Any]:
+        """The parameter under its old name."""
+        (name,) = settings
+        return {name: property(lambda self: self._parameters[RENAMED.format(name)])}
 
 
 def rename(model: nn.Module, edit: Mapping[str, Any]) -> None:
@@ -57,4 +35,4 @@ def rename(model: nn.Module, edit: Mapping[str, Any]) -> None:
     if module._parameters.get(name) is None:
         raise ValueError(f"module edit: {edit['path']!r} ({type(module).__name__}) has no parameter {name!r}")
     module._parameters[RENAMED.format(name)] = module._parameters.pop(name)
-    module.__class__ = _renamed(type(module), name)
+    module.__class__ = derive(type(module), Renamed, name)

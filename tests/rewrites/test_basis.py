@@ -20,7 +20,7 @@ import normconvert
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.report.console import how_to_load
+from normconvert.report.loading import how_to_load
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.rewrites.registry import REWRITES
 from normconvert.sources import open_source

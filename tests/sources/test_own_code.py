@@ -16,7 +16,7 @@ from torch import nn
 
 import normconvert
 from normconvert.errors import InputError
-from normconvert.report.console import how_to_load
+from normconvert.report.loading import how_to_load
 from normconvert.result import Report
 from tests.support.perturb import perturb
 from tests.support.tiny_checkpoints import gpt2, save
