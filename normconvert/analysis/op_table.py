@@ -110,6 +110,12 @@ POINTWISE = {
 }
 """Element by element (after broadcasting): constant along an axis if every operand is."""
 
+ACTIVATIONS = {
+    *["aten.gelu", "aten.relu", "aten.relu6", "aten.silu", "aten.mish", "aten.elu", "aten.leaky_relu", "aten.prelu"],
+    *["aten.hardswish", "aten.hardsigmoid", "aten.hardtanh"],
+}
+"""Element by element, and linear in nothing: a stream ends at them, a token stays the token that it was."""
+
 
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     """The terms of ``node``; None if its operation has no rule, or not for this use."""

@@ -15,22 +15,9 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast, dims_argument, kept_dims
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_forward, shape_of
-from normconvert.analysis.op_table import POINTWISE, terms_of
+from normconvert.analysis.op_table import ACTIVATIONS, POINTWISE, terms_of
 from normconvert.analysis.operations import CONCATENATIONS, CONVOLUTIONS, LIKE_ANOTHER, argument, name_of
 
-ACTIVATIONS = {
-    *[
-        "aten.gelu",
-        "aten.relu",
-        "aten.relu6",
-        "aten.silu",
-        "aten.mish",
-        "aten.elu",
-        "aten.leaky_relu",
-        "aten.hardswish",
-    ],
-    *["aten.hardsigmoid", "aten.hardtanh", "aten.prelu"],
-}
 NORMS = {"aten.layer_norm", "aten.rms_norm"}
 ATTENTION = "aten.scaled_dot_product_attention"
 
