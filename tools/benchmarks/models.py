@@ -45,6 +45,7 @@ SECTIONS = (
     "growth",
     "conversion",
     "verified",
+    "verified-busy",
     "verdicts",
     "verification",
     "norm",

@@ -72,6 +72,7 @@ def measured(reference: str, note: str, text: Path | None, folder: Path) -> str:
     original = source.load(dtype=torch.float32)
     ids = _tokens(source, text)
     columns: dict[str, list[dict[str, float]]] = {"original": [perplexities(original, ids)]}
+    print(f"{reference}: {columns['original'][0]}", file=sys.stderr, flush=True)
     notes = [note] if note else []
     for label, values in (("rotated", False), ("rotated, values too", True)):
         for seed in SEEDS:
@@ -82,6 +83,7 @@ def measured(reference: str, note: str, text: Path | None, folder: Path) -> str:
                 notes += ["Queries, keys and values are one tensor here, so values stay as they are."]
                 break
             columns.setdefault(label, []).append(perplexities(normconvert.load(out, dtype=torch.float32), ids))
+            print(f"{reference}, {label}, seed {seed}: {columns[label][-1]}", file=sys.stderr, flush=True)
     rows = [f"## {Path(reference).name}", "", f"{ids.numel():,} tokens. {' '.join(notes)}".rstrip(), ""]
     rows += [f"| | {' | '.join(BITS)} |", "| --- |" + " --- |" * len(BITS)]
     for label, found in columns.items():

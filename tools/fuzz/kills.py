@@ -132,12 +132,13 @@ def main() -> int:
             after = draw.uniform(0.0, seconds[name] * 1.05)
             wrong = attempt(name, kind, after, folder, whole[name])
             counts[f"{name} {kind.name}: {'failed' if wrong else 'good'}"] += 1
+            row = f"{name} {kind.name} after {after:.2f} s: {wrong or 'good'}"
+            print(f"{number + 1}/{arguments.count} {row}", file=sys.stderr, flush=True)
             if wrong:
-                failures.append(f"{name} {kind.name} after {after:.2f} s: {wrong}")
-                print(failures[-1], file=sys.stderr, flush=True)
+                failures.append(row)
     for row, count in sorted(counts.items()):
         print(f"{row:32}{count:6}")
-    print(f"{arguments.count} ended at random, {len(failures)} failures")
+    print(f"{arguments.count} ended at random, {len(failures)} failures", *failures, sep="\n")
     return 1 if failures else 0
 
 
