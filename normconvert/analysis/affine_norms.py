@@ -20,7 +20,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.operations import NEUTRAL, name_of
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
-from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
 LARGEST = 256
@@ -121,8 +121,7 @@ def calls_with_forms(graph: Graph, wanted: Callable[[list[fx.Node]], bool]) -> d
     """
     inside: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        # A mark belongs to the module whose boundary it marks.
-        path = str(node.args[1]) if node.target is MARKER else module_path(node)
+        path = home_of(node)
         while node.op == "call_function" and path:
             inside[path].append(node)
             path = path.rpartition(".")[0]
@@ -173,7 +172,7 @@ def _children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
                 continue
             seen.add(user)
             work.append(user)
-            inner = module_path(user) if user.target is not MARKER else str(user.args[1])
+            inner = home_of(user)
             if inner == path and name_of(user) in SAME:
                 continue
             if (child := _child(path, inner)) is None:

@@ -15,6 +15,7 @@ from normconvert.analysis import axis_rules as rules
 from normconvert.analysis import moving_rules as moves
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, shape_of
 from normconvert.analysis.operations import (
+    ATTENTION,
     CONCATENATIONS,
     CONVOLUTIONS,
     EMBEDDING,
@@ -93,7 +94,7 @@ TABLE: dict[str, rules.AxisRule] = {
     **dict.fromkeys(sorted(GROUPED), rules.grouped_rule),
     EMBEDDING: rules.embedding_rule,
     **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rules.conv_rule),
-    "aten.scaled_dot_product_attention": rules.attention_rule,
+    ATTENTION: rules.attention_rule,
     "aten.einsum": rules.einsum_rule,
     # constants
     **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rules.zeros_rule),

@@ -15,6 +15,15 @@ from torch import fx
 OVERLOADS = {"aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.view.dtype"}
 """Overloads that mean something else than the operation they belong to: quotients that round, reinterpreted bits."""
 
+ATTENTION = "aten.scaled_dot_product_attention"
+SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax"}
+BATCH_NORMS = {
+    *["aten.batch_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._batch_norm_impl_index"],
+    *["aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit_no_training"],
+    *["aten._batch_norm_no_update", "aten._batch_norm_with_update", "aten._batch_norm_with_update_functional"],
+    *["aten.cudnn_batch_norm", "aten.miopen_batch_norm"],
+}
+
 EMBEDDING = "aten.embedding"
 GETITEM = "<built-in function getitem>"
 CONCATENATIONS = {"aten.cat", "aten.concat", "aten.concatenate"}
@@ -63,11 +72,15 @@ STRETCHES = {"aten.expand", "aten.expand_as", "aten.broadcast_to"}
 LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
 """Operations that take the shape or the dtype of their second operand."""
 
+SILENT = {"aten._assert_tensor_metadata"}
+"""Assertions that look at a tensor's shape and dtype alone; others look at its values, and matter."""
+
 NEUTRAL = {
-    *["aten.sym_size", "aten._assert_tensor_metadata", "aten.zeros_like", "aten.ones_like", "aten.empty_like"],
+    *SILENT,
+    *["aten.sym_size", "aten.zeros_like", "aten.ones_like", "aten.empty_like"],
     *["aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"],
 }
-"""Operations that look at a tensor's shape and dtype, never at its values; other assertions do look at them."""
+"""Operations that look at a tensor's shape and dtype, never at its values."""
 
 KEEPS_CONSTANTS = {
     *(COPIES | ALIASES | MOVES | VIEWS | STRETCHES | LIKE_ANOTHER | CONCATENATIONS),

@@ -147,7 +147,7 @@ def test_some_norms_only(tmp_path: Path) -> None:
     assert sum(type(m).__name__ == "RMSNorm" for m in model.modules()) == 5
 
 
-def seats_of(demo: str) -> list[Any]:
+def sites_of(demo: str) -> list[Any]:
     source = open_source(demo)
     graph = trace_model(source.skeleton())
     return find_sites(graph, plan_rmsnorm(graph, Options()))
@@ -155,15 +155,15 @@ def seats_of(demo: str) -> list[Any]:
 
 def test_the_analysis_says_what_each_norm_feeds() -> None:
     for demo, first, second, last in (("demo:vit", "norm1", "norm2", "norm"), ("demo:gpt2", "ln_1", "ln_2", "ln_f")):
-        roles = {site.path: site.role for site in seats_of(demo)}
+        roles = {site.path: site.role for site in sites_of(demo)}
         assert {r for p, r in roles.items() if p.endswith(first)} == {"attention"}
         assert {r for p, r in roles.items() if p.endswith(second)} == {"mlp"}
         assert {r for p, r in roles.items() if p.rpartition(".")[2] == last} == {"final"}
-        assert all(site.mean_free for site in seats_of(demo))
+        assert all(site.mean_free for site in sites_of(demo))
 
 
 def test_globs_that_match_nothing_name_the_nearest() -> None:
-    sites = seats_of("demo:vit")
+    sites = sites_of("demo:vit")
     with pytest.raises(InputError, match=r"blocks\.0\.norms.*matches no norm; the nearest are blocks\.0\.norm"):
         choose(sites, ["blocks.0.norms"])
 
@@ -172,7 +172,7 @@ def test_streams_stay_centred_while_the_weights_move() -> None:
     source = open_source("demo:vit")
     plan = plan_rmsnorm(trace_model(source.skeleton()), Options())
     teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
-    sites = seats_of("demo:vit")
+    sites = sites_of("demo:vit")
     student = make_student(teacher, plan, sites, "un")
     for parameter in student.model.parameters():
         if parameter.requires_grad:
