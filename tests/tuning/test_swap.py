@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
-from normconvert.runtime import Affine
+from normconvert.runtime import Affine, Center
 from normconvert.sources import open_source
 from normconvert.tracing.model_graph import trace_model
 from normconvert.tuning.sites import choose, find_sites
@@ -187,6 +188,18 @@ def test_streams_stay_centred_while_the_weights_move() -> None:
     student.project()
     student.model(torch.randn(2, 1, 8, 8, dtype=torch.float64))
     assert max(means) < 1e-12
+
+
+def test_an_operation_at_a_norm_stands_at_its_training_norm_too() -> None:
+    source = open_source("demo:vit")
+    plan = plan_rmsnorm(trace_model(source.skeleton()), Options())
+    centred = {"op": "center", "path": "blocks.1.norm1", "side": "input", "key": "0", "axis": -1}
+    plan = replace(plan, modules=[*plan.modules, centred])
+    teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
+    student = make_student(teacher, plan, sites_of("demo:vit"), "un")
+    hooks = {path: list(norm._forward_pre_hooks.values()) for path, norm in student.norms.items()}
+    assert [path for path, found in hooks.items() if found] == ["blocks.1.norm1"]
+    assert isinstance(hooks["blocks.1.norm1"][0], Center)
 
 
 RUN = """
