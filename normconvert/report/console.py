@@ -59,7 +59,7 @@ def show_summary(
         verbose: every norm for itself.
         kept: the output stays; say where it is and how to load it.
         measures: what was measured for an HTML report, as
-            :meth:`~normconvert.verification.equivalence.layer_measures.Measures.to_json` gives it.
+            :meth:`~normconvert.verification.layer_measures.Measures.to_json` gives it.
     """
     dry = report.out is None
     title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from normconvert.compat.lean_export import lean_export
 from normconvert.compat.torch import FakeTensor, pytree
-from normconvert.errors import TraceError
+from normconvert.errors import TraceError, first_line
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.calls import without_values
@@ -284,8 +284,6 @@ def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
 
 def _why(error: BaseException) -> str:
     """One line for a person: the first sentence of the error and the line of model code that raised it."""
-    text = str(error).strip()
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     frame, where = error.__traceback__, ""
     while frame is not None:
         code = frame.tb_frame.f_code
@@ -295,7 +293,7 @@ def _why(error: BaseException) -> str:
     what = "a size or a branch depends on values that the weights give, which no trace knows: " * isinstance(
         error, UNKNOWN_VALUE
     )
-    return f"the model could not be traced: {what}{type(error).__name__}: {first[:300]}{where}"
+    return f"the model could not be traced: {what}{type(error).__name__}: {first_line(error)[:300]}{where}"
 
 
 def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node, Parameter]:
