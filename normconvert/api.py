@@ -262,6 +262,12 @@ def _silent(stage: str) -> None:
     """Told of a stage when nobody listens."""
 
 
+def _after(stage: str, start: float, report: Report) -> Report:
+    """The report with the seconds that a stage took which began at ``start``."""
+    spent = report.seconds.get(stage, 0.0) + time.perf_counter() - start
+    return replace(report, seconds={**report.seconds, stage: spent})
+
+
 def _with_powers(request: Conversion, source: Source, report: Report, graph: Graph) -> tuple[Conversion, Report]:
     """The request with the powers of two that were measured, where it leaves them open, and the report of that plan.
 
@@ -283,9 +289,7 @@ def _with_powers(request: Conversion, source: Source, report: Report, graph: Gra
     probes += data_probes(source, request.data) if request.data is not None else []
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
     found = measured_powers(source.load(dtype=wide, device=request.device), graph, allowed, probes)
-    report = with_powers(report, graph, allowed, found)
-    seconds = {**report.seconds, "measure": time.perf_counter() - start}
-    return replace(request, power=found.power), replace(report, seconds=seconds)
+    return replace(request, power=found.power), _after("measure", start, with_powers(report, graph, allowed, found))
 
 
 def _with_statistics(source: Source, report: Report) -> Report:
@@ -305,8 +309,7 @@ def _with_family(source: Source, report: Report, request: Conversion, graph: Gra
     start = time.perf_counter()
     plan = with_family(source, report.plan, request.allowed, compare=request.verify, whole=graph)
     notes = plan.notes[len(report.plan.notes) :]
-    seconds = {**report.seconds, "trace": report.seconds["trace"] + time.perf_counter() - start}
-    return replace(report, plan=plan, notes=(*report.notes, *notes), seconds=seconds)
+    return _after("trace", start, replace(report, plan=plan, notes=(*report.notes, *notes)))
 
 
 def _write(
@@ -328,9 +331,9 @@ def _write(
         bytes_written=written.bytes_written,
         tensors_edited=len(written.edited),
         tensors_copied=written.copied,
-        seconds={**report.seconds, "write": time.perf_counter() - start},
         notes=tuple(dict.fromkeys((*report.notes, *written.notes))),
     )
+    report = _after("write", start, report)
     # The verification loads the folder, and the loader reads the record.
     write_record(folder, source, report, written.hashes)
     return report, written.hashes
@@ -351,8 +354,7 @@ def _verify(
     with collecting(True):
         fidelity = _fidelity(request, source, report.plan, folder, limits)
         fidelity = with_difference(fidelity, graph, report.plan, request.allowed)
-    seconds = {**report.seconds, "verify": time.perf_counter() - start}
-    return with_fidelity(replace(report, seconds=seconds), fidelity, "nothing was written")
+    return with_fidelity(_after("verify", start, report), fidelity, "nothing was written")
 
 
 def _torch_dtype(name: str) -> torch.dtype | None:

@@ -55,6 +55,17 @@ class HungUp(Terminated):
     exit_status = 129
 
 
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error that somebody else raised, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"[:200]
+
+
+def as_bug(error: BaseException, hint: str = "") -> str:
+    """The one line that is said of an error which nobody foresaw."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first} (a bug in normconvert: please report it{hint})"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type: for messages of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.operations import ALIASES, CONVOLUTIONS, COPIES, name_of
+from normconvert.analysis.operations import ALIASES, BATCH_NORMS, CONVOLUTIONS, COPIES, GETITEM, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
 
@@ -71,7 +71,7 @@ def forms_from(graph: Graph, source: fx.Node, nodes: list[fx.Node], vectors: Vec
 
 def is_batch_norm(node: Any) -> bool:
     """Whether a node is a batch norm of some kind."""
-    return node.op == "call_function" and "batch_norm" in name_of(node)
+    return name_of(node) in BATCH_NORMS
 
 
 def _step(graph: Graph, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vectors) -> Form | None:
@@ -91,7 +91,7 @@ def _step(graph: Graph, node: fx.Node, forms: dict[fx.Node, Form], vectors: Vect
     if left is None:
         return None
     # This kind of batch norm returns statistics beside the normalised value, which is the first.
-    if "getitem" in name and second == 0 and is_batch_norm(first):
+    if name == GETITEM and second == 0 and is_batch_norm(first):
         return left
     if is_batch_norm(node):
         return _normalised(node, left, vectors)

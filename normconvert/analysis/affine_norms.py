@@ -17,10 +17,10 @@ from torch import fx
 
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from, is_batch_norm
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.operations import NEUTRAL, name_of
+from normconvert.analysis.operations import name_of, readers
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
-from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
 LARGEST = 256
@@ -62,8 +62,7 @@ class Call:
     def seen_halfway(self, graph: Graph) -> bool:
         """Whether anybody sees a step between source and result."""
         steps = self.nodes - {self.result}
-        readers = (u for n in steps for u in n.users if u not in self.nodes)
-        return any(n in graph.exits for n in steps) or any(name_of(u) not in NEUTRAL for u in readers)
+        return any(n in graph.exits or any(u not in self.nodes for u in readers(n)) for n in steps)
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ def calls_with_forms(graph: Graph, wanted: Callable[[list[fx.Node]], bool]) -> d
     """
     inside: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
-        # A mark belongs to the module whose boundary it marks.
-        path = str(node.args[1]) if node.target is MARKER else module_path(node)
+        path = home_of(node)
         while node.op == "call_function" and path:
             inside[path].append(node)
             path = path.rpartition(".")[0]
@@ -155,7 +153,7 @@ def _is_output(node: fx.Node, path: str) -> bool:
 
 
 def _read_by_others(node: fx.Node, forms: dict[fx.Node, Form]) -> bool:
-    return any(u not in forms and name_of(u) not in NEUTRAL for u in node.users)
+    return any(u not in forms for u in readers(node))
 
 
 def _child(path: str, inner: str) -> str | None:
@@ -168,12 +166,12 @@ def _children_after(result: fx.Node, path: str) -> tuple[str, ...] | None:
     keep: dict[str, None] = {}
     seen, work = {result}, [result]
     while work:
-        for user in work.pop().users:
-            if user in seen or name_of(user) in NEUTRAL or _is_output(user, path):
+        for user in readers(work.pop()):
+            if user in seen or _is_output(user, path):
                 continue
             seen.add(user)
             work.append(user)
-            inner = module_path(user) if user.target is not MARKER else str(user.args[1])
+            inner = home_of(user)
             if inner == path and name_of(user) in SAME:
                 continue
             if (child := _child(path, inner)) is None:

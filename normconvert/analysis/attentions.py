@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import shape_of
-from normconvert.analysis.operations import COPIES, VIEWS, argument, name_of
-from normconvert.analysis.token_grids import ATTENTION, Grids, TokenGrid, find_grids
+from normconvert.analysis.operations import ATTENTION, COPIES, SOFTMAX, VIEWS, argument, name_of
+from normconvert.analysis.token_grids import Grids, TokenGrid, find_grids
 from normconvert.tracing.graph import Graph, module_path
 
-SOFTMAX = {"aten.softmax", "aten._softmax"}
 PRODUCTS = {"aten.matmul", "aten.bmm", "aten.einsum"}
 FILLED = {"aten.new_ones", "aten.new_zeros", "aten.new_full"}
 """Operations that take the dtype of an operand, and nothing else of it."""

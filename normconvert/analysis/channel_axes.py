@@ -76,7 +76,12 @@ def shape_of(node: Any) -> tuple[Any, ...]:
         value = next((v for v in value if isinstance(v, Tensor)), None)
     if not isinstance(value, Tensor):
         return ()
-    return tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+    return sizes_of(value)
+
+
+def sizes_of(x: Tensor) -> tuple[Any, ...]:
+    """The shape, with sizes that depend on data as expressions."""
+    return tuple(s if isinstance(s, int) else s.node.expr for s in x.shape)
 
 
 def is_float(node: fx.Node) -> bool:

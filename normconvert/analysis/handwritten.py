@@ -136,9 +136,9 @@ class Forms:
         elif name in ("aten.mean", "aten.sum"):
             yield from self._averaged(node, name == "aten.sum")
         elif name in ("aten.var", "aten.std"):
-            yield from self._spread(node, node)
+            yield from self._spread(node)
         elif name == GETITEM and isinstance(node.args[0], fx.Node) and name_of(node.args[0]) in SPREADS:
-            yield from self._spread(node.args[0], node, mean=bool(node.args[1] == 1))
+            yield from self._spread(node.args[0], mean=bool(node.args[1] == 1))
         elif name == "aten.linalg_vector_norm":
             yield from self._length(node)
         elif name in _POWERS or name == "aten.pow":
@@ -217,7 +217,7 @@ class Forms:
             if isinstance(square, Square) and square.dim in (None, dim):
                 yield replace(mean_square(square.base, dim, not kept).times(square.scale * times))
 
-    def _spread(self, spread: fx.Node, node: fx.Node, mean: bool = False) -> Iterator[Form | None]:
+    def _spread(self, spread: fx.Node, mean: bool = False) -> Iterator[Form | None]:
         """A variance or deviation, or the mean that comes with it."""
         found = _spread_arguments(spread)
         if found is None:

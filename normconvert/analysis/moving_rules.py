@@ -10,9 +10,9 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import Call, broadcast, dims_argument, kept_dims, unary_rule
 from normconvert.analysis.channel_axes import Operand, Term, shape_of
-from normconvert.analysis.operations import argument, name_of
+from normconvert.analysis.operations import SPLITS, argument, name_of
 
-PARTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", "aten.unbind"}
+PARTS = SPLITS | {"aten.unbind"}
 """Operations whose result is a tuple of parts."""
 
 

@@ -8,6 +8,8 @@ give its output.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,14 @@ def find_norms(graph: Graph, *, uncentred: bool = False) -> list[Norm]:
             found.append(_norm(graph, _by_hand(node, source)))
         elif uncentred and (source := rms_norm_by_hand(node)) is not None:
             found.append(_norm(graph, _by_hand(node, source, centred=False)))
+    return found
+
+
+def by_path(norms: Iterable[Norm]) -> defaultdict[str, list[Norm]]:
+    """Path of a module -> all calls of its norm, in execution order."""
+    found: defaultdict[str, list[Norm]] = defaultdict(list)
+    for norm in norms:
+        found[norm.path].append(norm)
     return found
 
 

@@ -15,12 +15,17 @@ from normconvert.analysis import axis_rules as rules
 from normconvert.analysis import moving_rules as moves
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, shape_of
 from normconvert.analysis.operations import (
+    ATTENTION,
+    AVERAGES,
     CONCATENATIONS,
     CONVOLUTIONS,
+    DROPOUTS,
     EMBEDDING,
     GETITEM,
     GROUPED,
     LIKE_ANOTHER,
+    POOLS,
+    SPLITS,
     STRETCHES,
     TRANSPOSED,
     VIEWS,
@@ -42,7 +47,7 @@ TABLE: dict[str, rules.AxisRule] = {
         + ["aten._to_copy", "aten.type_as", "aten.lift_fresh_copy", "aten.neg", "aten.float", "aten.half"],
         rules.unary_rule,
     ),
-    **dict.fromkeys(["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"], rules.dropout_rule),
+    **dict.fromkeys(sorted(DROPOUTS), rules.dropout_rule),
     # sums and products
     **dict.fromkeys(["aten.add", "aten.sub", "aten.rsub"], rules.add_rule),
     "aten.mul": rules.mul_rule,
@@ -59,7 +64,7 @@ TABLE: dict[str, rules.AxisRule] = {
     **dict.fromkeys(sorted(VIEWS), moves.view_rule),
     **dict.fromkeys(sorted(STRETCHES), moves.expand_rule),
     "aten.slice": moves.slice_rule,
-    **dict.fromkeys(["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"], moves.split_rule),
+    **dict.fromkeys(sorted(SPLITS), moves.split_rule),
     **dict.fromkeys(["aten.unbind", "aten.select"], moves.unbind_rule),
     GETITEM: moves.getitem_rule,
     **dict.fromkeys(sorted(CONCATENATIONS), moves.cat_rule),
@@ -76,16 +81,8 @@ TABLE: dict[str, rules.AxisRule] = {
     "aten.gather": moves.gather_rule,
     # linear over other dimensions
     **dict.fromkeys(["aten.mean", "aten.sum"], rules.reduce_rule),
-    **dict.fromkeys(
-        ["aten.avg_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"],
-        rules.spatial(1),
-    ),
-    **dict.fromkeys(
-        ["aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d"]
-        + ["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
-        rules.spatial(2),
-    ),
-    **dict.fromkeys(["aten.avg_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"], rules.spatial(3)),
+    **{name: rules.spatial(count) for name, count in POOLS.items()},
+    **{name: rules.spatial(count) for count, names in AVERAGES.items() for name in sorted(names)},
     # linear maps
     "aten.linear": rules.linear_rule,
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], rules.matmul_rule),
@@ -93,7 +90,7 @@ TABLE: dict[str, rules.AxisRule] = {
     **dict.fromkeys(sorted(GROUPED), rules.grouped_rule),
     EMBEDDING: rules.embedding_rule,
     **dict.fromkeys(sorted(CONVOLUTIONS | TRANSPOSED), rules.conv_rule),
-    "aten.scaled_dot_product_attention": rules.attention_rule,
+    ATTENTION: rules.attention_rule,
     "aten.einsum": rules.einsum_rule,
     # constants
     **dict.fromkeys(["aten.zeros", "aten.zeros_like", "aten.new_zeros"], rules.zeros_rule),

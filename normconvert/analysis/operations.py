@@ -15,6 +15,15 @@ from torch import fx
 OVERLOADS = {"aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.view.dtype"}
 """Overloads that mean something else than the operation they belong to: quotients that round, reinterpreted bits."""
 
+ATTENTION = "aten.scaled_dot_product_attention"
+SOFTMAX = {"aten.softmax", "aten._softmax", "aten._safe_softmax", "aten.special_softmax"}
+BATCH_NORMS = {
+    *["aten.batch_norm", "aten.native_batch_norm", "aten._native_batch_norm_legit", "aten._batch_norm_impl_index"],
+    *["aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit_no_training"],
+    *["aten._batch_norm_no_update", "aten._batch_norm_with_update", "aten._batch_norm_with_update_functional"],
+    *["aten.cudnn_batch_norm", "aten.miopen_batch_norm"],
+}
+
 EMBEDDING = "aten.embedding"
 GETITEM = "<built-in function getitem>"
 CONCATENATIONS = {"aten.cat", "aten.concat", "aten.concatenate"}
@@ -63,28 +72,44 @@ STRETCHES = {"aten.expand", "aten.expand_as", "aten.broadcast_to"}
 LIKE_ANOTHER = {"aten.type_as", "aten.expand_as", "aten.view_as", "aten.reshape_as"}
 """Operations that take the shape or the dtype of their second operand."""
 
+SILENT = {"aten._assert_tensor_metadata"}
+"""Assertions that look at a tensor's shape and dtype alone; others look at its values, and matter."""
+
 NEUTRAL = {
-    *["aten.sym_size", "aten._assert_tensor_metadata", "aten.zeros_like", "aten.ones_like", "aten.empty_like"],
+    *SILENT,
+    *["aten.sym_size", "aten.zeros_like", "aten.ones_like", "aten.empty_like"],
     *["aten.full_like", "aten.new_zeros", "aten.new_ones", "aten.new_full", "aten.new_empty"],
 }
-"""Operations that look at a tensor's shape and dtype, never at its values; other assertions do look at them."""
+"""Operations that look at a tensor's shape and dtype, never at its values."""
+
+DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"}
+
+SPLITS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"}
+"""Operations that cut a value along one dimension; their result is a tuple of parts."""
+
+AVERAGES = {
+    1: {"aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"},
+    2: {
+        *["aten.adaptive_avg_pool2d", "aten.upsample_nearest2d", "aten.upsample_bilinear2d", "aten.upsample_bicubic2d"],
+        *["aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
+    },
+    3: {"aten.adaptive_avg_pool3d", "aten.upsample_trilinear3d"},
+}
+"""Last dimensions -> operations that average over neighbours along them, each channel for itself."""
 
 KEEPS_CONSTANTS = {
     *(COPIES | ALIASES | MOVES | VIEWS | STRETCHES | LIKE_ANOTHER | CONCATENATIONS),
-    *["aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.slice", "aten.select", "aten.unbind"],
-    *["aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split", GETITEM, "aten.repeat", "aten.tile"],
-    *["aten.repeat_interleave", "aten.roll", "aten.flip", "aten.index_select", "aten.index", "aten.gather"],
-    *["aten.mean", "aten.stack", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_avg_pool3d"],
-    *["aten.upsample_nearest1d", "aten.upsample_nearest2d", "aten.upsample_linear1d", "aten.upsample_bilinear2d"],
-    *["aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa"],
-    *["aten.upsample_trilinear3d"],
+    *(DROPOUTS | SPLITS | AVERAGES[1] | AVERAGES[2] | AVERAGES[3]),
+    *["aten.slice", "aten.select", "aten.unbind", GETITEM, "aten.repeat", "aten.tile", "aten.repeat_interleave"],
+    *["aten.roll", "aten.flip", "aten.index_select", "aten.index", "aten.gather", "aten.mean", "aten.stack"],
 }
 """Operations that make of values which are all c a value which is all c, whatever their arguments.
 
 Padding, masks and sums are not among them; average pools are if they count no padding (`keeps_constants`).
 """
 
-_POOLS = {"aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d"}
+POOLS = {"aten.avg_pool1d": 1, "aten.avg_pool2d": 2, "aten.avg_pool3d": 3}
+"""Averages that may count padding -> how many last dimensions they are over."""
 
 
 def name_of(node: fx.Node) -> str:
@@ -128,7 +153,7 @@ def readers(value: fx.Node, through: Collection[str] = ()) -> Iterator[fx.Node]:
 def keeps_constants(node: fx.Node) -> bool:
     """Whether the operation makes of values which are all c a value which is all c."""
     name = name_of(node)
-    if name not in _POOLS:
+    if name not in POOLS:
         return name in KEEPS_CONSTANTS
     padding, counted = argument(node, 3, "padding", 0), argument(node, 5, "count_include_pad", True)
     # Zeros that are counted, or another divisor, make an average of a constant another number.

@@ -19,7 +19,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Ter
 from normconvert.analysis.handwritten import Forms
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import carried, terms_of
-from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
+from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, SILENT, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
 
 AxisRef = tuple[fx.Node, ChannelAxis]
@@ -129,8 +129,7 @@ class Analysis:
         for node in reversed(self.graph.nodes):
             has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
             silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
-            # Unlike other assertions this one looks at shape and dtype alone.
-            if not silent and name_of(node) not in ("aten._assert_tensor_metadata",):
+            if not silent and name_of(node) not in SILENT:
                 found.add(node)
         return found
 
@@ -204,15 +203,13 @@ class Analysis:
                 rest = "which takes channels apart" if lost else rest or "which adds the same number to all channels"
             elif len(carriers) == 1 and carriers[0][0].linear:
                 parts.append((carriers[0][0].node, carriers[0][1]))
-            elif scale := self._layer_scale(node, terms, carriers):
+            elif scale := self._layer_scale(terms, carriers):
                 return scale
             else:
                 return Provenance("opaque", reason=f"a product that differs by channel, {operation(node)}")
         return Provenance("sum", tuple(parts), rest)
 
-    def _layer_scale(
-        self, node: fx.Node, terms: tuple[Term, ...], carriers: list[tuple[Operand, ChannelAxis]]
-    ) -> Provenance | None:
+    def _layer_scale(self, terms: tuple[Term, ...], carriers: list[tuple[Operand, ChannelAxis]]) -> Provenance | None:
         """``value * parameter``, channel by channel, with the parameter second in ``parts``."""
         if len(terms) != 1 or len(carriers) != 2 or not all(o.linear for o, _ in carriers):
             return None

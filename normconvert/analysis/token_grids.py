@@ -16,10 +16,17 @@ from torch import fx
 from normconvert.analysis.axis_rules import broadcast, dims_argument, kept_dims
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_forward, shape_of
 from normconvert.analysis.op_table import ACTIVATIONS, POINTWISE, terms_of
-from normconvert.analysis.operations import CONCATENATIONS, CONVOLUTIONS, LIKE_ANOTHER, argument, name_of
+from normconvert.analysis.operations import (
+    ATTENTION,
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    LIKE_ANOTHER,
+    SOFTMAX,
+    argument,
+    name_of,
+)
 
 NORMS = {"aten.layer_norm", "aten.rms_norm"}
-ATTENTION = "aten.scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def _operands(node: fx.Node) -> Iterator[Operand]:
         assert isinstance(x, fx.Node)
         assert isinstance(axes, (list, tuple))
         yield Operand(x, kept_dims(x, range(-len(axes), 0)))
-    elif name == "aten.softmax":
+    elif name in SOFTMAX:
         x = node.args[0]
         assert isinstance(x, fx.Node)
         yield Operand(x, kept_dims(x, dims_argument(argument(node, 1, "dim"), len(shape_of(x)))))

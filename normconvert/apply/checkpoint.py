@@ -16,8 +16,8 @@ import torch
 
 from normconvert.apply.layout import can_stream, index_bytes, make_layout
 from normconvert.apply.loaded_model import save_loaded
-from normconvert.apply.other_files import copy_other_files
-from normconvert.apply.output_folder import set_dtype, staged_output, write_json
+from normconvert.apply.other_files import copy_other_files, write_files
+from normconvert.apply.output_folder import set_dtype, write_json
 from normconvert.apply.source_reader import SourceReader
 from normconvert.apply.writer import Progress, Writer
 from normconvert.errors import InputError, Unfinished
@@ -51,42 +51,6 @@ class ApplyResult:
     notes: tuple[str, ...] = ()
 
 
-def apply_plan(
-    source: Source,
-    plan: Plan,
-    out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    extra_files: Mapping[str, str | bytes] | None = None,
-    hash_source: bool = True,
-) -> ApplyResult:
-    """Write the converted checkpoint to ``out``, complete or not at all.
-
-    Args:
-        source: the checkpoint, which is only read.
-        plan: tensor edits in model names, and changes to config.json.
-        out: the folder to make.
-        dtype: store all floating tensors in this dtype; None: each in its own.
-        max_shard_size: bytes a weight file; None: files as in the source.
-        overwrite: replace an ``out`` that exists, once the new one is complete.
-        progress: called as tensors are written.
-        extra_files: further files, name -> content, written last.
-        hash_source: compute sha256 of the source's files, beside the conversion.
-
-    Raises:
-        InputError: ``out`` cannot be written, the plan does not fit, or a weight is NaN or infinite.
-    """
-    # A bare weight file is its own source; its folder may hold other things and may hold the output.
-    with staged_output(out, source.folder or source.files[0], overwrite) as folder:
-        return write_checkpoint(
-            source, plan, folder, dtype=dtype, max_shard_size=max_shard_size, progress=progress,
-            extra_files=extra_files, hash_source=hash_source,
-        )  # fmt: skip
-
-
 def write_checkpoint(
     source: Source,
     plan: Plan,
@@ -100,10 +64,23 @@ def write_checkpoint(
     reader: SourceReader | None = None,
     stream: Stream | None = None,
 ) -> ApplyResult:
-    """:func:`apply_plan` into a folder that exists: for callers that check the result inside ``staged_output``.
+    """Write the converted checkpoint into a folder that exists.
 
-    ``reader`` is one that was begun before, when the files were found; ``hash_source`` is then its own affair, as it is
-    with ``stream``, which brings the files one by one.
+    Args:
+        source: the checkpoint, which is only read.
+        plan: tensor edits in model names, and changes to config.json.
+        folder: empty; `normconvert.apply.output_folder.staged_output` makes it an output, complete or not at all.
+        dtype: store all floating tensors in this dtype; None: each in its own.
+        max_shard_size: bytes a weight file; None: files as in the source.
+        progress: called as tensors are written.
+        extra_files: further files, name -> content, written last.
+        hash_source: compute sha256 of the source's files, beside the conversion; with ``reader`` or ``stream`` that is
+            their own affair.
+        reader: of the source's files, begun before, when they were found.
+        stream: brings the files one by one.
+
+    Raises:
+        InputError: it cannot be written, the plan does not fit, or a weight is NaN or infinite.
     """
     notes: list[str] = []
     try:
@@ -124,9 +101,7 @@ def write_checkpoint(
             )
         _write_config(source, plan, folder, dtype)
         # Last, since they may stand for a file of the source: config.json with module edits, a model card.
-        for name, content in (extra_files or {}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        write_files(folder, extra_files or {})
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
         # A streamed conversion keeps the shards that are done and says so itself.
@@ -193,6 +168,3 @@ def _write_config(source: Source, plan: Plan, folder: Path, dtype: torch.dtype |
     if dtype is not None:
         config = set_dtype(config, str(dtype).removeprefix("torch."))
     write_json(folder / "config.json", edited_config(config, plan.config))
-
-
-__all__ = ["ApplyResult", "Progress", "apply_plan", "staged_output", "write_checkpoint"]

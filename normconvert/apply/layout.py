@@ -129,7 +129,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     removed = set(plan.removed)
     guard = plan.guard if source.library == "transformers" else None
     tensors = [
-        _out_tensor(source, plan, origins, name, name, edits.get(name, ()), dtype)
+        _out_tensor(source, origins, name, name, edits.get(name, ()), dtype)
         for name in source.tensors
         if source.name_map.get(name) not in removed
     ]
@@ -152,7 +152,7 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
             rows = rows[1:]  # what is read is already what is copied
         like = next((str(e["like"]) for e in rows if e["op"] == "new"), None)
         stored = name if like is None else _beside(origin, like, name)
-        tensor = _out_tensor(source, plan, origins, stored, origin, rows, dtype)
+        tensor = _out_tensor(source, origins, stored, origin, rows, dtype)
         # A bias stands beside its weight, so that a shard is complete in itself.
         home = next((members for _, members in shards if origin in {t.origin for t in members}), shards[-1][1])
         (home if like is not None else shards[-1][1]).append(tensor)
@@ -197,7 +197,6 @@ def _edits_by_checkpoint_name(
 
 def _out_tensor(
     source: Source,
-    plan: Plan,
     origins: Mapping[str, str],
     name: str,
     origin: str,

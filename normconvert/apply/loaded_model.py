@@ -16,7 +16,7 @@ from normconvert.apply.source_reader import check_finite, is_finite, overflows
 from normconvert.apply.state import edited_values
 from normconvert.apply.underflow import Underflow
 from normconvert.files.safetensors_file import FLOATING, torch_dtype
-from normconvert.plan.conversion_plan import Plan
+from normconvert.plan.conversion_plan import Plan, set_in_config
 
 if TYPE_CHECKING:
     from normconvert.sources import Source
@@ -101,11 +101,7 @@ def save_model(source: Source, plan: Plan, model: Any, folder: Path, max_shard_s
 
     # Into the config that save_pretrained writes; config.json itself is put right afterwards, with the source's keys.
     for key, value in plan.config.items():
-        *parents, last = key.split(".")
-        node = model.config
-        for parent in parents:
-            node = getattr(node, parent)
-        setattr(node, last, value)
+        set_in_config(model.config, key, value)
     generation = folder / "generation_config.json"
     # save_pretrained writes this file anew, with defaults; the source's own has been copied here before.
     kept = generation.read_bytes() if generation.is_file() else None

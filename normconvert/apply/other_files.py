@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,6 +89,13 @@ def copy_other_files(folder: Path, out: Path, *, with_code: bool = False) -> Cop
             copied.code.append(f"auto_map of {relative}")
         copied.files.append(relative)
     return copied
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write files by their relative names, in place of those that are there."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def list_files(folder: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -42,7 +43,12 @@ def all_modules(source: Source, plan: Plan) -> list[dict[str, Any]]:
 
 def write_record(folder: Path, source: Source, report: Report, hashes: dict[str, str]) -> None:
     """normconvert.json: all that is needed to load the output, and to make it again."""
-    text = json.dumps(record_of(source, report, hashes), indent=1, ensure_ascii=False, default=str) + "\n"
+    put_record(folder, record_of(source, report, hashes))
+
+
+def put_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write a record into a folder, as all of them are written."""
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
     (folder / "normconvert.json").write_text(text, encoding="utf-8")
 
 
@@ -85,28 +91,46 @@ def _auto_classes(source: Source) -> list[str]:
 
 def write_card(folder: Path, source: Source, report: Report) -> None:
     """README.md: what was done, how to load it, how faithful it is."""
+    from normconvert.wording.words import in_words, with_changes
+
+    fidelity, plan = report.fidelity, report.plan
+    if fidelity is not None:
+        plan = replace(plan, notes=[with_changes(note, fidelity) for note in plan.notes])
+    name = str(report.options.get("name") or Path(report.out or folder).absolute().name)
+    put_card(folder, source, report.source, plan, in_words(fidelity) if fidelity else None, name)
+
+
+def put_card(
+    folder: Path, source: Source, reference: str, plan: Plan, figures: Mapping[str, Any] | None, name: str
+) -> None:
+    """Write the model card of an output.
+
+    Args:
+        folder: the output, complete but for the card.
+        source: what was converted; its own card is continued.
+        reference: as the user named it.
+        plan: of the output.
+        figures: name -> what was measured; None: nothing was.
+        name: of the output, in the lines that load it.
+    """
     from normconvert.apply.card_metadata import TASKS
     from normconvert.apply.model_card import auto_class, model_card, remote_code
-    from normconvert.wording.words import in_words, with_changes
 
     existing = source.folder / "README.md" if source.folder else None
     # The same that is copied: a link could have any file of this machine published.
     if existing and not (existing.is_file() and leads_inside(existing.parent, existing)):
         existing = None
-    fidelity, plan = report.fidelity, report.plan
-    if fidelity is not None:
-        plan = replace(plan, notes=[with_changes(note, fidelity) for note in plan.notes])
     text = model_card(
-        report.source,
+        reference,
         plan,
-        in_words(report.fidelity) if report.fidelity else None,
+        figures,
         library=source.library,
         architecture=source.architecture,
         auto_class=auto_class(folder, source.architecture) or source.architecture,
         code=remote_code(folder),
         source_readme=existing.read_text(encoding="utf-8", errors="replace") if existing else None,
         revision=source.revision,
-        name=str(report.options.get("name") or Path(report.out or folder).absolute().name),
+        name=name,
         task=next((TASKS[auto] for auto in _auto_classes(source) if auto in TASKS), None),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

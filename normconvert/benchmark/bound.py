@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normconvert.errors import InputError
 from normconvert.runtime import MODULE_EDITS
+from normconvert.runtime.modules import stand_in
 
 Layouts = dict[int, tuple[tuple[int, ...], torch.dtype]]
 """Number of dimensions of a result -> its dimensions from the outermost in memory to the innermost, and its dtype."""
@@ -64,16 +65,8 @@ def without_norms(
         if path in absorbed:
             MODULE_EDITS["absorb"](bound, absorbed[path])
         else:
-            _exchange(bound, bound.get_submodule(path), Removed(layouts))
+            stand_in(bound, bound.get_submodule(path), Removed(layouts))
     return bound.eval()
-
-
-def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    # In every parent: a norm that several hold would go on running in the others.
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new)
 
 
 def _layouts(model: nn.Module, norms: Iterable[str], call: Callable[[nn.Module], object]) -> dict[str, Layouts]:

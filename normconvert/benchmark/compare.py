@@ -13,6 +13,7 @@ from normconvert.benchmark.result import ORIGINAL, Row, row_of
 from normconvert.benchmark.steps import make_step
 from normconvert.benchmark.timing import Step, interleave, warm_up
 from normconvert.benchmark.workloads import Workload
+from normconvert.errors import in_one_line
 
 Turns = Callable[[Mapping[str, nn.Module], Mapping[str, Step], float, float], tuple[dict[str, list[float]], int]]
 """(models, their steps, seconds to spend, seconds of the quickest call) -> times, and calls a sample."""
@@ -59,7 +60,7 @@ def compare(
                     peaks[name] = peak_bytes(step.call, device)
                 steps[name] = step
             except Exception as error:  # a mode or a size that this model cannot do; the others still count
-                failures[name] = why(error)
+                failures[name] = in_one_line(error)
         # Every other figure is a ratio to the original: without it a row says nothing.
         if ORIGINAL not in steps:
             return Row(mode, work.kind, work.batch, work.length, failures=failures)
@@ -68,12 +69,6 @@ def compare(
         else:
             times, calls = interleave(steps, device, seconds, quickest)
     return row_of(mode, work.kind, work.batch, work.length, times, calls, peaks, failures)
-
-
-def why(error: Exception) -> str:
-    """One line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 
 Progress = Callable[[str], None]

@@ -77,7 +77,7 @@ class View(Output):
             screen: of the command.
             a: the original.
             b: the converted checkpoint, None for none.
-            options: of :func:`normconvert.verification.equivalence.layer_measures.measure`.
+            options: of :func:`normconvert.verification.layer_measures.measure`.
         """
         if self.report_file is None or b is None:
             return {}

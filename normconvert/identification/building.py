@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 STATISTICS = ("running_mean", "running_var")
+"""Buffers that are learnt: a model without them is broken."""
 MANY_CLASSES = 1009
 """A number of classes that nothing else in a model has for its size: where it stands is the number of classes."""
 

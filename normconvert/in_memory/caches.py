@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from normconvert.compat.torch import pytree
 from normconvert.tracing.model_copy import copy_model, plain_tensors
 from normconvert.tracing.output_paths import tensors_in
+from normconvert.verification.probe_runs import run_once
 
 _ABSENT = object()
 
@@ -97,9 +98,7 @@ def _refilled(
 
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return tensors_in(model(**inputs))
+        return tensors_in(run_once(model, inputs, torch.get_default_dtype()))
     except Exception:  # whatever a model raises that misses what it had
         return None
 

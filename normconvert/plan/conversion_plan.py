@@ -6,6 +6,7 @@ writer (`apply`), the verification and the loader (`runtime`). It can be printed
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -169,3 +170,9 @@ def edited_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
             node = node.setdefault(parent, {})
         node[last] = value
     return edited
+
+
+def set_in_config(config: Any, key: str, value: Any) -> None:
+    """Set a dotted key in the configuration that a model holds."""
+    *sections, last = key.split(".")
+    setattr(functools.reduce(getattr, sections, config), last, value)

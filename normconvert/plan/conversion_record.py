@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.files.weight_files import inside, load_json
 from normconvert.plan.conversion_plan import FORMAT, Plan
 
@@ -153,7 +153,7 @@ def read_whole_record(folder: Path) -> dict[str, Any]:
         Plan.from_json(data["plan"])
         check_module_edits(data.get("modules") or data["plan"]["modules"])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a conversion record ({str(error).splitlines()[0]}): convert again") from error
+        raise InputError(f"{file}: not a conversion record ({first_line(error)}): convert again") from error
     return data
 
 

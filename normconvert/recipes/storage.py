@@ -38,7 +38,7 @@ class Store:
         try:
             self._fs, self._root = url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise InputError(f"{url}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{url}: {first_line(error)}") from error
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None if it is not there.

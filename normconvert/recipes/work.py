@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.apply.output_folder import check_output
 from normconvert.apply.output_folder import replace as put_in_place
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, as_bug
 from normconvert.plan.conversion_record import RECORD_FILE
 from normconvert.recipes.claim import NEW, claim
 from normconvert.recipes.fingerprint import stats, take
@@ -51,10 +51,7 @@ def perform(job: Job, say: Say, place: str = "", attempt: int = 1) -> Result:
         message = " ".join(str(error).split()) or "out of memory"
         result = Result("failed", InputError.exit_status, message, type(error).__name__)
     except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        name = type(error).__name__
-        message = f"{name}: {first} (a bug in normconvert: please report it)"
-        result = Result("failed", InputError.exit_status, message, name)
+        result = Result("failed", InputError.exit_status, as_bug(error), type(error).__name__)
     return replace(result, seconds=time.perf_counter() - start, place=place, attempts=attempt)
 
 
@@ -70,7 +67,7 @@ def _perform(job: Job, say: Say) -> Result:
             # Before it is published: an output without its state would count as somebody else's.
             write_state(folder / NEW, state)
             put_in_place(folder / NEW, out.resolve())
-            done = _result(job, report)
+            done = _result(report)
     # Without the claim: an upload takes long, and the output is complete.
     return _upload(job, out, done, say)
 
@@ -88,7 +85,7 @@ def _into_store(job: Job, say: Say) -> Result:
         say("stage", {"name": "copy"})
         store = Store(job.output)
         store.put(made, first=RECORD_FILE, last=STATE)
-        done = _upload(job, made, _result(job, report), say)
+        done = _upload(job, made, _result(report), say)
         # Last: it is what says that all the rest is there.
         store.write(STATE, replace(state, stored=store.files(), uploaded=done.uploaded).dump())
         return done
@@ -156,7 +153,7 @@ def _figures(report: Report) -> dict[str, Any]:
     return {name: found[name] for name in FIGURES if name in found}
 
 
-def _result(job: Job, report: Report) -> Result:
+def _result(report: Report) -> Result:
     return Result(
         "converted", norms=(report.converted, report.total), figures=_figures(report),
         bytes_written=report.bytes_written, notes=tuple(report.notes),

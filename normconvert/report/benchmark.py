@@ -14,7 +14,7 @@ from rich.text import Text
 
 from normconvert.benchmark.result import BOUND, CONVERTED, ORIGINAL, WORTH, Benchmark, Row
 from normconvert.errors import InputError
-from normconvert.report.console import BAD, FAINT, GOOD, HEAD
+from normconvert.report.console import BAD, FAINT, GOOD, HEAD, indented, two_columns
 from normconvert.wording.words import human_bytes
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ def show_benchmark(console: Console, result: Benchmark, *, verbose: bool = False
     if result.converted is not None:
         title.append(" → ").append(result.converted, HEAD)
     console.print(title, soft_wrap=True)
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style=FAINT, no_wrap=True, min_width=12)
-    grid.add_column(overflow="fold")
+    grid = two_columns()
     grid.add_row("architecture", f"{result.architecture} ({result.library}, run in {result.dtype})")
     grid.add_row("norms", f"{result.norms['converted']} of {result.norms['total']} ({result.method})")
     grid.add_row("machine", machine_in_words(result.machine))
@@ -74,8 +72,8 @@ def show_benchmark(console: Console, result: Benchmark, *, verbose: bool = False
     console.print(Padding(_table(result, verbose), (0, 0, 1, 2)))
     for row in result.rows:
         for version, reason in row.failures.items():
-            console.print(Padding(Text(f"{row.name}: {version} not measured: {reason}", "yellow"), (0, 0, 0, 2)))
-    console.print(Padding(Text(LEGEND, FAINT), (0, 0, 0, 2)))
+            console.print(indented(Text(f"{row.name}: {version} not measured: {reason}", "yellow")))
+    console.print(indented(Text(LEGEND, FAINT)))
 
 
 def machine_in_words(found: dict[str, Any]) -> str:

@@ -59,12 +59,12 @@ def show_summary(
         verbose: every norm for itself.
         kept: the output stays; say where it is and how to load it.
         measures: what was measured for an HTML report, as
-            :meth:`~normconvert.verification.equivalence.layer_measures.Measures.to_json` gives it.
+            :meth:`~normconvert.verification.layer_measures.Measures.to_json` gives it.
     """
     dry = report.out is None
     title = _title(report, "dry run, nothing was written" if dry else "", out=report.out if kept else None)
     console.print(title, soft_wrap=True)
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("architecture", _architecture(report))
     if report.uploaded is not None:
         grid.add_row("on the hub", f"https://huggingface.co/{report.uploaded}")
@@ -81,7 +81,7 @@ def show_summary(
     grid.add_row("seconds", " · ".join(f"{stage} {s:.1f}" for stage, s in report.seconds.items()))
     for note in report.notes:
         grid.add_row("note", note)
-    console.print(_indented(grid))
+    console.print(indented(grid))
     if report.out is not None and kept:
         show_loading(console, report)
     if verbose or measures or (report.plan.kept and report.plan.converted):
@@ -132,8 +132,8 @@ def show_kept(console: Console, plan: Plan, *, verbose: bool = False) -> None:
     if plan.kept:
         console.print(Text.assemble("\nkept as they are", style=HEAD), f"({len(plan.kept)} of {len(plan.verdicts)})")
         for line in norm_lines(plan.kept, verbose=verbose):
-            console.print(_indented(_norm_line(line.name, line.kind, line.count)))
-            console.print(_indented(Text(line.reason, FAINT), 6))
+            console.print(indented(_norm_line(line.name, line.kind, line.count)))
+            console.print(indented(Text(line.reason, FAINT), 6))
 
 
 def show_inspection(console: Console, report: Report, *, verbose: bool = False) -> None:
@@ -142,12 +142,12 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
 
     plan = report.plan
     console.print(_title(report))
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("architecture", _architecture(report))
     grid.add_row("norms", _norms(plan) if plan.verdicts else f"none that {report.method} is about")
     for i, other in enumerate(report.others):
         grid.add_row("" if i else "others", other)
-    console.print(_indented(grid))
+    console.print(indented(grid))
     if not plan.verdicts:
         return
     console.print()
@@ -156,16 +156,16 @@ def show_inspection(console: Console, report: Report, *, verbose: bool = False) 
     if plan.converted:
         console.print(Text.assemble("\nwhy they convert", style=HEAD))
         for group in reasons:
-            console.print(_indented(Text.assemble(group.text, (f"  ×{group.count}", FAINT))))
+            console.print(indented(Text.assemble(group.text, (f"  ×{group.count}", FAINT))))
     show_kept(console, plan, verbose=verbose)
     if plan.tensors or plan.modules:
         console.print(Text.assemble("\nwhat a conversion does", style=HEAD))
-        grid = _grid()
+        grid = two_columns()
         if report.method in CHANGES:
             grid.add_row(CHANGES[report.method], _inserted(plan))
         for op, names in _edit_lines(plan, verbose=verbose):
             grid.add_row(op, names)
-        console.print(_indented(grid))
+        console.print(indented(grid))
     for note in report.notes:
         console.print(Padding(Text.assemble(("note  ", "yellow"), note), (1, 0, 0, 2)))
 
@@ -181,7 +181,7 @@ def show_fidelity(
 ) -> None:
     """The figures of a verification, and for each that is out of its limit why; ``measures`` as for a conversion."""
     console.print(Text.assemble((b, HEAD), " against ", (a, HEAD)))
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("fidelity", figures(fidelity))
     ran = len({row["probe"] for row in fidelity.probes if "skipped" not in row})
     skipped = [row for row in fidelity.probes if "skipped" in row]
@@ -189,9 +189,9 @@ def show_fidelity(
     for label, told in measured_lines(measures):
         grid.add_row(label, told)
     grid.add_row("result", Text("passed", GOOD) if fidelity.passed else Text("failed", BAD))
-    console.print(_indented(grid))
+    console.print(indented(grid))
     for reason in fidelity.reasons:
-        console.print(_indented(Text.assemble((f"{NO} ", BAD), reason)))
+        console.print(indented(Text.assemble((f"{NO} ", BAD), reason)))
     if verbose:
         console.print(_probe_table(fidelity))
 
@@ -201,7 +201,7 @@ def show_check(console: Console, report: CheckReport, *, verbose: bool = False) 
     console.print(
         Text.assemble((report.output, HEAD), " against the conversion of ", (report.source, HEAD)), soft_wrap=True
     )
-    grid = _grid()
+    grid = two_columns()
     for part, name in PARTS.items():
         count = sum(finding.part == part for finding in report.findings)
         told = Text.assemble((f"{NO} ", BAD), name, (f"  ×{count}", FAINT)) if count else agrees(True, name)
@@ -211,19 +211,19 @@ def show_check(console: Console, report: CheckReport, *, verbose: bool = False) 
     grid.add_row("result", Text("passed", GOOD) if report.passed else Text("failed", BAD))
     for note in report.notes:
         grid.add_row("note", note)
-    console.print(_indented(grid))
+    console.print(indented(grid))
     found = [(f.subject, f.what) for f in report.findings]
     shown = found if verbose or len(found) <= MANY else found[: MANY - 1]
     for subject, what in shown:
-        console.print(_indented(Text.assemble((f"{NO} ", BAD), (subject, "yellow"), f" {what}")))
+        console.print(indented(Text.assemble((f"{NO} ", BAD), (subject, "yellow"), f" {what}")))
     if len(shown) < len(found):
-        console.print(_indented(Text(f"and {len(found) - len(shown)} more (-v)", FAINT)))
+        console.print(indented(Text(f"and {len(found) - len(shown)} more (-v)", FAINT)))
 
 
 def show_export(console: Console, report: ExportReport) -> None:
     """What was exported, what may vary in it, how close it is."""
     console.print(Text.assemble((report.source, HEAD), " → ", (report.file, HEAD)), soft_wrap=True)
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("size", human_bytes(report.bytes_written))
     for one in report.files:
         if len(report.files) > 1:
@@ -246,7 +246,7 @@ def show_export(console: Console, report: ExportReport) -> None:
         grid.add_row("", f"{report.against:.2g} off the original at most")
     for note in report.notes:
         grid.add_row("note", note)
-    console.print(_indented(grid))
+    console.print(indented(grid))
 
 
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
@@ -260,14 +260,14 @@ def _span(least: int, most: int | None) -> str:
 def show_adapter(console: Console, report: AdapterReport) -> None:
     """What was converted, and how close it is."""
     console.print(Text.assemble((report.adapter, HEAD), " → ", (report.output, HEAD)), soft_wrap=True)
-    grid = _grid()
+    grid = two_columns()
     grid.add_row("kind", report.kind)
     grid.add_row("for", report.converted)
     grid.add_row("tensors", f"{len(report.edited)} edited, {report.copied} as they were")
     for note in report.notes:
         grid.add_row("note", note)
-    console.print(_indented(grid))
-    console.print(_indented(figures(report.fidelity)))
+    console.print(indented(grid))
+    console.print(indented(figures(report.fidelity)))
 
 
 def figures(fidelity: Fidelity) -> RenderableType:
@@ -313,11 +313,13 @@ def _title(report: Report, remark: str = "", *, out: str | None = None) -> Text:
     return text
 
 
-def _indented(what: RenderableType, by: int = 2) -> Padding:
+def indented(what: RenderableType, by: int = 2) -> Padding:
+    """Moved to the right by so many columns."""
     return Padding(what, (0, 0, 0, by))
 
 
-def _grid() -> Table:
+def two_columns() -> Table:
+    """A table of faint words, and of what there is to say."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=FAINT, no_wrap=True, min_width=12)
     grid.add_column(overflow="fold")

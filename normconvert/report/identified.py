@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from normconvert.identification.words import explained, few
-from normconvert.report.console import FAINT, GOOD, HEAD, MANY
+from normconvert.report.console import FAINT, GOOD, HEAD, MANY, indented, two_columns
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from normconvert.identification import Candidate, Identification, Near
 
@@ -23,7 +22,7 @@ FIRST = 4
 def show_identification(console: Console, found: Identification, *, verbose: bool = False) -> None:
     """Every architecture that fits, or the nearest and what differs."""
     console.print(Text(found.path, HEAD), soft_wrap=True)
-    table = _rows()
+    table = two_columns()
     table.add_row("tensors", str(found.tensors))
     chosen = found.chosen
     if chosen is not None:
@@ -49,23 +48,11 @@ def show_identification(console: Console, found: Identification, *, verbose: boo
         _show_config(table, shown, verbose)
     for note in (*found.notes, *([found.origin] if found.origin else [])):
         table.add_row("note", note)
-    console.print(_indented(table))
+    console.print(indented(table))
     for near in found.nearest:
         _show_near(console, near, verbose)
     if found.arch is None and any(c.library == "timm" for c in found.exact):
-        console.print(_indented(Text("say which by --arch timm:NAME when you convert it", FAINT)))
-
-
-def _rows() -> Table:
-    """Two columns: a faint word, and what there is to say."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style=FAINT, no_wrap=True, min_width=12)
-    table.add_column(overflow="fold")
-    return table
-
-
-def _indented(what: Table | Text) -> Padding:
-    return Padding(what, (0, 0, 0, 2))
+        console.print(indented(Text("say which by --arch timm:NAME when you convert it", FAINT)))
 
 
 def _kind(candidate: Candidate) -> str:
@@ -89,17 +76,17 @@ def _show_near(console: Console, near: Near, verbose: bool) -> None:
     kind = f"{near.library}: {few(near.classes, 3)}" if near.classes else near.library
     console.print(Text.assemble("\nnearest  ", (names, "yellow"), (f"  ({kind})", FAINT)), soft_wrap=True)
     if hint := explained(near):
-        console.print(_indented(Text(hint, GOOD if near.arguments else "yellow")))
+        console.print(indented(Text(hint, GOOD if near.arguments else "yellow")))
     rows = (
         ("missing", [(name, "") for name in near.missing]),
         ("too many", [(name, "") for name in near.extra]),
         ("other shape", [(n, f"{_size(a)} instead of {_size(b)}") for n, a, b in near.reshaped]),
     )
-    table = _rows()
+    table = two_columns()
     for what, tensors in rows:
         most = len(tensors) if verbose else FIRST
         for i, (name, text) in enumerate(tensors[:most]):
             table.add_row(f"{len(tensors)} {what}" if not i else "", Text.assemble(name, (f"  {text}", FAINT)))
         if len(tensors) > most:
             table.add_row("", f"and {len(tensors) - most} more (-v)")
-    console.print(_indented(table))
+    console.print(indented(table))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert import interrupts
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, as_bug
 from normconvert.files.user_paths import user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
@@ -318,10 +318,7 @@ def _failed(screen: Screen, error: Exception, done: Done | None) -> int:
             give_up_printing()
             return BROKEN_PIPE
         return _fail(screen, error, " ".join(str(error).split()) or "out of memory", 2)
-    name = type(error).__name__
-    first = (str(error).strip() or "no message").splitlines()[0]
-    hint = "" if screen.verbose > 1 else "; run with -vv"
-    return _fail(screen, error, f"{name}: {first} (a bug in normconvert: please report it{hint})", 2)
+    return _fail(screen, error, as_bug(error, "" if screen.verbose > 1 else "; run with -vv"), 2)
 
 
 def give_up_printing() -> None:

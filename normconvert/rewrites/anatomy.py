@@ -6,11 +6,10 @@ reason: a mapping that leaves a reader out would be wrong without a word.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.moved_norms import tables_to_untie
 from normconvert.rewrites.readers import Unfoldable, readers_of
@@ -27,9 +26,7 @@ def anatomy_of(graph: Graph) -> dict[str, Any]:
     """
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     untied = {name: head for name, (_, head) in tables_to_untie(analysis).items()}
     return {
         "format": FORMAT,

@@ -20,7 +20,7 @@ from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, 
 from normconvert.options import Options
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARKER, Boundary, boundary_of
+from normconvert.tracing.in_place_writes import Boundary, boundary_of, unmarked
 from normconvert.tracing.own_hooks import WATCHED
 
 
@@ -96,7 +96,7 @@ def editability(analysis: Analysis, options: Options) -> tuple[Centring, dict[Bo
     result.scales = _resolve_scales(analysis, products)
     boundaries = _boundaries(analysis, usable)
     outside = analysis.graph.outside
-    result.optional = {key for key, refs in boundaries.items() if all(_unmarked(s[0]) in outside for s in refs)}
+    result.optional = {key for key, refs in boundaries.items() if all(unmarked(s[0]) in outside for s in refs)}
     if options.native:  # nothing can stand at the inputs of the library's own model
         result.given = {ref for ref in usable if ref[0] in outside}
     return result, boundaries
@@ -125,13 +125,6 @@ def _blind(analysis: Analysis, reader: fx.Node, ref: AxisRef) -> bool:
         at = made.parts[0]
     settings = norm.module or {"weight": "unknown"}
     return norm.centred and norm.place == at[1] and settings["weight"] is None and settings["bias"] is None
-
-
-def _unmarked(node: fx.Node) -> fx.Node:
-    """What a marker marks."""
-    while node.target is MARKER:
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def can_untie(analysis: Analysis, ref: AxisRef, others: list[fx.Node]) -> bool:

@@ -7,11 +7,10 @@ that is replaced reads what these edits, and the operations that are inserted, l
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, operation
 from normconvert.options import OF_TENSORS, Options
 from normconvert.plan.conversion_plan import Plan
@@ -40,9 +39,7 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
         return ""
     analysis = Analysis(graph, find_norms(graph))
     found, boundaries = editability(analysis, options)
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in analysis.norms:
-        calls[norm.path].append(norm)
+    calls = by_path(analysis.norms)
     inserted: set[Boundary] = set()
     for row in plan.modules:
         if row["op"] == CENTRED:

@@ -17,7 +17,7 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.channel_axes import shape_of
-from normconvert.analysis.operations import NEUTRAL, name_of
+from normconvert.analysis.operations import name_of, readers
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
 from normconvert.rewrites.linear_maps import Blocked, Share
@@ -82,7 +82,7 @@ def clamp_behind(graph: Graph, norm: Affine, call: Call) -> Clamp:
     node = call.result
     while True:
         stop_at_exit(graph, node)
-        users = [u for u in node.users if name_of(u) not in NEUTRAL]
+        users = list(readers(node))
         if len(users) != 1:
             raise Blocked(f"{len(users)} operations read it" if users else "nothing reads it", "unknown-op")
         node = users[0]
@@ -139,8 +139,7 @@ def _is_owned(norm: Affine, call: Call) -> bool:
     ):
         return False
     # The mark's readers too: it is the same memory once the marks are gone.
-    readers = [u for u in made.users if u is not call.source] + [u for u in call.source.users if u not in call.nodes]
-    return all(name_of(u) in NEUTRAL for u in readers)
+    return set(readers(made)) == {call.source} and call.nodes.issuperset(readers(call.source))
 
 
 def _check_module(graph: Graph, path: str, own: set[fx.Node]) -> None:

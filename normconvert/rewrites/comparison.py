@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.channel_axes import ChannelAxis, shape_of
+from normconvert.analysis.channel_axes import ChannelAxis, shape_of, sizes_of
 from normconvert.analysis.op_table import POINTWISE, varies
-from normconvert.analysis.operations import NEUTRAL, name_of
+from normconvert.analysis.operations import NEUTRAL, SILENT, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import TENSORS
@@ -36,7 +36,6 @@ from normconvert.rewrites.expected_changes import (
     Renormed,
     Replaced,
     SameAs,
-    unmarked,
 )
 from normconvert.rewrites.graph_values import (
     CLAMP,
@@ -46,14 +45,13 @@ from normconvert.rewrites.graph_values import (
     narrowed,
     same_number,
     same_value,
-    sizes_of,
     tensors_of,
     with_epsilon,
 )
 from normconvert.rewrites.norm_calls import is_cast, norm_calls
 from normconvert.rewrites.unordered import Expressions, live
 from normconvert.tracing.graph import Graph, Parameter, module_path
-from normconvert.tracing.in_place_writes import MARKER
+from normconvert.tracing.in_place_writes import MARKER, unmarked
 
 
 def prove(graph: Graph, plan: Plan, changes: ExpectedChanges) -> None:
@@ -76,7 +74,6 @@ def compare(old: Graph, new: Graph, changes: ExpectedChanges) -> None:
 
 
 _ELEMENTWISE = POINTWISE | {"aten.masked_fill", "aten.masked_scatter"}
-_SILENT = {"aten._assert_tensor_metadata"}
 
 
 class _Comparison:
@@ -95,10 +92,7 @@ class _Comparison:
             self.places[node].add(place)
         self.image: dict[fx.Node, Any] = {}
         self.constant: dict[fx.Node, int] = {}
-        self.tensors: dict[str, fx.Node] = {}
-        # Tied parameters have several placeholders, of which one is used.
-        for node, parameter in sorted(new.parameters.items(), key=lambda item: bool(item[0].users)):
-            self.tensors |= dict.fromkeys(parameter.aliases, node)
+        self.tensors = new.tensors
         renormed = {label.path for label in changes.labels.values() if isinstance(label, Renormed)}
         self.norms = norm_calls(new, renormed)
         self.rest = self._operations()
@@ -111,7 +105,7 @@ class _Comparison:
         """Raise Differs at the first difference that is not expected."""
         self._placeholders()
         for node in self.old.nodes:
-            if node.op in ("placeholder", "output") or name_of(node) in _SILENT:
+            if node.op in ("placeholder", "output") or name_of(node) in SILENT:
                 continue
             label = self.changes.labels.get(node)
             if label is not None:
@@ -156,7 +150,7 @@ class _Comparison:
         replaced = [label.path for label in self.changes.labels.values() if isinstance(label, gone)]
         paths, inside = set(replaced), tuple(f"{path}." for path in set(replaced))
         for node in self.new.nodes:
-            if node.op in ("placeholder", "output") or node.target in (MARKER, INSERTED) or name_of(node) in _SILENT:
+            if node.op in ("placeholder", "output") or node.target in (MARKER, INSERTED) or name_of(node) in SILENT:
                 continue
             if self.changes.rewritten and is_cast(node):
                 continue

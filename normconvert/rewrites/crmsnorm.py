@@ -12,7 +12,6 @@ at the new sizes, and does the same, is proved by tracing it again (`comparison`
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, described
 from normconvert.options import Options
@@ -30,6 +29,7 @@ from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import ExpectedChanges, expected_changes
 from normconvert.rewrites.fold import along
+from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.graph_values import narrowed
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.regions import Boundaries, Region, Stays, choose_region
@@ -82,9 +82,7 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     found, boundaries = editability(analysis, options)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     obstacles = {
         path: why
         for path, group in calls.items()
@@ -242,7 +240,7 @@ def _reader_edits(model: _Model, draft: _Draft, tensors: Edits) -> dict[fx.Node,
 
 
 def _shape(graph: Graph, name: str) -> tuple[int, ...]:
-    return tuple(shape_of(next(n for n, p in graph.parameters.items() if name in p.aliases)))
+    return shape_of(graph.tensors[name])
 
 
 def _places(model: _Model, draft: _Draft) -> set[AxisRef]:
@@ -321,8 +319,4 @@ def _notes(float32: bool) -> list[str]:
         "hidden states inside the model have one channel less; its outputs are as before. The result loads with "
         "normconvert.load or trust_remote_code only: unmodified libraries refuse its shapes."
     ]
-    if float32:
-        notes.append(
-            "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"
-        )
-    return notes
+    return [*notes, CASTS] if float32 else notes

@@ -6,7 +6,6 @@ parts: it carries what the part is applied to, and its settings as they were bui
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normconvert.errors import TraceError
+from normconvert.plan.conversion_plan import set_in_config
 from normconvert.runtime import Center, Compress, apply_module_edits
 from normconvert.runtime.norms import NORMS
 from normconvert.tracing.graph import Graph, merge, trace
@@ -78,9 +78,7 @@ def trace_edited(
     """
     model: Any = copy_model(graph.modules[""])
     for key, value in (config or {}).items():
-        *sections, last = key.split(".")
-        # The copy's own, which its modules share.
-        setattr(functools.reduce(getattr, sections, model.config), last, value)
+        set_in_config(model.config, key, value)  # the copy's own, which its modules share
     # A model may hold parts of the runtime before it is edited, which are the same on both sides.
     # Held by reference: what is edited away must not leave its id to what takes its place.
     own = {id(part): part for module in model.modules() for part in (module, *_operations_at(module))}

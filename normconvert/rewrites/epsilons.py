@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from normconvert.analysis.norms import Norm
 from normconvert.compat.transformers import builder
+from normconvert.plan.conversion_plan import set_in_config
 from normconvert.rewrites.verdicts import Obstacle
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.probes import quiet
@@ -47,8 +48,13 @@ def attributes_of(graph: Graph, group: list[Norm]) -> list[str] | Obstacle | Non
     if eps == 0:
         return []
     module = graph.modules[group[0].path]
-    names = [name for name, value in vars(module).items() if _is(value, eps) and not name.startswith("_")]
+    names = attributes_with(module, eps)
     return names if names and all(map(epsilon_node, group)) else None
+
+
+def attributes_with(module: nn.Module, eps: float) -> list[str]:
+    """The attributes of a module that are that number."""
+    return [name for name, value in vars(module).items() if _is(value, eps) and not name.startswith("_")]
 
 
 def epsilon_edit(norm: Norm, attributes: list[str] | None, eps: float) -> Edit:
@@ -113,11 +119,7 @@ def _numbers(model: nn.Module) -> dict[str, dict[str, float]]:
 def _changes(model: Any, key: str, value: float, before: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Path of a module -> the numbers that it has where ``key`` of the config is ``value``, and had not before."""
     config = copy.deepcopy(model.config)
-    *parents, last = key.split(".")
-    section = config
-    for parent in parents:
-        section = getattr(section, parent)
-    setattr(section, last, value)
+    set_in_config(config, key, value)
     try:
         with quiet(), torch.device("meta"):
             other = builder(type(model))(config, dtype=model.dtype)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.affine_norms import find_affine_norms
+from normconvert.analysis.channel_axes import shape_of
 from normconvert.analysis.norms import find_norms
 from normconvert.analysis.parallel_branches import find_blocks
 from normconvert.analysis.streams import AxisRef
@@ -22,7 +23,7 @@ from normconvert.rewrites.clipping import clamp_behind
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.epsilons import epsilon_node
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.in_place_writes import MARKER
+from normconvert.tracing.in_place_writes import MARKER, unmarked
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,8 @@ def expected_changes(
     labels |= {node: Biased(name) for node, name in biases.items()}
     if untied is None:
         copies = {name for name, edits in plan.tensors.items() if edits and edits[0]["op"] == "copy"}
-        untied = {n: shape for n, shape in _shapes(graph).items() if n in copies}
+        untied = {name: shape_of(node) for name, node in graph.tensors.items() if name in copies}
     return ExpectedChanges(labels, compressed, live, untied)
-
-
-def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(n.meta["val"].shape) for n, p in graph.parameters.items() for name in p.aliases}
 
 
 Rows = Mapping[Any, Mapping[str, Any]]
@@ -300,10 +297,3 @@ def _made_of(graph: Graph, removed: set[str]) -> set[fx.Node]:
         if node.op == "call_function" and inputs and all(n in found for n in inputs):
             found.add(node)
     return found
-
-
-def unmarked(node: Any) -> Any:
-    """What a mark marks."""
-    while isinstance(node, fx.Node) and node.target is MARKER:
-        node = node.args[0]
-    return node

@@ -234,11 +234,10 @@ class _Draft:
         found: Edits = self.merges | self.bounds
         for bias, (weight, size) in self.new_biases.items():
             found[bias] = [{"op": "new", "shape": [size], "like": weight}]
-        known = {alias for parameter in self.graph.parameters.values() for alias in parameter.aliases}
         # What a norm behind scales is read before what the norm in front has scaled: see add_product in edits.py.
         for side in (self.behind, self.before):
             for name, rows in side.items():
-                if name in known or name in self.new_biases:  # no bias: nothing to scale
+                if name in self.graph.tensors or name in self.new_biases:  # no bias: nothing to scale
                     found.setdefault(name, []).extend(rows)
         return found
 

@@ -72,11 +72,6 @@ def tensors_of(node: fx.Node) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def sizes_of(x: Tensor) -> tuple[Any, ...]:
-    """The shape, with sizes that depend on data as expressions."""
-    return tuple(s if isinstance(s, int) else s.node.expr for s in x.shape)
-
-
 def narrowed(shape: tuple[Any, ...], places: Collection[ChannelAxis]) -> tuple[Any, ...]:
     """The shape with one channel less at each place."""
     sizes = list(shape)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.rewrites.graph_values import same_number, same_value
-from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
 
@@ -79,9 +79,8 @@ class _Walk:
 
     def _is_within(self, node: fx.Node) -> bool:
         # The model by itself has no boundary to mark.
-        marked = node.target is MARKER
-        at = str(node.args[1]) if marked else module_path(node)
-        return at.startswith(f"{self.path}.") or (at == self.path and not marked)
+        at = home_of(node)
+        return at.startswith(f"{self.path}.") or (at == self.path and node.target is not MARKER)
 
     def _same_operation(self, a: fx.Node, b: fx.Node) -> bool:
         place = f"{self.path}.{module_path(a)}".rstrip(".")

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
@@ -159,5 +157,4 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
 
 def _channels(graph: Graph, name: str, size: int) -> int:
     """The dimension of a norm's vector along which its channels lie."""
-    node: fx.Node = next(n for n, p in graph.parameters.items() if name in p.aliases)
-    return next((dim for dim, n in enumerate(shape_of(node)) if n == size), 0)
+    return next((dim for dim, n in enumerate(shape_of(graph.tensors[name])) if n == size), 0)

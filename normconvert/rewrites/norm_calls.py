@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.operations import name_of
 from normconvert.analysis.rms_by_hand import CASTS
 from normconvert.tracing.graph import Graph
@@ -33,9 +33,7 @@ def norm_calls(graph: Graph, paths: Collection[str]) -> dict[str, Iterator[NormC
     for node in graph.nodes:
         if node.target is MARKER and node.args[1] in paths and node.args[2:4] in (("input", "0"), ("output", "")):
             marks[str(node.args[1])].append(node.args[0])
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in find_norms(graph, uncentred=True):
-        calls[norm.path].append(norm)
+    calls = by_path(find_norms(graph, uncentred=True))
     return {
         path: map(NormCall, values[::2], values[1::2], calls[path])
         for path, values in marks.items()

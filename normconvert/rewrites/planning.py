@@ -38,7 +38,7 @@ def plan_model(
         tracer: how a model becomes a graph; by default with probe inputs that it accepts.
 
     Raises:
-        TraceError: see :func:`normconvert.tracing.graph.model_graph.trace_model`.
+        TraceError: see :func:`normconvert.tracing.model_graph.trace_model`.
     """
     return planned(model, options or Options(), method, tracer)[0]
 

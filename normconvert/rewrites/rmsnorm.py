@@ -7,15 +7,15 @@ its mean removed, and it is removed by centring what writes into it (arXiv 2305.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import Centring, axis_of, doors_of, insertion, root_of_taint
 from normconvert.rewrites.fold import fold_norms
+from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.insertion import centre_streams
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.verdicts import misuse, never_called, obstacle
@@ -36,9 +36,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     centring = centre_streams(analysis, options)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     verdicts = [_verdict(path, group, where, analysis, centring, options) for path, group in calls.items()]
     verdicts += never_called(graph, set(calls))
     converted = [norm for v in verdicts if v.converted for norm in calls[v.path]]
@@ -152,8 +150,4 @@ def _notes(shifted: list[str], doors: list[str], float32: bool) -> list[str]:
     notes = [f"shifted outputs: {', '.join(shifted)}"] if shifted else []
     if doors:
         notes.append(f"{', '.join(doors)} must be without their mean, as what the output's own embeddings give is")
-    if float32:
-        notes.append(
-            "the model casts to float32 on the way to its norms, so float32's rounding limits the algebra's test"
-        )
-    return notes
+    return [*notes, CASTS] if float32 else notes

@@ -19,7 +19,7 @@ from normconvert.analysis.streams import AxisRef, Stream
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.graph_values import narrowed
 from normconvert.rewrites.regions import Stays
-from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
 SIZES = (
@@ -192,7 +192,7 @@ def _norms_elsewhere(stream: Stream, inside: Collection[str]) -> tuple[int, int]
 
 def _runs_in(node: fx.Node, paths: Collection[str]) -> bool:
     """Whether a module at one of the paths runs the node, or takes or gives the value that is marked here."""
-    path = str(node.args[1]) if node.target is MARKER else module_path(node)
+    path = home_of(node)
     return path in paths or (node.target is not MARKER and path.rpartition(".")[0] in paths)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normconvert.analysis.operations import argument, name_of
+from normconvert.analysis.operations import ATTENTION, argument, name_of
 
 Reads = Callable[[fx.Node], Any]
 """What an operand is: values that are one are the same object."""
@@ -70,7 +70,7 @@ def _key(node: fx.Node, reads: Reads) -> Any:
 
 def _draws(node: fx.Node) -> bool:
     """Whether an operation draws random numbers: twice, they are not the same."""
-    if name_of(node) == "aten.scaled_dot_product_attention" and argument(node, 4, "dropout_p", 0.0) == 0.0:
+    if name_of(node) == ATTENTION and argument(node, 4, "dropout_p", 0.0) == 0.0:
         return False
     if name_of(node) == "aten.dropout" and argument(node, 2, "train") is False:
         return False

@@ -1,9 +1,9 @@
 """Converted checkpoints: loading them, and the files that let transformers load them by itself.
 
 ``OUT/normconvert.json`` is the record of a conversion; of its keys the loader reads ``format`` (1), ``library``,
-``architecture`` and ``plan`` (:meth:`normconvert.plan.Plan.to_json`). transformers outputs carry the module edits in
-``config.json`` too, under ``normconvert``, where the shipped ``modeling_normconvert.py`` finds them and where
-``save_pretrained`` keeps them.
+``architecture`` and ``plan`` (:meth:`normconvert.plan.conversion_plan.Plan.to_json`). transformers outputs carry the
+module edits in ``config.json`` too, under ``normconvert``, where the shipped ``modeling_normconvert.py`` finds them and
+where ``save_pretrained`` keeps them.
 """
 
 from __future__ import annotations

@@ -11,12 +11,11 @@ from normconvert.compat.transformers import may_be_missing, may_be_unexpected
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.identification.building import STATISTICS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-STATISTICS = ("running_mean", "running_var")  # buffers that are learnt: a model without them is broken
 
 
 class DoesNotFit(InputError):

@@ -23,14 +23,14 @@ from torch import Tensor, fx, nn
 
 from normconvert.compat.lean_export import lean_export
 from normconvert.compat.torch import FakeTensor, pytree
-from normconvert.errors import TraceError
+from normconvert.errors import TraceError, first_line
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
 from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.garbage import collecting
-from normconvert.tracing.in_place_writes import make_functional, markers_that_lie, without_detaching
+from normconvert.tracing.in_place_writes import boundary_of, make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
 from normconvert.tracing.model_caches import fresh_caches
@@ -87,6 +87,12 @@ class Graph:
     untraced_doors: tuple[str, ...] = ()
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, fx.Node]:
+        """Each name of a tensor -> its placeholder; a tied one has several, of which one is used: that."""
+        ordered = sorted(self.parameters.items(), key=lambda item: bool(item[0].users))
+        return {name: node for node, parameter in ordered for name in parameter.aliases}
 
 
 @one_at_a_time
@@ -150,14 +156,12 @@ def merge(first: Graph, second: Graph) -> Graph:
     What is proved of it holds for both ways to call the model. ``first`` is taken over; its nodes stay the same.
     """
     graph = first.nodes[0].graph
-    # Tied parameters have several placeholders, of which one is used.
-    by_name = {p.name: node for node, p in sorted(first.parameters.items(), key=lambda item: bool(item[0].users))}
     mapping: dict[fx.Node, fx.Node] = {}
     parameters, outputs, copies = dict(first.parameters), dict(first.outputs), []
     for node in second.nodes:
         parameter = second.parameters.get(node)
-        if parameter is not None and parameter.name in by_name:
-            mapping[node] = by_name[parameter.name]
+        if parameter is not None and parameter.name in first.tensors:
+            mapping[node] = first.tensors[parameter.name]
             continue
         # The second output node as well. No program may have two of them, but this one is read and never run.
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
@@ -256,6 +260,12 @@ def module_path(node: fx.Node) -> str:
     return str(node.meta.get(_PATH, ""))
 
 
+def home_of(node: fx.Node) -> str:
+    """The path of the module that a node belongs to: that ran it or, of a marker, whose boundary it marks."""
+    place = boundary_of(node)
+    return place[0] if place is not None else module_path(node)
+
+
 _PATH = "normconvert_path"
 
 
@@ -274,8 +284,6 @@ def _name_paths(model: nn.Module, graph: fx.Graph) -> None:
 
 def _why(error: BaseException) -> str:
     """One line for a person: the first sentence of the error and the line of model code that raised it."""
-    text = str(error).strip()
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     frame, where = error.__traceback__, ""
     while frame is not None:
         code = frame.tb_frame.f_code
@@ -285,7 +293,7 @@ def _why(error: BaseException) -> str:
     what = "a size or a branch depends on values that the weights give, which no trace knows: " * isinstance(
         error, UNKNOWN_VALUE
     )
-    return f"the model could not be traced: {what}{type(error).__name__}: {first[:300]}{where}"
+    return f"the model could not be traced: {what}{type(error).__name__}: {first_line(error)[:300]}{where}"
 
 
 def _parameters(model: nn.Module, program: Any, graph: fx.Graph) -> dict[fx.Node, Parameter]:

@@ -42,6 +42,13 @@ def boundary_of(node: fx.Node) -> Boundary | None:
     return tuple(map(str, node.args[1:4])) if node.target is MARKER else None  # type: ignore[return-value]
 
 
+def unmarked(node: Any) -> Any:
+    """What a marker marks; anything else as it is."""
+    while isinstance(node, fx.Node) and node.target is MARKER:
+        node = node.args[0]
+    return node
+
+
 def without_detaching(graph: fx.Graph) -> None:
     """Take ``detach_`` for no write: it changes what autograd knows, not the memory; constants have it behind them."""
     for node in graph.nodes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.tuning.settings import Settings
 
 STATE, SETTINGS = "state.pt", "settings.json"
@@ -50,7 +50,7 @@ def save(folder: Path, settings: Settings, state: Mapping[str, Any]) -> None:
         with suppress(OSError):
             new.unlink()
         kept = f"the last one is kept: go on with --resume ({folder})" if (folder / STATE).is_file() else "none is kept"
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{folder}: the state of the training cannot be written: {reason}; {kept}") from error
 
 
@@ -85,7 +85,7 @@ def load(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = first_line(error)[:200]
         raise InputError(f"{folder / STATE}: cannot be read ({reason}): remove the folder and start again") from error
     return state
 

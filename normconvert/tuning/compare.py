@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normconvert.tracing.output_paths import tensors_in
+from normconvert.tracing.output_paths import named_values, tensors_in
 
 IGNORED = -100
 """A label that does not count."""
@@ -33,7 +33,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Ten
 
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            value = output if isinstance(output, Tensor) else next(iter(_tensors(output)), None)
+            value = next(_tensors(output), None)
             if value is not None:
                 found[path] = value
 
@@ -48,14 +48,7 @@ def outputs_of(model: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+    return (leaf for _, leaf in named_values(value) if isinstance(leaf, Tensor))
 
 
 def main_output(output: Any) -> tuple[str, Tensor]:

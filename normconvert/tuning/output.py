@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -136,7 +135,7 @@ def _left(plan: Plan, absorbed: Iterable[str]) -> tuple[str, ...]:
 
 def _record(folder: Path, source: Source, report: SwapReport) -> None:
     """normconvert.json, which the loader reads, with what the training was and found; and the model card."""
-    from normconvert.apply.record import RECORD_FORMAT
+    from normconvert.apply.record import RECORD_FORMAT, put_card, put_record
 
     data = report.to_json()
     record = {
@@ -147,24 +146,5 @@ def _record(folder: Path, source: Source, report: SwapReport) -> None:
     }
     for key in ("out", "trace"):
         record.pop(key)
-    text = json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n"
-    (folder / "normconvert.json").write_text(text, encoding="utf-8")
-    _card(folder, source, report)
-
-
-def _card(folder: Path, source: Source, report: SwapReport) -> None:
-    from normconvert.apply.model_card import auto_class, model_card
-
-    existing = source.folder / "README.md" if source.folder else None
-    text = model_card(
-        report.source,
-        report.plan,
-        in_words(report),
-        library=source.library,
-        architecture=source.architecture,
-        auto_class=auto_class(folder, source.architecture) or source.architecture,
-        source_readme=existing.read_text(encoding="utf-8") if existing and existing.is_file() else None,
-        revision=source.revision,
-        name=Path(report.out or folder).absolute().name,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    put_record(folder, record)
+    put_card(folder, source, report.source, report.plan, in_words(report), Path(report.out or folder).absolute().name)

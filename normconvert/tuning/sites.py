@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,16 +10,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
-from normconvert.analysis.norms import Norm, find_norms
-from normconvert.analysis.operations import name_of
+from normconvert.analysis.norms import Norm, by_path, find_norms
+from normconvert.analysis.operations import ATTENTION, SOFTMAX, name_of
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
-from normconvert.tracing.in_place_writes import MARKER
 
-ATTENTION = ("attention", "softmax")
-"""How the names of operations begin or end that say: this branch is attention."""
+ATTENDS = SOFTMAX | {ATTENTION, "aten._native_multi_head_attention"}
+"""Operations that say: this branch is attention."""
 
 ROLES = ("mlp", "attention", "final")
 """What a norm may feed, in the order in which norms are removed (arXiv 2507.02559)."""
@@ -69,7 +67,7 @@ def find_sites(graph: Graph, plan: Plan) -> list[NormSite]:
     converted = {v.path for v in plan.converted}
     sources = {norm.source for norm in norms}
     sites = []
-    for path, group in _calls(norms).items():
+    for path, group in by_path(norms).items():
         row = group[0].module
         if row is None or _obstacle(path, group, graph):
             continue
@@ -101,7 +99,7 @@ def with_rms_norms(graph: Graph, plan: Plan) -> Plan:
         graph: the traced model.
         plan: for that graph.
     """
-    groups = {p: g for p, g in _calls(find_norms(graph, uncentred=True)).items() if not any(n.centred for n in g)}
+    groups = {p: g for p, g in by_path(find_norms(graph, uncentred=True)).items() if not any(n.centred for n in g)}
     verdicts = [*plan.verdicts]
     for path, group in groups.items():
         reason = _obstacle(path, group, graph)
@@ -113,13 +111,6 @@ def with_rms_norms(graph: Graph, plan: Plan) -> Plan:
 def casts_among(graph: Graph, gone: Collection[str]) -> bool:
     """Whether a norm at another path than ``gone`` casts its input to float32, whatever the model's dtype."""
     return any(norm.float32 and norm.path not in gone for norm in find_norms(graph, uncentred=True))
-
-
-def _calls(norms: Sequence[Norm]) -> dict[str, list[Norm]]:
-    found: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        found[norm.path].append(norm)
-    return found
 
 
 def _obstacle(path: str, group: list[Norm], graph: Graph) -> str:
@@ -141,8 +132,7 @@ def _role(norm: Norm, sources: set[fx.Node]) -> str:
             if user in seen:
                 continue
             seen.add(user)
-            name = name_of(user)
-            if user.target is not MARKER and any(word in name for word in ATTENTION):
+            if name_of(user) in ATTENDS:
                 return "attention"
             # Not past the next norm: what comes behind that is fed by it.
             if user in sources:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
+from normconvert.runtime.modules import stand_in
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tuning.attention import BlendedAttention
 from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, SwapNorm
@@ -124,7 +125,7 @@ def make_student(
             if isinstance(norm, RepBatchNorm):
                 norm.old_weight.copy_(norm.weight)
                 norm.old_bias.copy_(norm.bias)
-        _put(model, old, norm.to(next(model.parameters()).device))
+        stand_in(model, old, norm.to(next(model.parameters()).device))
         norms[site.path] = norm
     centred = {
         name: [edit for edit in edits if edit["op"] == "center"]
@@ -141,14 +142,6 @@ def make_student(
     student = Student(model, norms, tuple(sites), centred)
     student.train()
     return student
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    # In every parent: a norm that several hold would stay in the others.
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def measure(teacher: nn.Module, sites: Sequence[NormSite], batches: Iterator[Batch]) -> dict[str, Moments]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normconvert.errors import InputError, NormConvertError, first_line
+from normconvert.errors import InputError, first_line
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import taking
 from normconvert.options import check_device
@@ -250,6 +250,3 @@ def _both(*watches: Watch | None) -> Watch:
                 one(step, steps, shown)
 
     return watch
-
-
-__all__ = ["NormConvertError", "swap"]

@@ -7,22 +7,18 @@ the weights are 10⁶ times as large. It then loads in unmodified library code, 
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normconvert.apply.loaded_model import save_model
-from normconvert.apply.other_files import copy_other_files
+from normconvert.apply.other_files import copy_other_files, write_files
 from normconvert.apply.record import loading_files
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
+from normconvert.rewrites.epsilons import attributes_with, epsilons_in_config
 from normconvert.runtime import CHILD, RENAMED, STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
 from normconvert.sources.transformers_models import own_class
@@ -144,8 +140,7 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
         if source.folder is not None:
             copy_other_files(source.folder, folder, with_code=own_class(source) is not None)
         save_model(source, plan, model, folder, None)
-        for file, content in loading_files(source, plan, str(dtype).removeprefix("torch.")).items():
-            (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        write_files(folder, loading_files(source, plan, str(dtype).removeprefix("torch.")))
     except OSError as error:
         raise InputError(f"cannot write the output: {error.strerror or error}; nothing was kept") from error
 
@@ -170,28 +165,11 @@ def eps_key(source: Source, sites: Sequence[NormSite], norms: int) -> str | None
     plain = all(site.mean_free and site.weight and site.bias and not site.offset for site in sites)
     if source.library != "transformers" or not sites or not plain or len(sites) != norms:
         return None
-    before = _epsilons(source.skeleton())
-    for key, value in source.config.items():
-        if isinstance(value, float) and value == sites[0].eps:
-            after = _epsilons_with(source, {**source.config, key: LARGE_EPS})
-            changed = {path for path in after if after[path] != before.get(path)}
-            # Of exactly the swapped norms: any other that reads the key would divide by 10⁶ as well.
-            if changed == {site.path for site in sites} and all(after[p] == LARGE_EPS for p in changed):
-                return key
-    return None
-
-
-def _epsilons_with(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    """The ε of all modules of the architecture that another config.json describes; empty if there is none."""
-    with tempfile.TemporaryDirectory(prefix="normconvert-") as folder:
-        for file in source.folder.glob("*.py") if source.folder else ():
-            shutil.copyfile(file, Path(folder) / file.name)
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            return _epsilons(replace(source, folder=Path(folder), config=config).skeleton())
-        except (NormConvertError, ValueError):
-            return {}
-
-
-def _epsilons(model: nn.Module) -> dict[str, Any]:
-    return {path: getattr(module, "eps", None) for path, module in model.named_modules() if hasattr(module, "eps")}
+    model = source.skeleton()
+    rows = [
+        {"path": s.path, "attributes": attributes_with(model.get_submodule(s.path), s.eps), "eps": LARGE_EPS}
+        for s in sites
+    ]
+    # Of exactly the swapped norms: any other that reads the key would divide by 10⁶ as well.
+    keys = epsilons_in_config(model, rows)
+    return next(iter(keys)) if len(keys) == 1 and all(row.get("stated") for row in rows) else None

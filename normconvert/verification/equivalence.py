@@ -41,7 +41,7 @@ from normconvert.wording.steps import Step
 if TYPE_CHECKING:
     from normconvert.sources import Source
 
-__all__ = ["Fidelity", "algebra_model", "compare_models", "tolerance_for", "verify_checkpoints", "verify_models"]
+__all__ = ["Fidelity", "algebra_model", "tolerance_for", "verify_checkpoints", "verify_models"]
 
 TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-5
@@ -56,30 +56,6 @@ ModelOrMaker = nn.Module | Callable[[], nn.Module]
 def tolerance_for(plan: Plan | None) -> float:
     """1e-10, or what float32 allows for a model that casts its norms' inputs to float32."""
     return FLOAT32_TOLERANCE if plan is not None and plan.float32_norms else TOLERANCE
-
-
-def compare_models(
-    original: nn.Module,
-    converted: nn.Module,
-    probes: Sequence[Probe],
-    *,
-    outputs_shift_allowed: bool = False,
-    seed: int = 0,
-) -> dict[tuple[str, str], float]:
-    """Relative errors of every output of every probe that the original can run, {(probe, output): ||y'-y|| / ||y||}.
-
-    Args:
-        original: in float64 for the algebra.
-        converted: likewise.
-        probes: as :func:`normconvert.tracing.probes.verification_inputs` makes them.
-        seed: for models that draw random numbers even in eval mode.
-        outputs_shift_allowed: compare all outputs after removing the per-token mean over the channels.
-    """
-    expected = run_model(original, probes, dtype=torch.float32, seed=seed)
-    found = run_model(converted, probes, dtype=torch.float32, seed=seed, like=expected)
-    names = {name for outputs in expected.outputs.values() for name in outputs}
-    shifted = frozenset(names if outputs_shift_allowed else ())
-    return {key: d.relative for key, d in compare_runs(expected, found, shifted).items()}
 
 
 def verify_models(

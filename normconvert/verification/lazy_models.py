@@ -48,7 +48,7 @@ class Stored:
         lookup: source tensors by their names in the model.
         dtype: of the value.
         shape: of the value.
-        piece: see :class:`normconvert.verification.equivalence.lazy_weights.Values`.
+        piece: see :class:`normconvert.verification.lazy_weights.Values`.
     """
 
     info: TensorInfo | None
@@ -59,7 +59,7 @@ class Stored:
     piece: int | None
 
     def whole(self) -> Tensor:
-        """See :class:`normconvert.verification.equivalence.lazy_weights.Values`."""
+        """See :class:`normconvert.verification.lazy_weights.Values`."""
         if self.info is None:
             return apply_edits(torch.empty(0), self.edits, self.lookup).to(self.dtype)
         if not self.edits:
@@ -76,13 +76,13 @@ class Stored:
         return value
 
     def part(self, start: int, stop: int) -> Tensor | None:
-        """See :class:`normconvert.verification.equivalence.lazy_weights.Values`."""
+        """See :class:`normconvert.verification.lazy_weights.Values`."""
         if self.info is None or not self.by_rows():
             return None
         return self._edited(read_tensor(self.info, (start, stop)))
 
     def rows(self, index: Tensor) -> Tensor:
-        """See :class:`normconvert.verification.equivalence.lazy_weights.Values`."""
+        """See :class:`normconvert.verification.lazy_weights.Values`."""
         if self.info is None or not self.by_rows():
             return self.whole()[index]
         return self._edited(map_tensor(self.info)[index])

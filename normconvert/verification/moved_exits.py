@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normconvert.tracing.output_paths import tensors_in
 from normconvert.verification.fidelity import distance
 
 Values = dict[str, Tensor]
@@ -50,12 +51,8 @@ def _keeping(found: Values, path: str) -> Any:
 
 
 def _keep(found: Values, name: str, output: Any) -> None:
-    values = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else [output]
-    )
-    first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
-    if first is not None:
-        found.setdefault(name, first.detach().clone())
+    for value in list(tensors_in(output).values())[:1]:
+        found.setdefault(name, value.clone())
 
 
 def movements(rows: Rows, before: Values, after: Values) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normconvert.compat import transformers as compat
 from normconvert.compat.torch import pytree
-from normconvert.errors import InputError, first_line
+from normconvert.errors import InputError, in_one_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, refuse_oversized
 from normconvert.runtime import process_lock
@@ -151,7 +151,7 @@ def run_model(
         except InputError:  # of a weight that is read while the model runs
             raise
         except Exception as error:  # a probe that the original cannot take is skipped, with its reason
-            return f"{type(error).__name__}: {first_line(error)}"[:200]
+            return in_one_line(error)
         run.constants[probe.name] = constants
         return {name: value.cpu() for name, value in tensors_in(output).items()}
 

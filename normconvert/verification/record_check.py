@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
-from normconvert.errors import InputError, NormConvertError
+from normconvert.errors import InputError, NormConvertError, first_line
 from normconvert.files.digest import sha256
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import about, taking
@@ -316,7 +316,7 @@ def _replayed(
                 extra_files=loading_files(source, plan, written_as["dtype"]),
             )  # fmt: skip
         except NormConvertError as error:
-            what = f"cannot be replayed: {str(error).splitlines()[0]}"
+            what = f"cannot be replayed: {first_line(error)}"
             yield again, _hashes(source), [Finding("plan", "plan", RECORD_FILE, what)]
         else:
             yield again, written.hashes, []

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from normconvert.apply import blocks as apply_blocks
 from normconvert.apply import writer as apply_write
-from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_header
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
 from normconvert.sources import Source, open_source
+from tests.support.applied_plans import apply_plan
 from tests.support.perturb import perturb
 from tests.support.tiny_checkpoints import contents, gpt2, save, save_vit, vit
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from normconvert.apply.checkpoint import apply_plan, staged_output
+from normconvert.apply.output_folder import staged_output
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source
+from tests.support.applied_plans import apply_plan
 from tests.support.tiny_checkpoints import contents, gpt2, save
 
 PLAN = Plan("rmsnorm", tensors={"transformer.wpe.weight": [{"op": "center", "axis": 1}]})
@@ -110,7 +111,7 @@ def test_a_link_to_the_source_is_the_source(folder: Path, tmp_path: Path) -> Non
 CHILD = """
 import resource, sys, time
 from pathlib import Path
-from normconvert.apply.checkpoint import apply_plan
+from tests.support.applied_plans import apply_plan
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source

@@ -12,11 +12,11 @@ from normconvert import convert
 from normconvert.apply import blocks as apply_blocks
 from normconvert.apply import scan as scanning
 from normconvert.apply import writer as apply_write
-from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError, NothingToConvert
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source
 from tests.apply.test_apply import PLAN
+from tests.support.applied_plans import apply_plan
 from tests.support.tiny_checkpoints import contents, gpt2, save
 
 CENTER = Plan("x", tensors={"transformer.wpe.weight": [{"op": "center", "axis": 1}]})

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from normconvert.apply.checkpoint import apply_plan
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source
+from tests.support.applied_plans import apply_plan
 from tests.support.tiny_checkpoints import contents, gpt2, save, save_vit, vit
 
 

@@ -193,7 +193,7 @@ def test_the_written_folder_is_right_through_every_door(tmp_path: Path, options:
 def test_a_wrong_door_fails_the_verification(tmp_path: Path) -> None:
     """With the tied table's output centred, as it was done once, embeddings from outside keep their mean."""
     from normconvert.tracing.probes import verification_inputs
-    from normconvert.verification.equivalence import compare_models
+    from tests.support.equivalence import compare_models
 
     case = CASES["gpt2"]
     plan = plan_model(case.skeleton())

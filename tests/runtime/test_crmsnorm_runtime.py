@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normconvert import runtime
 from normconvert.plan.edits import apply_edits
 from normconvert.runtime import BASES, CRMSNorm, apply_module_edits, compress, lift
-from tests.support.equivalence import distance
+from tests.support.equivalence import computed, distance
 
 D = 48
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -56,17 +56,10 @@ def test_it_is_layer_norm_of_what_is_stored(
     module = norm(dtype, basis, OPTIONS[options], axis)
     x = torch.randn(shape).to(dtype)
     truth = definition(x, module)
-    run: Any = module
-    if mode == "compiled":
-        run = torch.compile(module, fullgraph=True, backend="eager")
-    if mode == "exported":
-        run = torch.export.export(module, (x,), strict=False).module()
-    with torch.set_grad_enabled(mode == "autograd"):
-        y = run(x)
+    y = computed(module, x, mode)
     assert y.dtype == dtype
     assert y.shape == truth.shape
     assert distance(y, truth) < TOLERANCE[dtype] * (2 if basis == "paper" else 1)
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("basis", BASES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.runtime import MODULE_EDITS, Center, RMSNorm, apply_module_edits, center, kernels
-from tests.support.equivalence import distance
+from tests.support.equivalence import computed, distance
 
 EPS = 1e-3  # large, so that a forgotten epsilon shows
 TOLERANCE = {torch.float64: 1e-15, torch.float32: 2e-7, torch.bfloat16: 5e-3, torch.float16: 6e-4}
@@ -49,17 +49,10 @@ def test_every_kernel_computes_the_definition(
     module = norm(dtype=dtype, axis=axis, **options)
     x = mean_free(*shape, axis=axis, dtype=dtype)
     truth = definition(x, module)
-    run: Any = module
-    if mode == "compiled":
-        run = torch.compile(module, fullgraph=True, backend="eager")
-    if mode == "exported":
-        run = torch.export.export(module, (x,), strict=False).module()
-    with torch.set_grad_enabled(mode == "autograd"):
-        y = run(x)
+    y = computed(module, x, mode)
     assert y.dtype == dtype
     assert y.shape == x.shape
     assert distance(y, truth) < TOLERANCE[dtype]
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kernel", [kernels.formula, kernels.fused_rms])

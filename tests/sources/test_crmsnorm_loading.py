@@ -20,7 +20,7 @@ from normconvert.plan import edits
 from normconvert.runtime import CRMSNorm
 from normconvert.sources import open_source
 from tests.support.equivalence import distance
-from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save, save_vit, vit
+from tests.support.tiny_checkpoints import GPT2_SIZES, gpt2, save, save_vit, vit, with_tokenizer
 
 TOLERANCE = 1e-5  # float32
 
@@ -101,17 +101,9 @@ def test_it_is_saved_and_loaded_again(text: tuple[Any, Path], ids: Tensor, loade
 
 
 def test_a_pipeline_takes_it(text: tuple[Any, Path], tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, pipeline
+    from transformers import pipeline
 
-    vocabulary = {f"w{i}": i for i in range(101)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path / "piped"
-    folder.mkdir()
-    for file in text[1].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0").save_pretrained(folder)
+    folder = with_tokenizer(text[1], tmp_path / "piped", pad_token="w0")
     pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
     assert norms(pipe.model) == {"CRMSNorm"}
     for said in pipe(["w3 w4", "w5"], max_new_tokens=3, batch_size=2):

@@ -24,6 +24,7 @@ from normconvert.runtime import RMSNorm
 from normconvert.sources.converted import huggingface_files, load
 from tests.support.equivalence import distance
 from tests.support.perturb import perturb
+from tests.support.tiny_checkpoints import with_tokenizer
 
 TOLERANCE = 1e-10  # invariant I2
 
@@ -182,17 +183,9 @@ def test_generation_is_the_original_s(text: tuple[Any, Path], ids: Tensor, loade
 
 
 def test_a_pipeline_takes_the_output(text: tuple[Any, Path], tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, pipeline
+    from transformers import pipeline
 
-    vocabulary = {f"w{i}": i for i in range(101)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path / "piped"
-    folder.mkdir()
-    for file in text[1].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    folder = with_tokenizer(text[1], tmp_path / "piped")
     pipe = pipeline("text-generation", model=str(folder), trust_remote_code=True, device="cpu")
     assert norms(pipe.model) == {"RMSNorm"}
     generated = pipe("w3 w4", max_new_tokens=3)[0]["generated_text"]

@@ -20,7 +20,10 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import RMSNorm
 from normconvert.tracing.graph import trace
+from normconvert.tracing.probes import Probe
 from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.probe_runs import run_model
+from normconvert.verification.run_comparison import compare_runs
 
 Inputs = Mapping[str, Tensor]
 TOLERANCE = 1e-10
@@ -154,3 +157,30 @@ def distance(found: Tensor, expected: Tensor, axis: int | None = None) -> float:
     if not bool(torch.isfinite(b).all()):
         return 0.0 if bool(torch.equal(a.isnan(), b.isnan())) else float("inf")
     return float((a - b).norm()) / max(float(b.norm()), 1e-6)
+
+
+def computed(module: nn.Module, x: Tensor, mode: str) -> Tensor:
+    """What a module gives: ``eager``, under ``autograd``, ``compiled`` or ``exported``."""
+    run: Any = module
+    if mode == "compiled":
+        run = torch.compile(module, fullgraph=True, backend="eager")
+    if mode == "exported":
+        run = torch.export.export(module, (x,), strict=False).module()
+    with torch.set_grad_enabled(mode == "autograd"):
+        result: Tensor = run(x)
+    torch.compiler.reset()
+    return result
+
+
+def compare_models(
+    original: nn.Module, converted: nn.Module, probes: Sequence[Probe], *, outputs_shift_allowed: bool = False
+) -> dict[tuple[str, str], float]:
+    """Relative errors of every output of every probe that the original can run, {(probe, output): ||y'-y|| / ||y||}.
+
+    With ``outputs_shift_allowed`` all outputs are compared without their per-token mean over the channels.
+    """
+    expected = run_model(original, probes, dtype=torch.float32)
+    found = run_model(converted, probes, dtype=torch.float32, like=expected)
+    names = {name for outputs in expected.outputs.values() for name in outputs}
+    shifted = frozenset(names if outputs_shift_allowed else ())
+    return {key: d.relative for key, d in compare_runs(expected, found, shifted).items()}

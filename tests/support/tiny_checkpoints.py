@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,16 @@ def contents(folder: Path) -> dict[str, bytes]:
         named = f'{place}{folder.name}"'.encode()
         found["README.md"] = found["README.md"].replace(named, f'{place}FOLDER"'.encode())
     return found
+
+
+def with_tokenizer(checkpoint: Path, folder: Path, **options: Any) -> Path:
+    """A copy of a tiny GPT-2's files in ``folder``, with a tokenizer of the words ``w0`` to ``w100``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(checkpoint, folder)
+    words = {f"w{i}": i for i in range(GPT2_SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", **options).save_pretrained(folder)
+    return folder

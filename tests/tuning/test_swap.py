@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
-from normconvert.runtime import Affine
+from normconvert.runtime import Affine, Center
 from normconvert.sources import open_source
 from normconvert.tracing.model_graph import trace_model
 from normconvert.tuning.sites import choose, find_sites
@@ -147,7 +148,7 @@ def test_some_norms_only(tmp_path: Path) -> None:
     assert sum(type(m).__name__ == "RMSNorm" for m in model.modules()) == 5
 
 
-def seats_of(demo: str) -> list[Any]:
+def sites_of(demo: str) -> list[Any]:
     source = open_source(demo)
     graph = trace_model(source.skeleton())
     return find_sites(graph, plan_rmsnorm(graph, Options()))
@@ -155,15 +156,15 @@ def seats_of(demo: str) -> list[Any]:
 
 def test_the_analysis_says_what_each_norm_feeds() -> None:
     for demo, first, second, last in (("demo:vit", "norm1", "norm2", "norm"), ("demo:gpt2", "ln_1", "ln_2", "ln_f")):
-        roles = {site.path: site.role for site in seats_of(demo)}
+        roles = {site.path: site.role for site in sites_of(demo)}
         assert {r for p, r in roles.items() if p.endswith(first)} == {"attention"}
         assert {r for p, r in roles.items() if p.endswith(second)} == {"mlp"}
         assert {r for p, r in roles.items() if p.rpartition(".")[2] == last} == {"final"}
-        assert all(site.mean_free for site in seats_of(demo))
+        assert all(site.mean_free for site in sites_of(demo))
 
 
 def test_globs_that_match_nothing_name_the_nearest() -> None:
-    sites = seats_of("demo:vit")
+    sites = sites_of("demo:vit")
     with pytest.raises(InputError, match=r"blocks\.0\.norms.*matches no norm; the nearest are blocks\.0\.norm"):
         choose(sites, ["blocks.0.norms"])
 
@@ -172,7 +173,7 @@ def test_streams_stay_centred_while_the_weights_move() -> None:
     source = open_source("demo:vit")
     plan = plan_rmsnorm(trace_model(source.skeleton()), Options())
     teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
-    sites = seats_of("demo:vit")
+    sites = sites_of("demo:vit")
     student = make_student(teacher, plan, sites, "un")
     for parameter in student.model.parameters():
         if parameter.requires_grad:
@@ -187,6 +188,18 @@ def test_streams_stay_centred_while_the_weights_move() -> None:
     student.project()
     student.model(torch.randn(2, 1, 8, 8, dtype=torch.float64))
     assert max(means) < 1e-12
+
+
+def test_an_operation_at_a_norm_stands_at_its_training_norm_too() -> None:
+    source = open_source("demo:vit")
+    plan = plan_rmsnorm(trace_model(source.skeleton()), Options())
+    centred = {"op": "center", "path": "blocks.1.norm1", "side": "input", "key": "0", "axis": -1}
+    plan = replace(plan, modules=[*plan.modules, centred])
+    teacher = make_teacher(source.load(dtype=torch.float64), plan, torch.float64)
+    student = make_student(teacher, plan, sites_of("demo:vit"), "un")
+    hooks = {path: list(norm._forward_pre_hooks.values()) for path, norm in student.norms.items()}
+    assert [path for path, found in hooks.items() if found] == ["blocks.1.norm1"]
+    assert isinstance(hooks["blocks.1.norm1"][0], Center)
 
 
 RUN = """

@@ -32,12 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 from normconvert.analysis.affine_norms import find_affine_norms  # noqa: E402
 from normconvert.benchmark.bound import without_norms  # noqa: E402
-from normconvert.benchmark.compare import compare, why  # noqa: E402
+from normconvert.benchmark.compare import compare  # noqa: E402
 from normconvert.benchmark.machine import machine  # noqa: E402
 from normconvert.benchmark.result import BOUND, CONVERTED, ORIGINAL, WORTH, Row  # noqa: E402
 from normconvert.benchmark.timing import Spread  # noqa: E402
 from normconvert.benchmark.versions import own_memory  # noqa: E402
 from normconvert.benchmark.workloads import Workload, grid, on_device  # noqa: E402
+from normconvert.errors import in_one_line  # noqa: E402
 from normconvert.options import Options  # noqa: E402
 from normconvert.report.benchmark import machine_in_words  # noqa: E402
 from normconvert.rewrites.planning import plan_model  # noqa: E402
@@ -86,7 +87,7 @@ def versions(name: str, device: torch.device) -> tuple[dict[str, nn.Module], dic
     try:
         models[FX], norms[FX] = _fused_by_torch_fx(original)
     except Exception as error:  # whatever it cannot trace
-        print(f"{name}: torch.fx: {why(error)}", flush=True)
+        print(f"{name}: torch.fx: {in_one_line(error)}", flush=True)
     models = {version: own_memory(model.to(device)) for version, model in models.items()}
     inputs = on_device(works[0].inputs, torch.float32, device)
     found = find_affine_norms(trace_model(skeleton))

@@ -9,12 +9,9 @@ plan applied to float64 weights must equal the original.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -45,35 +42,23 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary. Returns 1 if a converted model does not compute the same."""
-    from tools.census.coverage import _preload, _read
+    from tools.census.coverage import _preload
     from tools.census.sections import write_under
+    from tools.census.sweep import options, read_rows, sweep
 
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
-    parser.add_argument("--work", type=Path, default=WORK, help="results so far")
-    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section")
-    arguments = parser.parse_args(argv)
-    rows = _read(arguments.work)
-    if not arguments.write:
-        end = time.monotonic() + 60 * arguments.minutes
-        arguments.work.parent.mkdir(parents=True, exist_ok=True)
-        _preload("rmsnorm")
-        with arguments.work.open("a") as work:
-            for library, name in _keys(arguments.only):
-                if (library, name) in rows:
-                    continue
-                if time.monotonic() > end:
-                    break
-                row = _apart(library, name)
-                rows[library, name] = row = {"library": library, "name": name, **row}
-                work.write(json.dumps(row) + "\n")
-                work.flush()
-                print(f"{library} {name}: {row.get('failure') or [outcome(row[m]) for m in METHODS]}", flush=True)
-    else:
+    arguments = options(str(__doc__), WORK).parse_args(argv)
+    rows = read_rows(arguments.work)
+    if arguments.write:
         write_under(PAGE, HEADING, section(list(rows.values())))
+    else:
+        _preload("rmsnorm")
+        sweep(arguments, _keys(arguments.only), rows, _apart, _told)
     print(summary(list(rows.values())))
     return int(any(row.get(m, {}).get("mismatch") for row in rows.values() for m in METHODS))
+
+
+def _told(row: Row) -> object:
+    return row.get("failure") or [outcome(row[method]) for method in METHODS]
 
 
 def _apart(library: str, name: str) -> Row:

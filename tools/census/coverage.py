@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.census.one_model import Row, asks_others, first_line, sweep_one  # noqa: E402
+from tools.census.sweep import Key, read_rows  # noqa: E402
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -37,7 +38,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 STAGES = ("build", "trace", "plan", "verify")
 LIBRARIES = ("transformers", "timm")
-Key = tuple[str, str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     keys = list(_keys(arguments.library or LIBRARIES, set(arguments.only), METHODS[arguments.method].norm))
     table = METHODS[arguments.method].column_of or arguments.method
     if table != arguments.method:
-        tried = _read(ROOT / "build" / METHODS[table].work)
+        tried = read_rows(ROOT / "build" / METHODS[table].work)
         keys = [key for key in keys if key in tried and state(tried[key]) in ("complete", "partly")]
-    rows = {} if arguments.fresh else _read(arguments.work)
+    rows = {} if arguments.fresh else read_rows(arguments.work)
     known = {} if arguments.fresh else rows
     todo = [] if arguments.page_only else [key for key in keys if not _is_done(known.get(key), arguments)]
     arguments.work.parent.mkdir(parents=True, exist_ok=True)
@@ -115,24 +115,12 @@ def _keys(libraries: Iterable[str], only: set[str], norm: str) -> Iterator[Key]:
         yield from ((library, name) for name in [*names, *extra] if not only or name in only)
 
 
-def _read(path: Path) -> dict[Key, Row]:
-    """The rows of the work file; a later row of a model replaces an earlier one, and a torn last line is dropped."""
-    rows: dict[Key, Row] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["library"], row["name"]] = row
-    return rows
-
-
 def _add_columns(rows: list[Row], table: str) -> None:
     """Give rows what other methods, which have no table of their own, did with the same models, if they were swept."""
     from tools.census.zoo.methods import METHODS
 
     for name, method in METHODS.items():
-        found = _read(ROOT / "build" / method.work) if method.column_of == table else {}
+        found = read_rows(ROOT / "build" / method.work) if method.column_of == table else {}
         for row in rows:
             if (other := found.get((row["library"], row["name"]))) is not None:
                 row[name] = other

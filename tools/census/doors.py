@@ -11,13 +11,10 @@ called on both. A difference that the plan does not list is silent, and must not
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import operator
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,39 +41,26 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary. Returns 1 if there is a silent difference."""
-    from tools.census.coverage import _keys, _read
-    from tools.census.one_model import first_line
+    from tools.census.coverage import _keys
+    from tools.census.sweep import options, read_rows, sweep
 
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = options(str(__doc__), WORK, "section and column")
     parser.add_argument("--library", action="append", choices=("transformers", "timm"), help="default: both")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
     parser.add_argument("--method", default="rmsnorm", choices=("rmsnorm", "crmsnorm", "fuse-bn"))
-    parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
     parser.add_argument("--most", type=int, default=10**6, help="at most so many models")
-    parser.add_argument("--work", type=Path, default=WORK, help="results so far")
-    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section and column")
     arguments = parser.parse_args(argv)
-    rows = _read(arguments.work)
+    rows = read_rows(arguments.work)
     if arguments.write:
         PAGE.write_text(with_doors(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
         return 0
     norm = "BatchNorm" if arguments.method == "fuse-bn" else "LayerNorm"
     keys = list(_keys(arguments.library or ("transformers", "timm"), set(arguments.only), norm))
-    end = time.monotonic() + 60 * arguments.minutes
-    arguments.work.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.work.open("a") as work:
-        for library, name in [key for key in keys if key not in rows][: arguments.most]:
-            if time.monotonic() > end:
-                break
-            try:
-                row = census_of(library, name, arguments.method)
-            except Exception as error:  # whatever one model raises, the others are still to be looked at
-                row = {"failure": first_line(error)}
-            row = {"library": library, "name": name, "method": arguments.method, **row}
-            rows[library, name] = row
-            work.write(json.dumps(row) + "\n")
-            work.flush()
-            print(f"{library} {name}: {row.get('failure') or row.get('skipped') or row.get('doors')}", flush=True)
+    todo = [key for key in keys if key not in rows][: arguments.most]
+
+    def row_of(library: str, name: str) -> Row:
+        return {"method": arguments.method, **census_of(library, name, arguments.method)}
+
+    sweep(arguments, todo, rows, row_of, lambda row: row.get("failure") or row.get("skipped") or row.get("doors"))
     print(summary(list(rows.values())))
     return int(any("SILENT DIFFERENCE" in (row.get("doors") or {}).values() for row in rows.values()))
 

@@ -9,12 +9,10 @@ onnxruntime (a program in torch) at other sizes and with masks; decoders also wi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,17 +52,11 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep what is left, then print the summary."""
-    from tools.census.coverage import _read
-    from tools.census.one_model import first_line
     from tools.census.sections import write_under
+    from tools.census.sweep import options, read_rows, sweep
 
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types or timm model names")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no model after these (default: 60)")
-    parser.add_argument("--work", type=Path, default=WORK, help="results so far")
-    parser.add_argument("--write", action="store_true", help="sweep nothing; write the page's section")
-    arguments = parser.parse_args(argv)
-    rows = _read(arguments.work)
+    arguments = options(str(__doc__), WORK).parse_args(argv)
+    rows = read_rows(arguments.work)
     if arguments.write:
         write_under(PAGE, HEADING, section(list(rows.values())))
         return 0
@@ -72,22 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     keys = [("transformers", name) for name in TRANSFORMERS.split()]
     for number, name in enumerate(TIMM.split()):
         keys.insert(min(3 * number + 2, len(keys)), ("timm", name))
-    end = time.monotonic() + 60 * arguments.minutes
-    arguments.work.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.work.open("a") as work:
-        for library, name in keys:
-            if (library, name) in rows or (arguments.only and name not in arguments.only):
-                continue
-            if time.monotonic() > end:
-                break
-            try:
-                row = exports_of(library, name)
-            except Exception as error:  # whatever one model raises, the others are still to be looked at
-                row = {"failure": first_line(error)}
-            rows[library, name] = row = {"library": library, "name": name, **row}
-            work.write(json.dumps(row) + "\n")
-            work.flush()
-            print(json.dumps(row), flush=True)
+    keys = [key for key in keys if not arguments.only or key[1] in arguments.only]
+    sweep(arguments, keys, rows, exports_of, json.dumps)
     print(summary(list(rows.values())))
     return 0
 

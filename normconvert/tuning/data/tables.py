@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normconvert.errors import InputError
+from normconvert.errors import InputError, first_line
 from normconvert.tuning.data.batches import Columns, Data
 from normconvert.tuning.data.text import windows_of
 from normconvert.tuning.data.wanted import TEXT, Wanted, check_columns
@@ -47,7 +47,7 @@ def read_hub(name: str, where: str, wanted: Wanted, length: int | None) -> Data:
     try:
         table = datasets.load_dataset(dataset, split=split or "train")
     except Exception as error:  # datasets raises many kinds; all mean that it cannot be had
-        raise InputError(f"{name}: cannot be loaded: {(str(error).splitlines() or [''])[0][:200]}") from error
+        raise InputError(f"{name}: cannot be loaded: {first_line(error)[:200]}") from error
     return from_table(name, {c: table[c] for c in table.column_names}, column or None, wanted, length)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normconvert.benchmark.compare import why
 from normconvert.benchmark.result import BOUND
 from normconvert.benchmark.workloads import on_device
+from normconvert.errors import in_one_line
 from normconvert.tracing.output_paths import tensors_in
 from tools.benchmarks.gpu.models import Versions, make, work_of
 from tools.benchmarks.gpu.rows import FAILED, OK, Row
@@ -62,7 +62,7 @@ def measure(versions: Versions, task: Task, setting: Setting) -> Row:
             try:
                 figures[name], allowed = CHECKS[task.kind](model, inputs, dtype)
             except Exception as error:  # of one version; the others are still checked
-                failures[name] = why(error)
+                failures[name] = in_one_line(error)
                 continue
             if not figures[name] <= allowed:
                 failures[name] = f"{figures[name]:.1e} off, allowed {allowed:.1e}"

@@ -17,7 +17,6 @@ from tools.benchmarks.gpu.tasks import Group, Setting, Task
 
 NAME = "fuse-bn"
 LAST = "channels-last"
-BATCHES = (1, 64)
 SET_UP = {"resnet50": 5.0, "mobilenetv3_large_100": 6.0, "regnety_016": 8.0, "levit_128": 8.0, "densenet121": 10.0}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from normconvert.benchmark.compare import why
+from normconvert.errors import in_one_line
 from tools.benchmarks.gpu.groups import GROUPS
 from tools.benchmarks.gpu.rows import FAILED, OK, SKIPPED, Results, Row, unmeasured
 from tools.benchmarks.gpu.tasks import Setting, Task
@@ -77,7 +77,7 @@ class _Held:
             try:
                 self.built = GROUPS[task.group].build(task, setting)
             except Exception as error:
-                self.failure = why(error)
+                self.failure = in_one_line(error)
         if self.failure:
             raise RuntimeError(f"could not be built: {self.failure}")
         return self.built
@@ -96,7 +96,7 @@ def _one(held: _Held, task: Task, setting: Setting, end: float) -> Row:
     except TimeUp:
         row = unmeasured(task, SKIPPED, "the time was up while it was measured")
     except Exception as error:  # it is a row; the rest goes on
-        row = unmeasured(task, FAILED, why(error))
+        row = unmeasured(task, FAILED, in_one_line(error))
     _free()  # what the failed row held
     return row
 
