@@ -61,7 +61,7 @@ def judge(seed: int) -> str:
     return "fused"
 
 
-@settings(max_examples=MANY or 30, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
+@settings(max_examples=MANY or 15, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.integers(0, 10**9))
 def test_random_networks(seed: int) -> None:
