@@ -163,6 +163,7 @@ def test_a_streamed_conversion_is_the_same_and_deletes_what_it_fetched(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_shards_in_the_cache_are_used_and_stay(
     hub: Hub, name: str, home: Path, folder: Path, tmp_path: Path, plain: Plain
 ) -> None:
@@ -265,6 +266,7 @@ def test_it_goes_on_where_it_was_stopped(
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_another_conversion_does_not_go_on_there(hub: Hub, name: str, home: Path, tmp_path: Path, plain: Plain) -> None:
     expected = plain("--dtype", "bfloat16")
     hub.refused = {"model-00003-of-00006.safetensors"}
@@ -337,6 +339,7 @@ def test_a_dry_run_fetches_no_shard(hub: Hub, name: str, home: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_both_holds_the_output_and_one_shard(
     hub: Hub, name: str, home: Path, folder: Path, tmp_path: Path
 ) -> None:

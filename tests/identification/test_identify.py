@@ -37,6 +37,7 @@ from tools.census.zoo.timm_zoo import timm_table
 # The index
 
 
+@pytest.mark.slow
 def test_the_index_is_of_timm_as_it_is_installed() -> None:
     """One model of every module and all that the index lacks, with another number of classes than the default."""
     index = load_index()

@@ -60,6 +60,7 @@ output: out/{author}-{name}
 """
 
 
+@pytest.mark.slow
 def test_an_authors_models_are_converted_at_their_commit_and_uploaded_if_the_recipe_says_so(
     hub: Hub, repositories: dict[str, Repository], tmp_path: Path
 ) -> None:

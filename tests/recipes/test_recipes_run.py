@@ -68,6 +68,7 @@ def test_nothing_heavy_is_imported_to_find_that_there_is_nothing_to_do(here: Pat
     assert not {"torch", "transformers", "timm", "ray", "huggingface_hub", "fsspec"} & set(modules)
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_killed_goes_on_where_it_stopped(here: Path) -> None:
     for number in range(6):
         shutil.copytree(here / "model", here / f"models/m{number:02}")
@@ -290,6 +291,7 @@ def test_a_process_killed_within_a_line_ends_its_job(monkeypatch: pytest.MonkeyP
     assert "SIGKILL" in events[-1].data["result"]["message"]
 
 
+@pytest.mark.slow
 def test_a_source_says_which_of_its_weights_are_meant(here: Path) -> None:
     shutil.copy(here / "model/model.safetensors", here / "model/model.fp16.safetensors")
     Path("r.yaml").write_text("sources: [{source: model, variant: fp16}]\noutput: out\n")

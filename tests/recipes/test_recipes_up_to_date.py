@@ -44,6 +44,7 @@ def test_what_is_done_is_skipped_until_something_about_it_changes(here: Path) ->
     assert (decision.action, decision.why) == ("redo", "forced")
 
 
+@pytest.mark.slow
 def test_a_second_attempt_in_one_batch_does_not_write_again_even_when_forced(here: Path) -> None:
     job = job_of(redo=True)
     assert perform(job, "batch").status == "converted"
@@ -116,6 +117,7 @@ def test_what_somebody_edited_is_not_replaced_unless_forced(here: Path) -> None:
     assert not (out / "notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_was_lost_is_made_again(here: Path) -> None:
     job = job_of()
     perform(job)

@@ -22,6 +22,7 @@ def model_of(line: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
     out = tmp_path / 'a "quoted" \\ näme'
     report = normconvert.convert(save(gpt2(), tmp_path / "src"), out, verify=False)

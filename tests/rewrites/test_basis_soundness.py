@@ -45,7 +45,7 @@ def test_every_kind_of_part_is_converted_right(kind: str, method: str) -> None:
 def test_random_networks_are_converted_right_or_not_at_all(method: str) -> None:
     draw = random.Random(MANY or 7)
     counts: Counter[str] = Counter()
-    for number in range(MANY or 12):
+    for number in range(MANY or 6):
         case = describe(draw.choice)
         inputs = runnable_inputs(case)
         if inputs is None:

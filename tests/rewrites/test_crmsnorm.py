@@ -31,9 +31,11 @@ COMPLETE = [
 BEFORE_THE_STREAM = {"bloom": {"transformer.word_embeddings_layernorm"}}
 """A norm of the embeddings alone: what comes from outside would need an operation for this one."""
 BASES = ("isometric", "paper")
+QUICK = {"gpt2", "stablelm", "bloom", "whisper", "vit", "timm_vit_layer_scale"}
+"""One of each way of building a stream."""
 
 
-@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in COMPLETE])
 def test_the_architecture_converts_completely_and_computes_the_same(name: str) -> None:
     case = CASES[name]
     graph = trace_model(case.skeleton())

@@ -92,14 +92,17 @@ ENTERED: dict[str, Calls] = {
 
 
 WAYS: dict[str, dict[str, Any]] = {"default": {}, "untie": {"tied": "untie"}, "min-gain-1": {"min_gain": 1}}
+EVERY_DAY = {
+    *(("gpt2", way) for way in WAYS),
+    *((name, "default") for name in ("gpt_neox", "bloom", "stablelm", "esm2", "bert", "mbart", "whisper")),
+}
+"""One of each way in; the tests of the others are slow ones."""
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param(
-            name, options, id=f"{name}-{way}", marks=[] if way == "default" or name == "gpt2" else pytest.mark.slow
-        )
+        pytest.param(name, options, id=f"{name}-{way}", marks=[] if (name, way) in EVERY_DAY else pytest.mark.slow)
         for name in ENTERED
         for way, options in WAYS.items()
     ],

@@ -89,6 +89,7 @@ def test_what_comes_out_shifted_is_listed(name: str, method: str) -> None:
     assert all(door in note for door in listed)
 
 
+@pytest.mark.slow
 def test_layers_that_a_model_does_not_name_are_listed_too() -> None:
     """Its ``feature_info`` names modules that it has not; what returns them is traced instead."""
     row: tuple[str, dict[str, Any]] = ("mvitv2_tiny", {"img_size": 64})
@@ -106,7 +107,7 @@ def test_features_are_kept_if_asked_for(method: str) -> None:
     assert all("--keep-features" in v.reason for v in plan.kept)
 
 
-@pytest.mark.parametrize("name", CONVNETS)
+@pytest.mark.parametrize("name", [n if n != "nextvit" else pytest.param(n, marks=pytest.mark.slow) for n in CONVNETS])
 def test_features_are_kept_where_norms_are_fused(name: str) -> None:
     plan, truth, converted = models(CONVNETS[name], "fuse-bn")
     assert plan.converted
@@ -114,7 +115,7 @@ def test_features_are_kept_where_norms_are_fused(name: str) -> None:
     assert plan.shifted_doors == []
 
 
-@pytest.mark.parametrize("name", ["densenet", "resnetv2", "nextvit"])
+@pytest.mark.parametrize("name", ["densenet", "resnetv2", pytest.param("nextvit", marks=pytest.mark.slow)])
 def test_scales_go_through_features_if_allowed_and_that_is_said(name: str) -> None:
     plan, truth, converted = models(CONVNETS[name], "fuse-bn", through_features=True)
     found = wrong(truth, converted, pixels(CONVNETS[name]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
@@ -61,13 +62,14 @@ def judge(seed: int) -> str:
     return "fused"
 
 
-@settings(max_examples=MANY or 30, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
+@settings(max_examples=MANY or 15, deadline=None, phases=[Phase.explicit, Phase.generate], derandomize=not MANY,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(st.integers(0, 10**9))
 def test_random_networks(seed: int) -> None:
     event(judge(seed))
 
 
+@pytest.mark.slow
 def test_most_random_networks_have_something_to_fuse_and_something_to_keep() -> None:
     found = Counter(judge(seed) for seed in range(24))
     assert found["fused"] >= 6

@@ -162,7 +162,7 @@ def test_random_networks_are_converted_right_or_not_at_all() -> None:
     counts: Counter[str] = Counter()
 
     @settings(
-        max_examples=MANY or 50,
+        max_examples=MANY or 25,
         derandomize=not MANY,
         database=None,
         deadline=None,

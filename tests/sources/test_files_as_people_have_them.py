@@ -286,7 +286,9 @@ def test_arguments_out_of_all_proportion_are_refused(tmp_path: Path) -> None:
 # -- folders --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sharded", "bin"))]
+)
 def test_the_only_variant_is_taken_and_said(tmp_path: Path, form: str) -> None:
     from transformers import GPT2LMHeadModel
 
@@ -342,7 +344,7 @@ def test_an_adapter_alone_is_called_one(tmp_path: Path) -> None:
         open_source(str(adapter(tmp_path / "src")))
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_adapters_files_beside_a_model_are_said_and_left_out(tmp_path: Path, weights: bool) -> None:
     from transformers import AutoModelForCausalLM
 

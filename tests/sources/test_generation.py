@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import normconvert
@@ -30,6 +31,7 @@ def test_greedy_text_is_the_same_over_200_tokens_in_float32(tmp_path: Path) -> N
         assert torch.equal(texts[0], texts[1]), prompt
 
 
+@pytest.mark.slow
 def test_a_folded_model_writes_the_same_text_too(tmp_path: Path) -> None:
     report = normconvert.convert("demo:gpt2", tmp_path / "out", fold=True)
     assert report.fidelity is not None

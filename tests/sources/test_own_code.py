@@ -101,7 +101,7 @@ def _module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["rmsnorm", *(pytest.param(m, marks=pytest.mark.slow) for m in [*METHODS][1:])])
 def test_every_line_that_is_printed_loads_what_it_says(tmp_path: Path, method: str) -> None:
     make, inputs, norms = METHODS[method]
     model = make()
@@ -119,7 +119,7 @@ def test_every_line_that_is_printed_loads_what_it_says(tmp_path: Path, method: s
         normconvert.load(tmp_path / "out")
 
 
-@pytest.mark.parametrize("method", ["rmsnorm", "crmsnorm"])
+@pytest.mark.parametrize("method", ["rmsnorm", pytest.param("crmsnorm", marks=pytest.mark.slow)])
 def test_a_class_of_transformers_with_code_beside_it_stays_that_class(tmp_path: Path, method: str) -> None:
     """Its conversion was proved; the checkpoint's class of the same name was neither read nor run."""
     make, inputs, norms = METHODS[method]

@@ -25,6 +25,13 @@ def gpt2(**changes: Any) -> nn.Module:
     return perturb(GPT2LMHeadModel(GPT2Config(**{**GPT2_SIZES, **changes})).eval())
 
 
+def gpt2_without_head() -> nn.Module:
+    """The body of one. Half as long to trace: a model with a head is loaded as its body, too, so both are traced."""
+    from transformers import GPT2Config, GPT2Model
+
+    return perturb(GPT2Model(GPT2Config(**GPT2_SIZES)).eval())
+
+
 def vit() -> nn.Module:
     """A tiny timm ViT, perturbed."""
     import timm

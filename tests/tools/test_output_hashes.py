@@ -40,6 +40,7 @@ def copy_of(now: Record, method: str = "rmsnorm") -> tuple[Record, Record]:
     return copied, copied["rows"][ROW]["methods"][method]
 
 
+@pytest.mark.slow
 def test_the_same_version_gives_the_same(before: Path, now: Record, capsys: pytest.CaptureFixture[str]) -> None:
     status, printed = changed(before, now, capsys)
     assert (status, "differs" in printed) == (0, False), printed

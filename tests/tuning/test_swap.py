@@ -86,6 +86,7 @@ def test_the_other_methods_end_without_norms_too(method: str, tmp_path: Path) ->
     assert [row["mix"] for row in report.trace][-1] == 0
 
 
+@pytest.mark.slow
 def test_a_language_model_without_norms_has_a_bias_at_its_head(tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = normconvert.swap("demo:gpt2", out, "un", data=tokens(tmp_path), steps=2, batch_size=4)
@@ -217,6 +218,7 @@ def swap_in_a_process(out: Path, mode: str, die_at: int) -> int:
     return subprocess.run([sys.executable, "-c", RUN, str(out), mode, str(die_at)], env=environment).returncode
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     assert swap_in_a_process(tmp_path / "whole", "new", -1) == 0
     assert swap_in_a_process(tmp_path / "killed", "new", 5) == 9

@@ -160,6 +160,7 @@ def test_a_loss_that_is_not_a_number_ends_the_command(tmp_path: Path, capsys: py
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
+@pytest.mark.slow
 def test_little_data_is_said_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"x": torch.randn(2, 1, 8, 8)}, tmp_path / "a.safetensors")
     data = f"safetensors:{tmp_path}/a.safetensors"
