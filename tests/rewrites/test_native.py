@@ -131,6 +131,7 @@ def reasons(source: Path) -> set[str]:
     return {verdict.reason for verdict in report.plan.verdicts}
 
 
+@pytest.mark.slow
 def test_clipping_has_no_place_in_the_other_class(tmp_path: Path) -> None:
     _, source = text_model(tmp_path / "model", hf.OlmoConfig, hf.OlmoForCausalLM, clip_qkv=8.0)
     (why,) = reasons(source)

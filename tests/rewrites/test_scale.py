@@ -122,6 +122,7 @@ def test_where_no_config_says_it_norms_get_their_own_eps(tmp_path: Path) -> None
     torch.testing.assert_close(rotated, logits(truth.double()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_streams_of_their_own_take_numbers_of_their_own() -> None:
     plan = plan_model(skeleton("qwen3"), Options(power="model.norm=2,model.layers.1.self_attn.q_norm=5"), "scale")
     exponents = {name: rows[0]["exponent"] for name, rows in plan.tensors.items()}

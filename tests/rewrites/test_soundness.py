@@ -186,6 +186,7 @@ def test_random_networks_are_converted_right_or_not_at_all() -> None:
     assert counts["not traced"] <= max(1, 0.02 * counts.total())
 
 
+@pytest.mark.slow
 def test_random_networks_drawn_without_hypothesis() -> None:
     """Plain draws repeat themselves less than hypothesis's do: the better hunt, without shrinking."""
     draw = random.Random(MANY or 1)

@@ -75,7 +75,9 @@ def test_a_vision_transformer_learns_to_do_without_norms(tmp_path: Path) -> None
     assert "up to rounding" not in card
 
 
-@pytest.mark.parametrize("method", ["repbn", "powernorm", "ln-free"])
+@pytest.mark.parametrize(
+    "method", ["repbn", *(pytest.param(m, marks=pytest.mark.slow) for m in ("powernorm", "ln-free"))]
+)
 def test_the_other_methods_end_without_norms_too(method: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = normconvert.swap("demo:vit", out, method, data="demo:", steps=8, batch_size=32, calibration=64)

@@ -277,7 +277,7 @@ def test_a_training_is_gone_on_with_to_the_same_result(tmp_path: Path) -> None:
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("library", ["timm", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_its_norms_can_be_converted_afterwards(library: str, source: Path, tmp_path: Path) -> None:
     of, data = ("demo:vit", "demo:") if library == "timm" else (source, images_of(source, tmp_path))
     linear_one, both = tmp_path / "linear", tmp_path / "both"

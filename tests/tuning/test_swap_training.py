@@ -25,6 +25,8 @@ from normconvert.tuning.sites import find_sites
 from normconvert.tuning.student import Student, make_student, make_teacher, measure
 
 METHODS = tuple(TRAINING_NORMS)
+ONE = [METHODS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:])]
+"""A training takes seconds."""
 
 
 def student_of(demo: str, method: str) -> tuple[Student, nn.Module]:
@@ -48,7 +50,7 @@ def padded(file: Path, garbage: int, left: bool = False) -> str:
     return f"safetensors:{file}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE)
 def test_what_padding_holds_makes_no_difference(method: str, tmp_path: Path) -> None:
     """To statistics, losses and gradients alike: the weights that are learnt are the same."""
     found, figures = [], []
@@ -86,7 +88,7 @@ def rms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE)
 def test_models_converted_to_rmsnorm_are_swapped_too(method: str, rms: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = normconvert.swap(rms, out, method, data="demo:", steps=6, batch_size=32, calibration=64)
