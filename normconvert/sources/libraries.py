@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from normconvert.compat.transformers import failures_of_tokenizer
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.runtime import one_at_a_time
@@ -184,7 +185,8 @@ def load_tokenizer(source: Source) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    with suppress(Exception):  # a missing optional package must not stop a conversion that needs no text
+    # A missing optional package, or a broken file, must not stop a conversion that needs no text.
+    with suppress(InputError), failures_of_tokenizer():
         return AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
         )

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import normconvert
 from normconvert.errors import InputError
-from normconvert.files.wrapping import unwrapped
+from normconvert.files.wrapping import prefixes, unwrapped
 from normconvert.sources import open_source
-from normconvert.sources.fitting import prefixes
 from normconvert.sources.hub import wanted_files
 from tests.support.bare_weights import UNIQUE, state_of, write
 from tests.support.equivalence import distance
@@ -173,11 +172,37 @@ def test_a_bare_file_is_identified_without_its_prefix(tmp_path: Path, prefix: st
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.net."])
+@pytest.mark.parametrize("arch", [None, f"timm:{UNIQUE}"])
+def test_a_bare_file_is_identified_beside_what_training_kept(tmp_path: Path, prefix: str, arch: str | None) -> None:
+    state = state_of(UNIQUE)
+    beside = {"criterion.weight": torch.ones(3), "projector.0.weight": torch.ones(3, 3), "queue": torch.ones(2)}
+    file = write({f"{prefix}{name}": value for name, value in state.items()} | beside, tmp_path / "w.safetensors")
+    source = open_source(str(file), arch=arch)
+    loaded = source.load().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert any("copied as they are: criterion.weight" in note for note in source.notes)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("student.", "teacher."), ("encoder_q.", "module.encoder_k."), ("model.", "ema_model.")]
+)
+@pytest.mark.parametrize("arch", [None, f"timm:{UNIQUE}"])
+def test_of_two_models_in_one_file_none_is_taken(tmp_path: Path, one: str, other: str, arch: str | None) -> None:
+    state = {f"{one}{name}": value for name, value in state_of(UNIQUE).items()}
+    state |= {f"{other}{name}": value + 1 for name, value in state_of(UNIQUE).items()}
+    file, named = write(state, tmp_path / "w.safetensors"), {one, other.removeprefix("module.")}
+    with pytest.raises(InputError, match=r"it holds 2 models, under .*: save the one that is meant alone") as caught:
+        open_source(str(file), arch=arch)
+    assert all(repr(prefix) in str(caught.value) for prefix in named)
+
+
 # -- several sets of weights ----------------------------------------------------------------------------------------
 
 SETS = [
     ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("params", "params_ema"), ("student", "teacher"),
-    ("net", "ema"), ("model_state_dict", "ema_state_dict"),
+    ("net", "ema"), ("model_state_dict", "ema_state_dict"), ("model", "ema_model"), ("g", "g_ema"),
+    ("state_dict", "swa_state_dict"), ("network", "averaged_model"),
 ]  # fmt: skip
 
 
@@ -195,12 +220,57 @@ def test_which_of_two_sets_of_weights_is_taken_is_said_and_can_be_chosen(
         assert any(f"{taken} (" in note and note.endswith(f"takes {other}") for note in source.notes)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "net", "params_ema", "teacher"])
-def test_one_set_of_weights_is_found_by_any_of_its_names(tmp_path: Path, key: str) -> None:
-    state, file = state_of(UNIQUE), tmp_path / "last.ckpt"
-    torch.save({key: state, "optimizer": {"state": {0: torch.ones(3)}}}, file)
+@pytest.mark.parametrize(
+    "key", ["state_dict", "model_state_dict", "net", "params_ema", "teacher", "network", "module", "x"]
+)
+@pytest.mark.parametrize("suffix", [".ckpt", ".pyth", ".th", ".pt.tar"])
+def test_one_set_of_weights_is_found_by_any_of_its_names(tmp_path: Path, key: str, suffix: str) -> None:
+    state, file = state_of(UNIQUE), tmp_path / f"last{suffix}"
+    beside = {"optimizer": {"state": {"a.b": torch.ones(3)}}, "rng": {"cpu": torch.ones(3)}, "step": torch.tensor(3)}
+    torch.save({key: state, **beside}, file)
     loaded = open_source(str(file)).load().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_an_average_that_a_callback_keeps_is_found(tmp_path: Path) -> None:
+    a, b, file = state_of(UNIQUE), state_of(UNIQUE), tmp_path / "last.ckpt"
+    torch.save({"state_dict": a, "callbacks": {"WeightAveraging": {"ema_weights": b}}}, file)
+    for chosen, expected in ((None, b), ("model", a)):
+        loaded = open_source(str(file), weights=chosen).load().state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_of_sets_under_names_of_nobody_none_is_taken(tmp_path: Path) -> None:
+    torch.save({"generator": state_of(UNIQUE), "discriminator": state_of("test_resnet")}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"holds 2 sets of tensors \(generator, discriminator\): save the one"):
+        open_source(str(tmp_path / "w.pth"))
+    torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="expected a state dict, found dict of epoch, lr"):
+        open_source(str(tmp_path / "w.pth"))
+
+
+def test_numbers_and_paths_of_other_libraries_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    import numpy
+
+    state = state_of(UNIQUE)
+    torch.save({"model": state, "best": numpy.float64(0.3), "log": Path("x")}, tmp_path / "w.pth")
+    source = open_source(str(tmp_path / "w.pth"))
+    loaded = source.load().state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert any("objects in it (numpy." in note and "none of their code" in note for note in source.notes)
+    torch.save({"model": {name: value.numpy() for name, value in state.items()}}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"holds no tensors.*numpy.* were not loaded"):
+        open_source(str(tmp_path / "w.pth"))
+
+
+def test_programs_are_called_what_they_are(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    torch.jit.script(model).save(str(tmp_path / "script.pt"))
+    torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "exported.pt2")
+    (tmp_path / "exported.pt2").rename(tmp_path / "exported.pt")
+    for name, what in (("script.pt", "a TorchScript program"), ("exported.pt", "an exported program")):
+        with pytest.raises(InputError, match=rf"{what}.*, not a state dict: save the state_dict\(\)"):
+            open_source(str(tmp_path / name))
 
 
 def test_a_set_that_is_not_there_is_not_replaced_by_another(tmp_path: Path) -> None:
@@ -231,6 +301,7 @@ TRAINED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("test_resnet", {"in_chans": 1, "gp": "avgmax"}, {"in_chans": 1, "global_pool": "avgmax"}),
     ("test_resnet", {"input_size": [1, 64, 64]}, {"in_chans": 1}),
     ("test_vit", {"model_kwargs": {"img_size": 64, "pos_embed": "learn"}}, {"img_size": 64}),
+    ("test_resnet", {"model_kwargs": {"block_args": {"attn_layer": "se"}}}, {"block_args": {"attn_layer": "se"}}),
 ]
 
 
@@ -272,6 +343,17 @@ def test_arguments_of_another_model_are_not_used(tmp_path: Path) -> None:
     torch.save({"args": args, "state_dict": state_of("test_resnet")}, tmp_path / "w.pth")
     source = open_source(str(tmp_path / "w.pth"), arch="timm:test_resnet")
     assert any("args are of resnet18: they are not used" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay", "pretrained"])
+def test_arguments_that_would_load_other_weights_are_refused(tmp_path: Path, name: str) -> None:
+    from argparse import Namespace
+
+    torch.save(state_of(UNIQUE), tmp_path / "other.pth")
+    args = Namespace(model=UNIQUE, gp=None, bn_eps=None, model_kwargs={name: str(tmp_path / "other.pth")})
+    torch.save({"args": args, "state_dict": state_of(UNIQUE)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"its args say {name} in model_kwargs, which would load other weights"):
+        open_source(str(tmp_path / "w.pth"))
 
 
 def test_arguments_out_of_all_proportion_are_refused(tmp_path: Path) -> None:

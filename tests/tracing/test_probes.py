@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,33 @@ class Mute:
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": []}
+
+
+HOPELESS = "(([a-z ])+.)+[A-Z]([a-z ])+$"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": HOPELESS}, "behavior": "Isolated", "invert": False}},
+    ],
+    ids=["error", "panic"],
+)
+def test_a_tokenizer_that_fails_on_every_text_gives_no_text_probes(part: dict[str, Any]) -> None:
+    """A panic in the library's Rust is no Exception of Python's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    whole: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    }  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole | part)))
+    names = [p.name for p in verification_inputs(gpt2(), tokenizer=tokenizer)]
+    assert names
+    assert not [name for name in names if name.startswith("text")]
 
 
 def test_a_tokenizer_that_knows_no_word_gives_no_text_probes() -> None:
