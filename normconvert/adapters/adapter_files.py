@@ -21,6 +21,7 @@ from normconvert.files.weight_files import load_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROMPT_KEY = "prompt_embeddings"
 LORA, PREFIX_TUNING = "LORA", "PREFIX_TUNING"
 PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
@@ -164,7 +165,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(f"{file}: cannot be read: {error}") from error
     for name, value in tensors.items():
         check_name(file, name)
-        if not value.is_floating_point():
+        if value.dtype not in FLOATS:
             raise InputError(f"{file}: tensor {name} is {str(value.dtype).removeprefix('torch.')}, expected floats")
         if not bool(value.isfinite().all()):
             raise InputError(f"{file}: tensor {name} holds NaN or infinite values: is it one of a run that diverged?")

@@ -221,7 +221,7 @@ def test_of_thousands_of_errors_the_first_are_told(tmp_path: Path) -> None:
 
 def test_merge_keys_are_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: &a {b: 1}\nc:\n  <<: *a\n")
-    with pytest.raises(InputError, match="r.yaml:3:3: << is not read here: write its entries out"):
+    with pytest.raises(InputError, match=r"r.yaml:3:3: << is not read here: write its entries out"):
         read_yaml(tmp_path / "r.yaml")
 
 

@@ -277,3 +277,12 @@ def test_a_tokenizer_that_fails_on_every_text_gives_no_text_probes(part: dict[st
 def test_a_tokenizer_that_knows_no_word_gives_no_text_probes() -> None:
     names = [p.name for p in verification_inputs(gpt2(), tokenizer=Mute())]
     assert names == [p.name for p in verification_inputs(gpt2())]
+
+
+def test_a_size_in_a_configuration_that_nothing_holds_is_not_tried() -> None:
+    sizes = {"hidden_sizes": [16, 16], "depths": [1, 1], "num_stages": 2}
+    model = hf.ConvNextModel(hf.ConvNextConfig(image_size=30_000, **sizes))
+    assert trace_inputs(model)["pixel_values"].shape[-1] == 224
+    settings = {"prediction_length": 4, "context_length": 8, "d_model": 16, "lags_sequence": [1, 2, 10**9]}
+    with pytest.raises(TraceError, match="asks for an input of 2000000016 numbers"):
+        trace_inputs(hf.TimeSeriesTransformerModel(hf.TimeSeriesTransformerConfig(**settings)))
