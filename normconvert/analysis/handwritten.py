@@ -270,8 +270,9 @@ class Forms:
         least = 0 if name_of(node) == "aten.relu" else argument(node, 1, "min")
         if argument(node, 2, "max") is None and _number(least):
             for form in self._forms(node.args[0]):
-                variance = isinstance(form, Statistic) and form.centred and form.power == 1 and form.p > 0
-                if variance and least <= form.eps:
+                if not isinstance(form, Statistic) or not form.centred or form.power != 1:
+                    continue
+                if form.p > 0 and least <= form.eps:
                     yield form
 
     def _dotted(self, node: fx.Node) -> Iterator[Form]:

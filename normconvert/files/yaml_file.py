@@ -120,8 +120,10 @@ def _walk(path: Path, loader: Any, node: Any, at: Key, places: dict[Key, tuple[i
     if len(places) > MOST_ENTRIES:
         raise InputError(f"{path}: more than {MOST_ENTRIES} entries, counting what aliases repeat")
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
-        place = f"{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-        raise InputError(f"{path}:{place}: a number of {len(node.value)} characters, more than {LONGEST_NUMBER}")
+        raise InputError(
+            f"{path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: a number of {len(node.value)} "
+            f"characters, more than {LONGEST_NUMBER}"
+        )
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             _walk(path, loader, key_node, (), {})
