@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ def map_names(source: Source) -> Mapping:
         InputError: a tensor the model needs is missing, or one has another shape than the model expects, or tensors
             that the model's class makes one differ.
     """
-    model = build_skeleton(source)
+    model = build_skeleton(_with_apart(source))
     # The parameters themselves: what is detached is a new object each time, and ties are seen by identity.
     state = model.state_dict(keep_vars=True)
     declared: dict[str, str] = {}
@@ -141,6 +141,21 @@ def map_names(source: Source) -> Mapping:
     unknown = source.library == "timm" and bool(merged)
     unused = () if unknown else tuple(strays(source.tensors.values(), model, name_map.keys()))
     return Mapping(name_map, merged, buffers, tied, apart, unused)
+
+
+def _with_apart(source: Source) -> Source:
+    """A converted folder with the names that are not tied: its edits may give them other shapes than their tables."""
+    if source.library != "transformers" or not source.modules:
+        return source
+    from normconvert.sources import transformers_models
+
+    model = transformers_models.build_meta(source)
+    state = model.state_dict(keep_vars=True)
+    name_map, merged, declared = transformers_models.rename(source, model, state)
+    stored = {target: partial(source.read, name) for name, target in name_map.items() if target not in merged}
+    with suppress(ValueError):  # told where all names are looked at
+        return replace(source, apart=names_apart(tied_groups(state, declared), declared, stored)[0])
+    return source
 
 
 def _check_missing(
