@@ -67,5 +67,6 @@ def as_bug(error: BaseException, hint: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type: for messages of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text, or its type: for messages of one line; with the next, if that says what."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first

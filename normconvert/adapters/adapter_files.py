@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from normconvert.errors import InputError
+from normconvert.files.tensor_info import check_name
 from normconvert.files.weight_files import load_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PROMPT_KEY = "prompt_embeddings"
 LORA, PREFIX_TUNING = "LORA", "PREFIX_TUNING"
 PROMPTS = frozenset({"PROMPT_TUNING", "P_TUNING"})
@@ -46,6 +48,10 @@ _PROMPT = frozenset({
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Initialisations that leave the model's own weights alone."""
 
+MOST_REPEATS = 3
+"""Repetitions in a pattern; of more, or of groups that are repeated, Python tries all ways there are, which may be for
+ever."""
+_REPEATS, _REPEATED_GROUP = re.compile(r"(?<!\\)[*+{]"), re.compile(r"(?<!\\)\)[*+{]")
 _FACTORS = {
     "lora_A.weight": "a", "lora_B.weight": "b", "lora_B.bias": "bias", "lora_embedding_A": "a", "lora_embedding_B": "b",
     "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
@@ -70,6 +76,8 @@ class _Config(BaseModel):
                 re.compile(pattern)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{pattern[:40]!r} is no regular expression ({error})") from error
+            if _REPEATED_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > MOST_REPEATS:
+                raise ValueError(f"{pattern[:40]!r} repeats more than a name needs: write out the names")
         return patterns
 
 
@@ -156,6 +164,9 @@ def read_adapter(folder: Path) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read: {error}") from error
     for name, value in tensors.items():
+        check_name(file, name)
+        if value.dtype not in FLOATS:
+            raise InputError(f"{file}: tensor {name} is {str(value.dtype).removeprefix('torch.')}, expected floats")
         if not bool(value.isfinite().all()):
             raise InputError(f"{file}: tensor {name} holds NaN or infinite values: is it one of a run that diverged?")
     adapter = Adapter(folder, config)
@@ -225,6 +236,9 @@ def _name_tensors(adapter: Adapter, tensors: dict[str, Tensor]) -> Adapter:
             raise InputError(f"{file}: {path} holds {', '.join(keys[path].values())}: expected both factors of LoRA")
         if bool(adapter.config.get("use_dora")) != ("magnitude" in held):
             raise InputError(f"{file}: {path}: use_dora and the tensors of the module do not agree")
+        if held["a"].ndim < 2 or 0 in held["a"].shape:
+            shape = list(held["a"].shape)
+            raise InputError(f"{file}: {keys[path]['a']} is {shape}, expected (rank, inputs): not a factor of LoRA")
         table = "lora_embedding" in keys[path]["a"]
         scale = scaling(adapter.config, path, held["a"].shape[0])
         low_rank[path] = LowRank(path, scaling=scale, embedding=table, keys=keys[path], **held)

@@ -35,7 +35,7 @@ from normconvert.analysis.norm_forms import (
     normalised,
     same_channels,
 )
-from normconvert.analysis.operations import GETITEM, STRETCHES, argument, name_of, readers
+from normconvert.analysis.operations import GETITEM, STRETCHES, VIEWS, argument, name_of, readers
 
 MOST = 6
 """Forms of one value: of x itself, of x^2, of x - m."""
@@ -147,10 +147,14 @@ class Forms:
                 yield from self._power(node.args[0], float(exponent))
         elif name == "aten.neg" and isinstance(node.args[0], fx.Node):
             yield from (form.times(-1) for form in self._forms(node.args[0]))
-        elif name == "aten.unsqueeze":
-            yield from self._unsqueezed(node)
+        elif name in VIEWS:
+            yield from self._viewed(node)
         elif name in STRETCHES and isinstance(node.args[0], fx.Node):
             yield from self._forms(node.args[0])
+        elif name in BOUNDS:
+            yield from self._bounded(node)
+        elif name in ("aten.linalg_vecdot", "aten.einsum"):
+            yield from self._dotted(node)
 
     def _forms(self, node: Any) -> list[Form]:
         return self._of.get(node, []) if isinstance(node, fx.Node) else []
@@ -206,7 +210,7 @@ class Forms:
 
     def _averaged(self, node: fx.Node, total: bool) -> Iterator[Form]:
         over = _over(node, 1, 2)
-        if over is None or argument(node, 3, "dtype") is not None:
+        if over is None or argument(node, 3, "dtype") not in (None, over[0].meta["val"].dtype):
             return
         value, dim, kept = over
         times = float(shape_of(value)[dim]) if total else 1.0
@@ -251,13 +255,39 @@ class Forms:
         if exponent == 2:
             yield from (Square(form) for form in self._linear(value))
 
-    def _unsqueezed(self, node: fx.Node) -> Iterator[Form]:
-        dim, rank = int(node.args[1]), len(shape_of(node))  # type: ignore[arg-type]
+    def _viewed(self, node: fx.Node) -> Iterator[Form]:
+        """What has no channels, with their dimension or without it: as a view keeps the order, its shape tells."""
         for form in self._forms(node.args[0]):
-            if form.squeezed and form.dim == dim % rank:
-                yield replace(form, squeezed=False)
+            if form.dim is None or isinstance(form, (Square, Normalised)) or (isinstance(form, Linear) and form.a != 0):
+                continue
+            whole, dim = tuple(shape_of(form.x)), form.dim
+            shapes = {squeezed: (*whole[:dim], *([] if squeezed else [1]), *whole[dim + 1 :]) for squeezed in (0, 1)}
+            if tuple(shape_of(node.args[0])) in shapes.values():
+                yield from (replace(form, squeezed=bool(s)) for s, shape in shapes.items() if shape == shape_of(node))
+
+    def _bounded(self, node: fx.Node) -> Iterator[Form]:
+        """A variance is never below zero, whoever makes sure of that."""
+        least = 0 if name_of(node) == "aten.relu" else argument(node, 1, "min")
+        if argument(node, 2, "max") is None and _number(least):
+            for form in self._forms(node.args[0]):
+                if not isinstance(form, Statistic) or not form.centred or form.power != 1:
+                    continue
+                if form.p > 0 and least <= form.eps:
+                    yield form
+
+    def _dotted(self, node: fx.Node) -> Iterator[Form]:
+        """The sum of the squares along a dimension, as a product of a value with itself."""
+        found = _product_with_itself(node)
+        if found is not None:
+            value, dim = found
+            size = float(shape_of(value)[dim])
+            yield from (
+                mean_square(form, dim, squeezed=True).times(size)
+                for form in self._linear(value) if form.dim in (None, dim)
+            )  # fmt: skip
 
 
+BOUNDS = {"aten.clamp", "aten.clamp_min", "aten.relu"}
 _POWERS = {"aten.square": 2.0, "aten.sqrt": 0.5, "aten.rsqrt": -0.5, "aten.reciprocal": -1.0}
 
 
@@ -282,6 +312,25 @@ def _over(node: fx.Node, dims_at: int, keep_at: int) -> tuple[fx.Node, int, bool
         return None
     dim = int(dims[0]) % max(len(shape_of(value)), 1)
     return (value, dim, bool(argument(node, keep_at, "keepdim", False))) if _sized(value, dim) else None
+
+
+def _product_with_itself(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """What is multiplied with itself and summed over one dimension, which goes, and that dimension."""
+    equation, operands, dim = "", node.args[:2], argument(node, 2, "dim", -1)
+    if name_of(node) == "aten.einsum":
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]  # type: ignore[assignment]
+    if len(operands) != 2 or operands[0] is not operands[1] or not isinstance(operands[0], fx.Node):
+        return None
+    value, rank = operands[0], len(shape_of(operands[0]))
+    if equation:
+        first, second, after = (*equation.replace("->", ",").split(","), "", "")[:3]
+        gone = [i for i, letter in enumerate(first) if letter not in after]
+        plain = len(set(first)) == len(first) == rank and first.isalpha() and len(gone) == 1
+        if not plain or second != first or "".join(c for c in first if c in after) != after:
+            return None
+        dim = gone[0]
+    dim = int(dim) % max(rank, 1)
+    return (value, dim) if _sized(value, dim) else None
 
 
 def _sized(value: fx.Node, dim: int) -> bool:

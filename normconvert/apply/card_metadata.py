@@ -30,7 +30,10 @@ TASKS = {
 DROPPED = ("base_model", "base_model_relation", "model-index", "tags", "library_name")
 """Keys that are written anew, or that are about the original alone."""
 KEY = re.compile(r"""^(["']?)([\w.-]+)\1[ \t]*:(?=[ \t\r\n]|$)""")
-TAG = re.compile(r"""^[ \t]*-[ \t]+(["']?)([^"'#\n\[\]{}:]+?)\1[ \t]*(?:#.*)?$""", re.MULTILINE)
+# It begins and ends with no blank: a line of blanks that ends otherwise is not to be cut in every way there is.
+TAG = re.compile(
+    r"""^[ \t]*-[ \t]+(["']?)([^\s"'#\[\]{}:](?:[^"'#\n\[\]{}:]*[^\s"'#\[\]{}:])?)\1[ \t]*(?:#.*)?$""", re.MULTILINE
+)
 FLOW = re.compile(r"^tags[ \t]*:[ \t]*\[([^\[\]{}]*)\][ \t]*$", re.MULTILINE)
 
 
@@ -60,18 +63,18 @@ def metadata(front: str, base: str | None, library: str, method: str, task: str 
 
 def _parts(front: str) -> list[tuple[str, str]]:
     """Key and text of every entry, with the lines that belong to it; nothing if it is no plain mapping."""
-    parts: list[tuple[str, str]] = []
+    parts: list[tuple[str, list[str]]] = []
     for line in front.splitlines():
         if match := KEY.match(line):
-            parts.append((match[2], line + "\n"))
+            parts.append((match[2], [line]))
         elif not parts:
             if line.strip() and not line.startswith("#"):
                 return []  # a mapping in braces, say: what cannot be told apart is not carried over
         elif line.strip() and line[0] not in " \t-#":
             return []
         else:
-            parts[-1] = (parts[-1][0], parts[-1][1] + line + "\n")
-    return parts
+            parts[-1][1].append(line)
+    return [(key, "".join(f"{line}\n" for line in lines)) for key, lines in parts]
 
 
 def _tags(text: str) -> list[str]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from normconvert.errors import InputError
 from normconvert.files.code_references import without_code
-from normconvert.files.weight_files import ADAPTER_FILES, leads_inside, load_json, read_text
+from normconvert.files.weight_files import ADAPTER_FILES, PICKLES, leads_inside, load_json, read_text
 
 # Weights in any format: the converted ones replace them, the others would be stale.
 WEIGHT_PATTERNS = (
-    "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.tflite",
     "*.ot", "*.gguf", "*.npz", "*.mlmodel", "*.safetensors.index*.json", "*.bin.index*.json",
 )  # fmt: skip
 SKIPPED_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normconvert.compat.private_names import PrivateName, attribute, gone, needed
+from normconvert.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -159,3 +161,32 @@ def plain_experts(config: Any) -> None:
     """Have experts computed by plain products where they are by a grouped kernel, which has no float64."""
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         config._experts_implementation = "batched_mm"
+
+
+@contextmanager
+def failures_of_tokenizer() -> Iterator[None]:
+    """Whatever a tokenizer raises, as its file makes it, is an error of the input.
+
+    Raises:
+        InputError: it failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # What panics in Rust is no Exception of Python's.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise InputError(f"the tokenizer cannot read a text: {first_line(error)}") from error
+
+
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The ids that a checkpoint's tokenizer makes of a text.
+
+    Raises:
+        InputError: it fails, in whatever way its file makes it.
+    """
+    with failures_of_tokenizer():
+        found = tokenizer(text, **options)["input_ids"]
+        if not isinstance(found, list) or not all(isinstance(one, int) for one in found):
+            raise ValueError("it gives no list of numbers")
+    return found

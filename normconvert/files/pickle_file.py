@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,18 @@ AVERAGED = ("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "ema"
 TRAINED = ("state_dict", "model", "model_state_dict", "params", "net", "student")
 SETS = {"ema": AVERAGED, "model": TRAINED}
 """What ``--weights`` may ask for (:data:`normconvert.options.SETS`) -> the entries that hold it."""
+SPELLED = re.compile(r"(^|[_-])(ema|swa|averages?|averaged|teacher|shadow)([_-]|$)", re.IGNORECASE)
+"""Part of an entry's name by which anybody else's averaged weights are known."""
+NO_WEIGHTS = re.compile(r"optim|sched|scaler|rng|loss|metric", re.IGNORECASE)
+"""Part of the name of an entry that may hold tensors, and no model's."""
 DEEPEST = 3
 """Entries inside entries in which weights are looked for."""
 ARGUMENTS = ("args", "hparams", "hyper_parameters", "config")
 """Entries that say how a model was made and trained."""
 LIGHTNING = "pytorch-lightning_version"
 """The entry by which a checkpoint of Lightning is known: it keeps the arguments of a model, objects or not."""
+PLAIN = ("numpy.", "pathlib.")
+"""Whose objects in a checkpoint are numbers and names, such as the best accuracy: left out, like those of Lightning."""
 ALLOWED = ("torch.", "collections.OrderedDict", "argparse.Namespace")
 """Names that are no reason for a refusal, and not worth telling of."""
 INFLATED = 4
@@ -66,8 +73,8 @@ def read_pickle(path: Path, weights: str | None = None) -> Pickled:
             be far larger in memory.
     """
     loaded, left_out = _read(path)
-    sets = dict(_sets(loaded, DEEPEST))
     plain = _tensors(loaded)
+    sets = _sets(loaded, plain)
     if weights == "ema" and not _of(sets, "ema"):
         held = ", ".join(sets) or "one set, under no name"
         raise InputError(f"{path}: --weights ema: it holds no averaged weights ({', '.join(AVERAGED)}): found {held}")
@@ -75,7 +82,14 @@ def read_pickle(path: Path, weights: str | None = None) -> Pickled:
     if weights == "model" and not chosen and (sets or not plain):
         raise InputError(f"{path}: --weights model: it holds no trained weights ({', '.join(TRAINED)})")
     if not chosen and not plain:
-        raise InputError(f"{path}: holds no tensors: expected a state dict, found {type(loaded).__name__}")
+        raise InputError(
+            f"{path}: holds no tensors: expected a state dict, found {_what(loaded)}{left_out and '; '}{left_out}"
+        )
+    rivals = [name for name in sets if _kind(name) == "model"] if chosen and not _is_known(chosen[0]) else []
+    if len(rivals) > 1:
+        raise InputError(
+            f"{path}: holds {len(rivals)} sets of tensors ({', '.join(rivals)}): save the one that is meant"
+        )
     tensors = sets[chosen[0]] if chosen else plain
     for name, value in tensors.items():
         check_name(path, name)
@@ -86,17 +100,27 @@ def read_pickle(path: Path, weights: str | None = None) -> Pickled:
 
 def _of(sets: Mapping[str, Any], kind: str) -> list[str]:
     """The sets of a kind, in the order of :data:`SETS`; an entry inside another counts as what the inner one is."""
-    return [name for key in SETS[kind] for name in sets if _kind(name) == kind and key in name.split(".")]
+    ordered = [name for key in SETS[kind] for name in sets if _kind(name) == kind and key in name.split(".")]
+    return list(dict.fromkeys([*ordered, *(name for name in sets if _kind(name) == kind)]))
 
 
 def _kind(name: str) -> str:
-    return "ema" if set(AVERAGED) & set(name.split(".")) else "model"
+    return "ema" if any(part in AVERAGED or SPELLED.search(part) for part in name.split(".")) else "model"
+
+
+def _is_known(name: str) -> bool:
+    return _kind(name) == "ema" or all(part in TRAINED for part in name.split("."))
+
+
+def _what(loaded: Any) -> str:
+    kind = type(loaded).__name__
+    return f"{kind} of {', '.join(map(str, list(loaded)[:4]))}" if isinstance(loaded, Mapping) and loaded else kind
 
 
 def _choice(sets: Mapping[str, Any], chosen: list[str]) -> str:
     """What to say where there was a choice."""
     if len(sets) < 2:
-        return ""
+        return "" if all(map(_is_known, sets)) else f"the weights are those under {chosen[0]!r}"
     taken, others = chosen[0], [name for name in sets if name != chosen[0]]
     words = {"ema": "averaged", "model": "trained"}
     other = next((name for name in others if _kind(name) != _kind(taken)), None)
@@ -161,21 +185,35 @@ def _read(path: Path) -> tuple[Any, str]:
         except pickle.UnpicklingError:
             names = _unknown(path)
             loaded = without_objects(names, lambda: _load(path)) if names else None
-            if not (isinstance(loaded, Mapping) and isinstance(loaded.get(LIGHTNING), str)):
+            lightning = isinstance(loaded, Mapping) and isinstance(loaded.get(LIGHTNING), str)
+            if not lightning and not (names and all(name.startswith(PLAIN) for name in names)):
                 raise
             told = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
-            return (
-                loaded,
-                f"a checkpoint of Lightning: the objects in it ({told}) were not loaded, and none of their code",
-            )
+            whose = "a checkpoint of Lightning: the" if lightning else "the"
+            return loaded, f"{whose} objects in it ({told}) were not loaded, and none of their code"
     # The first of these: it is what weights_only raises, and all others say no more than that the file is broken.
     except pickle.UnpicklingError as error:
         raise InputError(_refusal(path)) from error
     except (OSError, RuntimeError) as error:  # of a file that ends early; torch's own text is a paragraph
+        if other := _other_archive(path):
+            raise InputError(f"{path}: {other}") from error
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
     # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {first_line(error)}") from error
+
+
+def _other_archive(path: Path) -> str:
+    """What a zip file of torch is that holds a program in place of a state dict, and what to do; else empty."""
+    names: list[str] = []
+    with suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    ask = "save the state_dict() of the model that it was made of"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return f"a TorchScript program, not a state dict: {ask}"
+    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names):
+        return f"an exported program (torch.export), not a state dict: {ask}"
+    return ""
 
 
 def _load(path: Path) -> Any:
@@ -242,16 +280,34 @@ def _globals(path: Path) -> list[str]:
     return [name for name in dict.fromkeys(found) if not name.startswith(ALLOWED)]
 
 
-def _sets(loaded: Any, depth: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """The sets of weights below the names that wrap them, ``model`` or ``model.state_dict``."""
-    for key in (*AVERAGED, *TRAINED):
-        inner = loaded.get(key) if isinstance(loaded, Mapping) else None
-        if not isinstance(inner, Mapping):
+def _sets(loaded: Any, plain: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The sets of weights below the names that wrap them, ``model`` or ``model.state_dict``.
+
+    Names that nobody is known to use count where there are no others, and no weights beside them.
+    """
+    found = dict(_below(loaded, DEEPEST))
+    known = {name: tensors for name, tensors in found.items() if _is_known(name)}
+    trained = any(_kind(name) == "model" for name in known)
+    alone = not any(value.ndim and value.is_floating_point() for value in plain.values())
+    return known if trained or not alone else found
+
+
+def _below(loaded: Any, depth: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(entry, tensors) for all mappings of tensors inside others, those of known names first."""
+    keys = [key for key in loaded if isinstance(key, str)] if isinstance(loaded, Mapping) else []
+    for key in sorted(keys, key=lambda key: (*AVERAGED, *TRAINED, key).index(key)):
+        inner, known = loaded[key], key in AVERAGED or key in TRAINED
+        if not isinstance(inner, Mapping) or (not known and NO_WEIGHTS.search(key)):
             continue
-        if tensors := _tensors(inner):
+        if (tensors := _tensors(inner)) and (known or _named(tensors)):
             yield key, tensors
         elif depth > 1:
-            yield from ((f"{key}.{name}", found) for name, found in _sets(inner, depth - 1))
+            yield from ((f"{key}.{name}", found) for name, found in _below(inner, depth - 1))
+
+
+def _named(tensors: Iterable[str]) -> bool:
+    """Whether these are names of a model's tensors, each in a part of it, and not a counter or two."""
+    return any("." in name for name in tensors)
 
 
 def _tensors(loaded: Any) -> dict[str, torch.Tensor]:

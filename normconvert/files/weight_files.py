@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from normconvert.files.wrapping import unwrapped
 if TYPE_CHECKING:
     import torch
 
-PICKLES = (".bin", ".pth", ".pt", ".pth.tar", ".ckpt")
+PICKLES = (".bin", ".pth", ".pt", ".pth.tar", ".ckpt", ".pt.tar", ".pyth", ".th")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLES)
 # In the order the libraries prefer them; transformers first, then timm's further names (timm.models._hub).
 WEIGHT_FILES = (
@@ -312,9 +313,14 @@ def read_text(path: Path) -> str:
     """
     try:
         size = path.stat().st_size
+        if size <= LARGEST_TEXT:
+            # No more of it is read either: a device has no size, and no end.
+            with path.open("rb") as file:
+                data = file.read(LARGEST_TEXT + 1)
+            size = max(size, len(data))
         if size > LARGEST_TEXT:
             raise InputError(f"{path}: {size} bytes, more than {LARGEST_TEXT}: no such file is so large; refused")
-        return path.read_text(encoding="utf-8")
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -15,6 +15,8 @@ from normconvert.files.weight_files import read_text
 Key = tuple[str | int, ...]
 """Where an entry is: keys of mappings and indices of lists, from the root."""
 
+LONGEST_NUMBER = 100
+"""Characters of a number: of more of them some would take minutes to make, or cannot be printed."""
 LARGEST = 1_000_000
 """Characters of a file."""
 MOST_ENTRIES = 20_000
@@ -117,8 +119,19 @@ def _walk(path: Path, loader: Any, node: Any, at: Key, places: dict[Key, tuple[i
     # Counted where it stands for what it means: aliases of aliases make millions of a few lines.
     if len(places) > MOST_ENTRIES:
         raise InputError(f"{path}: more than {MOST_ENTRIES} entries, counting what aliases repeat")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST_NUMBER:
+        raise InputError(
+            f"{path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: a number of {len(node.value)} "
+            f"characters, more than {LONGEST_NUMBER}"
+        )
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
+            _walk(path, loader, key_node, (), {})
+            if key_node.tag.endswith(":merge"):
+                mark = key_node.start_mark
+                raise InputError(
+                    f"{path}:{mark.line + 1}:{mark.column + 1}: << is not read here: write its entries out"
+                )
             name = loader.construct_object(key_node, deep=True)
             place = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
             if not isinstance(name, (str, int, float, bool)):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
+from normconvert.files.wrapping import prefixes
 from normconvert.identification.model_types import candidates, load_types, nearest_types, search_types
 from normconvert.identification.other_libraries import other_library
 from normconvert.identification.prints import (
@@ -21,6 +22,7 @@ from normconvert.identification.prints import (
 )
 from normconvert.identification.reading import Names
 from normconvert.identification.result import Candidate, Identification, Near
+from normconvert.identification.words import several_models
 
 NEAREST = 3
 """So many kinds of difference are shown."""
@@ -47,9 +49,11 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     if exact:
         return replace(found, exact=tuple(Candidate("timm", fit.name, fit.num_classes) for fit in exact))
     nearest = _grouped(fit for fit in fits if _resembles(fit, names))
-    if prefixed := _prefixed(names, models):
-        prefix, without = prefixed
-        note = f"all names begin with {prefix!r}: they fit without it"
+    inside = _prefixed(names, models)
+    if len(inside) == 1:
+        ((prefix, without),) = inside.items()
+        which = "all" if all(name.startswith(prefix) for name in names.shapes) else "the"
+        note = f"{which} names begin with {prefix!r}: they fit without it"
         types = tuple(Candidate("timm", fit.name, fit.num_classes) for fit in without)
         return replace(found, exact=types, prefix=prefix, notes=(*found.notes, note))
     # Only the first group, since each proof builds models.
@@ -60,7 +64,7 @@ def identify_names(path: str, names: Names, *, prove: bool = True) -> Identifica
     # These fit exactly: what comes near in timm is of no interest then.
     if types := candidates(kinds):
         return replace(found, exact=types)
-    found = replace(found, origin=other_library(names.shapes))
+    found = replace(found, origin=several_models(list(inside)) if inside else other_library(names.shapes))
     return replace(found, nearest=(*nearest, *nearest_types(kinds, len({pattern(n) for n in names.shapes}), NEAREST)))
 
 
@@ -134,14 +138,15 @@ def _explained(near: Near, fits: list[Fit], models: Mapping[str, str], names: Na
     return replace(near, arguments=arguments)
 
 
-def _prefixed(names: Names, models: Mapping[str, str]) -> tuple[str, list[Fit]] | None:
-    """What all names begin with, and the models that they fit without it; None if they fit none."""
-    prefix, shapes = "", dict(names.shapes)
-    while len({name.partition(".")[0] for name in shapes}) == 1 and all("." in name for name in shapes):
-        first = next(iter(shapes)).partition(".")[0] + "."
-        prefix, shapes = prefix + first, {name.removeprefix(first): shape for name, shape in shapes.items()}
+def _prefixed(names: Names, models: Mapping[str, str]) -> dict[str, list[Fit]]:
+    """What an outer model has put before the names -> the models that they fit without it."""
+    found: dict[str, list[Fit]] = {}
+    for prefix in prefixes(names.shapes):
+        if prefix.startswith(tuple(found)):
+            continue
+        shapes = {n.removeprefix(prefix): shape for n, shape in names.shapes.items() if n.startswith(prefix)}
         integers = frozenset(name.removeprefix(prefix) for name in names.integers)
         # Proved like any other: that all names share a word is common.
         if exact := [fit for fit in search(shapes, integers, models) if is_exact(fit)]:
-            return prefix, exact
-    return None
+            found[prefix] = exact
+    return found

@@ -7,6 +7,7 @@ from normconvert.identification.result import Candidate, Identification, Near
 FEW = 6
 """So many names are listed before "and N more"."""
 ASK = "pass --arch timm:NAME"
+HOLDS, MEANT = "it holds", "save the one that is meant alone"
 WITH_CONFIG = "put its config.json beside it and pass the folder"
 
 
@@ -32,6 +33,7 @@ def refused(found: Identification, ask: str = ASK) -> str:
     if found.exact:
         return f"{found.path}: {_without_config(found.exact)}"
     whose = f"; {found.origin}" if found.origin else ""
+    ask = MEANT if found.origin.startswith(HOLDS) else ask
     if not found.nearest:
         return f"{found.path}: a bare weight file of no architecture that is known{whose}: {ask}"
     near = found.nearest[0]
@@ -39,6 +41,12 @@ def refused(found: Identification, ask: str = ASK) -> str:
     if near.library == "transformers":
         ask = WITH_CONFIG
     return f"{found.path}: a bare weight file of no architecture that is known; {nearest}{whose}: {ask}"
+
+
+def several_models(prefixes: list[str]) -> str:
+    """That a file holds a model and its teacher, say."""
+    named = " and ".join(repr(prefix) for prefix in prefixes)
+    return f"{HOLDS} {len(prefixes)} models, under {named}"
 
 
 def _without_config(exact: tuple[Candidate, ...]) -> str:

@@ -19,6 +19,9 @@ from normconvert.recipes.model import Recipe, keys_at
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\})?")
 
 
+LONGEST = 4096
+"""Characters of a text: no path is longer, and each ``${`` is looked for to its end."""
+MOST_ERRORS = 100
 _WORDS = {"Input should be": "expected", "less than or equal to": "at most", "greater than or equal to": "at least"}
 
 
@@ -91,13 +94,18 @@ def _substitute(
         return [_substitute(file, (*key, i), v, environment, problems) for i, v in enumerate(value)]
     if not isinstance(value, str):
         return value
+    if len(value) > LONGEST:
+        problems.append(file.error(key, f"a text of {len(value)} characters, more than {LONGEST}"))
+        return value
 
     def replacement(match: re.Match[str]) -> str:
         name, default = match["name"], match["default"]
         if match[0] == "$${":
             return "${"
         if name is None:
-            problems.append(file.error(key, f"{value!r}: expected ${{NAME}} or ${{NAME:-default}}; write $${{ for ${{"))
+            problems.append(
+                file.error(key, f"{_shown(value)}: expected ${{NAME}} or ${{NAME:-default}}; write $${{ for ${{")
+            )
         elif name in environment:
             return environment[name]
         elif default is None:
@@ -111,7 +119,8 @@ def _substitute(
 
 def _explain(file: YamlFile, error: ValidationError) -> list[InputError]:
     """pydantic's errors in the words of the file."""
-    rows = error.errors(include_url=False)
+    # Of more than anybody reads the first ones: to each the nearest key is looked for.
+    rows = error.errors(include_url=False)[:MOST_ERRORS]
     places = [tuple(row["loc"]) for row in rows]
     problems = []
     for row, place in zip(rows, places, strict=True):

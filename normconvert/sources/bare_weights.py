@@ -12,6 +12,11 @@ from normconvert.files.weight_files import PICKLES, Checkpoint
 from normconvert.identification import identify_names, names_of, stated, words
 from normconvert.identification.reading import architecture
 
+FACTORY = frozenset({
+    "checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict",
+    "pretrained_filter_fn", "model_name",
+})  # fmt: skip
+"""Arguments of ``timm.create_model`` that make no model, but find weights for it: in other files, or on the hub."""
 RENAMED = {"gp": "global_pool", "bn_eps": "bn_eps", "in_chans": "in_chans"}
 """What timm's ``train.py`` calls the arguments of ``timm.create_model`` that change what a model computes."""
 
@@ -33,6 +38,8 @@ def creation(training: Mapping[str, Any]) -> dict[str, Any]:
     if found["in_chans"] is None and isinstance(sizes, (list, tuple)) and len(sizes) == 3:
         found["in_chans"] = sizes[0]
     more = training.get("model_kwargs") or {}
+    if isinstance(more, Mapping) and (named := sorted(FACTORY.intersection(more))):
+        raise InputError(f"its args say {named[0]} in model_kwargs, which would load other weights; refused")
     if not isinstance(more, Mapping) or not all(_plain(value) for value in (*more.values(), *found.values())):
         raise InputError(
             "its args (gp, bn_eps, in_chans, model_kwargs) are not plain data, as timm's train.py writes it"
@@ -43,6 +50,8 @@ def creation(training: Mapping[str, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(one) for key, one in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
 
 

@@ -7,40 +7,19 @@ names do not fit with it and all that the class needs is there without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+from normconvert.errors import InputError
 from normconvert.files.weight_files import Checkpoint, renamed
-from normconvert.identification.words import few
+from normconvert.files.wrapping import prefixes
+from normconvert.identification.words import MEANT, few, several_models
 from normconvert.sources.libraries import describe, map_names
 from normconvert.sources.source import Source
 from normconvert.sources.tensor_names import DoesNotFit
 
-WRAPPERS = ("base_model.model.", "model.", "net.")
-"""Taken away even where not all names have them: a training module keeps its losses and metrics beside the model."""
-DEEPEST = 4
-"""Prefixes before a prefix."""
-
 Attach = Callable[[Source], Source]
-
-
-def prefixes(names: Iterable[str]) -> Iterator[str]:
-    """What may stand before the names of the model, the shortest first.
-
-    >>> list(prefixes(["net.model.a.weight", "net.model.a.bias"]))
-    ['net.', 'net.model.', 'net.model.a.']
-    """
-    names, prefix = list(names), ""
-    for _ in range(DEEPEST):
-        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        shared = {name.partition(".")[0] for name in inner if "." in name}
-        known = (wrapper for wrapper in WRAPPERS if any(name.startswith(wrapper) for name in inner))
-        found = next(known, f"{next(iter(shared))}." if len(shared) == 1 else "")
-        if not found:
-            return
-        prefix += found
-        yield prefix
 
 
 def without_prefix(source: Source, prefix: str) -> Source | None:
@@ -66,14 +45,19 @@ def fitted(source: Source, attach: Attach | None = None) -> Source:
     try:
         return _fitted(source, attach)
     except DoesNotFit:
+        fits: dict[str, Source] = {}
         for prefix in prefixes(source.tensors):
-            inner = without_prefix(source, prefix)
+            inner = without_prefix(source, prefix) if not prefix.startswith(tuple(fits)) else None
             # What is missing is told of the names as they are in the file. All else that is wrong ends the search:
             # names that fit two classes might fit one of them once more is taken away.
             with suppress(DoesNotFit):
                 if inner is not None:
-                    return _fitted(inner, attach)
-        raise
+                    fits[prefix] = _fitted(inner, attach)
+        if not fits:
+            raise
+    if len(fits) > 1:
+        raise InputError(f"{source.reference}: {several_models(list(fits))}: {MEANT}")
+    return next(iter(fits.values()))
 
 
 def _fitted(source: Source, attach: Attach | None) -> Source:

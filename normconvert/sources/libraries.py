@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from normconvert.compat.transformers import failures_of_tokenizer
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import FLOATING
 from normconvert.runtime import one_at_a_time
@@ -110,7 +111,7 @@ def map_names(source: Source) -> Mapping:
         InputError: a tensor the model needs is missing, or one has another shape than the model expects, or tensors
             that the model's class makes one differ.
     """
-    model = build_skeleton(source)
+    model = build_skeleton(_with_apart(source))
     # The parameters themselves: what is detached is a new object each time, and ties are seen by identity.
     state = model.state_dict(keep_vars=True)
     declared: dict[str, str] = {}
@@ -140,6 +141,21 @@ def map_names(source: Source) -> Mapping:
     unknown = source.library == "timm" and bool(merged)
     unused = () if unknown else tuple(strays(source.tensors.values(), model, name_map.keys()))
     return Mapping(name_map, merged, buffers, tied, apart, unused)
+
+
+def _with_apart(source: Source) -> Source:
+    """A converted folder with the names that are not tied: its edits may give them other shapes than their tables."""
+    if source.library != "transformers" or not source.modules:
+        return source
+    from normconvert.sources import transformers_models
+
+    model = transformers_models.build_meta(source)
+    state = model.state_dict(keep_vars=True)
+    name_map, merged, declared = transformers_models.rename(source, model, state)
+    stored = {target: partial(source.read, name) for name, target in name_map.items() if target not in merged}
+    with suppress(ValueError):  # told where all names are looked at
+        return replace(source, apart=names_apart(tied_groups(state, declared), declared, stored)[0])
+    return source
 
 
 def _check_missing(
@@ -184,7 +200,8 @@ def load_tokenizer(source: Source) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    with suppress(Exception):  # a missing optional package must not stop a conversion that needs no text
+    # A missing optional package, or a broken file, must not stop a conversion that needs no text.
+    with suppress(InputError), failures_of_tokenizer():
         return AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True
         )

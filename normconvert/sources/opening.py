@@ -210,6 +210,9 @@ class _Config(BaseModel):
 
 def _read_config(folder: Path) -> dict[str, Any]:
     config = load_json(inside(folder, "config.json"))
+    named = config.get("architectures")
+    if named is not None and not any(named if isinstance(named, list) else [named]):
+        config["architectures"] = None  # [null], "" and the like name none either
     try:
         _Config.model_validate(config)
     except ValidationError as error:

@@ -21,6 +21,9 @@ NO_COUNTS = re.compile(r"eps(ilon)?$|(^|_)(theta|base|scale|factor|decay|std|val
 """Names of numbers that may be large: an unfused norm has an epsilon of 1e12."""
 LAYERS = re.compile(r"(^|_)(layer|depth|block|stage|repeat)s?$")
 """Names of what has tensors of its own, each time."""
+FRAMES = re.compile(r"(^|_)frames?(_|$)")
+"""Names of what has a position each, which some models make in Python, one by one."""
+FEW_FRAMES = 10_000
 FEW_LAYERS = 200
 """What may be shared by all of them."""
 HARMLESS = 1_000_000
@@ -29,6 +32,8 @@ MORE_PARAMETERS, MORE_ELEMENTS = 256, 4
 """Times what the weights hold that a model may have before it is given up: a library may split what they keep together,
 as the experts of a layer, and what is tied counts twice."""
 FEW_PARAMETERS, FEW_ELEMENTS = 4096, 100_000_000
+FEW_CONSTANTS = 200_000_000
+"""Elements of buffers, which no file has to hold: tables of positions, masks of them."""
 
 
 def check_stated_sizes(where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -43,9 +48,9 @@ def check_stated_sizes(where: str, config: Mapping[str, Any], tensors: Mapping[s
         InputError: names the entry.
     """
     widest = max((max(info.shape, default=1) for info in tensors.values()), default=1)
-    most, layers = max(HARMLESS, widest, len(tensors)), max(FEW_LAYERS, len(tensors))
+    most, layers, frames = max(HARMLESS, widest, len(tensors)), max(FEW_LAYERS, len(tensors)), max(FEW_FRAMES, widest)
     for key, value in _numbers(config, "", 0):
-        if value > (layers if LAYERS.search(key) else most):
+        if value > (layers if LAYERS.search(key) else frames if FRAMES.search(key) else most):
             raise InputError(
                 f"{where}: config.json says {key}: {value}, and the weights hold {len(tensors)} tensors, none wider "
                 f"than {widest}"
@@ -75,7 +80,10 @@ def in_proportion(where: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Non
     Raises:
         InputError: it has.
     """
-    from torch.nn.modules.module import register_module_parameter_registration_hook
+    from torch.nn.modules.module import (
+        register_module_buffer_registration_hook,
+        register_module_parameter_registration_hook,
+    )
 
     held = sum(math.prod(info.shape) for info in tensors.values())
     parameters, elements = MORE_PARAMETERS * len(tensors) + FEW_PARAMETERS, MORE_ELEMENTS * held + FEW_ELEMENTS
@@ -90,8 +98,22 @@ def in_proportion(where: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Non
                 f"{min(made[1], elements)} elements; the weights hold {len(tensors)} with {held}"
             )
 
-    handle = register_module_parameter_registration_hook(count)
+    constants = [0]
+
+    def count_constants(module: Any, name: str, buffer: Any) -> None:
+        constants[0] += 0 if buffer is None else buffer.numel()
+        if constants[0] > MORE_ELEMENTS * held + FEW_CONSTANTS:
+            raise InputError(
+                f"{where}: config.json states a model with {constants[0]} numbers in tables and masks ({name}); the "
+                f"weights hold {held}"
+            )
+
+    handles = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count_constants),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -285,6 +285,8 @@ def _other_module(adapter: Path) -> None:
         (_with(lora_alpha=None), "not the config of a PEFT adapter .lora_alpha"),
         (_with(alpha_pattern=[1]), "not the config of a PEFT adapter .alpha_pattern"),
         (_with(alpha_pattern={"(": 1}), "is no regular expression"),
+        (_with(alpha_pattern={"(a+)+b": 1}), "repeats more than a name needs"),
+        (_with(alpha_pattern={".*.*.*.*x": 1}), "repeats more than a name needs"),
         (lambda adapter: (adapter / "adapter_config.json").write_text("[" * 5000 + "]" * 5000), "not valid JSON"),
         (_other_shape, "one of another model"),
         (_other_module, "does not have"),

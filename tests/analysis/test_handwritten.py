@@ -26,6 +26,10 @@ MEANS: dict[str, Spelled] = {
     "var_mean": lambda x: torch.var_mean(x, -1, keepdim=True)[1],
     "std_mean": lambda x: torch.std_mean(x, dim=-1, correction=0, keepdim=True)[1],
     "expanded": lambda x: x.mean(-1, keepdim=True).expand_as(x),
+    "viewed": lambda x: x.mean(-1).view(*x.shape[:-1], 1),
+    "reshaped": lambda x: x.mean(2).reshape(x.shape[0], -1, 1),
+    "squeezed": lambda x: x.mean(-1, keepdim=True).squeeze(-1).unsqueeze(-1),
+    "own dtype": lambda x: x.mean(-1, keepdim=True, dtype=x.dtype),
 }
 CENTRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "minus": lambda x, m: x - m,
@@ -46,6 +50,11 @@ VARIANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "std": lambda x, c: x.std(-1, unbiased=False, keepdim=True) ** 2,
     "length": lambda x, c: torch.linalg.vector_norm(c, dim=-1, keepdim=True).square() / x.shape[-1],
     "moments": lambda x, c: (x * x).mean(-1, keepdim=True) - x.mean(-1, keepdim=True) ** 2,
+    "bounded": lambda x, c: x.var(-1, unbiased=False, keepdim=True).clamp(min=0),
+    "bounded moments": lambda x, c: torch.relu((x * x).mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square()),
+    "einsum": lambda x, c: torch.einsum("btc, btc -> bt", c, c)[..., None] / x.shape[-1],
+    "vecdot": lambda x, c: torch.linalg.vecdot(c, c).unsqueeze(-1) / x.shape[-1],
+    "viewed": lambda x, c: x.var(-1, correction=0).view(*x.shape[:-1], 1),
 }
 ENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "rsqrt": lambda c, v: c * torch.rsqrt(v + EPS),
@@ -149,6 +158,22 @@ NONE: dict[str, Spelled] = {
         * rstd(x)
     ),
     "alpha": lambda x: torch.sub(x, x.mean(-1, keepdim=True), alpha=2) * rstd(x),
+    "viewed along the wrong axis": lambda x: (x - x.mean(-1).view(4, 1, 4)) * rstd(x),
+    "bounded from below": lambda x: (
+        (x - x.mean(-1, True)) * (x.var(-1, correction=0, keepdim=True).clamp(0.1) + EPS).rsqrt()
+    ),
+    "bounded from above": lambda x: (
+        (x - x.mean(-1, True)) * (x.var(-1, correction=0, keepdim=True).clamp(0, 1) + EPS).rsqrt()
+    ),
+    "product with another": lambda x: (c := x - x.mean(-1, True)) * (
+        torch.einsum("abc,acb->ab", c, c)[..., None] / 4 + EPS
+    ).rsqrt(),
+    "product over another axis": lambda x: (c := x - x.mean(-1, True)) * (
+        torch.einsum("abc,abc->ac", c, c)[:, :, None] / 4 + EPS
+    ).rsqrt(),
+    "product that turns": lambda x: (c := x - x.mean(-1, True)) * (
+        torch.einsum("abc,abc->ba", c, c)[..., None] / 4 + EPS
+    ).rsqrt(),
 }  # fmt: skip
 
 
@@ -163,6 +188,10 @@ LEAKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "half a variance": lambda x, y: y + (x * x).mean(-1, keepdim=True) - 0.5 * x.mean(-1, keepdim=True) ** 2,
     "mean of var_mean": lambda x, y: y * torch.var_mean(x, -1, keepdim=True)[1],
     "square alone": lambda x, y: y + x.square(),
+    "copy": lambda x, y: y + x.clone(),
+    "multiple": lambda x, y: y + 2 * x,
+    "viewed mean": lambda x, y: y + x.mean(-1).view(*x.shape[:-1], 1),
+    "dot": lambda x, y: y + torch.linalg.vecdot(x, x)[..., None],
 }
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from normconvert.apply.card_metadata import metadata
 from normconvert.cli import run
 from normconvert.errors import InputError
 from normconvert.files.pickle_file import read_pickle
 from normconvert.files.safetensors_file import read_header
-from normconvert.files.weight_files import find_weights, load_json, read_checkpoint
+from normconvert.files.weight_files import find_weights, load_json, read_checkpoint, read_text
 from normconvert.files.yaml_file import read_yaml
 from normconvert.option_fields import parse_size
 from normconvert.recipes.origins import Reference, look_up
+from normconvert.recipes.reading import read_recipe
 from normconvert.sources import open_source
 from tools.fuzz.mutations import BOMB
 
@@ -129,7 +131,17 @@ def test_a_tensor_that_repeats_one_value_a_thousand_million_times_is_refused(tmp
 
 @pytest.mark.parametrize(
     "text",
-    [BOMB, b"a: &a [*a]", b"!!timestamp x", b"a: !!binary 1", b"a: " + b"9" * 5000, b"? [a]\n: b", b"x" * 2_000_000]
+    [
+        b"a: 1" + b":1" * 400_000,
+        b"a: 0x" + b"f" * 100_000,
+        BOMB,
+        b"a: &a [*a]",
+        b"!!timestamp x",
+        b"a: !!binary 1",
+        b"a: " + b"9" * 5000,
+        b"? [a]\n: b",
+        b"x" * 2_000_000,
+    ]
     + [
         b"a: &a {b: 1}\n" + b"".join(b"c%d: &%c\n  <<: [%s]\n" % (i, i, b",".join([b"*a"] * 9)) for i in range(98, 104))
     ],
@@ -168,3 +180,53 @@ def test_a_config_of_other_types_is_said(tmp_path: Path, change: dict[str, Any])
     safetensors(tmp_path / "model.safetensors", f'{{"a": {ENTRY}}}')
     with pytest.raises(InputError, match=r"config.json: not a model's"):
         open_source(str(tmp_path))
+
+
+def test_a_device_without_an_end_is_not_read_to_it() -> None:
+    with pytest.raises(InputError, match="no such file is so large"):
+        read_text(Path("/dev/zero"))
+
+
+FRONTS = {
+    "blanks": "tags:\n- " + " " * 5000 + "{",
+    "blanks between": "tags:\n" + "- a" + " " * 20_000 + "b{",
+    "many lines": "tags:\n" + "- a\n" * 300_000,
+}
+
+
+@pytest.mark.parametrize("name", list(FRONTS))
+def test_a_front_matter_made_to_take_for_ever_takes_a_moment(name: str) -> None:
+    start = time.process_time()
+    metadata(FRONTS[name], None, "transformers", "rmsnorm", None)
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("text", ["${a:-" * 20_000, "${ " * 20_000], ids=["defaults", "no names"])
+def test_variables_of_a_recipe_cost_little(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"sources: ['{text}']\n")
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"a text of .* characters, more than 4096") as caught:
+        read_recipe(tmp_path / "r.yaml", {})
+    assert len(str(caught.value)) < 1000
+    assert time.process_time() - start < 3
+
+
+def test_of_thousands_of_errors_the_first_are_told(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("".join(f"key{i}: 1\n" for i in range(15_000)))
+    start = time.process_time()
+    with pytest.raises(InputError, match="100 errors in recipes"):
+        read_recipe(tmp_path / "r.yaml", {})
+    assert time.process_time() - start < 5
+
+
+def test_merge_keys_are_said_to_be_none(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: &a {b: 1}\nc:\n  <<: *a\n")
+    with pytest.raises(InputError, match=r"r.yaml:3:3: << is not read here: write its entries out"):
+        read_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 6000, "1" + ":1" * 3000])
+def test_a_number_that_cannot_be_printed_is_said(tmp_path: Path, number: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"sources: [a]\nmin_gain: {number}\n")
+    with pytest.raises(InputError, match=r"r.yaml:2:11: a number of \d+ characters, more than 100"):
+        read_yaml(tmp_path / "r.yaml")

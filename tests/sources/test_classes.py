@@ -31,7 +31,7 @@ def change_config(folder: Path, **changes: Any) -> Path:
 # -- a config.json that names no class ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architectures", [ABSENT, None, []])
+@pytest.mark.parametrize("architectures", [ABSENT, None, [], [None], "", [""]])
 def test_the_class_that_the_tensors_state_is_converted(tmp_path: Path, architectures: Any) -> None:
     from transformers import GPT2LMHeadModel
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import normconvert
 from normconvert.errors import InputError
-from normconvert.files.wrapping import unwrapped
+from normconvert.files.wrapping import prefixes, unwrapped
 from normconvert.sources import open_source
-from normconvert.sources.fitting import prefixes
 from normconvert.sources.hub import wanted_files
 from tests.support.bare_weights import UNIQUE, state_of, write
 from tests.support.equivalence import distance
@@ -173,54 +172,29 @@ def test_a_bare_file_is_identified_without_its_prefix(tmp_path: Path, prefix: st
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
-# -- several sets of weights ----------------------------------------------------------------------------------------
-
-SETS = [
-    ("state_dict", "state_dict_ema"), ("model", "model_ema"), ("params", "params_ema"), ("student", "teacher"),
-    ("net", "ema"), ("model_state_dict", "ema_state_dict"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("trained", "averaged"), SETS)
-def test_which_of_two_sets_of_weights_is_taken_is_said_and_can_be_chosen(
-    tmp_path: Path, trained: str, averaged: str
-) -> None:
-    a, b, file = state_of(UNIQUE), state_of(UNIQUE), tmp_path / "last.ckpt"
-    torch.save({trained: a, averaged: {f"module.{n}": v for n, v in b.items()}, "epoch": 3}, file)
-    for chosen, expected in ((None, b), ("ema", b), ("model", a)):
-        source = open_source(str(file), weights=chosen)
-        loaded = source.load().state_dict()
-        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-        taken, other = (trained, averaged) if chosen == "model" else (averaged, trained)
-        assert any(f"{taken} (" in note and note.endswith(f"takes {other}") for note in source.notes)
-
-
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "net", "params_ema", "teacher"])
-def test_one_set_of_weights_is_found_by_any_of_its_names(tmp_path: Path, key: str) -> None:
-    state, file = state_of(UNIQUE), tmp_path / "last.ckpt"
-    torch.save({key: state, "optimizer": {"state": {0: torch.ones(3)}}}, file)
-    loaded = open_source(str(file)).load().state_dict()
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "encoder.net."])
+@pytest.mark.parametrize("arch", [None, f"timm:{UNIQUE}"])
+def test_a_bare_file_is_identified_beside_what_training_kept(tmp_path: Path, prefix: str, arch: str | None) -> None:
+    state = state_of(UNIQUE)
+    beside = {"criterion.weight": torch.ones(3), "projector.0.weight": torch.ones(3, 3), "queue": torch.ones(2)}
+    file = write({f"{prefix}{name}": value for name, value in state.items()} | beside, tmp_path / "w.safetensors")
+    source = open_source(str(file), arch=arch)
+    loaded = source.load().state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert any("copied as they are: criterion.weight" in note for note in source.notes)
 
 
-def test_a_set_that_is_not_there_is_not_replaced_by_another(tmp_path: Path) -> None:
-    torch.save({"state_dict": state_of(UNIQUE)}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"--weights ema: it holds no averaged weights .*: found state_dict"):
-        open_source(str(tmp_path / "w.pth"), weights="ema")
-    torch.save({"model_ema": state_of(UNIQUE)}, tmp_path / "w.pth")
-    with pytest.raises(InputError, match="--weights model: it holds no trained weights"):
-        open_source(str(tmp_path / "w.pth"), weights="model")
-    file = write(state_of(UNIQUE), tmp_path / "w.safetensors")
-    with pytest.raises(InputError, match="--weights ema: a safetensors file holds one set of weights"):
-        open_source(str(file), weights="ema")
-
-
-def test_the_chosen_set_is_what_verify_and_check_take(tmp_path: Path) -> None:
-    torch.save({"state_dict": state_of(UNIQUE), "state_dict_ema": state_of(UNIQUE)}, tmp_path / "w.pth")
-    report = normconvert.convert(tmp_path / "w.pth", tmp_path / "out", weights="model")
-    assert report.options["weights"] == "model"
-    assert normconvert.verify(tmp_path / "w.pth", tmp_path / "out").passed
-    assert normconvert.check(tmp_path / "out", tmp_path / "w.pth").passed
+@pytest.mark.parametrize(
+    ("one", "other"), [("student.", "teacher."), ("encoder_q.", "module.encoder_k."), ("model.", "ema_model.")]
+)
+@pytest.mark.parametrize("arch", [None, f"timm:{UNIQUE}"])
+def test_of_two_models_in_one_file_none_is_taken(tmp_path: Path, one: str, other: str, arch: str | None) -> None:
+    state = {f"{one}{name}": value for name, value in state_of(UNIQUE).items()}
+    state |= {f"{other}{name}": value + 1 for name, value in state_of(UNIQUE).items()}
+    file, named = write(state, tmp_path / "w.safetensors"), {one, other.removeprefix("module.")}
+    with pytest.raises(InputError, match=r"it holds 2 models, under .*: save the one that is meant alone") as caught:
+        open_source(str(file), arch=arch)
+    assert all(repr(prefix) in str(caught.value) for prefix in named)
 
 
 # -- timm's train.py ------------------------------------------------------------------------------------------------
@@ -231,6 +205,7 @@ TRAINED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("test_resnet", {"in_chans": 1, "gp": "avgmax"}, {"in_chans": 1, "global_pool": "avgmax"}),
     ("test_resnet", {"input_size": [1, 64, 64]}, {"in_chans": 1}),
     ("test_vit", {"model_kwargs": {"img_size": 64, "pos_embed": "learn"}}, {"img_size": 64}),
+    ("test_resnet", {"model_kwargs": {"block_args": {"attn_layer": "se"}}}, {"block_args": {"attn_layer": "se"}}),
 ]
 
 
@@ -272,6 +247,17 @@ def test_arguments_of_another_model_are_not_used(tmp_path: Path) -> None:
     torch.save({"args": args, "state_dict": state_of("test_resnet")}, tmp_path / "w.pth")
     source = open_source(str(tmp_path / "w.pth"), arch="timm:test_resnet")
     assert any("args are of resnet18: they are not used" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay", "pretrained"])
+def test_arguments_that_would_load_other_weights_are_refused(tmp_path: Path, name: str) -> None:
+    from argparse import Namespace
+
+    torch.save(state_of(UNIQUE), tmp_path / "other.pth")
+    args = Namespace(model=UNIQUE, gp=None, bn_eps=None, model_kwargs={name: str(tmp_path / "other.pth")})
+    torch.save({"args": args, "state_dict": state_of(UNIQUE)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"its args say {name} in model_kwargs, which would load other weights"):
+        open_source(str(tmp_path / "w.pth"))
 
 
 def test_arguments_out_of_all_proportion_are_refused(tmp_path: Path) -> None:

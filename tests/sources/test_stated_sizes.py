@@ -55,3 +55,40 @@ def test_so_is_one_of_timm(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         open_source(str(folder)).skeleton()
     assert time.process_time() - start < 10
+
+
+def _tables() -> list[Any]:
+    import transformers as hf
+
+    text: dict[str, Any] = {"vocab_size": 101, "d_model": 16, "attention_heads": 2, "ffn_dim": 16}
+    video: dict[str, Any] = {"image_size": 32, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    both: dict[str, Any] = {
+        "vocab_size": 101, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return [
+        (hf.XGLMForCausalLM(hf.XGLMConfig(num_layers=1, **text)), {"max_position_embeddings": 10**9}),
+        (hf.M2M100Model(hf.M2M100Config(**both)), {"max_position_embeddings": 10**8}),
+        (hf.VideoMAEModel(hf.VideoMAEConfig(num_hidden_layers=1, num_frames=4, **video)), {"num_frames": 900_000}),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["decoder", "both", "frames"])
+def test_tables_that_no_file_holds_are_in_proportion_too(tmp_path: Path, number: int) -> None:
+    model, change = _tables()[number]
+    folder = save(model, tmp_path / "src")
+    open_source(str(folder)).skeleton()
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises(InputError, match=r"config\.json s"):
+        open_source(str(folder)).skeleton()
+    assert time.process_time() - start < 10
+
+
+def test_what_transformers_finds_wrong_is_said_whole(language: Path, tmp_path: Path) -> None:
+    config = {**json.loads((language / "config.json").read_text()), "layer_norm_epsilon": "x"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((language / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"config\.json is not valid: .*layer_norm_epsilon.* expected float, got str"):
+        open_source(str(tmp_path))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import normconvert
 from normconvert.sources import open_source
 from normconvert.sources.tensor_names import names_apart
+from tests.support.perturb import perturb
 from tests.support.tiny_checkpoints import save_with_head
 
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
@@ -66,3 +67,25 @@ def test_modules_that_are_one_by_their_class_cannot_differ() -> None:
     assert names_apart([("x", "b", "c")], {"b": "x", "c": "x"}, values) == (frozenset("c"), (("x", "b"),))
     with pytest.raises(ValueError, match="a and b are one parameter of the model, but differ in the files"):
         names_apart([("a", "b")], {}, values)
+
+
+@pytest.mark.parametrize("tied", ["center", "untie"])
+def test_a_head_that_becomes_narrower_than_its_table_is_kept(tied: str, tmp_path: Path) -> None:
+    """A norm behind the table keeps it as wide as it was, while the head reads a stream of a channel less."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=101, hidden_size=48, n_layer=2, n_head=3)
+    model: Any = perturb(BloomForCausalLM(config).eval())
+    model.save_pretrained(tmp_path / "in")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state[HEAD] += 0.5 * torch.randn(state[HEAD].shape)
+    save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    truth = logits(original(tmp_path / "in"))
+    report = normconvert.convert(tmp_path / "in", tmp_path / "out", "crmsnorm", tied=tied)
+    assert report.fidelity is not None
+    assert report.fidelity.passed
+    out = tmp_path / "out"
+    stock = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float64).eval()
+    for found in (normconvert.load(out, dtype=torch.float64), stock):
+        assert float((logits(found) - truth).norm() / truth.norm()) < 1e-6

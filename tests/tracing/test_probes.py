@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -246,6 +247,42 @@ class Mute:
         return {"input_ids": []}
 
 
+HOPELESS = "(([a-z ])+.)+[A-Z]([a-z ])+$"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": HOPELESS}, "behavior": "Isolated", "invert": False}},
+    ],
+    ids=["error", "panic"],
+)
+def test_a_tokenizer_that_fails_on_every_text_gives_no_text_probes(part: dict[str, Any]) -> None:
+    """A panic in the library's Rust is no Exception of Python's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    whole: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    }  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole | part)))
+    names = [p.name for p in verification_inputs(gpt2(), tokenizer=tokenizer)]
+    assert names
+    assert not [name for name in names if name.startswith("text")]
+
+
 def test_a_tokenizer_that_knows_no_word_gives_no_text_probes() -> None:
     names = [p.name for p in verification_inputs(gpt2(), tokenizer=Mute())]
     assert names == [p.name for p in verification_inputs(gpt2())]
+
+
+def test_a_size_in_a_configuration_that_nothing_holds_is_not_tried() -> None:
+    sizes = {"hidden_sizes": [16, 16], "depths": [1, 1], "num_stages": 2}
+    model = hf.ConvNextModel(hf.ConvNextConfig(image_size=30_000, **sizes))
+    assert trace_inputs(model)["pixel_values"].shape[-1] == 224
+    settings = {"prediction_length": 4, "context_length": 8, "d_model": 16, "lags_sequence": [1, 2, 10**9]}
+    with pytest.raises(TraceError, match="asks for an input of 2000000016 numbers"):
+        trace_inputs(hf.TimeSeriesTransformerModel(hf.TimeSeriesTransformerConfig(**settings)))

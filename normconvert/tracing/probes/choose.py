@@ -56,6 +56,8 @@ SIZES: tuple[Sizes, ...] = (
     Sizes(batch=1, length=64, image=512, samples=80640, frames=1024),
 )
 
+MOST = 1 << 25
+"""Numbers in one input: a configuration that asks for more has another size tried, where the model takes one."""
 LONG = 16
 """Sizes with longer texts than this come after every layout."""
 
@@ -233,15 +235,29 @@ def specs(model: nn.Module, names: list[str], sizes: Sizes) -> dict[str, Any]:
 
 
 def guesses(model: nn.Module) -> Iterator[Guess]:
-    """All guesses, the likely first, no two alike."""
+    """All guesses, the likely first, no two alike.
+
+    Raises:
+        TraceError: all have inputs that are out of all proportion.
+    """
     seen: set[str] = set()
+    most = 0
     for names in [["x"]] if is_timm(model) else argument_sets(Facts(model)):
         for sizes in SIZES:
             guess = specs(model, names, sizes)
+            size = max((math.prod(spec.shape) for spec in guess.values() if isinstance(spec, Spec)), default=0)
+            if size > MOST:
+                most = max(most, size)
+                continue
             # Compared as text, as the values in a Spec cannot be hashed.
             if repr(guess) not in seen:
                 seen.add(repr(guess))
                 yield Guess(guess, names, sizes)
+    if most and not seen:
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: its configuration asks for an input of {most} numbers, "
+            f"more than {MOST}"
+        )
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normconvert.compat.transformers import token_ids
+from normconvert.errors import InputError
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.probes.choose import Guess, accepts, is_timm, ranked, specs
 from normconvert.tracing.probes.entrances import entrances
@@ -243,7 +246,9 @@ def _text_probes(model: nn.Module, guess: Guess, tokenizer: Any, seed: int, coun
     probes = []
     for number, sentence in enumerate(SENTENCES[:count]):
         generator = torch.Generator().manual_seed(seed * 1000 + 500 + number)
-        encoded = tokenizer(sentence)["input_ids"][:LONGEST]
+        encoded: list[int] = []
+        with suppress(InputError):  # nothing that the model needs
+            encoded = token_ids(tokenizer, sentence)[:LONGEST]
         if not encoded:  # a vocabulary that knows none of its words
             continue
         made = specs(model, guess.names, replace(guess.sizes, batch=1, length=len(encoded)))

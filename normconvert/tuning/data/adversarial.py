@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from normconvert.compat.transformers import token_ids
 from normconvert.tuning.data.batches import Columns, Data, all_batches
 from normconvert.tuning.data.wanted import TEXT, Wanted
 
@@ -83,7 +84,7 @@ def _texts(wanted: Wanted, learnt: Data, length: int, generator: torch.Generator
     if tokenizer is not None:
         rows = []
         for text in SCRIPTS:
-            ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            ids = torch.tensor(token_ids(tokenizer, text, add_special_tokens=False, verbose=False), dtype=torch.int64)
             if len(ids):
                 rows.append(ids.repeat(-(-length // len(ids)))[:length])
         yield "other scripts", torch.stack(rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from normconvert.compat.transformers import token_ids
 from normconvert.errors import InputError
 from normconvert.tuning.data.batches import Columns
 from normconvert.tuning.data.wanted import TEXT, Wanted, check_columns
@@ -45,7 +46,7 @@ def windows_of(name: str, texts: Iterable[str], wanted: Wanted, length: int | No
         raise InputError(f"{name}: {wanted.source.reference} has no tokenizer; give token ids: npz or safetensors")
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text.strip() else []
+        ids += token_ids(tokenizer, text, add_special_tokens=False, verbose=False) if text.strip() else []
     return from_ids(name, torch.tensor(ids, dtype=torch.int64), wanted, length)
 
 
