@@ -28,6 +28,7 @@ from normconvert.rewrites.centring import Centring, can_untie, doors_of, editabi
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.inner_calls import with_parts_as_ways_out
 from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
+from normconvert.rewrites.normed_tables import NormedTable, normed_tables
 from normconvert.rewrites.readers import Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
@@ -45,6 +46,7 @@ class _Search:
         stays: stream, by identity -> why it stays.
         refused: norm -> why it cannot be converted.
         moved: norm -> where its weight and bias go.
+        tables: norm that reads rows of a table alone -> the table.
     """
 
     analysis: Analysis
@@ -54,6 +56,7 @@ class _Search:
     stays: dict[int, Obstacle] = field(default_factory=dict)
     refused: dict[str, Obstacle] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
+    tables: dict[str, NormedTable] = field(default_factory=dict)
 
     @property
     def streams(self) -> list[Stream]:
@@ -75,7 +78,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     search = _searched(graph, options, given)
     streams = search.streams
     paths = [path for path, group in search.calls.items() if all(_reads(search, norm, streams) for norm in group)]
-    converted = [norm for path in paths for norm in search.calls[path]]
+    tables = _tables_of(search)
+    converted = [norm for path in (*paths, *tables) for norm in search.calls[path]]
     # One map for all streams, since a tensor may write into several.
     constant = any(norm.centred for norm in converted)
     kind = given.kind if given is not None else options.rotation
@@ -85,6 +89,9 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     needed = {ref for stream in streams for ref in stream.members}
     found = replace(search.found, usable=streams)
     tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
+    for path in tables:
+        notes += search.tables[path].move(change, tensors, config)
+        needed |= set(search.tables[path].outside)
     # Those whose table writes into a stream that stays.
     notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
@@ -124,7 +131,7 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     for norm in norms:
         calls[norm.path].append(norm)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    search = _Search(analysis, found, calls, where)
+    search = _Search(analysis, found, calls, where, tables=normed_tables(analysis, calls, where))
     for stream in found.usable:
         if why := next((w for ref, made in stream.members.items() if (w := _fixed(search, ref, made))), None):
             search.stays[id(stream)] = why
@@ -174,8 +181,9 @@ def _refuse_moved_mean(given: Given, norm: Norm) -> None:
 
 def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     """Why a value of a stream cannot be written in another basis, whatever becomes of the others."""
-    if (norm := _norm_behind(search.analysis, made)) is not None:
-        why = f"{norm} is written into it, and takes a number but no rotation"
+    norm = _norm_behind(search.analysis, ref)
+    if norm is not None and norm.path not in search.tables:
+        why = f"the output of the norm {described(norm.path)} is written into it, and takes a number but no rotation"
         return Obstacle("post-norm", f"its stream stays as it is: {why} (post-norm).")
     if made.kind == "opaque" and ref[0] not in search.analysis.graph.outside:
         return Obstacle("opaque", f"its stream stays as it is: it contains {made.reason}.")
@@ -186,12 +194,14 @@ def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     return None
 
 
-def _norm_behind(analysis: Analysis, made: Provenance) -> str | None:
-    """The norm, in words, whose result a value is, scaled by its weight or not."""
+def _norm_behind(analysis: Analysis, ref: AxisRef) -> Norm | None:
+    """The norm whose result a value is, scaled by its weight or not."""
+    made = analysis.provenance(ref)
     while made.kind == "scale" or (made.kind == "sum" and made.parts and not made.rest):
         # The weight and the bias are the other parts.
-        made = analysis.provenance(made.parts[0])
-    return made.reason if made.kind == "norm" else None
+        ref = made.parts[0]
+        made = analysis.provenance(ref)
+    return analysis.norm_of(ref[0])
 
 
 def _unconvertible(search: _Search, path: str, group: list[Norm], options: Options) -> Obstacle | None:
@@ -232,6 +242,11 @@ def _leave_more(search: _Search) -> None:
                 why = search.refused.get(path) or _why(search, path)
                 text = f"its stream stays as it is: the norm {described(path)} reads it, and {why.reason}"
                 search.stays.setdefault(id(stream), Obstacle(why.code, text))
+        for table in _tables_in(search, stream):
+            if text := table.obstacle(stream, members):
+                path = described(table.calls[0].path)
+                text = f"its stream stays as it is: the norm {path} {text}."
+                search.stays.setdefault(id(stream), Obstacle("post-norm", text))
         for ref, made in stream.members.items():
             if made.kind != "parameter":
                 continue
@@ -242,6 +257,18 @@ def _leave_more(search: _Search) -> None:
                 name = search.analysis.graph.parameters[ref[0]].name
                 text = f"its stream stays as it is: `{name}` writes into it, and {operation(reader)} reads that, too."
                 search.stays.setdefault(id(stream), Obstacle("shared", text))
+
+
+def _tables_in(search: _Search, stream: Stream) -> list[NormedTable]:
+    """The tables whose rows a norm makes a part of a stream."""
+    norms = {norm.path for ref in stream.members if (norm := search.analysis.norm_of(ref[0])) is not None}
+    return [table for path, table in search.tables.items() if path in norms]
+
+
+def _tables_of(search: _Search) -> list[str]:
+    """The norms that write rows of a table into streams that are rotated."""
+    tables = [table for stream in search.streams for table in _tables_in(search, stream)]
+    return list(dict.fromkeys(table.calls[0].path for table in tables))
 
 
 def _reads(search: _Search, norm: Norm, streams: list[Stream]) -> bool:
@@ -259,6 +286,9 @@ def _why(search: _Search, path: str) -> Obstacle:
 
 def _verdict(search: _Search, path: str) -> Verdict:
     kind, streams = search.calls[path][0].kind, search.streams
+    if path in _tables_of(search):
+        reason = "the rows of the table that it reads are those for which it gives what it gave, rotated."
+        return Verdict(path, kind, True, reason, "converted")
     if all(_reads(search, norm, streams) for norm in search.calls[path]):
         reason = "its stream is rotated, its weight and bias move into the linear maps that read it."
         if search.moved[path].bias_stays:

@@ -36,6 +36,8 @@ BASES = ["rotate", "scale"]
 COUNTS = {
     "cohere": {"fold": (3, 0), "rotate": (3, 0)},
     "falcon": {"fold": (3, 0), "rotate": (3, 0)},
+    # The norm behind its table writes into the stream.
+    "bloom": {"fold": (5, 1), "rotate": (6, 0)},
     # Those of what queries, keys and values are made of read a part of what is made.
     "deepseek_v2": {"fold": (7, 2), "rotate": (7, 2)},
     "deepseek_v3": {"fold": (7, 2), "rotate": (7, 2)},
