@@ -46,7 +46,7 @@ def _norm(analysis: Analysis, path: str, group: list[Norm], untied: dict[str, st
     row: dict[str, Any] = {"name": path, "kind": group[0].kind, "centred": group[0].centred}
     row |= {key: settings.get(key) for key in ("size", "eps", "weight", "bias", "offset")}
     try:
-        found, _ = readers_of(analysis, group, untied, bias_stays=True, through_features=True)
+        found, _ = readers_of(analysis, group, untied, bias_stays=True, through=("features",))
     except Unfoldable as why:
         return {**row, "readers": [], "why": f"{why}"}
     return {**row, "readers": [_named(reader.weight) for reader in found], "why": ""}

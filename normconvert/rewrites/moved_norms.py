@@ -7,7 +7,7 @@ readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import fx
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
-from normconvert.analysis.streams import Analysis, AxisRef
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
@@ -51,7 +51,7 @@ class Moved:
 
 
 def moved_norm(
-    analysis: Analysis, calls: list[Norm], untied: dict[str, str], *, through_features: bool = False
+    analysis: Analysis, calls: list[Norm], untied: dict[str, str], *, through: Collection[str] = ()
 ) -> Moved:
     """Where a norm's weight and bias go.
 
@@ -59,15 +59,15 @@ def moved_norm(
         analysis: the streams.
         calls: all calls of the norm.
         untied: tied table -> name that its reading side has once it is untied.
-        through_features: what ways out other than the model's outputs return may change.
+        through: codes of leaks that are passed over, since what they return may change.
 
     Raises:
         Unfoldable: the weight cannot move.
     """
     try:
-        return Moved(calls, *readers_of(analysis, calls, untied, through_features=through_features), bias_stays=False)
+        return Moved(calls, *readers_of(analysis, calls, untied, through=through), bias_stays=False)
     except Unfoldable:
-        found = readers_of(analysis, calls, untied, bias_stays=True, through_features=through_features)
+        found = readers_of(analysis, calls, untied, bias_stays=True, through=through)
         return Moved(calls, *found, bias_stays=True)
 
 
@@ -82,6 +82,13 @@ def doors_behind(graph: Graph, norms: Iterable[Moved]) -> list[dict[str, str]]:
         # Behind the layers whose outputs they are, hidden states end with what the last norm gives.
         rows += [(HIDDEN, moved.path)] if inside and not moved.path.startswith(inside) else []
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
+
+
+def shifted_outputs(graph: Graph, streams: Iterable[Stream], norms: Iterable[Moved]) -> list[str]:
+    """The model's outputs that are values of such streams, or what such norms give."""
+    nodes = {leak.ref[0] for stream in streams for leak in stream.leaks if leak.code == "returned"}
+    nodes |= {node for moved in norms for node, _ in moved.values}
+    return list(dict.fromkeys(name for node, names in graph.outputs.items() if node in nodes for name in names))
 
 
 def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:

@@ -204,7 +204,7 @@ def _ones(size: int, offset: float, like: str) -> list[dict[str, Any]]:
 def _beside(analysis: Analysis, calls: list[Norm]) -> str:
     """The stored tensor that a new weight of a norm is stored beside: of what reads it, else any."""
     try:
-        return readers_of(analysis, calls, bias_stays=True, through_features=True)[0][0].weight
+        return readers_of(analysis, calls, bias_stays=True, through=("features",))[0][0].weight
     except Unfoldable:
         return next(p.name for p in analysis.graph.parameters.values() if p.stored)
 
@@ -219,7 +219,7 @@ def _move_bias(analysis: Analysis, calls: list[Norm], found: _Tensors) -> None:
     # Gone from the files; whoever edits the original's own class sees zeros.
     found.edits[bias] = [{"op": "fill", "value": 0.0}]
     try:
-        readers, values = readers_of(analysis, calls, through_features=True)
+        readers, values = readers_of(analysis, calls, through=("features",))
     except Unfoldable as why:
         raise NoNative(f"the bias of {described(path)} would have to move into what reads it: {why}") from why
     for reader in readers:

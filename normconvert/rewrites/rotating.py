@@ -24,16 +24,16 @@ from normconvert.options import ROTATIONS, Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.given_rotations import TOLERANCE, Given, error_of_ones, given_in, size_of
 from normconvert.plan.rotations import order_without_hadamard
-from normconvert.rewrites.centring import Centring, can_untie, doors_of, editability
+from normconvert.rewrites.centring import Centring, allowed_leaks, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.inner_calls import with_parts_as_ways_out
-from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
+from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, shifted_outputs, untie
 from normconvert.rewrites.normed_tables import NormedTable, normed_tables
-from normconvert.rewrites.readers import Unfoldable
+from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import Obstacle, in_a_branch, misuse, never_called, obstacle
+from normconvert.rewrites.verdicts import ALLOWED, Obstacle, in_a_branch, misuse, never_called, obstacle
 from normconvert.rewrites.writers import table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
@@ -92,6 +92,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     for path in tables:
         notes += search.tables[path].move(change, tensors, config)
         needed |= set(search.tables[path].outside)
+    given = {ref for path in paths for ref in search.moved[path].values if ref[0] in graph.outside}
     # Those whose table writes into a stream that stays.
     notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
@@ -101,7 +102,10 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     own = "hadamard" if given is not None else kind
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
-    doors = doors_of(graph, needed)
+    shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
+    if shifted and set(shifted) >= {name for names in graph.outputs.values() for name in names}:
+        return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
+    doors = doors_of(graph, needed | given)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "rotate",
@@ -109,10 +113,14 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
         aliases=aliases,
         config=config,
         verdicts=verdicts + never_called(graph, set(search.calls)),
-        notes=notes + _notes(streams, doors, options) + _notes_of(pairs, options) + ([CASTS] if float32 else []),
+        notes=notes
+        + _notes(streams, doors, shifted, options)
+        + _notes_of(pairs, options)
+        + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
         shifted_doors=_doors_out(search, converted, paths),
+        shifted_outputs=shifted,
     )
 
 
@@ -124,8 +132,7 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     """
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
-    # An output in another basis is another output, whatever the user allows of its mean.
-    options = replace(options, tied="untie", allow_shifted_outputs=False)
+    options = replace(options, tied="untie")
     found, _ = editability(analysis, options)
     calls: dict[str, list[Norm]] = defaultdict(list)
     for norm in norms:
@@ -208,15 +215,16 @@ def _unconvertible(search: _Search, path: str, group: list[Norm], options: Optio
     """What keeps a norm from being converted; also notes where its weight and bias go."""
     if why := obstacle(group, search.where, options) or misuse(path, group, search.analysis.graph):
         if why.returned:
-            return Obstacle("returned", f"{why.returned}, in the basis that it was trained in.")
+            return Obstacle("returned", f"{why.returned}, in the basis that it was trained in{ALLOWED}")
         return replace(why, reason=why.reason.replace("with its mean, which", "in its own basis, which"))
     names = {
         search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n in _tables(search)
     }
     try:
-        search.moved[path] = moved_norm(search.analysis, group, names, through_features=not options.keep_features)
+        search.moved[path] = moved_norm(search.analysis, group, names, through=allowed_leaks(options))
     except Unfoldable as why:
-        return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}.")
+        more = ALLOWED if isinstance(why, Returned) else "."
+        return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}{more}")
     return None
 
 
@@ -306,8 +314,8 @@ def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list
     return [*streams, *(row for row in norms if row not in streams)]
 
 
-def _notes(streams: list[Stream], doors: list[str], options: Options) -> list[str]:
-    notes = []
+def _notes(streams: list[Stream], doors: list[str], shifted: list[str], options: Options) -> list[str]:
+    notes = [f"in the new basis are returned: {', '.join(shifted)}"] if shifted else []
     if doors:
         notes.append(f"{', '.join(doors)} must be in the new basis, as what the output's own embeddings give is")
     if options.rotation not in ROTATIONS:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import InputError
+from normconvert.options import OF_TENSORS
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.given_rotations import read_rotation
 from normconvert.tracing.probes import Probe, verification_inputs
@@ -35,6 +36,7 @@ from normconvert.verification.run_comparison import (
     compare_runs,
     loss_difference,
     task_metrics,
+    without,
 )
 from normconvert.wording.steps import Step
 
@@ -113,7 +115,8 @@ def verify_models(
         conditioned: it may grow where moving the original's weights by a unit of float64 changes as much.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
-        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
+        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean, or not
+            at all where they are in another basis.
         wider: the original in a dtype of larger range, which stands in for `original` where that has no finite outputs.
         exact: loads the converted one in float64, for models that remember the dtype that they were loaded in.
         level: ``quick``, ``standard`` or ``thorough``: the last runs all probes in the dtype too.
@@ -126,16 +129,20 @@ def verify_models(
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
     shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), in_one_basis(probes, plan)
+    # What is in another basis, and not only without its mean, cannot be compared at all.
+    left_out = shifted if plan is not None and plan.method in OF_TENSORS else frozenset()
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
     original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress)
+    original_run = without(original_run, left_out)
     able = [p for p in probes if p.name not in original_run.failures]
     progress.expect(len(native) + 2 * len(able))
-    test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, progress.of)
+    test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, left_out, progress.of)
     model, told_of = _take(converted), progress.of("the result")
     with watch_means(model, converted_norms) as means:
         converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
+    converted_run = without(converted_run, left_out)
     edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
