@@ -26,7 +26,7 @@ from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.figures import Errors, finite, probe_rows, remarks_on, skipped_probes
 from normconvert.verification.lazy_weights import LazyWeight
-from normconvert.verification.probe_runs import Run, Told, algebra_model, run_model
+from normconvert.verification.probe_runs import Run, Told, algebra_model, in_one_basis, run_model
 from normconvert.verification.proof import Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
@@ -174,13 +174,6 @@ def verify_models(
         remarks=remarks_on(proof, errors, rounding, dtype if original is wider else None),
     )
     return judge(fidelity, proof, rounding, dtype, converted_run)
-
-
-def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
-    """The probes without embeddings from outside which the converted model takes in another basis, or without mean."""
-    moved = plan is not None and (plan.method in ("rotate", "scale") or plan.native)
-    doors = plan.untraced_doors if plan is not None and moved else ()
-    return [probe for probe in probes if probe.inputs.keys().isdisjoint(doors)]
 
 
 def _edited(
