@@ -104,6 +104,8 @@ def _check_kept(graph: Graph, patterns: str | None) -> None:
         InputError: no tensor and no module is called so.
     """
     names = [name for parameter in graph.parameters.values() for name in parameter.aliases]
+    if patterns is not None and not _patterns(patterns):
+        raise InputError(f"--keep {patterns!r}: names no tensor and no module")
     for pattern in _patterns(patterns):
         if not any(_is_kept(name, pattern) for name in names):
             raise InputError(f"--keep {pattern}: the model has no tensor and no module of that name")
