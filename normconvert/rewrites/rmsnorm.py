@@ -8,6 +8,7 @@ its mean removed, and it is removed by centring what writes into it (arXiv 2305.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
@@ -60,17 +61,14 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes=notes + _notes(shifted, doors, float32),
         float32_norms=float32,
         untraced_doors=doors,
-        shifted_doors=shifted_doors(analysis, converted, where),
+        shifted_doors=shifted_doors(analysis, [where[norm][0] for norm in converted]),
         shifted_outputs=shifted,
     )
 
 
-def shifted_doors(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]
-) -> list[dict[str, Any]]:
-    """The ways out, other than the model's outputs, that return a stream which converted norms read."""
-    streams = {id(where[norm][0]): where[norm][0] for norm in converted}
-    nodes = dict.fromkeys(leak.ref[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+def shifted_doors(analysis: Analysis, streams: Iterable[Stream]) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return one of some streams."""
+    nodes = dict.fromkeys(leak.ref[0] for s in streams for leak in s.leaks if leak.code == "features")
     rows = [(name, exit_module(node)) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
 

@@ -132,6 +132,7 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     """
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
+    analysis.add_written()
     options = replace(options, tied="untie")
     found, _ = editability(analysis, options)
     calls: dict[str, list[Norm]] = defaultdict(list)
@@ -309,7 +310,8 @@ def _verdict(search: _Search, path: str) -> Verdict:
 
 def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return rotated streams or what their norms give."""
-    streams = shifted_doors(search.analysis, converted, search.where)
+    read = [search.where[norm][0] for norm in converted]
+    streams = shifted_doors(search.analysis, [*read, *search.streams])
     norms = doors_behind(search.analysis.graph, (search.moved[path] for path in paths))
     return [*streams, *(row for row in norms if row not in streams)]
 

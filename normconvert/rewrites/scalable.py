@@ -81,6 +81,7 @@ def search_scale(graph: Graph, options: Options) -> Search:
     """Find the streams that can be scaled, and all their norms with them."""
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
+    analysis.add_written()
     reading: dict[fx.Node, fx.Node] = {}
     leaks: dict[int, list[Leak]] = {}
     for stream in analysis.streams:

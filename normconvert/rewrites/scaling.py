@@ -68,7 +68,8 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     _check_epsilons(modules, options.power)
     config |= epsilons_in_config(graph.modules[""], [row for row in modules if row["op"] == "epsilon"])
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
-    shifted = shifted_outputs(graph, (stream for stream in search.streams if powers[id(stream)]), [])
+    scaled = [stream for stream in search.streams if powers[id(stream)]]
+    shifted = shifted_outputs(graph, scaled, [])
     if shifted and set(shifted) >= {name for names in graph.outputs.values() for name in names}:
         return plan_scale(graph, replace(options, allow_shifted_outputs=False))
     doors = doors_of(graph, needed)
@@ -84,7 +85,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
         notes=_notes(numbers, tensors, modules, doors, shifted) + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
-        shifted_doors=_doors_out(search, converted, tensors),
+        shifted_doors=_doors_out(search, scaled, tensors),
         shifted_outputs=shifted,
     )
 
@@ -244,9 +245,9 @@ def _notes(
     return found
 
 
-def _doors_out(search: Search, converted: list[Norm], tensors: Edits) -> list[dict[str, Any]]:
+def _doors_out(search: Search, scaled: list[Stream], tensors: Edits) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return scaled streams, or what the norms before heads give."""
-    found = shifted_doors(search.analysis, converted, search.where)
+    found = shifted_doors(search.analysis, scaled)
     for path in dict.fromkeys(path for paths in search.heads.values() for path in paths):
         group = search.calls[path]
         if f"{path}.{(group[0].module or {})['weight']}" in tensors:
