@@ -34,7 +34,7 @@ from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
 from normconvert.rewrites.verdicts import ALLOWED, Obstacle, in_a_branch, misuse, never_called, obstacle
-from normconvert.rewrites.writers import table_and_head, writer_edits
+from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
 
@@ -86,17 +86,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     change = {"op": "rotate", "kind": kind, "seed": options.seed, "constant": constant}
     if given is not None and constant:
         _refuse_moved_mean(given, next(norm for norm in converted if norm.centred))
-    needed = {ref for stream in streams for ref in stream.members}
-    found = replace(search.found, usable=streams)
-    tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
-    for path in tables:
-        notes += search.tables[path].move(change, tensors, config)
-        needed |= set(search.tables[path].outside)
-    given = {ref for path in paths for ref in search.moved[path].values if ref[0] in graph.outside}
-    # Those whose table writes into a stream that stays.
-    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
-    for path in paths:
-        move(graph, search.moved[path], tensors, change)
+    tensors, aliases, config, notes = _edits(search, paths, tables, change)
     pairs = value_pairs(search.analysis) if options.values else []
     # A matrix that is given is for the streams; a head has another width.
     own = "hadamard" if given is not None else kind
@@ -105,7 +95,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
     if shifted and set(shifted) >= {name for names in graph.outputs.values() for name in names}:
         return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
-    doors = doors_of(graph, needed | given)
+    needed = {ref for stream in streams for ref in stream.members}
+    doors = doors_of(graph, needed | _given_to(search, paths, tables))
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "rotate",
@@ -122,6 +113,31 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
         shifted_doors=_doors_out(search, converted, paths),
         shifted_outputs=shifted,
     )
+
+
+def _edits(
+    search: _Search, paths: list[str], tables: list[str], change: dict[str, Any]
+) -> tuple[Edits, dict[str, list[str]], dict[str, Any], list[str]]:
+    """The edits of writers, of tables behind norms, and of what reads norms; the rest is as in :func:`writer_edits`."""
+    streams, graph = search.streams, search.analysis.graph
+    needed = {ref for stream in streams for ref in stream.members}
+    found = replace(search.found, usable=streams)
+    tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
+    for path in tables:
+        notes += search.tables[path].move(change, tensors, config)
+    # Those whose table writes into a stream that stays.
+    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
+    for path in paths:
+        move(graph, search.moved[path], tensors, change)
+    return tensors, aliases, config, notes
+
+
+def _given_to(search: _Search, paths: list[str], tables: list[str]) -> set[AxisRef]:
+    """Values from outside that are no part of a stream: rows for a norm, and what an earlier call has returned."""
+    rows = {ref for path in tables for ref in search.tables[path].outside}
+    return rows | {
+        ref for path in paths for ref in search.moved[path].values if ref[0] in search.analysis.graph.outside
+    }
 
 
 def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:

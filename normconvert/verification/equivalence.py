@@ -128,21 +128,17 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), in_one_basis(probes, plan)
-    # What is in another basis, and not only without its mean, cannot be compared at all.
-    left_out = shifted if plan is not None and plan.method in OF_TENSORS else frozenset()
+    (shifted, left_out), probes = _changed_outputs(plan), in_one_basis(probes, plan)
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
-    original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress)
-    original_run = without(original_run, left_out)
+    original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress, left_out)
     able = [p for p in probes if p.name not in original_run.failures]
     progress.expect(len(native) + 2 * len(able))
     test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, left_out, progress.of)
-    model, told_of = _take(converted), progress.of("the result")
+    model, say = _take(converted), progress.of("the result")
     with watch_means(model, converted_norms) as means:
-        converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
-    converted_run = without(converted_run, left_out)
+        converted_run = without(run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=say), left_out)
     edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
@@ -174,6 +170,12 @@ def verify_models(
         remarks=remarks_on(proof, errors, rounding, dtype if original is wider else None),
     )
     return judge(fidelity, proof, rounding, dtype, converted_run)
+
+
+def _changed_outputs(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
+    """The outputs that are compared without their mean, and those in another basis, which cannot be compared at all."""
+    names = frozenset(plan.shifted_outputs if plan is not None else ())
+    return (frozenset(), names) if plan is not None and plan.method in OF_TENSORS else (names, frozenset())
 
 
 def _edited(
@@ -216,7 +218,7 @@ class _Progress:
 
 def _run_original(
     original: ModelOrMaker, wider: ModelOrMaker | None, native: Sequence[Probe], probes: Sequence[Probe], seed: int,
-    progress: _Progress,
+    progress: _Progress, left_out: frozenset[str],
 ) -> tuple[ModelOrMaker, Run, list[Probe], torch.dtype]:  # fmt: skip
     """The original or what stands in for it, its outputs, the probes that it was run on and can take, its own dtype."""
     model = _take(original)
@@ -230,8 +232,8 @@ def _run_original(
         reason = next(iter(run.failures.values()), "there are no probes")
         raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
     if wider is not None and not finite(run):
-        return wider, run_model(_take(wider), able, dtype=dtype, seed=seed), able, dtype
-    return original, run, able, dtype
+        original, run = wider, run_model(_take(wider), able, dtype=dtype, seed=seed)
+    return original, without(run, left_out), able, dtype
 
 
 def _refuse_empty(errors: Distances, proof: Proof, dtype: torch.dtype) -> None:

@@ -1,0 +1,48 @@
+"""What calls other than ``forward`` make of the tensors that write into a stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normconvert.options import Options
+from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.registry import REWRITES
+from normconvert.tracing.graph import merge, trace
+from normconvert.verification.equivalence import algebra_model
+
+
+class Shown(nn.Module):
+    """A tensor that writes into the stream makes what a method of features returns, where no norm reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.seen = nn.Embedding(11, 8), nn.Linear(5, 8)
+        self.norm, self.head = nn.RMSNorm(8, eps=1e-5), nn.Linear(8, 3)
+
+    def get_image_features(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.seen(pixels)
+        return features
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(torch.cat([self.table(ids), self.get_image_features(pixels)], 1)))
+        return logits
+
+
+@pytest.mark.parametrize("method", ["rotate", "scale"])
+def test_what_a_further_call_returns_moves_with_the_stream(method: str) -> None:
+    inputs = {"ids": torch.arange(6).reshape(2, 3), "pixels": torch.randn(2, 4, 5)}
+    with torch.device("meta"):
+        model = Shown().eval()
+    meta = {name: value.to("meta") for name, value in inputs.items()}
+    graph = merge(trace(model, meta), trace(model, {"pixels": meta["pixels"]}, "get_image_features"))
+    plan: Plan = REWRITES[method].planner(graph, Options(power="2"))
+    assert [v.path for v in plan.converted] == ["norm"]
+    assert "get_image_features" in {row["door"] for row in plan.shifted_doors}
+    truth = Shown().double()
+    edited = algebra_model(truth, plan)
+    wide = {"ids": inputs["ids"], "pixels": inputs["pixels"].double()}
+    torch.testing.assert_close(edited(**wide), truth(**wide), rtol=1e-12, atol=1e-12)
+    kept: Plan = REWRITES[method].planner(graph, Options(power="2", keep_features=True))
+    assert not kept.converted
