@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import normconvert
+from normconvert.apply.underflow import Underflow
+from normconvert.errors import InputError
 from normconvert.options import Options
 from normconvert.plan.edits import apply_edits
 from tests.support.basis import check_basis
@@ -139,3 +141,12 @@ def test_bloom_is_rotated_in_its_own_class(tmp_path: Path, dtype: torch.dtype) -
     with torch.no_grad():
         embeddings = after.get_input_embeddings()(ids)
         torch.testing.assert_close(after(inputs_embeds=embeddings).logits, after(ids).logits)
+
+
+def test_rows_that_a_half_cannot_hold_are_refused_by_name() -> None:
+    """As where one channel's gain is much larger than all others'."""
+    lost = Underflow("table.weight", [{"op": "normed"}])
+    exact = torch.full((4, 4), 1.1e-7, dtype=torch.float64)
+    lost.see(exact, exact.half())
+    with pytest.raises(InputError, match=r"tensor table\.weight: rows for which the norm behind it .* wider --dtype"):
+        lost.check(torch.float16)
