@@ -86,9 +86,24 @@ def doors_behind(graph: Graph, norms: Iterable[Moved]) -> list[dict[str, str]]:
 
 def shifted_outputs(graph: Graph, streams: Iterable[Stream], norms: Iterable[Moved]) -> list[str]:
     """The model's outputs that are values of such streams, or what such norms give."""
-    nodes = {leak.ref[0] for stream in streams for leak in stream.leaks if leak.code == "returned"}
+    nodes = {node for stream in streams for node, _ in stream.members}
     nodes |= {node for moved in norms for node, _ in moved.values}
-    return list(dict.fromkeys(name for node, names in graph.outputs.items() if node in nodes for name in names))
+    found = dict.fromkeys(name for node, names in graph.outputs.items() if node in nodes for name in names)
+    # Of a list with a value for each image, say, another call may return more.
+    kept = {_list_of(name) for node, names in graph.outputs.items() if node not in nodes for name in names}
+    return list(dict.fromkeys(_list_of(name) if _list_of(name) not in kept else name for name in found))
+
+
+def other_outputs(graph: Graph, shifted: Collection[str]) -> list[str]:
+    """The model's outputs that are none of these."""
+    names = (name for names in graph.outputs.values() for name in names)
+    return [name for name in names if name not in shifted and _list_of(name) not in shifted]
+
+
+def _list_of(name: str) -> str:
+    """The output that a value is an item of; else its own name."""
+    whole, _, item = name.rpartition(".")
+    return whole if whole and item.isdigit() else name
 
 
 def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:

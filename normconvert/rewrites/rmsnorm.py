@@ -142,8 +142,9 @@ def _needed(
 def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]) -> list[str]:
     """The outputs that are a stream which converted norms read."""
     streams = {id(where[n][0]): where[n][0] for n in converted}
-    returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
-    return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.ref[0], ())))
+    # A stream's leaks name one value for each who reads several.
+    nodes = dict.fromkeys(node for s in streams.values() for node, _ in s.members)
+    return list(dict.fromkeys(n for node in nodes for n in analysis.graph.outputs.get(node, ())))
 
 
 def _notes(shifted: list[str], doors: list[str], float32: bool) -> list[str]:

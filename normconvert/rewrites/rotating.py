@@ -27,7 +27,15 @@ from normconvert.plan.rotations import order_without_hadamard
 from normconvert.rewrites.centring import Centring, allowed_leaks, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.inner_calls import with_parts_as_ways_out
-from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, shifted_outputs, untie
+from normconvert.rewrites.moved_norms import (
+    Moved,
+    doors_behind,
+    move,
+    moved_norm,
+    other_outputs,
+    shifted_outputs,
+    untie,
+)
 from normconvert.rewrites.normed_tables import NormedTable, normed_tables
 from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
@@ -93,7 +101,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
-    if shifted and set(shifted) >= {name for names in graph.outputs.values() for name in names}:
+    if shifted and not other_outputs(graph, shifted):
         return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
     needed = {ref for stream in streams for ref in stream.members}
     doors = doors_of(graph, needed | _given_to(search, paths, tables))

@@ -26,7 +26,7 @@ from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import doors_of
 from normconvert.rewrites.epsilons import epsilon_edit, epsilons_in_config
 from normconvert.rewrites.folding import CASTS
-from normconvert.rewrites.moved_norms import Moved, doors_behind, shifted_outputs
+from normconvert.rewrites.moved_norms import Moved, doors_behind, other_outputs, shifted_outputs
 from normconvert.rewrites.readers import values_behind
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
@@ -70,7 +70,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
     scaled = [stream for stream in search.streams if powers[id(stream)]]
     shifted = shifted_outputs(graph, scaled, [])
-    if shifted and set(shifted) >= {name for names in graph.outputs.values() for name in names}:
+    if shifted and not other_outputs(graph, shifted):
         return plan_scale(graph, replace(options, allow_shifted_outputs=False))
     doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)

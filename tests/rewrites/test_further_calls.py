@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,3 +48,22 @@ def test_what_a_further_call_returns_moves_with_the_stream(method: str) -> None:
     torch.testing.assert_close(edited(**wide), truth(**wide), rtol=1e-12, atol=1e-12)
     kept: Plan = REWRITES[method].planner(graph, Options(power="2", keep_features=True))
     assert not kept.converted
+
+
+class Listed(Shown):
+    """The stream is returned in a list with a value for each image, and another call may have more of them."""
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> dict[str, Any]:
+        seen = list(self.get_image_features(pixels).unbind(0))
+        x = torch.cat([self.table(ids), torch.stack(seen)], 1)
+        return {"logits": self.head(self.norm(x)), "seen": seen}
+
+
+@pytest.mark.parametrize("method", ["rotate", "scale"])
+def test_a_list_of_values_is_named_as_a_whole(method: str) -> None:
+    with torch.device("meta"):
+        model = Listed().eval()
+    meta = {"ids": torch.zeros(2, 3, dtype=torch.int64, device="meta"), "pixels": torch.randn(2, 4, 5, device="meta")}
+    plan: Plan = REWRITES[method].planner(trace(model, meta), Options(power="2", allow_shifted_outputs=True))
+    assert [v.path for v in plan.converted] == ["norm"]
+    assert plan.shifted_outputs == ["seen"]
