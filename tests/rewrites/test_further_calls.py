@@ -53,7 +53,7 @@ def test_what_a_further_call_returns_moves_with_the_stream(method: str) -> None:
 class Listed(Shown):
     """The stream is returned in a list with a value for each image, and another call may have more of them."""
 
-    def forward(self, ids: Tensor, pixels: Tensor) -> dict[str, Any]:
+    def forward(self, ids: Tensor, pixels: Tensor) -> Any:
         seen = list(self.get_image_features(pixels).unbind(0))
         x = torch.cat([self.table(ids), torch.stack(seen)], 1)
         return {"logits": self.head(self.norm(x)), "seen": seen}
