@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.registry import REWRITES
+from normconvert.rewrites.planning import plan_graph
 from normconvert.tracing.graph import merge, trace
 from normconvert.verification.equivalence import algebra_model
 
@@ -39,14 +39,14 @@ def test_what_a_further_call_returns_moves_with_the_stream(method: str) -> None:
         model = Shown().eval()
     meta = {name: value.to("meta") for name, value in inputs.items()}
     graph = merge(trace(model, meta), trace(model, {"pixels": meta["pixels"]}, "get_image_features"))
-    plan: Plan = REWRITES[method].planner(graph, Options(power="2"))
+    plan: Plan = plan_graph(graph, Options(power="2"), method)
     assert [v.path for v in plan.converted] == ["norm"]
     assert "get_image_features" in {row["door"] for row in plan.shifted_doors}
     truth = Shown().double()
     edited = algebra_model(truth, plan)
     wide = {"ids": inputs["ids"], "pixels": inputs["pixels"].double()}
     torch.testing.assert_close(edited(**wide), truth(**wide), rtol=1e-12, atol=1e-12)
-    kept: Plan = REWRITES[method].planner(graph, Options(power="2", keep_features=True))
+    kept: Plan = plan_graph(graph, Options(power="2", keep_features=True), method)
     assert not kept.converted
 
 
@@ -64,6 +64,6 @@ def test_a_list_of_values_is_named_as_a_whole(method: str) -> None:
     with torch.device("meta"):
         model = Listed().eval()
     meta = {"ids": torch.zeros(2, 3, dtype=torch.int64, device="meta"), "pixels": torch.randn(2, 4, 5, device="meta")}
-    plan: Plan = REWRITES[method].planner(trace(model, meta), Options(power="2", allow_shifted_outputs=True))
+    plan: Plan = plan_graph(trace(model, meta), Options(power="2", allow_shifted_outputs=True), method)
     assert [v.path for v in plan.converted] == ["norm"]
     assert plan.shifted_outputs == ["seen"]
