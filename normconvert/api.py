@@ -179,6 +179,8 @@ def _check(request: Conversion) -> dict[str, float]:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
     if request.method == "scale" and request.stream and request.power is None:
         raise InputError("--stream reads the weights once, as they are written: say --power")
+    if request.method == "scale" and request.data is not None and request.power is not None:
+        raise InputError("--data says what to measure on, and --power leaves nothing to measure: leave one of them out")
     if not request.dry_run:
         local = user_path(request.src)
         check_output(user_path(request.out), local if local.exists() else None, request.overwrite)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -106,6 +107,8 @@ def check_options(request: Any) -> None:
         if known.choices and value not in known.choices:
             expected = " or ".join(known.choices) if len(known.choices) < 3 else f"one of {', '.join(known.choices)}"
             raise InputError(f"unknown {name} {value!r}; expected {expected}")
+        if known.at_least is not None and not math.isfinite(value):
+            raise InputError(f"{name} is {value}; expected a finite number")
         if known.at_least is not None and value < known.at_least:
             raise InputError(f"{name} is {value}; expected {known.at_least} or more")
         if known.valid is not None:

@@ -116,8 +116,8 @@ class Options:
     )  # fmt: skip
     allow_shifted_outputs: bool = option(
         False,
-        "The per-token mean of returned hidden states may change.",
-        methods=("rmsnorm",), recorded=True, recipe=True, panel=PLANNED,
+        "Returned hidden states may change: their mean by token; in rotate their basis, in scale their size.",
+        methods=("rmsnorm", "rotate", "scale"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     keep_features: bool = option(
         False,

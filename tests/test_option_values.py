@@ -41,9 +41,23 @@ def test_a_number_or_a_list_is_the_text_that_it_says() -> None:
         ({"seed": "a"}, "seed is 'a'; expected a whole number"),
         ({"fold": "yes"}, "fold is 'yes'; expected True or False"),
         ({"headroom": "much"}, "headroom is 'much'; expected a number"),
+        ({"headroom": float("nan")}, "headroom is nan; expected a finite number"),
+        ({"headroom": float("inf")}, "headroom is inf; expected a finite number"),
         ({"keep": 1.5}, "keep is 1.5; expected text"),
     ],
 )
 def test_another_type_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         converted("rmsnorm", **options)
+
+
+@pytest.mark.parametrize("keep", ["", ",", " , "])
+def test_a_list_that_keeps_nothing_is_refused(keep: str) -> None:
+    """A variable of a shell that is not set, say: what it was meant to keep would change without a word."""
+    with pytest.raises(InputError, match="names no tensor and no module"):
+        converted("fold", keep=keep)
+
+
+def test_a_headroom_that_no_norm_bears_is_refused_by_its_own_name() -> None:
+    with pytest.raises(InputError, match=r"--headroom 1e\+200: a stream would be divided by 2\^6\d\d, and norms"):
+        converted("scale", headroom=1e200)

@@ -114,6 +114,10 @@ ACTIVATIONS = {
 """Element by element, and linear in nothing: a stream ends at them, a token stays the token that it was."""
 
 
+REPEATS = {"aten.repeat", "aten.tile"}
+"""The same along an axis that was one long, as if it had been stretched."""
+
+
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     """The terms of ``node``; None if its operation has no rule, or not for this use."""
     if node.op != "call_function":
@@ -128,7 +132,7 @@ def varies(node: fx.Node, place: ChannelAxis) -> bool:
     if place.dim >= len(shape) or shape[place.dim] == 1:
         return False
     name = name_of(node)
-    if name in POINTWISE:
+    if name in POINTWISE | REPEATS:
         for arg in node.all_input_nodes if name not in LIKE_ANOTHER else node.all_input_nodes[:1]:
             source = carry_back(Operand(arg, rules.broadcast(arg, node)), place, node)
             if source is NoPlace.LOST or (isinstance(source, ChannelAxis) and varies(arg, source)):

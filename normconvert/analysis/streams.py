@@ -280,6 +280,27 @@ class Analysis:
             return Use(leak=Leak(ref, user, "product", f"{operation(user)} multiplies it channel by channel"))
         return Use(to=(user, place))
 
+    def add_written(self) -> None:
+        """Add the streams without norms that tensors of the others write: what a further call returns, say.
+
+        A tensor can only change if all that it writes does; what is no stream would keep it as it is.
+        """
+        work = [ref for stream in self.streams for ref, made in stream.members.items() if made.kind == "parameter"]
+        seen = set(work)
+        while work:
+            for use in self.uses(work.pop()):
+                if use.to is None or use.to in seen or use.to in self.stream_of:
+                    continue
+                seen.add(use.to)
+                if use.to[0] not in self.data:
+                    work.append(use.to)
+                    continue
+                stream = self.grow(use.to)
+                self.streams.append(stream)
+                self.stream_of.update(dict.fromkeys(stream.members, stream))
+                work += [ref for ref, made in stream.members.items() if made.kind == "parameter" and ref not in seen]
+                seen |= stream.members.keys()
+
     def other_readers(
         self, ref: AxisRef, allowed: Callable[[AxisRef], bool], *, norms_too: bool = False
     ) -> Iterator[fx.Node]:

@@ -35,6 +35,7 @@ NEEDS_WHOLE: dict[str, Callable[[Edit, int], set[int]]] = {
     "read_compressed": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "drop": lambda edit, ndim: {int(edit["axis"]) % ndim},
     "rotate": lambda edit, ndim: {int(edit["axis"]) % ndim},
+    "normed": lambda edit, ndim: {int(edit["axis"]) % ndim},
 }
 
 

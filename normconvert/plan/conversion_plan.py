@@ -61,8 +61,8 @@ class Plan:
         doors: arguments of ``forward`` other than the usual ones for which the proof holds, too.
         untraced_doors: those for which nothing is proved.
         shifted_doors: ways out that give a stream without its mean, rows ``{"door", "output"}``.
-        shifted_outputs: outputs whose per-token mean changes, as :func:`normconvert.tracing.output_paths.named_values`
-            names them (only with ``--allow-shifted-outputs``).
+        shifted_outputs: outputs whose per-token mean changes, or which are in another basis or scaled, as
+            :func:`normconvert.tracing.output_paths.named_values` names them (only with ``--allow-shifted-outputs``).
         shapes: tensor name -> shape, of the whole model, for :func:`normconvert.apply_plan`; empty in plans of files,
             which are held against their headers.
         native: the class (transformers) or model (timm) that the output is, where that is the library's own with

@@ -143,7 +143,7 @@ def _new(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 
 
 def _bound(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
-    """x <- by, in the shape of x: the bounds of a clamp, infinite where there is none."""
+    """x <- by, in the shape of x: the bounds of a clamp, say, infinite where there is none."""
     # Cloned, since expanded values are one in memory and cannot be edited on.
     return evaluate(edit["by"], lookup, bound=True).to(x.device).expand(x.numel()).reshape(x.shape).clone()
 
@@ -206,6 +206,23 @@ def _rotate(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return view.index_copy(dim - 1, blocks, rotated(view.index_select(dim - 1, blocks), dim, *settings)).reshape(shape)
 
 
+def _normed(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- y sqrt(eps / (1 - mean(y^2))) along the channels: y = by * n(x) / c, n the norm without a weight.
+
+    A norm with this eps and the weight c gives c y for that. c is ["power_above", by], so that mean(y^2) <= 1 / 2; with
+    ``centred`` n is of LayerNorm, and y without its mean.
+    """
+    view, dim, shape = _split(x, edit)
+    gain, eps, centred = evaluate(edit["by"], lookup), float(edit["eps"]), bool(edit["centred"])
+    if centred:
+        view = view - view.mean(dim, keepdim=True)
+    view = view * (view.square().mean(dim, keepdim=True) + eps).rsqrt()
+    view = view * _vector(view, dim, gain / evaluate(["power_above", edit["by"]], lookup))
+    if centred:
+        view = view - view.mean(dim, keepdim=True)
+    return (view * (eps / (1.0 - view.square().mean(dim, keepdim=True))).sqrt()).reshape(shape)
+
+
 def _merge(view: Tensor, dim: int, edit: Edit, shape: tuple[int, ...]) -> Tensor:
     """The inverse of ``_split`` for a view whose channels are fewer."""
     axis = int(edit["axis"]) % len(shape)
@@ -235,6 +252,7 @@ EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "read_compressed": _reads_compressed,
     "drop": _drop,
     "rotate": _rotate,
+    "normed": _normed,
 }
 
 

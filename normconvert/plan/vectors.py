@@ -50,6 +50,12 @@ def _clip(a: Tensor, b: Tensor, limit: Tensor) -> Clip:
     return Clip(a.masked_fill(constant, 1.0), start.masked_fill(constant, 0.0), lower, upper)
 
 
+def _power_above(a: Tensor) -> Tensor:
+    """A power of two that is at least sqrt(2) max|a|; one if all of them are zero."""
+    most = a.abs().amax() * 2.0**0.5
+    return torch.where(most > 0, torch.exp2(most.log2().ceil()), torch.ones_like(most))
+
+
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -59,6 +65,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "reciprocal": torch.reciprocal,
+    "power_above": _power_above,
     "clip_scale": lambda *x: _clip(*x).scale,
     "clip_start": lambda *x: _clip(*x).start,
     "clip_lower": lambda *x: _clip(*x).lower,

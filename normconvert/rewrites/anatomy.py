@@ -43,7 +43,7 @@ def _norm(analysis: Analysis, path: str, group: list[Norm], untied: dict[str, st
     row: dict[str, Any] = {"name": path, "kind": group[0].kind, "centred": group[0].centred}
     row |= {key: settings.get(key) for key in ("size", "eps", "weight", "bias", "offset")}
     try:
-        found, _ = readers_of(analysis, group, untied, bias_stays=True, through_features=True)
+        found, _ = readers_of(analysis, group, untied, bias_stays=True, through=("features",))
     except Unfoldable as why:
         return {**row, "readers": [], "why": f"{why}"}
     return {**row, "readers": [_named(reader.weight) for reader in found], "why": ""}
@@ -111,16 +111,22 @@ def _alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def awq(anatomy: dict[str, Any]) -> list[dict[str, Any]]:
-    """As AWQ and SmoothQuant take it: a layer whose results take a scale by channel, and who takes the inverse."""
+    """As AWQ and SmoothQuant take it: a layer whose results take a scale by channel, and who takes the inverse.
+
+    What a tied head takes its table would take, too; and what is several tensors of one module is no layer there.
+    """
+    tied = {name for names in anatomy["tied"] for name in names}
     rows = [
         {"smooth_layer": norm["name"], "balance_layers": _modules(norm["readers"])}
         for norm in anatomy["norms"]
-        if norm["readers"] and norm["weight"] and not norm["offset"]
+        if norm["readers"] and norm["weight"] and not norm["offset"] and not _no_layer(norm["readers"])
+        if not any(row["tensor"] in tied for row in norm["readers"])
     ]
     for pair in anatomy["values"]:
         writers, readers = _modules(pair["writers"]), _modules(pair["readers"])
         # With fewer heads of values than of queries a channel has several readers in one matrix.
-        if len(writers) == 1 and pair["heads"][0] == pair["heads"][1]:
+        alone = len(writers) == 1 and pair["heads"][0] == pair["heads"][1]
+        if alone and not _no_layer([*pair["writers"], *pair["readers"]]):
             rows.append({"smooth_layer": writers[0], "balance_layers": readers})
     return rows
 
@@ -131,16 +137,24 @@ def llm_compressor(anatomy: dict[str, Any]) -> dict[str, Any]:
     Norms that cannot be folded there stand under ``left_out`` with the reason, and so does every stream that R1 may not
     turn.
     """
-    mappings, left_out = [], {}
+    mappings: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    folded: dict[str, list[str]] = {}
     for norm in anatomy["norms"]:
-        if why := norm["why"] or _unfolded(norm):
+        if why := norm["why"] or _unfolded(norm) or _no_layer(norm["readers"]):
             left_out[norm["name"]] = why
-        else:
-            mappings.append({"norm": norm["name"], "linears": _modules(norm["readers"])})
-    folded = {row["norm"]: row["linears"] for row in mappings}
+            continue
+        folded[norm["name"]] = _modules(norm["readers"])
+        if norm["weight"] is not None:
+            mappings.append({"norm": norm["name"], "linears": folded[norm["name"]]})
     turned = []
     for stream in anatomy["streams"]:
-        stays = [*stream["other_writers"], *stream["other_readers"], *(left_out.get(n, "") for n in stream["norms"])]
+        stays = [
+            _no_layer(stream["writers"]),
+            *stream["other_writers"],
+            *stream["other_readers"],
+            *(left_out.get(n, "") for n in stream["norms"]),
+        ]
         if why := next(filter(None, stays), ""):
             left_out[f"the stream that {stream['norms'][0]} reads"] = why
             continue
@@ -149,6 +163,7 @@ def llm_compressor(anatomy: dict[str, Any]) -> dict[str, Any]:
     pairs = [
         {"attn_v": _modules(p["writers"]), "attn_o": _modules(p["readers"]), "attn_head_dim": p["size"]}
         for p in anatomy["values"]
+        if not _no_layer([*p["writers"], *p["readers"]])
     ]
     return {"norm_mappings": mappings, "r1": turned, "r2": pairs, "tied": anatomy["tied"], "left_out": left_out}
 
@@ -160,6 +175,12 @@ def _unfolded(norm: dict[str, Any]) -> str:
     if norm["bias"] is not None:
         return "it has a bias, which is not folded there"
     return "its weight is stored without a number that the model adds" if norm["offset"] else ""
+
+
+def _no_layer(rows: list[dict[str, str]]) -> str:
+    """Which of some tensors is not the weight or bias of its module, as layers are named; empty if all are."""
+    other = next((row["tensor"] for row in rows if row["tensor"].rpartition(".")[2] not in ("weight", "bias")), None)
+    return f"`{other}` is not the weight of a layer" if other is not None else ""
 
 
 def _modules(rows: list[dict[str, str]]) -> list[str]:

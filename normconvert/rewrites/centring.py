@@ -59,10 +59,15 @@ class Centring:
     given: set[AxisRef] = field(default_factory=set)
 
 
+def allowed_leaks(options: Options) -> set[str]:
+    """The codes of leaks that may see a stream change."""
+    allowed = {"returned"} if options.allow_shifted_outputs else set()
+    return allowed | ({"features"} if not options.keep_features else set())
+
+
 def leaks_of(stream: Stream, options: Options) -> list[Any]:
     """The leaks that forbid changing the mean of this stream."""
-    allowed = {"returned"} if options.allow_shifted_outputs else set()
-    allowed |= {"features"} if not options.keep_features else set()
+    allowed = allowed_leaks(options)
     return [leak for leak in stream.leaks if leak.code not in allowed]
 
 

@@ -7,11 +7,10 @@ say, that stays as b / g (`moved_norms`).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from fnmatch import fnmatchcase
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.errors import InputError
 from normconvert.options import Options
@@ -40,9 +39,7 @@ def plan_fold(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     tied = tables_to_untie(analysis)
     untied = {name: head for name, (_, head) in tied.items()}
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     verdicts: list[Verdict] = []
     folded: list[Moved] = []
     for path, group in calls.items():
@@ -104,6 +101,8 @@ def _check_kept(graph: Graph, patterns: str | None) -> None:
         InputError: no tensor and no module is called so.
     """
     names = [name for parameter in graph.parameters.values() for name in parameter.aliases]
+    if patterns is not None and not _patterns(patterns):
+        raise InputError(f"--keep {patterns!r}: names no tensor and no module")
     for pattern in _patterns(patterns):
         if not any(_is_kept(name, pattern) for name in names):
             raise InputError(f"--keep {pattern}: the model has no tensor and no module of that name")

@@ -7,14 +7,14 @@ readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
-from normconvert.analysis.streams import Analysis, AxisRef
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
@@ -49,7 +49,7 @@ class Moved:
 
 
 def moved_norm(
-    analysis: Analysis, calls: list[Norm], untied: dict[str, str], *, through_features: bool = False
+    analysis: Analysis, calls: list[Norm], untied: dict[str, str], *, through: Collection[str] = ()
 ) -> Moved:
     """Where a norm's weight and bias go.
 
@@ -57,15 +57,15 @@ def moved_norm(
         analysis: the streams.
         calls: all calls of the norm.
         untied: tied table -> name that its reading side has once it is untied.
-        through_features: what ways out other than the model's outputs return may change.
+        through: codes of leaks that are passed over, since what they return may change.
 
     Raises:
         Unfoldable: the weight cannot move.
     """
     try:
-        return Moved(calls, *readers_of(analysis, calls, untied, through_features=through_features), bias_stays=False)
+        return Moved(calls, *readers_of(analysis, calls, untied, through=through), bias_stays=False)
     except Unfoldable:
-        found = readers_of(analysis, calls, untied, bias_stays=True, through_features=through_features)
+        found = readers_of(analysis, calls, untied, bias_stays=True, through=through)
         return Moved(calls, *found, bias_stays=True)
 
 
@@ -80,6 +80,28 @@ def doors_behind(graph: Graph, norms: Iterable[Moved]) -> list[dict[str, str]]:
         # Behind the layers whose outputs they are, hidden states end with what the last norm gives.
         rows += [(HIDDEN, moved.path)] if inside and not moved.path.startswith(inside) else []
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
+
+
+def shifted_outputs(graph: Graph, streams: Iterable[Stream], norms: Iterable[Moved]) -> list[str]:
+    """The model's outputs that are values of such streams, or what such norms give."""
+    nodes = {node for stream in streams for node, _ in stream.members}
+    nodes |= {node for moved in norms for node, _ in moved.values}
+    found = dict.fromkeys(name for node, names in graph.outputs.items() if node in nodes for name in names)
+    # Of a list with a value for each image, say, another call may return more.
+    kept = {_list_of(name) for node, names in graph.outputs.items() if node not in nodes for name in names}
+    return list(dict.fromkeys(_list_of(name) if _list_of(name) not in kept else name for name in found))
+
+
+def other_outputs(graph: Graph, shifted: Collection[str]) -> list[str]:
+    """The model's outputs that are none of these."""
+    names = (name for names in graph.outputs.values() for name in names)
+    return [name for name in names if name not in shifted and _list_of(name) not in shifted]
+
+
+def _list_of(name: str) -> str:
+    """The output that a value is an item of; else its own name."""
+    whole, _, item = name.rpartition(".")
+    return whole if whole and item.isdigit() else name
 
 
 def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:

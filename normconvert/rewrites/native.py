@@ -9,13 +9,12 @@ into the linear maps that read the norm, W (n + b) + c = W n + (W b + c); a weig
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, described
 from normconvert.errors import InputError
 from normconvert.options import Options
@@ -181,9 +180,7 @@ def _tensors(source: Source, plan: Plan, graph: Graph, new: Graph) -> _Tensors:
         NoNative: a norm's bias has nowhere to go, or the weights mean something else there.
     """
     analysis = Analysis(graph, find_norms(graph))
-    groups: dict[str, list[Norm]] = defaultdict(list)
-    for norm in analysis.norms:
-        groups[norm.path].append(norm)
+    groups = by_path(analysis.norms)
     found = _Tensors({name: list(rows) for name, rows in plan.tensors.items()}, [], [])
     for path, calls in norm_calls(new, {v.path for v in plan.converted}).items():
         old, now = groups[path][0].module or {}, next(calls).norm.module or {}
@@ -204,7 +201,7 @@ def _ones(size: int, offset: float, like: str) -> list[dict[str, Any]]:
 def _beside(analysis: Analysis, calls: list[Norm]) -> str:
     """The stored tensor that a new weight of a norm is stored beside: of what reads it, else any."""
     try:
-        return readers_of(analysis, calls, bias_stays=True, through_features=True)[0][0].weight
+        return readers_of(analysis, calls, bias_stays=True, through=("features",))[0][0].weight
     except Unfoldable:
         return next(p.name for p in analysis.graph.parameters.values() if p.stored)
 
@@ -219,7 +216,7 @@ def _move_bias(analysis: Analysis, calls: list[Norm], found: _Tensors) -> None:
     # Gone from the files; whoever edits the original's own class sees zeros.
     found.edits[bias] = [{"op": "fill", "value": 0.0}]
     try:
-        readers, values = readers_of(analysis, calls, through_features=True)
+        readers, values = readers_of(analysis, calls, through=("features",))
     except Unfoldable as why:
         raise NoNative(f"the bias of {described(path)} would have to move into what reads it: {why}") from why
     for reader in readers:

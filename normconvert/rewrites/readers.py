@@ -7,6 +7,7 @@ is (a zero padding does not) and the map has, or can be given, a bias of its own
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from normconvert.analysis.operations import (
     readers,
 )
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
-from normconvert.tracing.graph import module_path
+from normconvert.tracing.graph import Graph, module_path
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Reader:
 
 class Unfoldable(Exception):
     """Why a norm cannot move into its readers."""
+
+
+class Returned(Unfoldable):
+    """The model returns what it gives."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def readers_of(
     untied: dict[str, str] | None = None,
     new_biases: bool = False,
     bias_stays: bool = False,
-    through_features: bool = False,
+    through: Collection[str] = (),
 ) -> tuple[list[Reader], set[AxisRef]]:
     """The linear maps that read a norm, one entry for each weight, and the values between.
 
@@ -100,7 +105,7 @@ def readers_of(
         untied: tied table -> name that the reading side has once it is untied.
         new_biases: a reader may be given a bias.
         bias_stays: the norm's bias does not move.
-        through_features: what ways out other than the model's outputs return may change.
+        through: codes of leaks that are passed over, since what they return may change.
 
     Raises:
         Unfoldable: something else reads it, too.
@@ -108,11 +113,12 @@ def readers_of(
     module = calls[0].module or {}
     has_bias = module.get("bias") is not None and not bias_stays
     starts: list[AxisRef] = [(call.output, call.place) for call in calls if call.place is not None]
+    # What is returned in another basis may be given to another call, which reads it in that.
+    starts += _given_again(analysis, starts) if "returned" in through and starts else []
     values, leaks = values_behind(analysis, starts, has_bias)
-    if through_features:
-        leaks = [leak for leak in leaks if leak.code != "features"]
+    leaks = [leak for leak in leaks if leak.code not in through]
     if not leaks:
-        raise Unfoldable("nothing reads it")
+        raise Unfoldable("nothing but the model's outputs reads it" if "returned" in through else "nothing reads it")
     found: dict[str, list[Reader]] = {}
     for leak in leaks:
         reader = _reader(analysis, leak, has_bias, untied or {}, new_biases)
@@ -132,6 +138,40 @@ def readers_of(
     if len(set(biases)) != len(biases):
         raise Unfoldable("two linear maps that read it share a bias")
     return result, values
+
+
+def _given_again(analysis: Analysis, starts: list[AxisRef]) -> list[AxisRef]:
+    """Values from outside that are read as these alone: what an earlier call has returned of them."""
+    graph = analysis.graph
+    weights = {weight_of(graph, leak) for leak in values_behind(analysis, starts, False)[1]}
+    found: list[AxisRef] = []
+    for node in (node for node in graph.nodes if node in graph.outside):
+        shape = shape_of(node)
+        ref = (node, ChannelAxis(len(shape) - 1, shape[-1])) if shape else None
+        if ref is None or ref[1].size != starts[0][1].size or ref in analysis.stream_of:
+            continue
+        try:
+            leaks = values_behind(analysis, [ref], False)[1]
+        except Unfoldable:
+            continue
+        read = [weight_of(graph, leak) for leak in leaks if leak.code not in ("returned", "features")]
+        if read and None not in read and weights.issuperset(read):
+            found.append(ref)
+    return found
+
+
+def weight_of(graph: Graph, leak: Leak) -> fx.Node | None:
+    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed."""
+    form = LINEAR_FORMS.get(name_of(leak.reader))
+    if leak.code != "linear" or form is None or leak.reader.kwargs or leak.reader.args[form.x] is not leak.ref[0]:
+        return None
+    weight: Any = leak.reader.args[form.weight]
+    if sum(one is leak.ref[0] for one in leak.reader.all_input_nodes) != 1 or weight is leak.ref[0]:
+        return None
+    while isinstance(weight, fx.Node) and name_of(weight) in STORED:
+        weight = weight.args[0]
+    parameter = graph.parameters.get(weight) if isinstance(weight, fx.Node) else None
+    return weight if parameter is not None and parameter.stored else None
 
 
 def values_behind(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> tuple[set[AxisRef], list[Leak]]:
@@ -171,6 +211,8 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     node, (value, place) = leak.reader, leak.ref
     form = LINEAR_FORMS.get(name_of(node))
     # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
+    if leak.code == "returned":
+        raise Returned(leak.reason)
     if leak.code != "linear" or form is None or node.kwargs:
         raise Unfoldable(leak.reason)
     args = [*node.args, *[None] * 3]

@@ -7,6 +7,7 @@ its mean removed, and it is removed by centring what writes into it (arXiv 2305.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
@@ -58,17 +59,14 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes=notes + _notes(shifted, doors, float32),
         float32_norms=float32,
         untraced_doors=doors,
-        shifted_doors=shifted_doors(analysis, converted, where),
+        shifted_doors=shifted_doors(analysis, [where[norm][0] for norm in converted]),
         shifted_outputs=shifted,
     )
 
 
-def shifted_doors(
-    analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]
-) -> list[dict[str, Any]]:
-    """The ways out, other than the model's outputs, that return a stream which converted norms read."""
-    streams = {id(where[norm][0]): where[norm][0] for norm in converted}
-    nodes = dict.fromkeys(leak.ref[0] for s in streams.values() for leak in s.leaks if leak.code == "features")
+def shifted_doors(analysis: Analysis, streams: Iterable[Stream]) -> list[dict[str, Any]]:
+    """The ways out, other than the model's outputs, that return one of some streams."""
+    nodes = dict.fromkeys(leak.ref[0] for s in streams for leak in s.leaks if leak.code == "features")
     rows = [(name, exit_module(node)) for node in nodes for name in analysis.graph.exits[node]]
     return [{"door": name, "output": path} for name, path in dict.fromkeys(rows)]
 
@@ -142,8 +140,9 @@ def _needed(
 def _shifted_outputs(analysis: Analysis, converted: list[Norm], where: dict[Norm, tuple[Stream, AxisRef]]) -> list[str]:
     """The outputs that are a stream which converted norms read."""
     streams = {id(where[n][0]): where[n][0] for n in converted}
-    returned = [leak for s in streams.values() for leak in s.leaks if leak.code == "returned"]
-    return list(dict.fromkeys(n for leak in returned for n in analysis.graph.outputs.get(leak.ref[0], ())))
+    # A stream's leaks name one value for each who reads several.
+    nodes = dict.fromkeys(node for s in streams.values() for node, _ in s.members)
+    return list(dict.fromkeys(n for node in nodes for n in analysis.graph.outputs.get(node, ())))
 
 
 def _notes(shifted: list[str], doors: list[str], float32: bool) -> list[str]:

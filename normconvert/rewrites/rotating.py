@@ -10,30 +10,38 @@ What cannot be written in another basis keeps a stream as it is: a norm's output
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, described, operation
 from normconvert.errors import InputError
 from normconvert.options import ROTATIONS, Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.plan.given_rotations import TOLERANCE, Given, error_of_ones, given_in, size_of
 from normconvert.plan.rotations import order_without_hadamard
-from normconvert.rewrites.centring import Centring, can_untie, doors_of, editability
+from normconvert.rewrites.centring import Centring, allowed_leaks, can_untie, doors_of, editability
 from normconvert.rewrites.folding import CASTS
 from normconvert.rewrites.inner_calls import with_parts_as_ways_out
-from normconvert.rewrites.moved_norms import Moved, doors_behind, move, moved_norm, untie
-from normconvert.rewrites.readers import Unfoldable
+from normconvert.rewrites.moved_norms import (
+    Moved,
+    doors_behind,
+    move,
+    moved_norm,
+    other_outputs,
+    shifted_outputs,
+    untie,
+)
+from normconvert.rewrites.normed_tables import NormedTable, normed_tables
+from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import Obstacle, in_a_branch, misuse, never_called, obstacle
-from normconvert.rewrites.writers import table_and_head, writer_edits
+from normconvert.rewrites.verdicts import ALLOWED, Obstacle, in_a_branch, misuse, never_called, obstacle
+from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
 
@@ -45,6 +53,7 @@ class _Search:
         stays: stream, by identity -> why it stays.
         refused: norm -> why it cannot be converted.
         moved: norm -> where its weight and bias go.
+        tables: norm that reads rows of a table alone -> the table.
     """
 
     analysis: Analysis
@@ -54,6 +63,7 @@ class _Search:
     stays: dict[int, Obstacle] = field(default_factory=dict)
     refused: dict[str, Obstacle] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
+    tables: dict[str, NormedTable] = field(default_factory=dict)
 
     @property
     def streams(self) -> list[Stream]:
@@ -75,26 +85,25 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     search = _searched(graph, options, given)
     streams = search.streams
     paths = [path for path, group in search.calls.items() if all(_reads(search, norm, streams) for norm in group)]
-    converted = [norm for path in paths for norm in search.calls[path]]
+    tables = _tables_of(search)
+    converted = [norm for path in (*paths, *tables) for norm in search.calls[path]]
     # One map for all streams, since a tensor may write into several.
     constant = any(norm.centred for norm in converted)
     kind = given.kind if given is not None else options.rotation
     change = {"op": "rotate", "kind": kind, "seed": options.seed, "constant": constant}
     if given is not None and constant:
         _refuse_moved_mean(given, next(norm for norm in converted if norm.centred))
-    needed = {ref for stream in streams for ref in stream.members}
-    found = replace(search.found, usable=streams)
-    tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
-    # Those whose table writes into a stream that stays.
-    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
-    for path in paths:
-        move(graph, search.moved[path], tensors, change)
+    tensors, aliases, config, notes = _edits(search, paths, tables, change)
     pairs = value_pairs(search.analysis) if options.values else []
     # A matrix that is given is for the streams; a head has another width.
     own = "hadamard" if given is not None else kind
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
     verdicts = [_verdict(search, path) for path in search.calls]
-    doors = doors_of(graph, needed)
+    shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
+    if shifted and not other_outputs(graph, shifted):
+        return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
+    needed = {ref for stream in streams for ref in stream.members}
+    doors = doors_of(graph, needed | _given_to(search, paths, tables))
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
         "rotate",
@@ -102,11 +111,40 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
         aliases=aliases,
         config=config,
         verdicts=verdicts + never_called(graph, set(search.calls)),
-        notes=notes + _notes(streams, doors, options) + _notes_of(pairs, options) + ([CASTS] if float32 else []),
+        notes=notes
+        + _notes(streams, doors, shifted, options)
+        + _notes_of(pairs, options)
+        + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
         shifted_doors=_doors_out(search, converted, paths),
+        shifted_outputs=shifted,
     )
+
+
+def _edits(
+    search: _Search, paths: list[str], tables: list[str], change: dict[str, Any]
+) -> tuple[Edits, dict[str, list[str]], dict[str, Any], list[str]]:
+    """The edits of writers, of tables behind norms, and of what reads norms; the rest is as in :func:`writer_edits`."""
+    streams, graph = search.streams, search.analysis.graph
+    needed = {ref for stream in streams for ref in stream.members}
+    found = replace(search.found, usable=streams)
+    tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
+    for path in tables:
+        notes += search.tables[path].move(change, tensors, config)
+    # Those whose table writes into a stream that stays.
+    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
+    for path in paths:
+        move(graph, search.moved[path], tensors, change)
+    return tensors, aliases, config, notes
+
+
+def _given_to(search: _Search, paths: list[str], tables: list[str]) -> set[AxisRef]:
+    """Values from outside that are no part of a stream: rows for a norm, and what an earlier call has returned."""
+    rows = {ref for path in tables for ref in search.tables[path].outside}
+    return rows | {
+        ref for path in paths for ref in search.moved[path].values if ref[0] in search.analysis.graph.outside
+    }
 
 
 def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
@@ -117,14 +155,12 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     """
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
-    # An output in another basis is another output, whatever the user allows of its mean.
-    options = replace(options, tied="untie", allow_shifted_outputs=False)
+    analysis.add_written()
+    options = replace(options, tied="untie")
     found, _ = editability(analysis, options)
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    search = _Search(analysis, found, calls, where)
+    search = _Search(analysis, found, calls, where, tables=normed_tables(analysis, calls, where))
     for stream in found.usable:
         if why := next((w for ref, made in stream.members.items() if (w := _fixed(search, ref, made))), None):
             search.stays[id(stream)] = why
@@ -174,8 +210,9 @@ def _refuse_moved_mean(given: Given, norm: Norm) -> None:
 
 def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     """Why a value of a stream cannot be written in another basis, whatever becomes of the others."""
-    if (norm := _norm_behind(search.analysis, made)) is not None:
-        why = f"{norm} is written into it, and takes a number but no rotation"
+    norm = _norm_behind(search.analysis, ref)
+    if norm is not None and norm.path not in search.tables:
+        why = f"the output of the norm {described(norm.path)} is written into it, and takes a number but no rotation"
         return Obstacle("post-norm", f"its stream stays as it is: {why} (post-norm).")
     if made.kind == "opaque" and ref[0] not in search.analysis.graph.outside:
         return Obstacle("opaque", f"its stream stays as it is: it contains {made.reason}.")
@@ -186,27 +223,30 @@ def _fixed(search: _Search, ref: AxisRef, made: Provenance) -> Obstacle | None:
     return None
 
 
-def _norm_behind(analysis: Analysis, made: Provenance) -> str | None:
-    """The norm, in words, whose result a value is, scaled by its weight or not."""
+def _norm_behind(analysis: Analysis, ref: AxisRef) -> Norm | None:
+    """The norm whose result a value is, scaled by its weight or not."""
+    made = analysis.provenance(ref)
     while made.kind == "scale" or (made.kind == "sum" and made.parts and not made.rest):
         # The weight and the bias are the other parts.
-        made = analysis.provenance(made.parts[0])
-    return made.reason if made.kind == "norm" else None
+        ref = made.parts[0]
+        made = analysis.provenance(ref)
+    return analysis.norm_of(ref[0])
 
 
 def _unconvertible(search: _Search, path: str, group: list[Norm], options: Options) -> Obstacle | None:
     """What keeps a norm from being converted; also notes where its weight and bias go."""
     if why := obstacle(group, search.where, options) or misuse(path, group, search.analysis.graph):
         if why.returned:
-            return Obstacle("returned", f"{why.returned}, in the basis that it was trained in.")
+            return Obstacle("returned", f"{why.returned}, in the basis that it was trained in{ALLOWED}")
         return replace(why, reason=why.reason.replace("with its mean, which", "in its own basis, which"))
     names = {
         search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n in _tables(search)
     }
     try:
-        search.moved[path] = moved_norm(search.analysis, group, names, through_features=not options.keep_features)
+        search.moved[path] = moved_norm(search.analysis, group, names, through=allowed_leaks(options))
     except Unfoldable as why:
-        return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}.")
+        more = ALLOWED if isinstance(why, Returned) else "."
+        return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}{more}")
     return None
 
 
@@ -232,6 +272,11 @@ def _leave_more(search: _Search) -> None:
                 why = search.refused.get(path) or _why(search, path)
                 text = f"its stream stays as it is: the norm {described(path)} reads it, and {why.reason}"
                 search.stays.setdefault(id(stream), Obstacle(why.code, text))
+        for table in _tables_in(search, stream):
+            if text := table.obstacle(stream, members):
+                path = described(table.calls[0].path)
+                text = f"its stream stays as it is: the norm {path} {text}."
+                search.stays.setdefault(id(stream), Obstacle("post-norm", text))
         for ref, made in stream.members.items():
             if made.kind != "parameter":
                 continue
@@ -242,6 +287,18 @@ def _leave_more(search: _Search) -> None:
                 name = search.analysis.graph.parameters[ref[0]].name
                 text = f"its stream stays as it is: `{name}` writes into it, and {operation(reader)} reads that, too."
                 search.stays.setdefault(id(stream), Obstacle("shared", text))
+
+
+def _tables_in(search: _Search, stream: Stream) -> list[NormedTable]:
+    """The tables whose rows a norm makes a part of a stream."""
+    norms = {norm.path for ref in stream.members if (norm := search.analysis.norm_of(ref[0])) is not None}
+    return [table for path, table in search.tables.items() if path in norms]
+
+
+def _tables_of(search: _Search) -> list[str]:
+    """The norms that write rows of a table into streams that are rotated."""
+    tables = [table for stream in search.streams for table in _tables_in(search, stream)]
+    return list(dict.fromkeys(table.calls[0].path for table in tables))
 
 
 def _reads(search: _Search, norm: Norm, streams: list[Stream]) -> bool:
@@ -259,6 +316,9 @@ def _why(search: _Search, path: str) -> Obstacle:
 
 def _verdict(search: _Search, path: str) -> Verdict:
     kind, streams = search.calls[path][0].kind, search.streams
+    if path in _tables_of(search):
+        reason = "the rows of the table that it reads are those for which it gives what it gave, rotated."
+        return Verdict(path, kind, True, reason, "converted")
     if all(_reads(search, norm, streams) for norm in search.calls[path]):
         reason = "its stream is rotated, its weight and bias move into the linear maps that read it."
         if search.moved[path].bias_stays:
@@ -271,13 +331,14 @@ def _verdict(search: _Search, path: str) -> Verdict:
 
 def _doors_out(search: _Search, converted: list[Norm], paths: list[str]) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return rotated streams or what their norms give."""
-    streams = shifted_doors(search.analysis, converted, search.where)
+    read = [search.where[norm][0] for norm in converted]
+    streams = shifted_doors(search.analysis, [*read, *search.streams])
     norms = doors_behind(search.analysis.graph, (search.moved[path] for path in paths))
     return [*streams, *(row for row in norms if row not in streams)]
 
 
-def _notes(streams: list[Stream], doors: list[str], options: Options) -> list[str]:
-    notes = []
+def _notes(streams: list[Stream], doors: list[str], shifted: list[str], options: Options) -> list[str]:
+    notes = [f"in the new basis are returned: {', '.join(shifted)}"] if shifted else []
     if doors:
         notes.append(f"{', '.join(doors)} must be in the new basis, as what the output's own embeddings give is")
     if options.rotation not in ROTATIONS:

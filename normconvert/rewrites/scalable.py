@@ -7,22 +7,21 @@ head, too, stays one where the norm before the head takes the inverse.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.operations import ALIASES, COPIES, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.analysis.rms_by_hand import is_number, plain
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, Provenance, Stream, described, operation
 from normconvert.options import Options
 from normconvert.rewrites.centring import can_untie, leaks_of
 from normconvert.rewrites.epsilons import attributes_of
-from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, values_behind
-from normconvert.rewrites.verdicts import Obstacle, misuse, obstacle_among
+from normconvert.rewrites.readers import STORED, Unfoldable, values_behind, weight_of
+from normconvert.rewrites.verdicts import ALLOWED, Obstacle, misuse, obstacle_among
 from normconvert.tracing.graph import Graph
 
 
@@ -81,7 +80,7 @@ def search_scale(graph: Graph, options: Options) -> Search:
     """Find the streams that can be scaled, and all their norms with them."""
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
-    options = replace(options, allow_shifted_outputs=False)
+    analysis.add_written()
     reading: dict[fx.Node, fx.Node] = {}
     leaks: dict[int, list[Leak]] = {}
     for stream in analysis.streams:
@@ -91,9 +90,7 @@ def search_scale(graph: Graph, options: Options) -> Search:
                 leaks[id(stream)].append(leak)
             else:
                 reading[leak.reader] = weight
-    calls: dict[str, list[Norm]] = defaultdict(list)
-    for norm in norms:
-        calls[norm.path].append(norm)
+    calls = by_path(norms)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     search = Search(analysis, calls, where, [s for s in analysis.streams if not leaks[id(s)]], options.keep_features)
     search.reading = reading
@@ -118,22 +115,8 @@ def _obstacle(
     why = obstacle_among(group, where, lambda stream: leaks[id(stream)])
     if why is None:
         return None
-    text = f"{why.returned}, unscaled." if why.returned else why.reason
+    text = f"{why.returned}, unscaled{ALLOWED}" if why.returned else why.reason
     return replace(why, reason=text.replace("with its mean, which", "unscaled, which"))
-
-
-def weight_of(graph: Graph, leak: Leak) -> fx.Node | None:
-    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed."""
-    form = LINEAR_FORMS.get(name_of(leak.reader))
-    if leak.code != "linear" or form is None or leak.reader.kwargs or leak.reader.args[form.x] is not leak.ref[0]:
-        return None
-    weight: Any = leak.reader.args[form.weight]
-    if sum(one is leak.ref[0] for one in leak.reader.all_input_nodes) != 1 or weight is leak.ref[0]:
-        return None
-    while isinstance(weight, fx.Node) and name_of(weight) in STORED:
-        weight = weight.args[0]
-    parameter = graph.parameters.get(weight) if isinstance(weight, fx.Node) else None
-    return weight if parameter is not None and parameter.stored else None
 
 
 def _leave_more(search: Search) -> None:

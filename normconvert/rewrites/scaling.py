@@ -12,6 +12,7 @@ written into the stream. A table that is the output head, too, stays one where t
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import doors_of
 from normconvert.rewrites.epsilons import epsilon_edit, epsilons_in_config
 from normconvert.rewrites.folding import CASTS
-from normconvert.rewrites.moved_norms import Moved, doors_behind
+from normconvert.rewrites.moved_norms import Moved, doors_behind, other_outputs, shifted_outputs
 from normconvert.rewrites.readers import values_behind
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
@@ -67,6 +68,10 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     _check_epsilons(modules, options.power)
     config |= epsilons_in_config(graph.modules[""], [row for row in modules if row["op"] == "epsilon"])
     needed = {ref for stream in search.streams if powers[id(stream)] for ref in stream.members}
+    scaled = [stream for stream in search.streams if powers[id(stream)]]
+    shifted = shifted_outputs(graph, scaled, [])
+    if shifted and not other_outputs(graph, shifted):
+        return plan_scale(graph, replace(options, allow_shifted_outputs=False))
     doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(
@@ -77,10 +82,11 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
         config=config,
         verdicts=[_verdict(search, path, powers, options) for path in search.calls]
         + never_called(graph, set(search.calls)),
-        notes=_notes(numbers, tensors, modules, doors) + ([CASTS] if float32 else []),
+        notes=_notes(numbers, tensors, modules, doors, shifted) + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
-        shifted_doors=_doors_out(search, converted, tensors),
+        shifted_doors=_doors_out(search, scaled, tensors),
+        shifted_outputs=shifted,
     )
 
 
@@ -217,8 +223,11 @@ def _verdict(search: Search, path: str, powers: dict[int, int], options: Options
     return Verdict(path, kind, False, why.reason, why.code)
 
 
-def _notes(numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doors: list[str]) -> list[str]:
+def _notes(
+    numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doors: list[str], shifted: list[str]
+) -> list[str]:
     found = [UNTIED.format(table, head) for head, table in numbers.copies.items()]
+    found += [f"scaled are returned: {', '.join(shifted)}"] if shifted else []
     if doors:
         found.append(f"{', '.join(doors)} must be scaled, as what the output's own embeddings give is")
     other = [row["path"] for row in modules if not row.get("stated")]
@@ -236,9 +245,9 @@ def _notes(numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doo
     return found
 
 
-def _doors_out(search: Search, converted: list[Norm], tensors: Edits) -> list[dict[str, Any]]:
+def _doors_out(search: Search, scaled: list[Stream], tensors: Edits) -> list[dict[str, Any]]:
     """The ways out, other than the model's outputs, that return scaled streams, or what the norms before heads give."""
-    found = shifted_doors(search.analysis, converted, search.where)
+    found = shifted_doors(search.analysis, scaled)
     for path in dict.fromkeys(path for paths in search.heads.values() for path in paths):
         group = search.calls[path]
         if f"{path}.{(group[0].module or {})['weight']}" in tensors:

@@ -16,6 +16,9 @@ from normconvert.rewrites.centring import leaks_of
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
 
+ALLOWED = "; --allow-shifted-outputs lets that change."
+"""How a reason ends that a user may lift."""
+
 
 @dataclass(frozen=True)
 class Obstacle:

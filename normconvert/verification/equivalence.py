@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from normconvert.errors import InputError
+from normconvert.options import OF_TENSORS
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.given_rotations import read_rotation
 from normconvert.tracing.probes import Probe, verification_inputs
@@ -25,7 +26,7 @@ from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.figures import Errors, finite, probe_rows, remarks_on, skipped_probes
 from normconvert.verification.lazy_weights import LazyWeight
-from normconvert.verification.probe_runs import Run, Told, algebra_model, run_model
+from normconvert.verification.probe_runs import Run, Told, algebra_model, in_one_basis, run_model
 from normconvert.verification.proof import Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
@@ -35,6 +36,7 @@ from normconvert.verification.run_comparison import (
     compare_runs,
     loss_difference,
     task_metrics,
+    without,
 )
 from normconvert.wording.steps import Step
 
@@ -89,7 +91,8 @@ def verify_models(
         conditioned: it may grow where moving the original's weights by a unit of float64 changes as much.
         rounding_tolerance: for the rounding.
         converted_norms: module paths, for ``mean_over_rms``.
-        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean.
+        plan: replayed if `algebra` is None; its shifted outputs are compared without their per-token mean, or not
+            at all where they are in another basis.
         wider: the original in a dtype of larger range, which stands in for `original` where that has no finite outputs.
         exact: loads the converted one in float64, for models that remember the dtype that they were loaded in.
         level: ``quick``, ``standard`` or ``thorough``: the last runs all probes in the dtype too.
@@ -101,17 +104,17 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    shifted, probes = frozenset(plan.shifted_outputs if plan is not None else ()), in_one_basis(probes, plan)
+    (shifted, left_out), probes = _changed_outputs(plan), in_one_basis(probes, plan)
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
-    original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress)
+    original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress, left_out)
     able = [p for p in probes if p.name not in original_run.failures]
     progress.expect(len(native) + 2 * len(able))
-    test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, progress.of)
-    model, told_of = _take(converted), progress.of("the result")
+    test = Test(tuple(able), dtype, seed, shifted, tolerance, conditioned, left_out, progress.of)
+    model, say = _take(converted), progress.of("the result")
     with watch_means(model, converted_norms) as means:
-        converted_run = run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=told_of)
+        converted_run = without(run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=say), left_out)
     edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
@@ -145,11 +148,10 @@ def verify_models(
     return judge(fidelity, proof, rounding, dtype, converted_run)
 
 
-def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
-    """The probes without embeddings from outside which the converted model takes in another basis, or without mean."""
-    moved = plan is not None and (plan.method in ("rotate", "scale") or plan.native)
-    doors = plan.untraced_doors if plan is not None and moved else ()
-    return [probe for probe in probes if probe.inputs.keys().isdisjoint(doors)]
+def _changed_outputs(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
+    """The outputs that are compared without their mean, and those in another basis, which cannot be compared at all."""
+    names = frozenset(plan.shifted_outputs if plan is not None else ())
+    return (frozenset(), names) if plan is not None and plan.method in OF_TENSORS else (names, frozenset())
 
 
 def _edited(
@@ -192,7 +194,7 @@ class _Progress:
 
 def _run_original(
     original: ModelOrMaker, wider: ModelOrMaker | None, native: Sequence[Probe], probes: Sequence[Probe], seed: int,
-    progress: _Progress,
+    progress: _Progress, left_out: frozenset[str],
 ) -> tuple[ModelOrMaker, Run, list[Probe], torch.dtype]:  # fmt: skip
     """The original or what stands in for it, its outputs, the probes that it was run on and can take, its own dtype."""
     model = _take(original)
@@ -206,8 +208,8 @@ def _run_original(
         reason = next(iter(run.failures.values()), "there are no probes")
         raise InputError(f"cannot verify: the original model runs on none of the probes ({reason})")
     if wider is not None and not finite(run):
-        return wider, run_model(_take(wider), able, dtype=dtype, seed=seed), able, dtype
-    return original, run, able, dtype
+        original, run = wider, run_model(_take(wider), able, dtype=dtype, seed=seed)
+    return original, without(run, left_out), able, dtype
 
 
 def _refuse_empty(errors: Distances, proof: Proof, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,6 +163,22 @@ def run_model(
             else:
                 run.outputs[probe.name] = result
     return run
+
+
+def in_one_basis(probes: Sequence[Probe], plan: Plan | None) -> list[Probe]:
+    """The probes without embeddings from outside which the converted model takes in another basis, or without mean.
+
+    A door that is not proved may be a flag as well, and a probe that has it off goes through no door.
+    """
+    moved = plan is not None and (plan.method in ("rotate", "scale") or plan.native)
+    doors = plan.untraced_doors if plan is not None and moved else ()
+    return [probe for probe in probes if not any(_has_values(probe.inputs.get(door)) for door in doors)]
+
+
+def _has_values(value: Any) -> bool:
+    """Whether an input is, or holds, a floating tensor."""
+    leaves = pytree.tree_leaves(value)
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 
 def constant_dtypes(model: nn.Module) -> list[torch.dtype]:

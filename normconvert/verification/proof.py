@@ -22,7 +22,7 @@ from normconvert.verification.lazy_weights import LazyWeight
 from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.moved_weights import WHOLE, moved
 from normconvert.verification.probe_runs import Run, Told, algebra_model, default_dtype, inputs_of, run_model
-from normconvert.verification.run_comparison import Distances, compare_runs, rank
+from normconvert.verification.run_comparison import Distances, compare_runs, rank, without
 from normconvert.verification.stored_weights import Made, Stored, with_exact_weights
 
 UNITS = 16.0
@@ -44,6 +44,7 @@ class Test:
         shifted: outputs whose per-token mean may change.
         tolerance: for the algebra.
         conditioned: it may grow where an input is ill-conditioned.
+        left_out: outputs that are not compared.
         told: of each run as it begins.
     """
 
@@ -53,11 +54,13 @@ class Test:
     shifted: frozenset[str]
     tolerance: float
     conditioned: bool = True
+    left_out: frozenset[str] = frozenset()
     told: Callable[[str], Told | None] = lambda model: None
 
     def run(self, model: nn.Module, name: str, like: Run | None = None) -> Run:
         """All probes through ``model``, called ``name`` in the progress."""
-        return run_model(model, self.probes, dtype=self.dtype, seed=self.seed, like=like, told=self.told(name))
+        run = run_model(model, self.probes, dtype=self.dtype, seed=self.seed, like=like, told=self.told(name))
+        return without(run, self.left_out)
 
 
 @dataclass(frozen=True)

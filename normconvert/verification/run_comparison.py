@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -33,6 +34,12 @@ def compare_runs(expected: Run, found: Run, shifted: frozenset[str] = frozenset(
             else:
                 result[probe, name] = Distance(math.inf, 1.0)
     return result
+
+
+def without(run: Run, names: frozenset[str]) -> Run:
+    """A run without the outputs of these names: what is in another basis is not held against what it was."""
+    outputs = {p: {n: v for n, v in o.items() if not is_shifted(n, names)} for p, o in run.outputs.items()}
+    return replace(run, outputs=outputs)
 
 
 def _both_known(true: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

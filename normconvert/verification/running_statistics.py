@@ -36,6 +36,8 @@ def check_statistics(
         InputError: a running variance or mean is NaN or infinite, or a variance is negative; or a weight is zero that a
             bias is to be divided by.
     """
+    import torch
+
     dead, fresh = [], []
     for name in variances(plan):
         value = read(name)
@@ -53,13 +55,18 @@ def check_statistics(
     for name in plan.removed:
         if name.endswith(COUNTER) and name in origins and int(read(name)) == 0:
             fresh.append(name.removesuffix(f".{COUNTER}"))
-    for name, offset in divisors(plan).items():
-        weight = read(name).double() + offset
-        if count := int((weight == 0).sum()):
+    for bias, (name, offset) in divisors(plan).items():
+        weight, divided = read(name).double() + offset, read(bias).double()
+        bad = weight == 0
+        if plan.method == "rotate":  # all channels would take a share of the quotient, and round by it
+            bad |= divided.abs().reshape(weight.shape) * torch.finfo(read(name).dtype).eps > weight.abs()
+        if count := int(bad.sum()):
+            size = "zero" if bool((weight[bad] == 0).all()) else "zero, or almost,"
+            way = "`--keep` can leave that norm as it is" if plan.method == "fold" else "its stream cannot be rotated"
             raise InputError(
-                f"{reference}: tensor {origins[name]} {f'+ {offset:g} ' if offset else ''}is zero in {count} of "
+                f"{reference}: tensor {origins[name]} {f'+ {offset:g} ' if offset else ''}is {size} in {count} of "
                 f"{weight.numel()} channels: the norm's bias stays, as what reads it has none, and cannot be divided "
-                "by it: `normconvert fold --keep` can leave that norm as it is"
+                f"by it: {way}"
             )
     notes = []
     if dead:
@@ -80,16 +87,16 @@ def variances(plan: Plan) -> list[str]:
     return list(found)
 
 
-def divisors(plan: Plan) -> dict[str, float]:
-    """Weights of norms that something is divided by, and what is added to them first."""
+def divisors(plan: Plan) -> dict[str, tuple[str, float]]:
+    """Bias of a norm -> the weight that it is divided by, and what is added to that first."""
     found = {}
-    for rows in plan.tensors.values():
+    for divided, rows in plan.tensors.items():
         for row in rows:
             by = row.get("by", 0)
             if isinstance(by, list) and by[0] == "reciprocal":
                 operand = by[1]
                 name, offset = (operand, 0.0) if isinstance(operand, str) else (operand[1], float(operand[2]))
-                found[name] = offset
+                found[divided] = name, offset
     return found
 
 

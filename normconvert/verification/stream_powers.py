@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from normconvert.errors import NothingToConvert
-from normconvert.options import Options
+from normconvert.errors import InputError, NothingToConvert
+from normconvert.options import MOST_POWER, Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.result import Report
 from normconvert.rewrites.planning import plan_graph
@@ -51,7 +51,7 @@ def measured_powers(model: nn.Module, graph: Graph, options: Options, probes: Se
         probes: what it is run on.
 
     Raises:
-        InputError: the model cannot be run.
+        InputError: the model cannot be run, or the headroom asks for more than norms bear.
     """
     search = search_scale(graph, options)
     places = watched(search)
@@ -62,6 +62,11 @@ def measured_powers(model: nn.Module, graph: Graph, options: Options, probes: Se
     }
     sizes = measure_streams(model, probes, places, norms)
     own = {name: power_for(sizes.largest.get(name, 0.0), options.headroom) for name in places}
+    if (most := max(own.values(), default=0)) > MOST_POWER:
+        raise InputError(
+            f"--headroom {options.headroom:g}: a stream would be divided by 2^{most}, and norms, which square it, bear "
+            f"2^{MOST_POWER}: choose a smaller one"
+        )
     plan, power = _planned(graph, options, own)
     return Powers(power, (*_in_words(sizes), *_unstated(sizes, plan, search)), any(own.values()))
 

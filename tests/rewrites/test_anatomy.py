@@ -82,3 +82,28 @@ def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     with pytest.raises(InputError, match="--anatomy"):
         normconvert.inspect(tmp_path / "model", anatomy=tmp_path / "no" / "file.json")
+
+
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_the_forms_name_layers_alone(name: str) -> None:
+    """Experts are several tensors of one module, of which a quantiser would take none."""
+    model = skeleton(name)
+    anatomy = anatomy_of(trace_model(model))
+    found = llm_compressor(anatomy)
+    named = {module for row in awq(anatomy) for module in (row["smooth_layer"], *row["balance_layers"])}
+    named |= {module for row in found["norm_mappings"] for module in row["linears"]}
+    assert found["r1"] == []
+    assert any("is not the weight of a layer" in why for why in found["left_out"].values())
+    assert named
+    assert all(hasattr(model.get_submodule(module), "weight") for module in named)
+
+
+def test_a_tied_head_takes_no_scale_by_channel(llama: dict[str, Any]) -> None:
+    assert "model.norm" not in {row["smooth_layer"] for row in awq(llama)}
+
+
+def test_a_norm_without_a_weight_is_no_mapping_and_no_obstacle(llama: dict[str, Any]) -> None:
+    first, *rest = llama["norms"]
+    found = llm_compressor({**llama, "norms": [{**first, "weight": None}, *rest]})
+    assert [row["norm"] for row in found["norm_mappings"]] == [norm["name"] for norm in rest]
+    assert "model.layers.0.self_attn.q_proj" in found["r1"][0]["weight_input"]

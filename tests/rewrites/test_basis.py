@@ -36,6 +36,8 @@ BASES = ["rotate", "scale"]
 COUNTS = {
     "cohere": {"fold": (3, 0), "rotate": (3, 0)},
     "falcon": {"fold": (3, 0), "rotate": (3, 0)},
+    # The norm behind its table writes into the stream.
+    "bloom": {"fold": (5, 1), "rotate": (6, 0)},
     # Those of what queries, keys and values are made of read a part of what is made.
     "deepseek_v2": {"fold": (7, 2), "rotate": (7, 2)},
     "deepseek_v3": {"fold": (7, 2), "rotate": (7, 2)},
@@ -383,3 +385,30 @@ def test_what_only_the_base_returns_is_a_way_out_and_listed(keep: bool) -> None:
     assert len(plan.converted) == (0 if keep else 5)
     doors = [row["door"] for row in plan.shifted_doors if row["door"] != "hidden_states"]
     assert sorted(doors) == ([] if keep else ["dinov2.last_hidden_state", "dinov2.pooler_output"])
+
+
+class Chosen(nn.Module):
+    """Tokens are taken by an index that is repeated along the channels, or by one that differs by channel."""
+
+    def __init__(self, differs: bool) -> None:
+        super().__init__()
+        self.differs = differs
+        self.write, self.norm, self.head = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        index = ids.repeat(1, 1, 4) if self.differs else ids[..., :1].repeat(1, 1, 8)
+        result: Tensor = self.head(self.norm(torch.gather(self.write(x), 1, index)))
+        return result
+
+
+@pytest.mark.parametrize("method", ["rotate", "rmsnorm"])
+@pytest.mark.parametrize("differs", [False, True])
+def test_tokens_that_an_index_takes_whole_are_the_stream(method: str, differs: bool) -> None:
+    inputs = [{"x": torch.randn(2, 6, 5, dtype=torch.float64), "ids": torch.randint(0, 6, (2, 4, 2))} for _ in range(2)]
+    if method == "rotate":
+        outcome = check_basis(lambda: Chosen(differs), inputs, method, Options())
+    else:
+        outcome = check(lambda: Chosen(differs), inputs)
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert bool(outcome.plan.converted) is not differs

@@ -169,6 +169,11 @@ def test_streams_that_fit_are_left_alone(tmp_path: Path) -> None:
     assert int(report.options["power"]) > 5
 
 
+def test_data_is_refused_where_nothing_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--power leaves nothing to measure"):
+        normconvert.convert(tmp_path / "model", tmp_path / "out", "scale", power="3", data="text:some.txt")
+
+
 def test_a_stream_is_measured_before_its_shards_are_fetched(tmp_path: Path) -> None:
     built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     with pytest.raises(InputError, match="--stream reads the weights once, as they are written: say --power"):

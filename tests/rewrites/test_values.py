@@ -133,3 +133,9 @@ def test_values_among_queries_and_keys_rotate_if_nobody_else_sees_them(layout: s
     assert not outcome.problems
     rows = {name: edits[-1].get("blocks") for name, edits in outcome.plan.tensors.items()}
     assert rows.get("qkv.weight") == rows.get("qkv.bias") == blocks
+
+
+def test_values_take_the_kind_of_rotation_that_is_asked_for() -> None:
+    plan = plan_model(skeleton("llama"), Options(values=True, rotation="random"), "rotate")
+    kinds = {row["kind"] for rows in plan.tensors.values() for row in rows if row["op"] == "rotate"}
+    assert kinds == {"random"}

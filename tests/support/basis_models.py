@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "deepseek_v2": (hf.DeepseekV2Config, hf.DeepseekV2ForCausalLM, {**LATENT, "topk_method": "greedy"}),
     "deepseek_v3": (hf.DeepseekV3Config, hf.DeepseekV3ForCausalLM, LATENT),
     "cohere": (hf.CohereConfig, hf.CohereForCausalLM, GROUPED),
+    "bloom": (hf.BloomConfig, hf.BloomForCausalLM, {**TOKENS, "hidden_size": 48, "n_layer": 2, "n_head": 4}),
     "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, GPT2),
     "opt": (hf.OPTConfig, hf.OPTForCausalLM, OPT),
     "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, SIZES),

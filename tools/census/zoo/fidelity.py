@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.equivalence import algebra_model, in_one_basis, tolerance_for
-from normconvert.verification.probe_runs import Run, run_model
+from normconvert.verification.equivalence import algebra_model, tolerance_for
+from normconvert.verification.probe_runs import Run, in_one_basis, run_model
 from normconvert.verification.run_comparison import compare_runs
 from tests.support.perturb import settle
 
