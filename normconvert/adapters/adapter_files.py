@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from normconvert.errors import InputError
-from normconvert.files.tensor_info import check_name
+from normconvert.files.tensor_info import COUNTER, check_name
 from normconvert.files.weight_files import load_json
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise InputError(f"{file}: cannot be read: {error}") from error
     for name, value in tensors.items():
         check_name(file, name)
-        if value.dtype not in FLOATS:
+        if value.dtype not in FLOATS and not name.endswith(COUNTER):
             raise InputError(f"{file}: tensor {name} is {str(value.dtype).removeprefix('torch.')}, expected floats")
         if not bool(value.isfinite().all()):
             raise InputError(f"{file}: tensor {name} holds NaN or infinite values: is it one of a run that diverged?")

@@ -9,6 +9,9 @@ from normconvert.errors import InputError
 
 LONGEST = 1000
 """Characters of a tensor's name."""
+COUNTER = "num_batches_tracked"
+"""How the name of a batch norm's counter ends: an integer, but tools that store all tensors in one dtype make it a
+floating number."""
 
 
 @dataclass(frozen=True)

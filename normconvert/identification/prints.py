@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from normconvert.files.tensor_info import COUNTER
 from normconvert.identification.result import Shape
 
 INDEX = Path(__file__).parent / "data" / "timm.xz"
 CLASSES = 0
 """Stands for the number of classes in the shape of a classifier's tensor: no dimension of a real one is 0."""
-COUNTER = ".num_batches_tracked"
-"""An integer, but tools that store all tensors in one dtype make it a floating number."""
 PARSED = 40
 """So many of the models that share most with a checkpoint are compared tensor by tensor."""
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")

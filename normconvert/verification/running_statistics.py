@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import InputError
+from normconvert.files.tensor_info import COUNTER
 from normconvert.plan.vectors import Expression
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from normconvert.plan.conversion_plan import Plan
-
-COUNTER = "num_batches_tracked"
 
 
 def check_statistics(
