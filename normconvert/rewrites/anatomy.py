@@ -6,11 +6,12 @@ reason: a mapping that leaves a reader out would be wrong without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from normconvert.analysis.norms import Norm, by_path, find_norms
-from normconvert.analysis.streams import Analysis, AxisRef, Stream
+from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation
+from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.moved_norms import tables_to_untie
 from normconvert.rewrites.readers import Unfoldable, readers_of
 from normconvert.rewrites.values import Pair, value_pairs
@@ -28,10 +29,11 @@ def anatomy_of(graph: Graph) -> dict[str, Any]:
     analysis = Analysis(graph, norms, mean_only=False)
     calls = by_path(norms)
     untied = {name: head for name, (_, head) in tables_to_untie(analysis).items()}
+    members = {ref for stream in analysis.streams for ref in stream.members}
     return {
         "format": FORMAT,
         "norms": [_norm(analysis, path, group, untied) for path, group in calls.items()],
-        "streams": _merged(_stream(analysis, stream) for stream in analysis.streams),
+        "streams": _merged(_stream(analysis, stream, members) for stream in analysis.streams),
         "tied": [[table, head] for table, head in untied.items()],
         "values": _merged(_values(analysis, pair) for pair in value_pairs(analysis) if pair.rows is None),
     }
@@ -49,7 +51,8 @@ def _norm(analysis: Analysis, path: str, group: list[Norm], untied: dict[str, st
     return {**row, "readers": [_named(reader.weight) for reader in found], "why": ""}
 
 
-def _stream(analysis: Analysis, stream: Stream) -> dict[str, Any]:
+def _stream(analysis: Analysis, stream: Stream, members: set[AxisRef]) -> dict[str, Any]:
+    """A stream; ``members`` are the values of all of them."""
     writers: list[str] = []
     others: list[str] = []
     for ref, made in stream.members.items():
@@ -66,9 +69,27 @@ def _stream(analysis: Analysis, stream: Stream) -> dict[str, Any]:
         "norms": list(dict.fromkeys(norm.path for norm, _ in stream.norms)),
         "writers": [_named(name) for name in dict.fromkeys(writers)],
         "other_writers": list(dict.fromkeys(others)),
-        "other_readers": list(dict.fromkeys(leak.reason for leak in stream.leaks if leak.code != "features")),
+        "other_readers": list(
+            dict.fromkeys(
+                [
+                    *(leak.reason for leak in stream.leaks if leak.code != "features"),
+                    *_written_elsewhere(analysis, stream, members),
+                ]
+            )
+        ),
         "doors": list(dict.fromkeys(leak.reason for leak in stream.leaks if leak.code == "features")),
     }
+
+
+def _written_elsewhere(analysis: Analysis, stream: Stream, members: set[AxisRef]) -> Iterator[str]:
+    """Clauses for the tensors that make something else as well, which would turn with the stream."""
+    for ref, made in stream.members.items():
+        if made.kind != "parameter":
+            continue
+        others = list(analysis.other_readers(ref, members.__contains__))
+        # A table and its head are told as tied, and can be two tensors.
+        if others and not can_untie(analysis, ref, others):
+            yield f"`{_tensor(analysis, ref)}` writes into it, and {operation(others[0])} reads that, too"
 
 
 def _values(analysis: Analysis, pair: Pair) -> dict[str, Any]:

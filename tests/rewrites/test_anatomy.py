@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from normconvert.cli.app import app
 from normconvert.errors import InputError
 from normconvert.rewrites.anatomy import FORMS, anatomy_of, awq, llm_compressor
+from normconvert.tracing.graph import trace
 from normconvert.tracing.model_graph import trace_model
 from tests.support.basis_models import built, skeleton
 
@@ -56,7 +59,7 @@ def test_the_forms_of_quantisers_name_modules(llama: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "why"), [
-    ("gpt2", "it is a LayerNorm"), ("gemma", "its weight is stored without"), ("olmo2", "the output of the norm"),
+    ("gpt2", "it is a LayerNorm"), ("gemma", "its weight is stored without"), ("olmo2", "a scale by channel"),
 ])  # fmt: skip
 def test_what_a_quantiser_would_do_wrong_is_left_out(name: str, why: str) -> None:
     found = llm_compressor(anatomy_of(trace_model(skeleton(name))))
@@ -107,3 +110,29 @@ def test_a_norm_without_a_weight_is_no_mapping_and_no_obstacle(llama: dict[str, 
     found = llm_compressor({**llama, "norms": [{**first, "weight": None}, *rest]})
     assert [row["norm"] for row in found["norm_mappings"]] == [norm["name"] for norm in rest]
     assert "model.layers.0.self_attn.q_proj" in found["r1"][0]["weight_input"]
+
+
+class Connected(nn.Module):
+    """What brings the features into the stream makes what is returned of them, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connector, self.inner = nn.Linear(6, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.norms = nn.ModuleList(nn.RMSNorm(8) for _ in range(2))
+        self.head = nn.Linear(8, 5, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        stream = self.connector(x)
+        stream = stream + self.inner(self.norms[0](stream))
+        return self.head(self.norms[1](stream)), self.connector(x.square())
+
+
+def test_a_tensor_that_writes_elsewhere_too_is_named_and_its_stream_not_turned() -> None:
+    with torch.device("meta"):
+        model = Connected().eval()
+    anatomy = anatomy_of(trace(model, {"x": torch.empty(2, 3, 6, device="meta")}))
+    (stream,) = anatomy["streams"]
+    assert stream["other_readers"] == ["`connector.weight` writes into it, and `connector` reads that, too"]
+    found = llm_compressor(anatomy)
+    assert found["r1"] == []
+    assert "writes into it" in found["left_out"]["the stream that norms.0 reads"]
