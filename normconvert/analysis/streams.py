@@ -10,8 +10,9 @@ stream.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -111,6 +112,19 @@ class Analysis:
                 stream = self.grow((norm.source, norm.place))
                 self.streams.append(stream)
                 self.stream_of.update(dict.fromkeys(stream.members, stream))
+        self._mark_returned_twice()
+
+    def _mark_returned_twice(self) -> None:
+        """Who lets a returned value lose its mean thinks of channels along one dimension; x^T x has them along two."""
+        refs = {ref for stream in self.streams for ref in stream.members}
+        counts = Counter(node for node, _ in refs)
+        for stream in self.streams:
+            stream.leaks = [
+                replace(leak, code="product", reason=f"{leak.reason}, with channels along two of its dimensions")
+                if leak.code == "returned" and counts[leak.ref[0]] > 1
+                else leak
+                for leak in stream.leaks
+            ]
 
     def _data_dependent(self) -> set[fx.Node]:
         """Nodes that depend on what the user feeds the model."""

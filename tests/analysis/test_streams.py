@@ -200,6 +200,21 @@ def test_a_returned_stream_is_refused_unless_its_mean_may_change() -> None:
     assert "shifted outputs: hidden" in allowed.notes
 
 
+class Gram(Model):
+    """Its hidden states are returned as how alike their channels are."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        found = super().forward(ids)
+        hidden = found.pop("hidden")
+        return {**found, "alike": hidden.mT @ hidden}
+
+
+def test_what_is_returned_with_channels_along_two_dimensions_may_not_change() -> None:
+    plan = plan_of(lambda: Gram(PreNorm(), returned=True), allow_shifted_outputs=True)
+    assert not plan.converted
+    assert "returns it as `alike`, with channels along two of its dimensions" in plan.verdicts[0].reason
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Opaque writers and leaks
 
