@@ -44,6 +44,7 @@ SECTIONS = (
     "share",
     "growth",
     "conversion",
+    "methods",
     "verified",
     "verified-busy",
     "verdicts",
