@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, fx, nn
 
 from normconvert.analysis.affine_norms import Affine, find_affine_norms
 from normconvert.analysis.parallel_branches import Block, find_blocks
@@ -28,6 +28,7 @@ from normconvert.rewrites.linear_maps import Blocked, Share
 from normconvert.rewrites.moving import Settled, into_consumers, into_producers
 from normconvert.rewrites.registry import rewrite
 from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.in_place_writes import unmarked
 
 Edits = dict[str, list[dict[str, Any]]]
 T = TypeVar("T")
@@ -90,6 +91,9 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block]) -> list[Deci
             found[norm.path] = Decision(Verdict(norm.path, norm.kind, True, why, "merged"))
         elif norm.obstacle:
             found[norm.path] = Decision(Verdict(norm.path, norm.kind, False, f"{norm.obstacle}.", norm.code))
+        elif (spread := _spread_input(norm)) is not None:
+            why = f"{operation(spread)} repeats one number in memory, which what follows could not write into."
+            found[norm.path] = Decision(Verdict(norm.path, norm.kind, False, why, "input"))
         elif isinstance(shares := _outcome(into_producers, norm, settled), Blocked):
             rest.append((norm, shares))
         else:
@@ -99,6 +103,20 @@ def _decide(graph: Graph, norms: list[Affine], blocks: list[Block]) -> list[Deci
     for norm, before in reversed(rest):
         found[norm.path] = _decide_behind(norm, before, settled)
     return [found[norm.path] for norm in norms]
+
+
+def _spread_input(norm: Affine) -> fx.Node | None:
+    """What a norm reads, if several numbers of it are one in memory: the norm's result is a tensor of its own.
+
+    Without the norm an activation in place would fail there; a trace, which has no memory, does not show it.
+    """
+    for call in norm.calls:
+        value = unmarked(call.source).meta.get("val")
+        if isinstance(value, Tensor) and any(
+            step == 0 and size != 1 for step, size in zip(value.stride(), value.shape, strict=True)
+        ):
+            return unmarked(call.source)
+    return None
 
 
 def _decide_behind(norm: Affine, before: Blocked, settled: Settled) -> Decision:

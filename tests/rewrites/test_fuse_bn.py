@@ -263,6 +263,13 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "no bias to take the shift",
     ),
     "returned": (lambda: Chain(nn.ReLU(), bn(6)), "returned", "returns"),
+    "one number in many places, before what is done in place": (
+        lambda: Chain(
+            nn.Conv2d(6, 6, 1), lambda x: x.mean((2, 3), keepdim=True).expand_as(x), bn(6), nn.ReLU(inplace=True)
+        ),
+        "input",
+        "repeats one number",
+    ),
 }
 
 
