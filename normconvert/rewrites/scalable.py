@@ -189,6 +189,10 @@ def _unscalable(search: Search, ref: AxisRef, made: Provenance, members: dict[Ax
         else:
             name = graph.parameters[node].name
             why = f"`{name}` writes into it, and {operation(others[0])} reads that, too"
+    if not why and made.kind in ("norm", "scale") and node not in search.analysis.data:
+        # Of what no input changes (queries that are learnt, say) a stream does not follow who else reads it.
+        other = next(iter(search.analysis.other_readers(ref, members.__contains__)), None)
+        why = f"it contains {operation(node)}, and {operation(other)} reads that, too" if other is not None else ""
     code = "shared" if made.kind == "parameter" else "opaque"
     return Obstacle(code, f"its stream stays as it is: {why}.") if why else None
 

@@ -224,6 +224,28 @@ def test_a_map_that_reads_more_than_the_stream_keeps_it() -> None:
     assert "`read` reads it directly, and `read` reads `read.weight`, too" in outcome.plan.kept[0].reason
 
 
+class Learnt(nn.Module):
+    """Learnt queries behind a norm: no input changes them, and more than one norm reads what they become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(3, 8))
+        self.first, self.norm, self.last = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.branch, self.read = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.first(self.queries.repeat(x.shape[0], 1, 1))
+        stream = stream + stream * self.branch(self.norm(stream))
+        return self.read(self.last(stream)) + x.mean()
+
+
+def test_what_no_input_changes_is_asked_for_its_other_readers() -> None:
+    outcome = check_basis(Learnt, [{"x": torch.randn(2, 5, dtype=torch.float64)}], "scale", Options(power="-5"))
+    assert outcome.plan is not None
+    assert not outcome.problems
+    assert any("mul in the model's own forward reads that, too" in v.reason for v in outcome.plan.kept)
+
+
 def test_another_eps_than_the_plans_is_found() -> None:
     options = Options(power="2")
     plan, graph = planned(skeleton("llama"), options, "scale")
