@@ -2,7 +2,7 @@
 
     python -m tools.benchmarks.methods [--repeats 3] [--write]
 
-Makes a checkpoint in the shape of GPT-NeoX with 1.1B parameters in bfloat16 and random weights in a temporary folder,
+Makes a checkpoint in the shape of GPT-NeoX with 1.0B parameters in float32 and random weights in a temporary folder,
 and converts it by every method in turn without a verification, as processes of their own. ``--write`` writes the
 section of docs/performance.md; for figures the machine must be idle. About six minutes, 10 GB of disk.
 """
@@ -30,7 +30,7 @@ def runs(repeats: int) -> tuple[float, dict[str, list[Run]]]:
     """The checkpoint's size in GB, and each method's runs, in turns."""
     found: dict[str, list[Run]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as temporary:
-        source = SHAPES["neox-1.1b"][1](Path(temporary) / "source")[0]
+        source = SHAPES["neox-1b"][1](Path(temporary) / "source")[0]
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e9
         for _ in range(repeats):
             for name, (method, *options) in METHODS.items():
@@ -54,7 +54,7 @@ def section(size: float, found: dict[str, list[Run]]) -> str:
         [
             "## The methods side by side", "",
             "Written by `python -m tools.benchmarks.methods --write`: whole conversions, not verified, in turns, of "
-            f"{size:.2f} GB in the shape of GPT-NeoX, bfloat16. Allowed: {ALLOWED} × the time of `rmsnorm`.", "",
+            f"{size:.2f} GB in the shape of GPT-NeoX, float32. Allowed: {ALLOWED} × the time of `rmsnorm`.", "",
             "| method | seconds | range | ÷ rmsnorm | peak GB |",
             "| --- | ---: | --- | ---: | ---: |", *rows, "",
         ]

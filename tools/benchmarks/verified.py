@@ -5,7 +5,7 @@
 Makes checkpoints in known shapes with random weights in a temporary folder, converts each with ``--no-verify`` and with
 every level in turn, as processes of their own, and prints the medians of seconds, processor time and peak memory.
 ``--busy`` asks something else: what ``standard`` takes beside a process that never rests, in turns with an idle
-machine. ``--large`` adds a shape of 1.1B parameters in bfloat16. ``--write`` writes the section of docs/performance.md;
+machine. ``--large`` adds a shape of 1.0B parameters in float32. ``--write`` writes the section of docs/performance.md;
 for figures the machine must be idle. About 20 minutes, 15 with ``--busy``.
 """
 
@@ -67,7 +67,7 @@ SHAPES: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "densenet121": ("fuse-bn", _timm("densenet121")),
     "vit-b16": ("rmsnorm", _timm("vit_base_patch16_224")),
     "whisper-base": ("rmsnorm", _transformers("Whisper", "WhisperForConditionalGeneration", **WHISPER)),
-    "neox-1.1b": ("rmsnorm", _transformers("GPTNeoX", "GPTNeoXForCausalLM", **LARGE)),
+    "neox-1b": ("rmsnorm", _transformers("GPTNeoX", "GPTNeoXForCausalLM", **LARGE)),
 }
 """Name -> conversion, and what makes the checkpoint and says how it is named on the command line."""
 WAYS = {"no": ["--no-verify"], **{level: ["--verify", level] for level in ("quick", "standard", "thorough")}}
