@@ -3,7 +3,7 @@
 For a row e such a norm gives g * n(e) + b, a vector like any other. With a number c >= sqrt(2) max|g| the vector
 y = Q (g * n(e)) / c has mean(y^2) = r <= 1/2, and the row e' = y sqrt(eps / (1 - r)) has n(e') = y: the norm gives
 c y + Q b for it, with the weight c and the bias Q b. A LayerNorm's n has no mean, and y is taken without its own, which
-is nothing to the stream where all its norms are LayerNorms. (BLOOM's norm behind the embeddings.)
+is nothing to the stream where all its norms are LayerNorms.
 """
 
 from __future__ import annotations
