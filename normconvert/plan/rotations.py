@@ -6,14 +6,17 @@
 - ``random``: a random orthogonal matrix.
 - ``sha256:...``: a matrix that the user gave in a file: see `normconvert.plan.given_rotations`.
 
-With ``constant`` the map leaves what is the same in all channels as it is, Q 1 = 1, and so commutes with the mean:
-Q = U diag(1, ...) U' where the first column of U is the same number throughout. Every factor of H has that column.
+With ``constant`` the map leaves what is the same in all channels as it is, Q 1 = 1, and so commutes with the mean.
+Every factor of H has a constant first column, H e = u with e the first axis and u = 1 / sqrt(n) throughout; so
+Q = H diag(1, s) R with R the reflection that exchanges u and e. R changes the first channel, and adds one number to all
+others: but for its first column Q is H diag(1, s) up to some 5 / n in each number, so it spreads a channel as well.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -21,15 +24,15 @@ from torch import Tensor
 from normconvert.options import ROTATIONS
 from normconvert.plan.given_rotations import KIND, matrix_of, nearest_orthogonal
 
-LARGEST = 64
-"""Order of a factor of Sylvester's matrix: for more, two of half the order are fewer multiplications."""
+LARGEST = 16
+"""Order of a factor of Sylvester's matrix: larger ones multiply more, smaller ones go through memory more often."""
 
 
 def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor:
     """Q x along dimension ``dim``, in float64.
 
     Args:
-        x: in float64; on the meta device it is returned.
+        x: in float64, and may be overwritten; on the meta device it is returned.
         dim: the channels.
         kind: one of :data:`normconvert.options.ROTATIONS`, or of a file.
         seed: of the signs and random matrices.
@@ -43,18 +46,15 @@ def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor
         raise KeyError(kind)
     if x.device.type == "meta":
         return x
-    size = x.shape[dim]
-    rows = x.movedim(dim, -1)
-    if kind != "hadamard":
-        matrix = _random(size, seed, constant) if kind == "random" else _given(kind, constant)
-        rows = rows @ matrix.T.to(x.device)
-    else:
-        factors = [factor.to(x.device) for factor in _factors(size, seed)]
-        signs = _signs(size, seed, constant).to(x.device)
+    shape, size = x.shape, x.shape[dim]
+    view = x.reshape(math.prod(shape[:dim]), size, math.prod(shape[dim + 1 :]))
+    if kind == "hadamard":
         if constant:
-            rows = _product(rows, [factor.T for factor in factors])
-        rows = _product(rows * signs, factors)
-    return rows.movedim(-1, dim)
+            view = _reflected(view)
+        view = view.mul_(_signs(size, seed, constant).to(x.device)[:, None])
+        return _product(view, [factor.to(x.device) for factor in _factors(size, seed)]).reshape(shape)
+    matrix = _random(size, seed, constant) if kind == "random" else _given(kind, constant)
+    return _product(view, [matrix.to(x.device)]).reshape(shape)
 
 
 def order_without_hadamard(size: int) -> int:
@@ -63,25 +63,45 @@ def order_without_hadamard(size: int) -> int:
     return 1 if paley else order
 
 
-def _product(rows: Tensor, factors: list[Tensor]) -> Tensor:
-    """(F1 x F2 x ...) y for each row y, x the Kronecker product."""
-    shape, rows = rows.shape, rows.reshape(-1, rows.shape[-1])
-    count, size = rows.shape
-    for factor in reversed(factors):
-        # The last axis is multiplied and goes to the front: after all factors the order is the old one.
-        rows = (rows.reshape(count, size // len(factor), len(factor)) @ factor.T).transpose(1, 2).reshape(count, size)
-    return rows.reshape(shape)
+def _product(x: Tensor, factors: list[Tensor]) -> Tensor:
+    """(F1 x F2 x ...) x along the middle one of three dimensions, x the Kronecker product.
+
+    Nothing is transposed, which would take longer than the products: each factor is multiplied where its axis lies.
+    """
+    (before, _, after), size = x.shape, x.shape[1]
+    for factor in factors:
+        order = len(factor)
+        size //= order
+        if before == 1:
+            x = factor @ x.reshape(order, size * after)
+        elif size * after == 1:
+            x = x.reshape(before, order) @ factor.T
+        else:
+            x = torch.bmm(factor.expand(before, order, order), x.reshape(before, order, size * after))
+        before *= order
+    return x
+
+
+def _reflected(x: Tensor) -> Tensor:
+    """R x along the middle one of three dimensions, in place: R exchanges the first axis and 1 / sqrt(n)."""
+    size = x.shape[1]
+    if size == 1:
+        return x
+    # R = 1 - 2 v v' / v'v with v = e - u, and v'v = 2 (1 - 1 / sqrt(n)).
+    along = (x.narrow(1, 0, 1) - x.sum(1, keepdim=True) * size**-0.5) / (1.0 - size**-0.5)
+    x.add_(along * size**-0.5)
+    x.narrow(1, 0, 1).sub_(along)
+    return x
 
 
 @functools.lru_cache(maxsize=16)
 def _factors(size: int, seed: int) -> tuple[Tensor, ...]:
     """Orthogonal matrices, each with a constant first column, whose Kronecker product has the order ``size``."""
     power, order, paley = _split(size)
-    found = []
-    while power > LARGEST:
-        found.append(_sylvester(LARGEST))
-        power //= LARGEST
-    found += [_sylvester(power)] if power > 1 else []
+    found: list[Tensor] = []
+    while power > 1:
+        found.insert(0, _sylvester(min(power, LARGEST)))
+        power //= len(found[0])
     if order > 1:
         found.append(_paley(order) if paley else _first_column_constant(order, seed))
     return tuple(found)

@@ -17,13 +17,13 @@ WIDTHS = [1, 2, 3, 7, 8, 12, 20, 28, 30, 36, 96, 100, 192, 576]
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_rotation_is_orthogonal(width: int, kind: str, constant: bool) -> None:
     one = torch.eye(width, dtype=torch.float64)
-    matrix = rotated(one, 0, kind, 3, constant)
+    matrix = rotated(one.clone(), 0, kind, 3, constant)
     torch.testing.assert_close(matrix.T @ matrix, one, rtol=0, atol=1e-12)
     if constant:
         ones = torch.ones(width, dtype=torch.float64)
-        torch.testing.assert_close(rotated(ones, 0, kind, 3, True), ones, rtol=0, atol=1e-12)
+        torch.testing.assert_close(rotated(ones.clone(), 0, kind, 3, True), ones, rtol=0, atol=1e-12)
     x = torch.randn(2, width, 3, dtype=torch.float64)
-    torch.testing.assert_close(rotated(x, 1, kind, 3, constant), torch.einsum("ij,ajb->aib", matrix, x))
+    torch.testing.assert_close(rotated(x.clone(), 1, kind, 3, constant), torch.einsum("ij,ajb->aib", matrix, x))
 
 
 @pytest.mark.parametrize("width", [576, 768, 896, 1152, 1536, 2304, 2560, 3584, 5120])
@@ -33,6 +33,13 @@ def test_widths_in_use_have_a_hadamard_matrix(width: int) -> None:
     torch.testing.assert_close(column.abs() * width**0.5, torch.ones(width, 1, dtype=torch.float64))
 
 
+def test_a_hadamard_matrix_that_keeps_the_mean_spreads_as_well() -> None:
+    width = 768
+    sizes = rotated(torch.eye(width, dtype=torch.float64), 0, "hadamard", 0, True).abs() * width**0.5
+    assert sizes[:, 1:].max() < 1.25  # of a random matrix: about 5
+    assert sizes[:, 0].max() < 5
+
+
 def test_a_width_without_one_takes_the_smallest_random_factor() -> None:
     assert order_without_hadamard(4 * 23) == 23
 
@@ -40,8 +47,9 @@ def test_a_width_without_one_takes_the_smallest_random_factor() -> None:
 def test_seeds_make_other_rotations() -> None:
     one = torch.eye(24, dtype=torch.float64)
     for kind in ROTATIONS:
-        assert not torch.allclose(rotated(one, 0, kind, 0, True), rotated(one, 0, kind, 1, True))
-        assert torch.equal(rotated(one, 0, kind, 1, True), rotated(one, 0, kind, 1, True))
+        first, other, again = (rotated(one.clone(), 0, kind, seed, True) for seed in (0, 1, 0))
+        assert not torch.allclose(first, other)
+        assert torch.equal(first, again)
     with pytest.raises(KeyError):
         rotated(one, 0, "identity", 0, False)
 
@@ -49,5 +57,5 @@ def test_seeds_make_other_rotations() -> None:
 def test_the_channels_may_be_a_factor_of_a_dimension() -> None:
     x = torch.randn(3, 2 * 8 * 5, dtype=torch.float64)
     row = {"op": "rotate", "kind": "hadamard", "seed": 1, "constant": False, "axis": 1, "outer": 2, "inner": 5}
-    expected = rotated(x.reshape(3, 2, 8, 5), 2, "hadamard", 1, False).reshape(x.shape)
+    expected = rotated(x.reshape(3, 2, 8, 5).clone(), 2, "hadamard", 1, False).reshape(x.shape)
     torch.testing.assert_close(apply_edits(x, [row], lambda name: x), expected, rtol=0, atol=0)
