@@ -104,7 +104,7 @@ def verify_models(
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
-    (shifted, left_out), probes = _changed_outputs(plan), in_one_basis(probes, plan)
+    (shifted, left_out), probes = changed_outputs(plan), in_one_basis(probes, plan)
     progress = _Progress(told)
     # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
@@ -148,7 +148,7 @@ def verify_models(
     return judge(fidelity, proof, rounding, dtype, converted_run)
 
 
-def _changed_outputs(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
+def changed_outputs(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
     """The outputs that are compared without their mean, and those in another basis, which cannot be compared at all."""
     names = frozenset(plan.shifted_outputs if plan is not None else ())
     return (frozenset(), names) if plan is not None and plan.method in OF_TENSORS else (names, frozenset())

@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         _preload("rmsnorm")
         sweep(arguments, _keys(arguments.only), rows, _apart, _told)
     print(summary(list(rows.values())))
-    return int(any(row.get(m, {}).get("mismatch") for row in rows.values() for m in METHODS))
+    found = [row[m] for row in rows.values() for m in METHODS if m in row]
+    return int(any(one.get("mismatch") for one in [*found, *(one["moved"] for one in found if "moved" in one)]))
 
 
 def _told(row: Row) -> object:
@@ -126,9 +127,16 @@ def bases_of(library: str, name: str) -> Row:
             row, level = row or {"failure": f"not traced: {str(error).splitlines()[0][:200]}"}, level + 1
             continue
         row = {"model_class": case.model_class}
+
+        def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
+            return graph if model is known else trace_model(model)
+
         for method in METHODS:
-            plan = plan_model(skeleton, Options(power=POWER), method, lambda model: graph)  # noqa: B023
-            row[method] = _found(case, plan)
+            row[method] = _found(case, plan_model(skeleton, Options(power=POWER), method, tracer))
+            if row[method]["reasons"]:
+                plan = plan_model(skeleton, Options(power=POWER, allow_shifted_outputs=True), method, tracer)
+                if len(plan.converted) > row[method]["converted"]:
+                    row[method]["moved"] = _found(case, plan)
         return row
     return row
 
@@ -143,11 +151,17 @@ def _found(case: Any, plan: Any) -> Row:
     if kept:
         row["example"] = f"`{kept[0].path}`: {kept[0].reason}"[:300]
     row["stated"] = all(edit.get("stated") for edit in plan.modules)
-    return row | (fidelity(case, plan, False) if plan.converted else {})
+    return row | (fidelity(case, plan) if plan.converted else {})
 
 
 def outcome(found: Row) -> str:
     """One cell of the table."""
+    if "moved" in found:
+        return f"{_outcome(found)}; *moved*: {_outcome(found['moved'])}"
+    return _outcome(found)
+
+
+def _outcome(found: Row) -> str:
     if found.get("mismatch"):
         return "**mismatch**"
     if not found["norms"]:
@@ -167,11 +181,14 @@ def summary(rows: list[Row]) -> str:
     lines = []
     for method in METHODS:
         found = [row[method] for row in rows if method in row and row[method]["norms"]]
-        states = Counter(outcome(one).split(":")[0].split(",")[0].split(" (")[0] for one in found)
+        states = Counter(_outcome(one).split(":")[0].split(",")[0].split(" (")[0] for one in found)
+        moved = [one["moved"] for one in found if "moved" in one]
         partly = sum(0 < one["converted"] < one["norms"] for one in found)
         lines.append(
             f"{method}: {len(found)} models with norms, {states['complete']} complete, {partly} partly, "
-            f"{states['refused']} refused, {states['unverified']} unverified, {states['**mismatch**']} mismatches"
+            f"{states['refused']} refused, {states['unverified']} unverified, {states['**mismatch**']} mismatches; "
+            f"*moved*: {sum(one['converted'] == one['norms'] for one in moved)} more complete, "
+            f"{sum(one.get('mismatch', False) for one in moved)} mismatches"
         )
     return "\n".join(lines)
 
@@ -185,7 +202,8 @@ def section(rows: list[Row]) -> list[str]:
         f"What `normconvert rotate` and `normconvert scale` (by 2^-{POWER}) do to models with LayerNorm or RMSNorm,",
         "small and with perturbed weights, verified in float64. Norms that no traced call runs are not",
         "counted, and of those that stay none that reads no residual stream: of queries and keys, say.",
-        "*ε by its own edit*: no config can say the new ε, so the library alone reads the old one.", "",
+        "*ε by its own edit*: no config can say the new ε, so the library alone reads the old one. *moved*: with",
+        "`--allow-shifted-outputs`, where that takes more; what then changes of the outputs is not compared.", "",
         *(f"- {line}" for line in summary(rows).splitlines()),
         f"- not built or not traced: {sum(failed.values())} of {len(rows)} tried", "",
         "Made by `python -m tools.census.basis`.", "",

@@ -49,7 +49,7 @@ def sweep_one(library: str, name: str, arguments: argparse.Namespace) -> Row:
     if arguments.stage == "plan":
         return row
     if plan.converted:
-        row |= fidelity(case, plan, arguments.allow_shifted_outputs)
+        row |= fidelity(case, plan)
     if method.again and row["left"]:
         again = replace(options, **method.again)
         row["again"] = _again(case, again, arguments.method, len(row["left"]), skeleton, planned.tracer)
@@ -116,7 +116,7 @@ def _again(case: Any, options: Any, name: str, left: int, skeleton: Any, tracer:
     except Exception as error:
         return {"failure": first_line(error), "cause": "plan"}
     row = _verdicts(plan, skeleton, METHODS[name].is_norm)
-    return row | (fidelity(case, plan, False) if len(row["left"]) < left else {})
+    return row | (fidelity(case, plan) if len(row["left"]) < left else {})
 
 
 def _verdicts(plan: Any, model: Any, is_norm: Any) -> Row:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.equivalence import algebra_model, tolerance_for
+from normconvert.verification.equivalence import algebra_model, changed_outputs, tolerance_for
+from normconvert.verification.fidelity import is_shifted
 from normconvert.verification.probe_runs import Run, in_one_basis, run_model
 from normconvert.verification.run_comparison import compare_runs
 from tests.support.perturb import settle
@@ -21,16 +22,20 @@ NOISE = 4.0
 """How many times as far as its own rounding a converted model may be from the original."""
 
 
-def fidelity(case: Any, plan: Any, shifted: bool) -> Row:
-    """The plan on float64 copies of the weights against the original in float64."""
+def fidelity(case: Any, plan: Any) -> Row:
+    """The plan on float64 copies of the weights against the original in float64.
+
+    Outputs that the plan moves are compared without their mean, or where their basis is another not at all.
+    """
     truth, probes = in_float64(case.build()), in_one_basis(verification_inputs(case.skeleton(), seed=0), plan)
     if case.batchnorms:
         settle(truth, lambda: run_model(truth, probes[:1], dtype=torch.float32))
     converted = algebra_model(truth, plan)
     expected = run_model(truth, probes, dtype=torch.float32)
     runs = [expected, run_model(converted, probes, dtype=torch.float32, like=expected)]
-    names = frozenset(name for outputs in runs[0].outputs.values() for name in outputs) if shifted else frozenset()
-    found = compare_runs(runs[0], runs[1], names)
+    shifted, left_out = changed_outputs(plan)
+    compared = compare_runs(runs[0], runs[1], shifted)
+    found = {key: distance for key, distance in compared.items() if not is_shifted(key[1], left_out)}
     # An output that is zero, or holds no finite number, is equal to whatever has become of it: that shows nothing.
     errors = {key: d.relative if d.size > 0 or d.difference > 0 else float("nan") for key, d in found.items()}
     tolerance = tolerance_for(plan)
