@@ -53,6 +53,7 @@ SECTIONS = (
     "writers",
     "basis",
     "fuse-bn",
+    "worth",
 )
 """The sections of docs/performance.md, in order; each tool of this folder writes its own."""
 SLOWEST, SHARE = 0.99, 0.8
