@@ -107,7 +107,7 @@ def bases_of(library: str, name: str) -> Row:
     from normconvert.options import Options
     from normconvert.rewrites.planning import plan_model
     from normconvert.tracing.model_graph import trace_model
-    from tools.census.one_model import ATTEMPTS
+    from tools.census.one_model import ATTEMPTS, tracer_of
     from tools.census.zoo.case import Skipped
     from tools.census.zoo.timm_zoo import timm_case
     from tools.census.zoo.transformers_zoo import transformers_case
@@ -127,10 +127,7 @@ def bases_of(library: str, name: str) -> Row:
             row, level = row or {"failure": f"not traced: {str(error).splitlines()[0][:200]}"}, level + 1
             continue
         row = {"model_class": case.model_class}
-
-        def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
-            return graph if model is known else trace_model(model)
-
+        tracer = tracer_of(skeleton, graph)
         for method in METHODS:
             row[method] = _found(case, plan_model(skeleton, Options(power=POWER), method, tracer))
             if row[method]["reasons"]:

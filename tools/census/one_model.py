@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,10 +83,7 @@ def _planned(library: str, name: str, arguments: argparse.Namespace, options: An
             graph = trace_model(skeleton)
             if arguments.stage == "trace":
                 return found
-
-            def tracer(model: Any, known: Any = skeleton, graph: Any = graph) -> Any:
-                return graph if model is known else trace_model(model)
-
+            tracer = tracer_of(skeleton, graph)
             return Planned(case, found, skeleton, tracer, plan_model(skeleton, options, arguments.method, tracer))
         except TraceError as error:
             row = row or {**found, "failure": str(error).splitlines()[0][:300], "cause": "trace"}
@@ -93,6 +91,13 @@ def _planned(library: str, name: str, arguments: argparse.Namespace, options: An
         except Exception as error:
             return {**found, "failure": first_line(error), "cause": "plan"}
     return row
+
+
+def tracer_of(skeleton: Any, graph: Any) -> Callable[[Any], Any]:
+    """What gives the graph of a model that is traced already; other classes of its family are traced when asked for."""
+    from normconvert.tracing.model_graph import trace_model
+
+    return lambda model: graph if model is skeleton else trace_model(model)
 
 
 def _facts(case: Any) -> Row:
