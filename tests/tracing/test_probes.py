@@ -233,6 +233,23 @@ class Words:
         return {"input_ids": [byte % 101 for byte in text.encode()]}
 
 
+def test_a_classifier_of_texts_finds_the_end_of_each_one() -> None:
+    """It reads what stands at the end of the text, which all texts of a batch must have as often."""
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 24))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = hf.BartConfig(vocab_size=40, d_model=16, max_position_embeddings=64, **sizes, **heads)
+    model = hf.BartForSequenceClassification(config).eval()
+    probes = verification_inputs(model, level="thorough")
+    assert "decoder_input_ids" not in trace_inputs(model)
+    assert len(probes) > 3
+    for probe in probes:
+        if "input_ids" in probe.inputs:
+            assert (probe.inputs["input_ids"] == config.eos_token_id).sum(1).tolist() == [1] * len(
+                probe.inputs["input_ids"]
+            )
+            model(**probe.inputs)
+
+
 def test_sentences_go_through_the_tokenizer() -> None:
     probes = [p for p in verification_inputs(gpt2(), tokenizer=Words()) if p.name.startswith("text")]
     assert len(probes) == 2

@@ -146,7 +146,7 @@ def _fullest(facts: Facts) -> list[str]:
         full.append("input_ids")
     if signals and not any(name in full for name in signals):
         full.append(signals[0])
-    if "decoder_input_ids" in names:
+    if "decoder_input_ids" in names and not facts.classifies_texts:
         full.append("decoder_input_ids")
     full += _companions(facts, full)
     if not full:
@@ -211,6 +211,9 @@ def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
             count = feature_count(facts, signal, to_trace(facts.model, specs)) // text.shape[0]
         # Also a count of 0: random ids must not hold a placeholder that nothing fills.
         tokens[token] = max(count, tokens.get(token, 0))
+    end = facts.number("eos_token_id", part="text", default=-1)
+    if facts.classifies_texts and 0 <= end < facts.vocabulary:
+        tokens.setdefault(end, 1)  # whose output is read: tokenizers write one at the end of each text
     extra = sum(tokens.values())
     if "image_embeds_position_mask" in specs:
         return replace(text, shape=specs["image_embeds_position_mask"].shape)

@@ -112,6 +112,12 @@ class Facts:
         return next((m for m in self.model.modules() if isinstance(m, kind)), None)
 
     @cached_property
+    def classifies_texts(self) -> bool:
+        """Whether an encoder–decoder has a head for whole texts: of them it makes the decoder's input itself."""
+        generates: Any = getattr(self.model, "can_generate", None)
+        return {"decoder_input_ids", "labels"} <= set(self.parameters) and not (generates is not None and generates())
+
+    @cached_property
     def vocabulary(self) -> int:
         """How many token ids the model knows."""
         try:
