@@ -273,7 +273,7 @@ def _leave_more(search: _Search) -> None:
                 text = f"its stream stays as it is: the norm {described(path)} reads it, and {why.reason}"
                 search.stays.setdefault(id(stream), Obstacle(why.code, text))
         for table in _tables_in(search, stream):
-            if text := table.obstacle(stream, members):
+            if text := table.obstacle(search.analysis, stream, members):
                 path = described(table.calls[0].path)
                 text = f"its stream stays as it is: the norm {path} {text}."
                 search.stays.setdefault(id(stream), Obstacle("post-norm", text))
