@@ -51,8 +51,8 @@ class NormedTable:
             return "writes into what stays, too"
         for ref in (ref for ref in self.results if ref[0] not in analysis.data):
             # Of what no input changes (queries that are learnt, say) a stream does not follow who else reads it.
-            if (other := next(analysis.other_readers(ref, members.__contains__), None)) is not None:
-                return f"gives what {operation(other)} reads, too"
+            if (reader := next(analysis.other_readers(ref, members.__contains__), None)) is not None:
+                return f"gives what {operation(reader)} reads, too"
         if self.calls[0].centred and (other := next((n for n, _ in stream.norms if not n.centred), None)):
             return f"gives what has no mean, of which `{other.path}` would miss it"
         return ""

@@ -22,6 +22,7 @@ from normconvert.analysis.operations import (
     CONVOLUTIONS,
     COPIES,
     EMBEDDING,
+    GETITEM,
     GROUPED,
     MOVES,
     SPLITS,
@@ -175,15 +176,25 @@ def _given_again(analysis: Analysis, starts: list[AxisRef]) -> list[AxisRef]:
     return found
 
 
-def weight_of(graph: Graph, leak: Leak) -> fx.Node | None:
-    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed."""
+CUT = SPLITS | {"aten.slice", GETITEM}
+"""What takes a part of a stored weight."""
+
+
+def weight_of(graph: Graph, leak: Leak, through: Collection[str] = STORED) -> fx.Node | None:
+    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed.
+
+    Args:
+        graph: the model.
+        leak: the reader.
+        through: what may stand between the stored tensor and the map.
+    """
     form = LINEAR_FORMS.get(name_of(leak.reader))
     if leak.code != "linear" or form is None or leak.reader.kwargs or leak.reader.args[form.x] is not leak.ref[0]:
         return None
     weight: Any = leak.reader.args[form.weight]
     if sum(one is leak.ref[0] for one in leak.reader.all_input_nodes) != 1 or weight is leak.ref[0]:
         return None
-    while isinstance(weight, fx.Node) and name_of(weight) in STORED:
+    while isinstance(weight, fx.Node) and name_of(weight) in through:
         weight = weight.args[0]
     parameter = graph.parameters.get(weight) if isinstance(weight, fx.Node) else None
     return weight if parameter is not None and parameter.stored else None

@@ -120,6 +120,28 @@ def test_the_rows_that_read_the_norm_take_its_weight(
     assert any("part" in row for name in packed for row in found.plan.tensors[name])
 
 
+class Behind(nn.Module):
+    """Norms behind the branches of torch's encoder: queries, keys and values read the stream itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, 4, 24, batch_first=True)
+        self.write, self.head = nn.Linear(5, D), nn.Linear(D, 3)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.encoder(self.write(x)))
+        return found
+
+
+def test_a_number_is_taken_back_by_all_parts() -> None:
+    found = check_basis(Behind, [{"x": X}], "scale", Options(power="3"))
+    assert found.plan is not None
+    assert not found.problems
+    assert not found.plan.kept
+    assert {row["exponent"] for row in found.plan.tensors["encoder.layers.1.self_attn.in_proj_weight"]} == {3}
+
+
 def test_rmsnorm_folds_into_a_part_as_well() -> None:
     found = check_basis(Pool, [{"x": X}], "rmsnorm", Options(fold=True))
     assert found.plan is not None
