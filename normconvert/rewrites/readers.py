@@ -275,13 +275,13 @@ def _reader(
     return replace(reader, module=path)
 
 
-def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
-    """The linear map that a reader is, with a weight of its own.
+def linear_reader(analysis: Analysis, leak: Leak, *, parts: bool = False) -> Reader:
+    """The linear map that a reader is, with a weight of its own, or ``parts`` of one.
 
     Raises:
         Unfoldable: it is none, or its weight is not stored.
     """
-    return _reader(analysis, leak, False, {}, new_biases=False, parts=False)
+    return _reader(analysis, leak, False, {}, new_biases=False, parts=parts)
 
 
 def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None, int]:
@@ -364,19 +364,20 @@ def _check_users(
             continue
         if len(parameter.aliases) > 1 and not apart:
             raise Unfoldable(f"the {described_as} is tied")
-        for user in _readers_of_rows(node, part.out, part.rows or (0, int(shape_of(node)[part.out]))):
+        for user in readers_of_rows(node, part.out, part.rows):
             if user not in allowed and not (apart and name_of(user) == EMBEDDING):
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")
 
 
-def _readers_of_rows(value: fx.Node, dim: int, rows: Rows) -> Iterator[fx.Node]:
-    """Who reads these rows, along ``dim``, of a stored tensor, whatever is moved or cut off on the way."""
+def readers_of_rows(value: fx.Node, dim: int, rows: Rows | None) -> Iterator[fx.Node]:
+    """Who reads these rows (all), along ``dim``, of a stored tensor, whatever is moved or cut off on the way."""
+    rows = rows or (0, int(shape_of(value)[dim]))
     for user in readers(value):
         name = name_of(user)
         if name in STORED and user.args[0] is value:
             terms = terms_of(user)
             at = terms[0][0].dims.get(dim) if terms is not None and len(terms) == 1 else None
-            ways: Iterable[fx.Node] = [user] if at is None else _readers_of_rows(user, at, rows)
+            ways: Iterable[fx.Node] = [user] if at is None else readers_of_rows(user, at, rows)
         elif (name in SPLITS or name == "aten.slice") and user.args[0] is value:
             ways = _readers_of_parts(list(readers(user)) if name in SPLITS else [user], dim, rows)
         else:
@@ -393,4 +394,4 @@ def _readers_of_parts(parts: list[fx.Node], dim: int, rows: Rows) -> Iterator[fx
             continue
         start, stop = cut[2], cut[2] + int(shape_of(part)[dim])
         if start < rows[1] and stop > rows[0]:
-            yield from _readers_of_rows(part, dim, (rows[0] - start, rows[1] - start))
+            yield from readers_of_rows(part, dim, (rows[0] - start, rows[1] - start))
