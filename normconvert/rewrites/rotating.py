@@ -41,7 +41,15 @@ from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.stream_readers import StreamReaders
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import ALLOWED, Obstacle, in_a_branch, misuse, never_called, obstacle
+from normconvert.rewrites.verdicts import (
+    ALLOWED,
+    Obstacle,
+    in_a_branch,
+    misuse,
+    never_called,
+    obstacle,
+    with_nothing_compared,
+)
 from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
@@ -104,7 +112,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     verdicts = [_verdict(search, path) for path in search.calls]
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
     if shifted and not other_outputs(graph, shifted):
-        return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
+        return with_nothing_compared(plan_rotate(graph, replace(options, allow_shifted_outputs=False)))
     needed = {ref for stream in streams for ref in stream.members}
     doors = doors_of(graph, needed | _given_to(search, paths, tables))
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)

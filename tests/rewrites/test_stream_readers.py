@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.options import Options
+from normconvert.rewrites.registry import REWRITES
+from normconvert.tracing.graph import trace
 from tests.support.basis import check_basis
 from tests.support.equivalence import Outcome
 
@@ -156,3 +158,23 @@ def test_a_map_that_cannot_keeps_the_stream_as_it_is(kind: type[nn.Module], reas
     found = outcome_of(kind)
     assert found.plan is not None
     assert any(reason in verdict.reason for verdict in found.plan.kept)
+
+
+class Encoder(Tower):
+    """All that is returned is in the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.project, self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x)
+
+
+@pytest.mark.parametrize("method", ["rotate", "scale"])
+def test_what_is_allowed_in_vain_is_not_offered_again(method: str) -> None:
+    options = Options(power="3", allow_shifted_outputs=True)
+    graph = trace(Encoder().eval().to("meta"), {"x": X.to("meta", torch.float32)})
+    (verdict,) = REWRITES[method].planner(graph, options).verdicts
+    assert "the model returns it as `output`" in verdict.reason
+    assert verdict.reason.endswith("; where all that is returned may change, nothing is left to be compared.")
