@@ -85,6 +85,16 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return view.mul_(_vector(view, dim, vector) if vector.ndim else vector).reshape(shape)
 
 
+def _divide(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- x / by along the channels, zero where both are: a norm's bias that stays where its weight has gone."""
+    view, dim, shape = _split(x, edit)
+    divisor = _vector(view, dim, evaluate(edit["by"], lookup))
+    zero = divisor == 0
+    if x.device.type != "meta" and bool((zero & (view != 0)).any()):
+        raise ValueError(f"{int((zero & (view != 0)).sum())} numbers of it are to be divided by zeros")
+    return view.div_(torch.where(zero, torch.ones_like(divisor), divisor)).reshape(shape)
+
+
 def _times(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- (x + offset) 2^exponent - offset everywhere: what writes into a stream that takes a power of two.
 
@@ -252,6 +262,7 @@ def _drop(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
+    "divide": _divide,
     "times": _times,
     "shift": _shift,
     "add_product": _add_product,

@@ -1,8 +1,8 @@
 """A norm's weight and bias on their way into the linear maps that read it, with or without a change of basis between.
 
 With n the normalised value, W (g * n + b) + c = (W diag(g)) n + (W b + c). A reader without a bias of its own leaves
-the norm's where it is, divided by the weight that has gone: W diag(g) (n + b / g). In the basis of an orthogonal Q the
-readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
+the norm's where it is, divided by the weight that has gone: W diag(g) (n + b / g), where b is zero if g is. In the
+basis of an orthogonal Q the readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
     elif bias:
         at = {"axis": _channels(graph, bias, int(settings["size"]))}
         gain: Any = ["add", weight, offset] if offset else weight
-        stays: list[dict[str, Any]] = [{"op": "scale", "by": ["reciprocal", gain], **at}] if weight else []
+        stays: list[dict[str, Any]] = [{"op": "divide", "by": gain, **at}] if weight else []
         stays += [{**change, **at}] if change else []
         if stays:
             tensors[bias] = stays

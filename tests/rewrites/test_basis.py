@@ -195,6 +195,21 @@ def test_a_bias_is_not_divided_by_zero(tmp_path: Path) -> None:
     assert [v.path for v in report.plan.kept] == ["transformer.ln_f"]
 
 
+@pytest.mark.parametrize("method", ["fold", "rotate"])
+def test_a_channel_without_weight_and_bias_stays_nothing(method: str) -> None:
+    model = built("gpt2").double()
+    last = model.get_submodule("transformer.ln_f")
+    with torch.no_grad():
+        last.weight[3] = last.bias[3] = 0.0  # type: ignore[index, operator]
+    result, report = normconvert.convert_model(model, method, verify=False)
+    assert "transformer.ln_f" in [v.path for v in report.plan.converted]
+    torch.testing.assert_close(logits(result), logits(model), rtol=0, atol=1e-12)
+    state = model.state_dict()
+    state["transformer.ln_f.bias"][3] = 0.5
+    with pytest.raises(InputError, match=r"'transformer.ln_f.bias': 1 numbers of it are to be divided by zeros"):
+        normconvert.apply_plan(state, report.plan)
+
+
 def test_another_seed_and_another_kind_are_other_tensors_of_the_same_function() -> None:
     truth = built("llama").double()
     expected, tables = logits(truth), []
