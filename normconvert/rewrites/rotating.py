@@ -202,7 +202,7 @@ def _leave_other_widths(search: _Search, given: Given) -> None:
     if found and size not in found:
         raise InputError(
             f"{given.name}: holds a matrix of {size} channels, and the streams that can be rotated have "
-            f"{' and '.join(map(str, found))}"
+            f"{' and '.join(map(str, found))}: give a matrix of that width, or leave --rotation out"
         )
     for stream in search.streams:
         if stream.size != size:
@@ -219,7 +219,7 @@ def _refuse_moved_mean(given: Given, norm: Norm) -> None:
     if (error := error_of_ones(given.kind)) > TOLERANCE:
         raise InputError(
             f"{given.name}: Q 1 is {error:.2g} from 1, at most {TOLERANCE:.2g}: {described(norm.path)} is a LayerNorm, "
-            "and its mean needs a rotation that keeps the vector of ones"
+            "and its mean needs a rotation that keeps the vector of ones: give one that does, or leave --rotation out"
         )
 
 
