@@ -39,6 +39,9 @@ ROTATIONS = ("hadamard", "random")
 MOST_POWER = 60
 """The largest power of a stream, up or down: a norm squares it, and float32 has 2^-126 to 2^127."""
 
+SEEDS = 1 << 64
+"""How many there are: torch draws from no other."""
+
 FORMS = ("graph", "llm-compressor", "awq")
 """What an anatomy is written as."""
 
@@ -98,6 +101,11 @@ def powers_in(text: str | None) -> int | dict[str, int] | None:
             f"--power {text}: expected numbers from -{MOST_POWER} to {MOST_POWER}, since norms square them"
         )
     return found[""] if "=" not in text else found
+
+
+def _drawn_from(seed: int) -> None:
+    if seed >= SEEDS:
+        raise InputError(f"seed is {seed}; expected less than 2^64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +170,7 @@ class Options:
     seed: int = option(
         0,
         "Of the rotation: of its signs, or of the random matrix.",
-        metavar="N", at_least=0, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
+        metavar="N", at_least=0, valid=_drawn_from, methods=("rotate",), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
     values: bool = option(
         False,

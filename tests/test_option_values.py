@@ -39,6 +39,7 @@ def test_a_number_or_a_list_is_the_text_that_it_says() -> None:
     [
         ({"min_gain": "3"}, "min_gain is '3'; expected a whole number"),
         ({"seed": "a"}, "seed is 'a'; expected a whole number"),
+        ({"seed": 1 << 64}, r"seed is 18446744073709551616; expected less than 2\^64"),
         ({"fold": "yes"}, "fold is 'yes'; expected True or False"),
         ({"headroom": "much"}, "headroom is 'much'; expected a number"),
         ({"headroom": float("nan")}, "headroom is nan; expected a finite number"),

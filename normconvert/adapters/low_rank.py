@@ -130,7 +130,7 @@ def edited(change: LowRank, layout: Layout, edits: Sequence[Edit], weight: Tenso
 def _side(change: LowRank, layout: Layout, row: Mapping[str, Any], ndim: int) -> str:
     """The factor that an edit acts on."""
     axis = int(row["axis"]) % ndim if "axis" in row else -1
-    if row["op"] in LINEAR and int(row.get("groups", 1)) == 1:
+    if row["op"] in LINEAR and int(row.get("groups", 1)) == 1 and "part" not in row:
         if axis == layout.outputs:
             return "b"
         if axis == layout.inputs:

@@ -10,7 +10,7 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import Call, broadcast, dims_argument, kept_dims, unary_rule
 from normconvert.analysis.channel_axes import Operand, Term, shape_of
-from normconvert.analysis.operations import SPLITS, argument, name_of
+from normconvert.analysis.operations import GETITEM, SPLITS, argument, name_of
 
 PARTS = SPLITS | {"aten.unbind"}
 """Operations whose result is a tuple of parts."""
@@ -86,6 +86,23 @@ def split_rule(node: Call) -> tuple[Term, ...]:
     sizes = [part.shape[dim] for part in node.meta["val"]]
     equal = all(isinstance(size, int) and size == sizes[0] for size in sizes)
     return ((Operand(x, kept_dims(x, [dim]), regroup=dim if equal else None),),)
+
+
+def cut_of(node: Call) -> tuple[fx.Node, int, int] | None:
+    """The value of which another is a part without gaps: the value, the dimension, and where the part begins."""
+    if name_of(node) == "aten.slice":
+        x, dim = node.args[0], argument(node, 1, "dim", 0) % len(shape_of(node))
+        start, size = argument(node, 2, "start", 0) or 0, shape_of(x)[dim]
+        if argument(node, 4, "step", 1) != 1 or not isinstance(start, int) or not isinstance(size, int):
+            return None
+        return x, dim, min(max(start + size if start < 0 else start, 0), size)
+    parts: Call = node.args[0] if name_of(node) == GETITEM else None
+    if not isinstance(parts, fx.Node) or name_of(parts) not in SPLITS:
+        return None
+    dim = argument(parts, 2, "dim", 0) % len(shape_of(node))
+    source: Call = parts.args[0]
+    before = [part.shape[dim] for part in parts.meta["val"]][: node.args[1]]
+    return (source, dim, sum(before)) if all(isinstance(size, int) for size in before) else None
 
 
 def unbind_rule(node: Call) -> tuple[Term, ...]:

@@ -55,6 +55,8 @@ def block_dimension(edits: Sequence[Edit], before: tuple[int, ...], after: tuple
         if edit["op"] not in NEEDS_WHOLE:
             return None
         whole |= NEEDS_WHOLE[edit["op"]](edit, len(before))
+        # A block would not know which of its rows are in the part.
+        whole |= {int(edit["part"][0])} if "part" in edit else set()
     # Each block of the result has its place at the same rows only where the dimension keeps its length.
     free = [dim for dim in range(len(before)) if dim not in whole and after[dim] == before[dim]]
     # Blocks along dimension 0 lie in one piece in the file: they need not be gathered in memory.

@@ -45,7 +45,10 @@ def read_matrix(path: Path) -> tuple[Tensor, str]:
         raise InputError(f"{path}: holds {kind} of the shape {shape}; expected one square matrix of floating numbers")
     matrix = matrix.to(torch.float64, copy=True)
     if not bool(torch.isfinite(matrix).all()):
-        raise InputError(f"{path}: holds numbers that are not finite")
+        bad = int((~torch.isfinite(matrix)).sum())
+        raise InputError(
+            f"{path}: {bad} of {matrix.numel()} numbers are not finite; expected one square matrix of numbers"
+        )
     return matrix, sha256(path)
 
 

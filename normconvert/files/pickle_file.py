@@ -200,7 +200,9 @@ def _read(path: Path) -> tuple[Any, str]:
         raise InputError(f"{path}: not a PyTorch checkpoint, or truncated; download it again") from error
     # The bytes decide what an unpickler runs into: no list of exceptions would be complete.
     except Exception as error:
-        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {first_line(error)}") from error
+        # A KeyError's text is a byte that no pickle has.
+        what = "no pickle" if isinstance(error, KeyError) else first_line(error)
+        raise InputError(f"{path}: not a PyTorch checkpoint, or truncated: {what}; download it again") from error
 
 
 def _other_archive(path: Path) -> str:

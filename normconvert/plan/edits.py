@@ -7,6 +7,8 @@ What a tensor is multiplied by or what is added to it is a vector expression (se
 
 A channel axis may be one factor of a tensor dimension (``outer * size * inner``), as when a fused projection holds
 several blocks of channels; ``axis`` is the dimension, ``outer`` and ``inner`` the other factors (1 if plain).
+
+An edit with ``part``: [dimension, start, stop] is one of that part of the tensor alone, which keeps its shape.
 """
 
 from __future__ import annotations
@@ -83,6 +85,16 @@ def _scale(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     return view.mul_(_vector(view, dim, vector) if vector.ndim else vector).reshape(shape)
 
 
+def _divide(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
+    """x <- x / by along the channels, zero where both are: a norm's bias that stays where its weight has gone."""
+    view, dim, shape = _split(x, edit)
+    divisor = _vector(view, dim, evaluate(edit["by"], lookup))
+    zero = divisor == 0
+    if x.device.type != "meta" and bool((zero & (view != 0)).any()):
+        raise ValueError(f"{int((zero & (view != 0)).sum())} numbers of it are to be divided by zeros")
+    return view.div_(torch.where(zero, torch.ones_like(divisor), divisor)).reshape(shape)
+
+
 def _times(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """x <- (x + offset) 2^exponent - offset everywhere: what writes into a stream that takes a power of two.
 
@@ -104,9 +116,9 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     """b <- b + W v: a norm's bias v moving through the linear map W (v along ``axis`` of W) into the bias b.
 
     Further dimensions of W (a kernel's) are summed: v is the same at all their places. ``outer``, ``inner``, ``start``
-    and ``groups`` as for ``scale``.
+    and ``groups`` as for ``scale``; ``of`` is the part of the weight that is W, as ``part`` is of b.
     """
-    weight, vector = lookup(edit["weight"]), evaluate(edit["by"], lookup)
+    weight, vector = _part(lookup(edit["weight"]), edit.get("of")), evaluate(edit["by"], lookup)
     axis, groups = int(edit["axis"]), int(edit.get("groups", 1))
     if groups > 1:
         along = (groups, 1, -1) if axis == 1 else (groups, -1, 1)
@@ -124,6 +136,16 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
         view = view.narrow(dim, start, vector.numel())
         sums.append((view * _vector(view, dim, vector)).flatten(1).sum(1))
     return x + torch.cat(sums).reshape(x.shape)
+
+
+def _part(x: Tensor, part: Sequence[int] | None) -> Tensor:
+    """The part of a tensor that an edit is of: [dimension, start, stop]; all of it if there is none."""
+    if part is None:
+        return x
+    dim, start, stop = (int(n) for n in part)
+    if not (0 <= dim < x.ndim and 0 <= start < stop <= x.shape[dim]):
+        raise ValueError(f"shape {tuple(x.shape)} has no part {start} to {stop} along dimension {dim}")
+    return x.narrow(dim, start, stop - start)
 
 
 def _fill(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
@@ -240,6 +262,7 @@ def _drop(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
 EDITS: dict[str, Callable[[Tensor, Edit, Lookup], Tensor]] = {
     "center": _center,
     "scale": _scale,
+    "divide": _divide,
     "times": _times,
     "shift": _shift,
     "add_product": _add_product,
@@ -273,7 +296,14 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
     """
     value = tensor if own else tensor.to(torch.float64, copy=True)
     for edit in edits:
-        value = EDITS[edit["op"]](value, edit, lookup)
+        if "part" in edit:
+            part = _part(value, edit["part"])
+            made = EDITS[edit["op"]](part.clone(), edit, lookup)
+            if made.shape != part.shape:
+                raise ValueError(f"{edit['op']} gives a part of another shape: {tuple(made.shape)}")
+            part.copy_(made)
+        else:
+            value = EDITS[edit["op"]](value, edit, lookup)
     return value
 
 

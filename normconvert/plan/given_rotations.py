@@ -70,7 +70,10 @@ def read_rotation(path: str | Path) -> Given:
     matrix, digest = read_matrix(file)
     error = _distance(matrix @ matrix.T, torch.eye(len(matrix), dtype=matrix.dtype))
     if error > TOLERANCE:
-        raise InputError(f"{file}: not orthogonal: Q Q' is {error:.2g} from the identity, at most {TOLERANCE:.2g}")
+        raise InputError(
+            f"{file}: not orthogonal: Q Q' is {error:.2g} from the identity, at most {TOLERANCE:.2g}: give the Q of "
+            "torch.linalg.qr(matrix), say, or leave --rotation out"
+        )
     _READ[f"{KIND}{digest}"] = matrix
     return Given(file.name, f"{KIND}{digest}")
 

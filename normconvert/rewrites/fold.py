@@ -11,7 +11,7 @@ from typing import Any
 from normconvert.analysis.channel_axes import ChannelAxis
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.streams import Analysis, described
-from normconvert.rewrites.readers import Unfoldable, readers_of
+from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 
 Edits = dict[str, list[dict[str, Any]]]
 
@@ -29,14 +29,14 @@ def fold_norms(analysis: Analysis, groups: list[list[Norm]], tensors: Edits) -> 
         if weight is None and bias is None:
             continue
         try:
-            readers, _ = readers_of(analysis, calls)
+            readers, _ = readers_of(analysis, calls, parts=True)
         except Unfoldable as kept:
             notes.append(f"{described(path)} keeps its weight and bias: {kept}")
             continue
         for reader in readers:
-            axis = along(reader.place)
+            axis = reading(reader)
             if bias is not None:
-                row = {"op": "add_product", "weight": reader.weight, "by": f"{path}.{bias}", **axis}
+                row = product(reader, reader.weight, f"{path}.{bias}")
                 # In front of what is there: where the reader writes into a mean-free stream, P(c + W b) is wanted, not
                 # Pc + W b.
                 tensors[str(reader.bias)] = [row, *tensors.get(str(reader.bias), [])]
@@ -56,4 +56,16 @@ def along(place: ChannelAxis) -> dict[str, Any]:
     return row if place.whole else row | {"outer": int(place.outer), "inner": int(place.inner)}
 
 
-__all__ = ["along", "fold_norms"]
+def reading(reader: Reader) -> dict[str, Any]:
+    """The keys of an edit that say where a linear map reads the channels in its stored tensor."""
+    return along(reader.place) | ({"part": [reader.out, *reader.rows]} if reader.rows else {})
+
+
+def product(reader: Reader, weight: str, vector: str) -> dict[str, Any]:
+    """The edit that moves a norm's bias through a linear map into the map's own."""
+    row = {"op": "add_product", "weight": weight, "by": vector, **along(reader.place)}
+    row |= {"of": [reader.out, *reader.rows]} if reader.rows else {}
+    return row | ({"part": [0, *reader.bias_rows]} if reader.bias_rows else {})
+
+
+__all__ = ["along", "fold_norms", "product", "reading"]

@@ -1,8 +1,8 @@
 """A norm's weight and bias on their way into the linear maps that read it, with or without a change of basis between.
 
 With n the normalised value, W (g * n + b) + c = (W diag(g)) n + (W b + c). A reader without a bias of its own leaves
-the norm's where it is, divided by the weight that has gone: W diag(g) (n + b / g). In the basis of an orthogonal Q the
-readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
+the norm's where it is, divided by the weight that has gone: W diag(g) (n + b / g), where b is zero if g is. In the
+basis of an orthogonal Q the readers get Q n, and are (W diag(g)) Q'; a bias that stays is Q (b / g).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.centring import can_untie
-from normconvert.rewrites.fold import along
+from normconvert.rewrites.fold import product, reading
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
 from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
 from normconvert.tracing.exits import exit_module
@@ -63,9 +63,9 @@ def moved_norm(
         Unfoldable: the weight cannot move.
     """
     try:
-        return Moved(calls, *readers_of(analysis, calls, untied, through=through), bias_stays=False)
+        return Moved(calls, *readers_of(analysis, calls, untied, through=through, parts=True), bias_stays=False)
     except Unfoldable:
-        found = readers_of(analysis, calls, untied, bias_stays=True, through=through)
+        found = readers_of(analysis, calls, untied, bias_stays=True, through=through, parts=True)
         return Moved(calls, *found, bias_stays=True)
 
 
@@ -152,7 +152,7 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
     weight = f"{path}.{settings['weight']}" if settings.get("weight") else None
     bias = f"{path}.{settings['bias']}" if settings.get("bias") else None
     for reader in moved.readers:
-        axis = along(reader.place)
+        axis = reading(reader)
         written = tensors.get(reader.weight, [])
         copied = [row for row in written if row["op"] == "copy"]
         rows: list[dict[str, Any]] = [{"op": "scale", "by": weight, **axis, "offset": offset}] if weight else []
@@ -161,9 +161,8 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
         tensors[reader.weight] = [*copied, *rows, *(row for row in written if row["op"] != "copy")]
         if bias and not moved.bias_stays:
             own = copied[0]["from"] if copied else reader.weight
-            product = {"op": "add_product", "weight": own, "by": bias, **axis}
             # Before what the reader's own results take for the stream that it writes into.
-            tensors[str(reader.bias)] = [product, *tensors.get(str(reader.bias), [])]
+            tensors[str(reader.bias)] = [product(reader, own, bias), *tensors.get(str(reader.bias), [])]
     if weight:
         tensors[weight] = [{"op": "fill", "value": 1.0 - offset}]
     if bias and not moved.bias_stays:
@@ -171,7 +170,7 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
     elif bias:
         at = {"axis": _channels(graph, bias, int(settings["size"]))}
         gain: Any = ["add", weight, offset] if offset else weight
-        stays: list[dict[str, Any]] = [{"op": "scale", "by": ["reciprocal", gain], **at}] if weight else []
+        stays: list[dict[str, Any]] = [{"op": "divide", "by": gain, **at}] if weight else []
         stays += [{**change, **at}] if change else []
         if stays:
             tensors[bias] = stays

@@ -14,7 +14,7 @@ from typing import Any
 
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, name_of
-from normconvert.analysis.streams import Analysis, AxisRef, Stream, spans
+from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation, spans
 from normconvert.plan.vectors import Expression, minus, plus
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.verdicts import misuse
@@ -45,10 +45,14 @@ class NormedTable:
         """What the norm gives."""
         return [(norm.result, norm.place) for norm in self.calls if norm.place is not None]
 
-    def obstacle(self, stream: Stream, members: Collection[AxisRef]) -> str:
+    def obstacle(self, analysis: Analysis, stream: Stream, members: Collection[AxisRef]) -> str:
         """Why the norm may not write into a stream that is rotated, with all else in ``members``; empty if it may."""
         if not all(ref in members for ref in self.results):
             return "writes into what stays, too"
+        for ref in (ref for ref in self.results if ref[0] not in analysis.data):
+            # Of what no input changes (queries that are learnt, say) a stream does not follow who else reads it.
+            if (reader := next(analysis.other_readers(ref, members.__contains__), None)) is not None:
+                return f"gives what {operation(reader)} reads, too"
         if self.calls[0].centred and (other := next((n for n, _ in stream.norms if not n.centred), None)):
             return f"gives what has no mean, of which `{other.path}` would miss it"
         return ""

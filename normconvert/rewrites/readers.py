@@ -7,13 +7,14 @@ is (a zero padding does not) and the map has, or can be given, a bias of its own
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
 from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
+from normconvert.analysis.moving_rules import cut_of
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.operations import (
@@ -21,8 +22,10 @@ from normconvert.analysis.operations import (
     CONVOLUTIONS,
     COPIES,
     EMBEDDING,
+    GETITEM,
     GROUPED,
     MOVES,
+    SPLITS,
     all_are,
     argument,
     keeps_constants,
@@ -31,6 +34,9 @@ from normconvert.analysis.operations import (
 )
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
 from normconvert.tracing.graph import Graph, module_path
+
+Rows = tuple[int, int]
+"""Consecutive results of a linear map: the first, and the one behind the last."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class Reader:
         weight: the stored tensor.
         place: where the norm's channels are in it.
         out: its dimension of the results.
+        rows: the part of them that this map has, (start, stop), where others have the rest; None: it has all.
         bias: the bias that the norm's may move into; None if the norm has none, or there is none yet.
+        bias_rows: the part of that.
         module: the module that can be given a bias; empty if ``bias`` is there, or not needed.
     """
 
@@ -52,6 +60,8 @@ class Reader:
     out: int
     bias: str | None
     module: str = ""
+    rows: Rows | None = None
+    bias_rows: Rows | None = None
 
 
 class Unfoldable(Exception):
@@ -96,8 +106,9 @@ def readers_of(
     new_biases: bool = False,
     bias_stays: bool = False,
     through: Collection[str] = (),
+    parts: bool = False,
 ) -> tuple[list[Reader], set[AxisRef]]:
-    """The linear maps that read a norm, one entry for each weight, and the values between.
+    """The linear maps that read a norm, one entry for each weight or part of one, and the values between.
 
     Args:
         analysis: the streams.
@@ -106,6 +117,7 @@ def readers_of(
         new_biases: a reader may be given a bias.
         bias_stays: the norm's bias does not move.
         through: codes of leaks that are passed over, since what they return may change.
+        parts: a map may have a part of a stored tensor's rows, as those of queries, keys and values in one tensor.
 
     Raises:
         Unfoldable: something else reads it, too.
@@ -119,10 +131,10 @@ def readers_of(
     leaks = [leak for leak in leaks if leak.code not in through]
     if not leaks:
         raise Unfoldable("nothing but the model's outputs reads it" if "returned" in through else "nothing reads it")
-    found: dict[str, list[Reader]] = {}
+    found: dict[tuple[str, Rows | None], list[Reader]] = {}
     for leak in leaks:
-        reader = _reader(analysis, leak, has_bias, untied or {}, new_biases)
-        found.setdefault(reader.weight, []).append(reader)
+        reader = _reader(analysis, leak, has_bias, untied or {}, new_biases, parts)
+        found.setdefault((reader.weight, reader.rows), []).append(reader)
     result = []
     apart = set((untied or {}).values())
     for same in found.values():
@@ -130,11 +142,15 @@ def readers_of(
         name = operation(next(iter(same[0].nodes)))
         if any(replace(other, nodes=reader.nodes) != reader for other in same):
             raise Unfoldable(f"{name} reads it in several ways")
-        for role, tensor in (("weight", reader.weight), ("bias", reader.bias)):
+        for role, tensor, out, rows in (
+            ("weight", reader.weight, reader.out, reader.rows),
+            ("bias", reader.bias, 0, reader.bias_rows),
+        ):
             if tensor is not None:
-                _check_users(analysis, tensor, f"{role} of {name}", reader.nodes, apart=tensor in apart)
+                part = _Part(tensor, out, rows)
+                _check_users(analysis, part, f"{role} of {name}", reader.nodes, apart=tensor in apart)
         result.append(reader)
-    biases = [reader.bias for reader in result if reader.bias is not None]
+    biases = [(reader.bias, reader.bias_rows) for reader in result if reader.bias is not None]
     if len(set(biases)) != len(biases):
         raise Unfoldable("two linear maps that read it share a bias")
     return result, values
@@ -160,15 +176,25 @@ def _given_again(analysis: Analysis, starts: list[AxisRef]) -> list[AxisRef]:
     return found
 
 
-def weight_of(graph: Graph, leak: Leak) -> fx.Node | None:
-    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed."""
+CUT = SPLITS | {"aten.slice", GETITEM}
+"""What takes a part of a stored weight."""
+
+
+def weight_of(graph: Graph, leak: Leak, through: Collection[str] = STORED) -> fx.Node | None:
+    """The stored weight of the linear map that a reader is; None if it is none, or the weight is computed.
+
+    Args:
+        graph: the model.
+        leak: the reader.
+        through: what may stand between the stored tensor and the map.
+    """
     form = LINEAR_FORMS.get(name_of(leak.reader))
     if leak.code != "linear" or form is None or leak.reader.kwargs or leak.reader.args[form.x] is not leak.ref[0]:
         return None
     weight: Any = leak.reader.args[form.weight]
     if sum(one is leak.ref[0] for one in leak.reader.all_input_nodes) != 1 or weight is leak.ref[0]:
         return None
-    while isinstance(weight, fx.Node) and name_of(weight) in STORED:
+    while isinstance(weight, fx.Node) and name_of(weight) in through:
         weight = weight.args[0]
     parameter = graph.parameters.get(weight) if isinstance(weight, fx.Node) else None
     return weight if parameter is not None and parameter.stored else None
@@ -207,7 +233,9 @@ def values_behind(analysis: Analysis, starts: list[AxisRef], has_bias: bool) -> 
     return values, leaks
 
 
-def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool) -> Reader:
+def _reader(
+    analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, str], new_biases: bool, parts: bool
+) -> Reader:
     node, (value, place) = leak.reader, leak.ref
     form = LINEAR_FORMS.get(name_of(node))
     # Keywords are beta and alpha of addmm, which would scale the bias and the weight after they are edited.
@@ -228,31 +256,32 @@ def _reader(analysis: Analysis, leak: Leak, has_bias: bool, untied: dict[str, st
     if has_bias and convolution and not _unpadded(node):
         raise Unfoldable(f"{operation(node)} pads with zeros, which a bias moved behind it would not be")
     at = ChannelAxis(form.dim, place.size, place.outer, place.inner)
-    name, stored, out = _stored(analysis, weight, at, form.out, node)
-    name = untied.get(name, name)
+    part, stored = _stored(analysis, weight, at, form.out, node, parts=parts)
+    name, out = untied.get(part.name, part.name), part.out
+    reader = Reader(frozenset([node]), name, stored, out, None, rows=part.rows)
     if not has_bias:
-        return Reader(frozenset([node]), name, stored, out, None)
+        return reader
     if isinstance(bias, fx.Node):
         if len(shape_of(bias)) != 1:
             raise Unfoldable(f"{operation(node)} has a bias that is no vector")
-        bias_name, _, _ = _stored(analysis, bias, ChannelAxis(0, int(shape_of(bias)[0])), 0, node)
-        return Reader(frozenset([node]), name, stored, out, bias_name)
+        vector, _ = _stored(analysis, bias, ChannelAxis(0, int(shape_of(bias)[0])), 0, node, parts=parts)
+        return replace(reader, bias=vector.name, bias_rows=vector.rows)
     path = module_path(node)
     module = analysis.graph.modules.get(path)
     # Registered as None: the class knows of a bias, and was built without.
     absent = isinstance(module, nn.Module) and module._parameters.get("bias", 0) is None and name == f"{path}.weight"
     if not new_biases or not absent or (stored.dim, out) != (form.dim, form.out) or form.bias is None:
         raise Unfoldable(f"{operation(node)} has no bias to take the norm's")
-    return Reader(frozenset([node]), name, stored, out, None, path)
+    return replace(reader, module=path)
 
 
-def linear_reader(analysis: Analysis, leak: Leak) -> Reader:
-    """The linear map that a reader is, with a weight of its own.
+def linear_reader(analysis: Analysis, leak: Leak, *, parts: bool = False) -> Reader:
+    """The linear map that a reader is, with a weight of its own, or ``parts`` of one.
 
     Raises:
         Unfoldable: it is none, or its weight is not stored.
     """
-    return _reader(analysis, leak, False, {}, False)
+    return _reader(analysis, leak, False, {}, new_biases=False, parts=parts)
 
 
 def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None, int]:
@@ -274,13 +303,13 @@ def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None,
     if node.kwargs or not isinstance(weight, fx.Node) or len(shape_of(weight)) != 2:
         raise Unfoldable(f"{operation(node)} is no plain linear map")
     place = ChannelAxis(form.dim, int(shape_of(weight)[form.dim]))
-    name, _, out = _stored(analysis, weight, place, form.out, node)
+    part, _ = _stored(analysis, weight, place, form.out, node)
     count = int(shape_of(weight)[form.out])
     if not isinstance(bias, fx.Node):
-        return name, out, None, count
+        return part.name, part.out, None, count
     if tuple(shape_of(bias)) != (count,):
         raise Unfoldable(f"{operation(node)} has a bias that is no vector")
-    return name, out, _stored(analysis, bias, ChannelAxis(0, count), 0, node)[0], count
+    return part.name, part.out, _stored(analysis, bias, ChannelAxis(0, count), 0, node)[0].name, count
 
 
 def _unpadded(node: fx.Node) -> bool:
@@ -288,16 +317,32 @@ def _unpadded(node: fx.Node) -> bool:
     return bool(padding == "valid") or all_are(padding, 0)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A stored tensor, its dimension of the results, and which of them are meant; None: all."""
+
+    name: str
+    out: int
+    rows: Rows | None
+
+
 def _stored(
-    analysis: Analysis, node: fx.Node, place: ChannelAxis, out: int, reader: fx.Node
-) -> tuple[str, ChannelAxis, int]:
-    """The stored tensor behind an operand, where ``place`` and dimension ``out`` are there."""
+    analysis: Analysis, node: fx.Node, place: ChannelAxis, out: int, reader: fx.Node, *, parts: bool = False
+) -> tuple[_Part, ChannelAxis]:
+    """The stored tensor behind an operand, or ``parts`` of one, and where ``place`` is there."""
+    count = int(shape_of(node)[out])
+    first = 0
     while True:
         parameter = analysis.graph.parameters.get(node)
         if parameter is not None:
             if not parameter.stored:
                 raise Unfoldable(f"the weight of {operation(reader)} is not stored")
-            return parameter.name, place, out
+            whole = count == shape_of(node)[out]
+            return _Part(parameter.name, out, None if whole else (first, first + count)), place
+        cut = cut_of(node) if parts else None
+        if cut is not None and cut[1] == out:
+            node, first = cut[0], first + cut[2]
+            continue
         terms = terms_of(node) if name_of(node) in STORED else None
         if terms is None or len(terms) != 1 or len(terms[0]) != 1:
             raise Unfoldable(f"the weight of {operation(reader)} is computed")
@@ -310,13 +355,43 @@ def _stored(
         node, place = operand.node, back
 
 
-def _check_users(analysis: Analysis, name: str, described_as: str, allowed: frozenset[fx.Node], *, apart: bool) -> None:
+def _check_users(
+    analysis: Analysis, part: _Part, described_as: str, allowed: frozenset[fx.Node], *, apart: bool
+) -> None:
     """Refuse a tensor that anything but these readers uses; ``apart``, but for the embedding that it is untied from."""
     for node, parameter in analysis.graph.parameters.items():
-        if name not in parameter.aliases:
+        if part.name not in parameter.aliases:
             continue
         if len(parameter.aliases) > 1 and not apart:
             raise Unfoldable(f"the {described_as} is tied")
-        for user in readers(node, STORED):
+        for user in readers_of_rows(node, part.out, part.rows):
             if user not in allowed and not (apart and name_of(user) == EMBEDDING):
                 raise Unfoldable(f"{operation(user)} reads the {described_as} too")
+
+
+def readers_of_rows(value: fx.Node, dim: int, rows: Rows | None) -> Iterator[fx.Node]:
+    """Who reads these rows (all), along ``dim``, of a stored tensor, whatever is moved or cut off on the way."""
+    rows = rows or (0, int(shape_of(value)[dim]))
+    for user in readers(value):
+        name = name_of(user)
+        if name in STORED and user.args[0] is value:
+            terms = terms_of(user)
+            at = terms[0][0].dims.get(dim) if terms is not None and len(terms) == 1 else None
+            ways: Iterable[fx.Node] = [user] if at is None else readers_of_rows(user, at, rows)
+        elif (name in SPLITS or name == "aten.slice") and user.args[0] is value:
+            ways = _readers_of_parts(list(readers(user)) if name in SPLITS else [user], dim, rows)
+        else:
+            ways = [user]
+        yield from ways
+
+
+def _readers_of_parts(parts: list[fx.Node], dim: int, rows: Rows) -> Iterator[fx.Node]:
+    """Who reads these rows in parts of a tensor; another part is none of theirs."""
+    for part in parts:
+        cut = cut_of(part)
+        if cut is None or cut[1] != dim:
+            yield part
+            continue
+        start, stop = cut[2], cut[2] + int(shape_of(part)[dim])
+        if start < rows[1] and stop > rows[0]:
+            yield from readers_of_rows(part, dim, (rows[0] - start, rows[1] - start))

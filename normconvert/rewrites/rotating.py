@@ -39,8 +39,17 @@ from normconvert.rewrites.normed_tables import NormedTable, normed_tables
 from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
+from normconvert.rewrites.stream_readers import StreamReaders
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
-from normconvert.rewrites.verdicts import ALLOWED, Obstacle, in_a_branch, misuse, never_called, obstacle
+from normconvert.rewrites.verdicts import (
+    ALLOWED,
+    Obstacle,
+    in_a_branch,
+    misuse,
+    never_called,
+    obstacle,
+    with_nothing_compared,
+)
 from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
 from normconvert.tracing.graph import Graph
 
@@ -54,12 +63,14 @@ class _Search:
         refused: norm -> why it cannot be converted.
         moved: norm -> where its weight and bias go.
         tables: norm that reads rows of a table alone -> the table.
+        maps: what reads streams past their norms.
     """
 
     analysis: Analysis
     found: Centring
     calls: dict[str, list[Norm]]
     where: dict[Norm, tuple[Stream, AxisRef]]
+    maps: StreamReaders
     stays: dict[int, Obstacle] = field(default_factory=dict)
     refused: dict[str, Obstacle] = field(default_factory=dict)
     moved: dict[str, Moved] = field(default_factory=dict)
@@ -101,7 +112,7 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     verdicts = [_verdict(search, path) for path in search.calls]
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
     if shifted and not other_outputs(graph, shifted):
-        return plan_rotate(graph, replace(options, allow_shifted_outputs=False))
+        return with_nothing_compared(plan_rotate(graph, replace(options, allow_shifted_outputs=False)))
     needed = {ref for stream in streams for ref in stream.members}
     doors = doors_of(graph, needed | _given_to(search, paths, tables))
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
@@ -136,6 +147,7 @@ def _edits(
     notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
         move(graph, search.moved[path], tensors, change)
+    search.maps.move(streams, tensors, change)
     return tensors, aliases, config, notes
 
 
@@ -156,11 +168,14 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
     analysis.add_written()
-    options = replace(options, tied="untie")
-    found, _ = editability(analysis, options)
     calls = by_path(norms)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    search = _Search(analysis, found, calls, where, tables=normed_tables(analysis, calls, where))
+    # Before linear maps are no leaks any more: what a norm gives of such rows is all that may read them.
+    tables = normed_tables(analysis, calls, where)
+    maps = StreamReaders(analysis)
+    options = replace(options, tied="untie")
+    found, _ = editability(analysis, options)
+    search = _Search(analysis, found, calls, where, maps, tables=tables)
     for stream in found.usable:
         if why := next((w for ref, made in stream.members.items() if (w := _fixed(search, ref, made))), None):
             search.stays[id(stream)] = why
@@ -187,7 +202,7 @@ def _leave_other_widths(search: _Search, given: Given) -> None:
     if found and size not in found:
         raise InputError(
             f"{given.name}: holds a matrix of {size} channels, and the streams that can be rotated have "
-            f"{' and '.join(map(str, found))}"
+            f"{' and '.join(map(str, found))}: give a matrix of that width, or leave --rotation out"
         )
     for stream in search.streams:
         if stream.size != size:
@@ -204,7 +219,7 @@ def _refuse_moved_mean(given: Given, norm: Norm) -> None:
     if (error := error_of_ones(given.kind)) > TOLERANCE:
         raise InputError(
             f"{given.name}: Q 1 is {error:.2g} from 1, at most {TOLERANCE:.2g}: {described(norm.path)} is a LayerNorm, "
-            "and its mean needs a rotation that keeps the vector of ones"
+            "and its mean needs a rotation that keeps the vector of ones: give one that does, or leave --rotation out"
         )
 
 
@@ -272,8 +287,10 @@ def _leave_more(search: _Search) -> None:
                 why = search.refused.get(path) or _why(search, path)
                 text = f"its stream stays as it is: the norm {described(path)} reads it, and {why.reason}"
                 search.stays.setdefault(id(stream), Obstacle(why.code, text))
+        if text := search.maps.obstacle(stream, streams):
+            search.stays.setdefault(id(stream), Obstacle("linear", f"its stream stays as it is: {text}."))
         for table in _tables_in(search, stream):
-            if text := table.obstacle(stream, members):
+            if text := table.obstacle(search.analysis, stream, members):
                 path = described(table.calls[0].path)
                 text = f"its stream stays as it is: the norm {path} {text}."
                 search.stays.setdefault(id(stream), Obstacle("post-norm", text))

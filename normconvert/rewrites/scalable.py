@@ -20,7 +20,7 @@ from normconvert.analysis.streams import Analysis, AxisRef, Leak, Provenance, St
 from normconvert.options import Options
 from normconvert.rewrites.centring import can_untie, leaks_of
 from normconvert.rewrites.epsilons import attributes_of
-from normconvert.rewrites.readers import STORED, Unfoldable, values_behind, weight_of
+from normconvert.rewrites.readers import CUT, STORED, Unfoldable, values_behind, weight_of
 from normconvert.rewrites.verdicts import ALLOWED, Obstacle, misuse, obstacle_among
 from normconvert.tracing.graph import Graph
 
@@ -86,7 +86,7 @@ def search_scale(graph: Graph, options: Options) -> Search:
     for stream in analysis.streams:
         leaks[id(stream)] = []
         for leak in leaks_of(stream, options):
-            if (weight := weight_of(graph, leak)) is None:
+            if (weight := weight_of(graph, leak, STORED | CUT)) is None:
                 leaks[id(stream)].append(leak)
             else:
                 reading[leak.reader] = weight
@@ -155,7 +155,7 @@ def _unscalable_reader(search: Search, stream: Stream, streams: list[Stream]) ->
     """Why the linear maps that read a stream past its norms cannot take the inverse."""
     reading = {node for one in streams for node in readers_of_stream(search, one)}
     for node, weight in readers_of_stream(search, stream).items():
-        other = next((user for user in readers(weight, STORED) if user not in reading), None)
+        other = next((user for user in readers(weight, STORED | CUT) if user not in reading), None)
         if other is not None:
             name = search.analysis.graph.parameters[weight].name
             text = f"{operation(node)} reads it directly, and {operation(other)} reads `{name}`, too"

@@ -31,7 +31,7 @@ from normconvert.rewrites.readers import values_behind
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.scalable import Search, factor, groups_of, norm_of, readers_of_stream, search_scale
-from normconvert.rewrites.verdicts import in_a_branch, never_called
+from normconvert.rewrites.verdicts import in_a_branch, never_called, with_nothing_compared
 from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import boundary_of
@@ -71,7 +71,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
     scaled = [stream for stream in search.streams if powers[id(stream)]]
     shifted = shifted_outputs(graph, scaled, [])
     if shifted and not other_outputs(graph, shifted):
-        return plan_scale(graph, replace(options, allow_shifted_outputs=False))
+        return with_nothing_compared(plan_scale(graph, replace(options, allow_shifted_outputs=False)))
     doors = doors_of(graph, needed)
     float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
     return Plan(

@@ -11,13 +11,15 @@ from normconvert.analysis.norms import Norm
 from normconvert.analysis.operations import readers
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, Stream, operation
 from normconvert.options import Options
-from normconvert.plan.conversion_plan import Verdict
+from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import leaks_of
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
 
 ALLOWED = "; --allow-shifted-outputs lets that change."
 """How a reason ends that a user may lift."""
+ALL_RETURNED = "; where all that is returned may change, nothing is left to be compared."
+"""How it ends where the user has lifted it in vain."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
     if any(norm.module != group[0].module for norm in group):
         return Obstacle("not-a-module", "it is called in different ways.")
     return None
+
+
+def with_nothing_compared(plan: Plan) -> Plan:
+    """A plan that lets no output change, where all would have, and its reasons say so."""
+    verdicts = [replace(verdict, reason=verdict.reason.replace(ALLOWED, ALL_RETURNED)) for verdict in plan.verdicts]
+    return replace(plan, verdicts=verdicts)
 
 
 def in_a_branch(obstacle: Obstacle, streams: Iterable[Stream], analysis: Analysis) -> Obstacle:

@@ -20,7 +20,7 @@ def check_statistics(
 ) -> list[str]:
     """Refuse statistics that cannot be right, and name those that look as if nobody had learnt them.
 
-    A norm's weight that its bias is divided by must have no zeros.
+    A norm's weight that its bias is divided by must have no zeros but where the bias is zero as well.
 
     Args:
         plan: of the conversion.
@@ -56,7 +56,7 @@ def check_statistics(
             fresh.append(name.removesuffix(f".{COUNTER}"))
     for bias, (name, offset) in divisors(plan).items():
         weight, divided = read(name).double() + offset, read(bias).double()
-        bad = weight == 0
+        bad = (weight == 0) & (divided.reshape(weight.shape) != 0)
         if plan.method == "rotate":  # all channels would take a share of the quotient, and round by it
             bad |= divided.abs().reshape(weight.shape) * torch.finfo(read(name).dtype).eps > weight.abs()
         if count := int(bad.sum()):
@@ -91,11 +91,9 @@ def divisors(plan: Plan) -> dict[str, tuple[str, float]]:
     found = {}
     for divided, rows in plan.tensors.items():
         for row in rows:
-            by = row.get("by", 0)
-            if isinstance(by, list) and by[0] == "reciprocal":
-                operand = by[1]
-                name, offset = (operand, 0.0) if isinstance(operand, str) else (operand[1], float(operand[2]))
-                found[divided] = name, offset
+            if row["op"] == "divide":
+                by = row["by"]
+                found[divided] = (by, 0.0) if isinstance(by, str) else (by[1], float(by[2]))
     return found
 
 

@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from normconvert.apply.shard_stream import SPARE
+from normconvert.plan.rotations import rotated
 from tests.support import forked_client
+from tests.support.basis_models import built
 from tests.support.hub_server import Hub, Repository, serve
 from tests.support.tiny_checkpoints import contents, gpt2, save, save_with_head
 
@@ -46,6 +48,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         "org/pickled": Repository(pickled),
         "org/whole": Repository(folder, ranges=False),
         "org/apart": Repository(save_with_head(tmp_path_factory.mktemp("hub") / "apart")),
+        "org/olmo": Repository(save(built("olmo"), tmp_path_factory.mktemp("hub") / "olmo", "sharded")),
     }
     with serve(repositories) as hub:
         yield hub
@@ -361,3 +364,25 @@ def test_a_disk_without_room_for_both_holds_the_output_and_one_shard(
                 assert list(disk.iterdir()) == []
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("method", ["fold", "scale", "rotate", "native"])
+def test_every_change_of_basis_is_streamed_and_verified(
+    hub: Hub, name: str, home: Path, tmp_path: Path, method: str
+) -> None:
+    """The same files as from a folder, with the verdict on them."""
+    torch.save(rotated(torch.eye(48, dtype=torch.float64), 0, "random", 5, True), tmp_path / "Q.pt")
+    options = {
+        "fold": [],
+        "scale": ["--power", "3"],
+        "rotate": ["--rotation", str(tmp_path / "Q.pt"), "--values", "--max-shard-size", "90KB"],
+        "native": ["--native"],
+    }[method]
+    name, command = ("org/olmo", "rmsnorm") if method == "native" else (name, method)
+    out, _ = run(home, name, str(tmp_path / "out"), "--stream", "--verify", "quick", *options, method=command)
+    assert "algebra" in out
+    run(home, name, str(tmp_path / "whole"), "--no-verify", *options, method=command)
+    made, whole = (written(tmp_path / folder, name) for folder in ("out", "whole"))
+    assert made.keys() == whole.keys()
+    assert {n for n in made if made[n] != whole[n]} <= {"normconvert.json", "README.md"}
+    assert json.loads(made["normconvert.json"])["verification"]["passed"] is True

@@ -59,6 +59,7 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no safetensors": ("q.safetensors", lambda path: path.write_bytes(b"nothing at all"), "not a safetensors file"),
     "no array": ("q.npy", lambda path: path.write_bytes(b"nothing at all"), "not a readable file of one NumPy array"),
     "objects": ("q.npy", lambda path: np.save(path, np.array([{}]), allow_pickle=True), "not a readable file of one"),
+    "no pickle": ("q.pt", lambda path: path.write_text("hello"), "or truncated: no pickle; download it again"),
     "code": ("q.pt", _pickle_of_code, "wants to run code"),
     "several": (
         "q.pt", lambda path: torch.save({"a": matrix(), "b": matrix(1)}, path),
@@ -67,8 +68,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "none": ("q.pt", lambda path: torch.save({"a": 1}, path), "holds no tensor; expected one"),
     "oblong": ("q.pt", lambda path: torch.save(torch.ones(3, 4), path), r"float32 of the shape \[3, 4\]; expected one"),
     "whole numbers": ("q.pt", lambda path: torch.save(torch.eye(3).long(), path), "int64 of the shape"),
-    "scaled": ("q.pt", lambda path: torch.save(matrix() * 1.1, path), "not orthogonal: Q Q' is 0.21 from the identity"),
-    "infinite": ("q.pt", lambda path: torch.save(matrix() * torch.inf, path), "not finite"),
+    "scaled": ("q.pt", lambda path: torch.save(matrix() * 1.1, path), "Q Q' is 0.21 from the identity.*: give"),
+    "infinite": ("q.pt", lambda path: torch.save(matrix() * torch.inf, path), "numbers are not finite; expected one"),
 }  # fmt: skip
 
 

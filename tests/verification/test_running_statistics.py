@@ -20,8 +20,8 @@ from normconvert.verification.running_statistics import check_statistics
 def test_a_bias_is_not_divided_by_what_is_almost_nothing(value: float, method: str, said: str) -> None:
     """In its own channel a large quotient takes nothing from others; rotated, all of them round by it."""
     tensors = {"norm.weight": torch.ones(4), "norm.bias": torch.ones(4)}
-    tensors["norm.weight"][2] = value
-    plan = Plan(method, tensors={"norm.bias": [{"op": "scale", "by": ["reciprocal", "norm.weight"], "axis": 0}]})
+    tensors["norm.weight"][2], tensors["norm.weight"][3], tensors["norm.bias"][3] = value, 0.0, 0.0
+    plan = Plan(method, tensors={"norm.bias": [{"op": "divide", "by": "norm.weight", "axis": 0}]})
     names = {name: name for name in tensors}
     if not said:
         assert check_statistics(plan, "model", tensors.__getitem__, names) == []

@@ -4,7 +4,8 @@
 
 Round to nearest, simulated in float32: weights by a scale for each row, activations for each token, both symmetric, in
 every linear map but the output head. The original beside the same model rotated, and rotated with its values, by
-Hadamard matrices of three seeds. Writes docs/quantisation.md.
+Hadamard matrices of three seeds. Then what storing both in 16 bits costs: logits of the stored weights beside those
+that the original gives in float64. Writes docs/quantisation.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ BITS = {"float": (0, 0), "W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W16A6"
 """Setting -> bits of weights and of activations; 0: as they are."""
 SEEDS = (0, 1, 2)
 WINDOWS, LENGTH = 8, 256
+STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDED = (
     "Read from a GGUF file in which its weights already had few bits: the original loses little where they are rounded "
     "to few once more, on the grid that they came from, and a rotated model starts from another."
@@ -58,6 +60,9 @@ def main() -> None:
         "token,",
         "all linear maps but the output head. Rotated: the mean over three seeds, with the smallest and the largest.",
         "",
+        "A second table shows what a rotation costs where the result is stored in 16 bits: all weights rounded to the",
+        "dtype, run in float32, and the logits beside those that the original's own weights give in float64.",
+        "",
         f"Made by `python tools/benchmarks/quantisation.py` with torch {torch.__version__.split('+')[0]}.", "", *parts,
     ]  # fmt: skip
     options.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -71,7 +76,9 @@ def measured(reference: str, note: str, text: Path | None, folder: Path) -> str:
     source = open_source(reference)
     original = source.load(dtype=torch.float32)
     ids = _tokens(source, text)
+    truth = _logits(copy.deepcopy(original).double(), ids)
     columns: dict[str, list[dict[str, float]]] = {"original": [perplexities(original, ids)]}
+    costs = {"original": [stored(original, ids, truth)]}
     print(f"{reference}: {columns['original'][0]}", file=sys.stderr, flush=True)
     notes = [note] if note else []
     for label, values in (("rotated", False), ("rotated, values too", True)):
@@ -82,22 +89,61 @@ def measured(reference: str, note: str, text: Path | None, folder: Path) -> str:
             if none:
                 notes += ["Queries, keys and values are one tensor here, so values stay as they are."]
                 break
-            columns.setdefault(label, []).append(perplexities(normconvert.load(out, dtype=torch.float32), ids))
+            model = normconvert.load(out, dtype=torch.float32)
+            columns.setdefault(label, []).append(perplexities(model, ids))
             print(f"{reference}, {label}, seed {seed}: {columns[label][-1]}", file=sys.stderr, flush=True)
+            if not values:
+                costs.setdefault(label, []).append(stored(model, ids, truth))
+                print(f"{reference}, stored, seed {seed}: {costs[label][-1]}", file=sys.stderr, flush=True)
     rows = [f"## {Path(reference).name}", "", f"{ids.numel():,} tokens. {' '.join(notes)}".rstrip(), ""]
     rows += [f"| | {' | '.join(BITS)} |", "| --- |" + " --- |" * len(BITS)]
     for label, found in columns.items():
         cells = [_cell([one[name] for one in found]) for name in BITS]
         rows.append(f"| {label} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
+    rows += ["", f"Stored in 16 bits; in float64 the logits have a standard deviation of {float(truth.std()):.3g}.", ""]
+    rows += ["| stored in | | largest difference | root mean square | perplexity |", "| --- |" + " --- |" * 4]
+    for name in STORED:
+        for label, lost in costs.items():
+            figures = list(zip(*(one[name] for one in lost), strict=True))
+            cells = [_cell(list(values), digits) for values, digits in zip(figures, (4, 5, 3), strict=True)]
+            rows.append(f"| {name} | {label} | {' | '.join(cells)} |")
+            print(rows[-1], flush=True)
     return "\n".join(rows)
 
 
-def _cell(values: list[float]) -> str:
-    mean = statistics.mean(values)
-    shown = f"{mean:,.2f}" if mean < 100 else f"{mean:,.0f}"
-    spread = max(values) - min(values) > 0.005
-    return f"{shown} ({min(values):,.2f} to {max(values):,.2f})" if spread else shown
+def _cell(values: list[float], digits: int = 2) -> str:
+    mean, least, most = statistics.mean(values), min(values), max(values)
+    shown = f"{mean:,.{digits}f}" if mean < 100 else f"{mean:,.0f}"
+    return f"{shown} ({least:,.{digits}f} to {most:,.{digits}f})" if most - least > 0.5 * 0.1**digits else shown
+
+
+def stored(model: nn.Module, ids: Tensor, truth: Tensor) -> dict[str, tuple[float, float, float]]:
+    """Dtype -> the largest and the mean (root mean square) difference of the logits from ``truth``; the perplexity.
+
+    Args:
+        model: in float32; its weights are rounded to the dtype, and it runs in float32.
+        ids: (windows, tokens).
+        truth: logits of the original in float64, (windows, tokens, vocabulary).
+    """
+    found = {}
+    for name, dtype in STORED.items():
+        rounded_model = copy.deepcopy(model).to(dtype).float()
+        most = squares = loss = 0.0
+        # Window by window: the differences of all of them are gigabytes.
+        for row, right in zip(ids, truth, strict=True):
+            logits = _logits(rounded_model, row[None])[0]
+            most = max(most, float((logits - right).abs().max()))
+            squares += float((logits - right).double().square().mean()) / len(ids)
+            loss += float(nn.functional.cross_entropy(logits[:-1], row[1:])) / len(ids)
+        found[name] = most, squares**0.5, math.exp(loss)
+    return found
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """(windows, tokens, vocabulary), in float32 whatever the model runs in: as many digits as are shown."""
+    with torch.no_grad():
+        return torch.cat([model(input_ids=row[None]).logits.float() for row in ids])
 
 
 def perplexities(model: nn.Module, ids: Tensor) -> dict[str, float]:
