@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -291,6 +291,12 @@ def _check_hashes(record: dict[str, Any], hashes: dict[str, str]) -> Iterator[Fi
                 f"was {recorded[name][:12]}… in {RECORD_FILE}"
             )
             yield Finding("source", name, "", what)
+
+
+def is_source_of(record: Mapping[str, Any] | None, source: Source) -> bool:
+    """Whether the files of a source are those that a record says were converted; reads them."""
+    recorded = ((record or {}).get("source") or {}).get("sha256")
+    return bool(recorded) and recorded == _hashes(source)
 
 
 @contextmanager
