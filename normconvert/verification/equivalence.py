@@ -261,14 +261,13 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     a, b, device, max_memory, seed = request.a, request.b, request.device, request.max_memory, request.seed
     from normconvert.sources import open_pair
     from normconvert.verification.limits import check_limits, judge_limits
-    from normconvert.verification.record_check import is_source_of
 
     limits = check_limits(request.limits or {})
     if request.rotation is not None:
         read_rotation(request.rotation)
     first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
     # On what was converted only: replayed on what is the result already, a plan would be applied twice.
-    again = first.record is not None and max_memory is None and is_source_of(second.record, first)
+    again = first.record is not None and max_memory is None and _is_source_of(second.record, first)
     plan = recorded_plan(second.record) if first.record is None or again else None
     used = request.dtype or second.dtype
     # The library's own RMSNorm model is another class, which the plan names.
@@ -304,6 +303,12 @@ def verify_checkpoints(request: Verification) -> Fidelity:
         seed=seed,
     )
     return judge_limits(fidelity, limits)
+
+
+def _is_source_of(record: Mapping[str, Any] | None, source: Source) -> bool:
+    """Whether a record says that these very files were converted."""
+    recorded = ((record or {}).get("source") or {}).get("sha256")
+    return bool(recorded) and recorded == source.hashes()
 
 
 def overflow_mended(plan: Plan | None, dtype: torch.dtype) -> bool:

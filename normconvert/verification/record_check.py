@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError, first_line
-from normconvert.files.digest import sha256
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import about, taking
 from normconvert.options import DTYPES, Conversion, Options
@@ -293,12 +292,6 @@ def _check_hashes(record: dict[str, Any], hashes: dict[str, str]) -> Iterator[Fi
             yield Finding("source", name, "", what)
 
 
-def is_source_of(record: Mapping[str, Any] | None, source: Source) -> bool:
-    """Whether the files of a source are those that a record says were converted; reads them."""
-    recorded = ((record or {}).get("source") or {}).get("sha256")
-    return bool(recorded) and recorded == _hashes(source)
-
-
 @contextmanager
 def _replayed(
     folder: Path, source: Source, plan: Plan, record: dict[str, Any], progress: Callable[[str, int, int], None] | None
@@ -323,16 +316,9 @@ def _replayed(
             )  # fmt: skip
         except NormConvertError as error:
             what = f"cannot be replayed: {first_line(error)}"
-            yield again, _hashes(source), [Finding("plan", "plan", RECORD_FILE, what)]
+            yield again, source.hashes(), [Finding("plan", "plan", RECORD_FILE, what)]
         else:
             yield again, written.hashes, []
-
-
-def _hashes(source: Source) -> dict[str, str]:
-    """The source's hashes where no conversion reads it."""
-    config = source.folder / "config.json" if source.folder is not None else None
-    files = [*source.files, *([config] if config is not None and config.is_file() else [])]
-    return {path.name: sha256(path) for path in files}
 
 
 def _passed_over(folder: Path) -> Iterator[str]:
