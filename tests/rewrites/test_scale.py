@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import normconvert
 from normconvert.apply.model_card import ORIGINAL
 from normconvert.errors import InputError, NothingToConvert
-from normconvert.options import Options
+from normconvert.options import Options, powers_in
 from normconvert.report.loading import how_to_load
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.runtime import apply_module_edits
@@ -175,6 +175,17 @@ def test_streams_that_fit_are_left_alone(tmp_path: Path) -> None:
         "demo:gpt2", tmp_path / "out", "scale", headroom=1e6, data=f"text:{text}", verify=False
     )
     assert int(report.options["power"]) > 5
+
+
+@pytest.mark.slow
+def test_text_that_the_model_makes_itself_is_measured_on(tmp_path: Path) -> None:
+    report = normconvert.convert("demo:gpt2", tmp_path / "out", "scale", headroom=1e6, data="demo:", verify=False)
+    assert int(report.options["power"]) > 5
+
+
+def test_a_norm_is_named_once() -> None:
+    with pytest.raises(InputError, match="names a norm twice"):
+        powers_in("a.norm=1,a.norm=2")
 
 
 def test_data_is_refused_where_nothing_is_measured(tmp_path: Path) -> None:
