@@ -5,7 +5,6 @@ The other public functions stand in the rooms of their stages; :mod:`normconvert
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from normconvert.apply.record import loading_files, write_card, write_record
 from normconvert.apply.workplace import Workplace, workplace
-from normconvert.errors import InputError, first_line
+from normconvert.errors import InputError
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import check_options, is_model, recorded, taking
-from normconvert.options import ROTATIONS, Conversion, Identifying, Inspection, Stage, check_device
+from normconvert.options import FORMS, ROTATIONS, Conversion, Identifying, Inspection, Stage, check_device
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
@@ -53,6 +52,8 @@ def inspect(request: Inspection) -> Report:
     """
     check_options(request)
     request = _with_rotation(request)
+    if request.anatomy is None and request.form != FORMS[0]:
+        raise InputError(f"--format {request.form} is a form of an anatomy: say where to write it, --anatomy FILE")
     if is_model(request.src):
         from normconvert.in_memory.conversion import inspect_model
 
@@ -62,13 +63,9 @@ def inspect(request: Inspection) -> Report:
     with collecting(False):
         _, report, graph = _plan(request, _told(request.stage or _silent))
     if request.anatomy is not None:
-        from normconvert.rewrites.anatomy import FORMS, anatomy_of
+        from normconvert.rewrites.anatomy import write_anatomy
 
-        text = json.dumps(FORMS[request.form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
-        try:
-            user_path(request.anatomy).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--anatomy {request.anatomy}: {first_line(error)}") from error
+        write_anatomy(graph, request.anatomy, request.form)
     return report
 
 
@@ -288,9 +285,10 @@ def _with_powers(request: Conversion, source: Source, report: Report, graph: Gra
     start = time.perf_counter()
     allowed = request.allowed
     probes = [p for p in verification_inputs(source.skeleton(), tokenizer=source.tokenizer()) if p.realistic]
-    probes += data_probes(source, request.data) if request.data is not None else []
     wide = torch.float64 if source.dtype == torch.float64 else torch.float32
-    found = measured_powers(source.load(dtype=wide, device=request.device), graph, allowed, probes)
+    model = source.load(dtype=wide, device=request.device)
+    probes += data_probes(source, request.data, model) if request.data is not None else []
+    found = measured_powers(model, graph, allowed, probes)
     return replace(request, power=found.power), _after("measure", start, with_powers(report, graph, allowed, found))
 
 

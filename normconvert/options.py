@@ -96,6 +96,8 @@ def powers_in(text: str | None) -> int | dict[str, int] | None:
             found = {name.strip(): int(number) for name, _, number in rows}
     except ValueError:
         raise InputError(f"--power {text}: expected a whole number, or NORM=NUMBER with commas between") from None
+    if "=" in text and len(found) < len(text.split(",")):
+        raise InputError(f"--power {text}: names a norm twice")
     if any(abs(power) > MOST_POWER for power in found.values()):
         raise InputError(
             f"--power {text}: expected numbers from -{MOST_POWER} to {MOST_POWER}, since norms square them"

@@ -130,7 +130,7 @@ def _change(original: Original, plan: Plan, change: LowRank, settled: set[str]) 
 
 
 def _along(row: dict[str, Any], dimension: int, weight: Tensor) -> bool:
-    return int(row["axis"]) % weight.ndim == dimension
+    return row["op"] == "times" or int(row["axis"]) % weight.ndim == dimension
 
 
 def _centred_by_hook(plan: Plan, path: str, ndim: int, change: LowRank) -> bool:

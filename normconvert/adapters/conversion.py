@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from normconvert import __version__
-from normconvert.adapters.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, stored
+from normconvert.adapters.adapter_files import CONFIG_FILE, PREFIX_TUNING, WEIGHTS_FILE, Adapter, read_adapter, stored
 from normconvert.adapters.changes import convert_changes
 from normconvert.adapters.merging import merge
 from normconvert.adapters.prompts import Prompted, convert_prompt
@@ -96,6 +96,11 @@ def convert_adapter(request: AdapterConversion) -> AdapterReport:
         raise InputError(
             f"{target}: {record['method']} changes what the model computes: train the adapter on its result"
         )
+    if adapter.kind == PREFIX_TUNING and record["options"].get("values"):
+        raise InputError(
+            f"{target}: rotate --values stored the values of attention in another basis, and a prefix holds values as "
+            "the original has them: train one for the result, or convert without --values"
+        )
     reference, revision = source_reference(target, record, request.source, None)
     if request.source is not None:
         check_output(out, user_path(request.source), request.overwrite)
@@ -163,6 +168,7 @@ def _convert(adapter: Adapter, plan: Plan, original: Loader, converted: Loader) 
     fidelity = verify_models(
         truth=_with(truth, adapter),
         algebra=_with(edited, result),
+        plan=plan,
         original=lambda: _with(original(dtype), adapter),
         converted=_with(last, kept),
         probes=probes,

@@ -5,7 +5,8 @@ along the outputs acts on B alone and one along the inputs on A alone, in the or
 
     center    P W          ->  P B             scale by rows      diag(g) W  ->  diag(g) B
     compress  B' W         ->  B' B            scale by columns   W diag(g)  ->  A diag(g)
-                                               read_compressed    W L        ->  A L
+    rotate    Q W          ->  Q B             rotate             W Q'       ->  A Q'
+    times     2^k W        ->  2^k B           read_compressed    W L        ->  A L
 
 DoRA is W' = m V / |V| with V = W + s B A and the lengths |V| of its rows. An edit that keeps rows apart turns V into
 V', and m' = m |V'| / |V| makes m' V' / |V'| = m V' / |V|, which is the edit of W'. Centring along the outputs mixes
@@ -25,11 +26,11 @@ from normconvert.adapters.adapter_files import LowRank
 from normconvert.errors import InputError
 from normconvert.plan.edits import Edit, Lookup, apply_edits
 
-LINEAR = frozenset({"center", "scale", "compress", "read_compressed"})
-"""Edits whose linear part is the edit itself."""
+LINEAR = frozenset({"center", "scale", "compress", "read_compressed", "rotate", "times"})
+"""Edits whose linear part is the edit itself, of weights that are stored as they are applied."""
 CONSTANT = frozenset({"shift", "new"})
 """Edits that add or are something that no weight changes."""
-MIXING = frozenset({"center", "compress"})
+MIXING = frozenset({"center", "compress", "rotate"})
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def edited(change: LowRank, layout: Layout, edits: Sequence[Edit], weight: Tenso
 def _side(change: LowRank, layout: Layout, row: Mapping[str, Any], ndim: int) -> str:
     """The factor that an edit acts on."""
     axis = int(row["axis"]) % ndim if "axis" in row else -1
+    if row["op"] == "times" and "part" not in row:
+        return "b"
     if row["op"] in LINEAR and int(row.get("groups", 1)) == 1 and "part" not in row:
         if axis == layout.outputs:
             return "b"

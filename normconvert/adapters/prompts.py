@@ -2,7 +2,8 @@
 
 A prompt p takes the place of rows of the embedding's result. Where the converted model has those rows centred (in the
 table, or behind it), a prompt goes past that, so it becomes P p; a stream whose mean may change takes P p wherever it
-may join. Keys and values are behind the linear maps that make them, which compute what they did before.
+may join. Where the table is in another basis or times a number, so is the prompt. Keys and values are behind the linear
+maps that make them, which compute what they did before, unless values are rotated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
 from normconvert.verification.probe_runs import named_tensors
 
-_BASIS = frozenset({"center", "compress"})
+_BASIS = frozenset({"center", "compress", "rotate"})
 
 
 def convert_prompt(adapter: Adapter, plan: Plan, truth: nn.Module) -> Adapter:
@@ -46,7 +47,8 @@ def convert_prompt(adapter: Adapter, plan: Plan, truth: nn.Module) -> Adapter:
         )
     rows = [*edits_of(plan, f"{path}.weight"), *(m for m in plan.modules if m["path"] == path and "side" in m)]
     for row in rows:
-        if row["op"] not in _BASIS or row.get("side", "output") != "output" or int(row["axis"]) % 2 != 1:
+        fits = row["op"] == "times" or (row["op"] in _BASIS and int(row["axis"]) % 2 == 1)
+        if not fits or row.get("side", "output") != "output":
             raise InputError(
                 f"the conversion does {row['op']} to {path}, which a prompt cannot follow: train one for the result"
             )

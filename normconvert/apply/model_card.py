@@ -91,6 +91,7 @@ def model_card(
     revision: str | None = None,
     name: str = "FOLDER",
     task: str | None = None,
+    alone: bool = True,
 ) -> str:
     """The text of README.md.
 
@@ -107,6 +108,7 @@ def model_card(
         revision: commit on the hub that was converted.
         name: what the examples load: the folder's name, or its repository on the hub.
         task: the hub's name of what the model does.
+        alone: the weights fit the library's own class, with what conversions before this one did to it.
     """
     base = hub_id(source_reference, library)
     title = base or architecture or "A checkpoint"
@@ -117,7 +119,7 @@ def model_card(
         f"# {title}, converted by normconvert",
         _summary(plan, base, architecture, revision),
         "## Loading",
-        _loading(plan, library, architecture, auto_class, code, name),
+        _loading(plan, library, architecture, auto_class, code, name, alone),
         "## Fidelity",
         _table(("measure", "value"), fidelity.items()) if fidelity else "The conversion was not verified.",
         _kept(plan.kept),
@@ -167,7 +169,7 @@ def _summary(plan: Plan, base: str | None, architecture: str, revision: str | No
     ).strip()
 
 
-def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str) -> str:
+def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code: str, name: str, alone: bool) -> str:
     named = json.dumps(name, ensure_ascii=False)
     replaced = any(edit["op"] == "replace" for edit in plan.modules)
     in_place = "RMSNorm modules in place" if (replaced or plan.native) and not plan.structural else "as converted"
@@ -176,7 +178,7 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
     if library == "torch":
         own = f'import normconvert\n\nmodel = normconvert.load({named}, arch="…/{architecture}"{TRUST})  # {in_place}'
         return f"```python\n{own}\n```\n\n`{architecture}` is the code that makes the model; it is not part of this."
-    if library == "timm" and plan.structural:
+    if library == "timm" and not alone:
         blocks = [own]
     elif library == "timm":
         place = json.dumps(f"{'hf-hub' if '/' in name else 'local-dir'}:{name}", ensure_ascii=False)
@@ -186,14 +188,14 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
         blocks = [f"from transformers import {plan.native}\n\nmodel = {plan.native}.from_pretrained({named})"]
     elif code != SHIPPED:
         plain = f"from transformers import {auto_class}\n\nmodel = {auto_class}.from_pretrained({named}{trust})"
-        blocks = [own] if plan.structural else [own, f"{plain}  # {ORIGINAL}"]
+        blocks = [own, f"{plain}  # {ORIGINAL}"] if alone else [own]
     else:
         remote = (
             f"from transformers import {auto_class}\n\n"
             f"model = {auto_class}.from_pretrained({named}{TRUST})  # {in_place}"
         )
         plain = f"model = {auto_class}.from_pretrained({named})  # {ORIGINAL}"
-        blocks = [own, remote] if plan.structural else [own, remote, plain]
+        blocks = [own, remote, plain] if alone else [own, remote]
     text = "\n\n".join(f"```python\n{block}\n```" for block in blocks)
     if code == OWN:
         text += f"\n\n`{architecture}` is code that came with the original checkpoint: read it before you trust it."
@@ -205,6 +207,8 @@ def _loading(plan: Plan, library: str, architecture: str, auto_class: str, code:
         return f"{text}\n\nUnmodified {library} cannot load it: its norms would compute something else."
     if any(edit["op"] == "attend" for edit in plan.modules):
         return f"{text}\n\nUnmodified {library} cannot load it: its attention is another, with parameters of its own."
+    if not alone and not plan.structural:
+        return f"{text}\n\nUnmodified {library} computes something else: it has no place for what its modules need."
     if plan.structural:
         missing = "tensors of the plain architecture are missing here, or have other shapes"
         return f"{text}\n\nUnmodified {library} cannot load it: {missing}."

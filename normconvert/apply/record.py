@@ -115,6 +115,7 @@ def put_card(
     """
     from normconvert.apply.card_metadata import TASKS
     from normconvert.apply.model_card import auto_class, model_card, remote_code
+    from normconvert.plan.conversion_record import fit_alone
 
     existing = source.folder / "README.md" if source.folder else None
     # The same that is copied: a link could have any file of this machine published.
@@ -131,6 +132,7 @@ def put_card(
         source_readme=existing.read_text(encoding="utf-8", errors="replace") if existing else None,
         revision=source.revision,
         name=name,
+        alone=fit_alone(all_modules(source, plan)),
         task=next((TASKS[auto] for auto in _auto_classes(source) if auto in TASKS), None),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TextIO, TypeVar, cast
 
 import torch
 
@@ -65,6 +67,7 @@ __all__ = [
     "schema",
     "version",
     "without_modes",
+    "without_printed_graphs",
     "wrapper",
 ]  # fmt: skip
 
@@ -115,3 +118,31 @@ def as_exported() -> AbstractContextManager[None]:
         from torch._export.utils import _compiling_state_context
     told: AbstractContextManager[None] = _compiling_state_context()
     return told
+
+
+@contextmanager
+def without_printed_graphs() -> Iterator[None]:
+    """What torch.export says on stderr where it stops, all of the graph so far, stays off the user's screen."""
+    stream, logger = sys.stderr, logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    sys.stderr = cast("TextIO", _WithoutGraphs(stream))
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+        logger.setLevel(level)
+
+
+class _WithoutGraphs:
+    """A stream but for the code of graphs, which comes in one piece, and the end of that line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._ends = stream, False
+
+    def write(self, text: str) -> int:
+        is_end, self._ends = self._ends and text == "\n", "def forward(self" in text and "torch.ops." in text
+        return len(text) if is_end or self._ends else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -17,6 +17,7 @@ from normconvert.option_fields import check_options, recorded, taking
 from normconvert.options import LEVELS, Inspection, Options
 from normconvert.plan.given_rotations import with_rotation_read
 from normconvert.result import Clock, Report
+from normconvert.rewrites.anatomy import write_anatomy
 from normconvert.rewrites.other_norms import other_norms
 from normconvert.rewrites.planning import planned
 from normconvert.tracing.garbage import collecting
@@ -92,7 +93,9 @@ def inspect_model(request: Inspection) -> Report:
     subject = subject_of(request.src, request.example_inputs, "src")
     clock = Clock(request.stage)
     with collecting(False):
-        report, _ = _planned(subject, request.method, request.allowed, recorded(request), clock)
+        report, graph = _planned(subject, request.method, request.allowed, recorded(request), clock)
+    if request.anatomy is not None:
+        write_anatomy(graph, request.anatomy, request.form)
     return replace(report, seconds=clock.seconds())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,12 +92,16 @@ def structural_edits(folder: Path) -> tuple[dict[str, Any], ...]:
         modules = read_record(folder)["modules"]
     except InputError:  # no record, or none that can be read: then the plain architecture has to fit
         return ()
+    return () if fit_alone(modules) else tuple(modules)
+
+
+def fit_alone(modules: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether weights fit the library's own class without these module edits."""
     from normconvert.runtime import STRUCTURAL  # torch comes with it, and to find a record takes none
 
     # Where the config cannot say a norm's new eps, the weights fit the class with that alone.
     unstated = (edit["op"] in ("epsilon", "renew") and not edit.get("stated") for edit in modules)
-    needed = any(unstated) or any(edit["op"] in STRUCTURAL for edit in modules)
-    return tuple(modules) if needed else ()
+    return not any(unstated) and not any(edit["op"] in STRUCTURAL for edit in modules)
 
 
 class NotConverted(InputError):

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from normconvert.apply.model_card import ORIGINAL, OWN, SHIPPED, TRUST, auto_class, remote_code
 from normconvert.options import OF_TENSORS
+from normconvert.plan.conversion_record import fit_alone, structural_edits
 
 if TYPE_CHECKING:
     from normconvert.result import Report
@@ -32,7 +33,8 @@ def how_to_load(report: Report) -> list[str]:
     if report.library == "torch":
         return [f"model = normconvert.load({named}, arch={_literal(report.factory or '')}{TRUST})"]
     lines = [f"model = normconvert.load({named}{trust})"]
-    if report.plan.structural and (report.library == "timm" or code != SHIPPED):
+    alone = fit_alone(report.plan.modules) and not structural_edits(Path(out))  # of conversions before this one
+    if not alone and (report.library == "timm" or code != SHIPPED):
         return lines
     if report.library == "timm":
         return [*lines, f"model = timm.create_model({local}, pretrained=True)"]
@@ -43,7 +45,7 @@ def how_to_load(report: Report) -> list[str]:
         return [*lines, f"model = {auto or report.architecture}.from_pretrained({named}{trust})  # {ORIGINAL}"]
     lines.append(f"model = {auto or report.architecture}.from_pretrained({named}{TRUST if auto else ''})")
     # Where tensors alone were changed, that code is there to refuse other classes and to warn of adapters.
-    if auto and report.method in OF_TENSORS and all(row.get("stated") for row in report.plan.modules):
+    if auto and report.method in OF_TENSORS and alone:
         lines.append(f"model = {auto}.from_pretrained({named})  # the library alone")
     return lines
 

@@ -6,11 +6,15 @@ reason: a mapping that leaves a reader out would be wrong without a word.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation
+from normconvert.errors import InputError, first_line
+from normconvert.files.user_paths import user_path
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.moved_norms import tables_to_untie
 from normconvert.rewrites.readers import Unfoldable, readers_of
@@ -210,3 +214,21 @@ def _modules(rows: list[dict[str, str]]) -> list[str]:
 
 FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {"graph": dict, "llm-compressor": llm_compressor, "awq": awq}
 """Name of a form -> makes it of the anatomy."""
+
+
+def write_anatomy(graph: Graph, file: str | Path, form: str) -> None:
+    """Write the anatomy of a graph as JSON.
+
+    Args:
+        graph: of the model.
+        file: where to.
+        form: a row of :data:`FORMS`.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    text = json.dumps(FORMS[form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
+    try:
+        user_path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--anatomy {file}: {first_line(error)}") from error

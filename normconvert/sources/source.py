@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from normconvert.errors import InputError
-from normconvert.files.digest import mark
+from normconvert.files.digest import mark, sha256
 from normconvert.files.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -100,6 +100,12 @@ class Source:
     def files(self) -> list[Path]:
         """The weight files in order of first use."""
         return list(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    def hashes(self) -> dict[str, str]:
+        """File name -> sha256, of the weight files and config.json, as records of conversions have them; reads all."""
+        config = self.folder / "config.json" if self.folder is not None else None
+        files = [*self.files, *([config] if config is not None and config.is_file() else [])]
+        return {path.name: sha256(path) for path in files}
 
     @property
     def is_pickle(self) -> bool:

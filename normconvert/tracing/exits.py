@@ -1,11 +1,13 @@
 """Ways out of a model other than its outputs: features, intermediate layers, hidden states.
 
 They return what ``forward`` computes on its way. So nothing further is traced: what a method of features returns is
-marked where ``forward`` calls it, and what the others return is the output of modules, which is marked anyway.
+marked where ``forward`` calls it, what a model without its classifier returns where that reads it, and what the others
+return is the output of modules, which is marked anyway.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +22,9 @@ METHODS = ("forward_features",)
 """Methods that return features, and that ``forward`` calls."""
 BY_LAYER = ("forward_intermediates", "get_intermediate_layers")
 """Methods that return the outputs of the modules which the model names as its features."""
+PRE_LOGITS = "pre_logits"
+HEADLESS = ("forward_head(pre_logits=True)", "num_classes=0")
+"""The ways out of a timm model that return what its classifier reads."""
 SIDE = "exit"
 """The side of a marker at what a method returns; no hook can stand there."""
 
@@ -62,7 +67,7 @@ def _named_features(model: nn.Module) -> list[str]:
 
 @contextmanager
 def marked_exits(model: nn.Module, hook: Callable[[str, str], Callable[..., Any]]) -> Iterator[None]:
-    """Mark what the methods return.
+    """Mark what the methods return, and what a classifier reads.
 
     Args:
         model: is given its methods back at the end.
@@ -71,9 +76,15 @@ def marked_exits(model: nn.Module, hook: Callable[[str, str], Callable[..., Any]
     before = {name: model.__dict__.get(name) for name in METHODS if callable(getattr(model, name, None))}
     for name in before:
         model.__dict__[name] = _marking(getattr(model, name), hook(SIDE, name))
+    read = [
+        classifier.register_forward_pre_hook(_marking_inputs(hook(SIDE, PRE_LOGITS)))
+        for classifier in _classifiers(model)
+    ]
     try:
         yield
     finally:
+        for handle in read:
+            handle.remove()
         for name, own in before.items():
             if own is None:
                 del model.__dict__[name]
@@ -86,6 +97,26 @@ def _marking(method: Callable[..., Any], hook: Callable[..., Any]) -> Callable[.
         return hook(None, args, method(*args, **kwargs))
 
     return call
+
+
+def _marking_inputs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(hook(None, args, args))
+
+    return call
+
+
+def _classifiers(model: nn.Module) -> list[nn.Module]:
+    """The modules that a timm model leaves out where it is asked for what they read."""
+    head, getter = getattr(model, "forward_head", None), getattr(model, "get_classifier", None)
+    if not is_timm(model) or getter is None or not _takes(head, PRE_LOGITS):
+        return []
+    found = getter()
+    return [one for one in (found if isinstance(found, (tuple, list)) else (found,)) if isinstance(one, nn.Module)]
+
+
+def _takes(method: Any, argument: str) -> bool:
+    return callable(method) and argument in inspect.signature(method).parameters
 
 
 def with_tensors(output: Any) -> Any:
@@ -113,10 +144,16 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
     for node in nodes:
         if place := boundary_of(node):
             path, side, key = place
-            names = modules.get(path, ()) if side == "output" else (key.partition("/")[0],) if side == SIDE else ()
+            names = modules.get(path, ()) if side == "output" else _named_by(key) if side == SIDE else ()
             if names:
                 found[node] = names
     return found
+
+
+def _named_by(key: str) -> tuple[str, ...]:
+    """The ways out of a marker at what a method returns."""
+    name = key.partition("/")[0]
+    return HEADLESS if name == PRE_LOGITS else (name,)
 
 
 def exit_module(node: fx.Node) -> str:

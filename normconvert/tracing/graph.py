@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normconvert.compat.lean_export import lean_export
-from normconvert.compat.torch import FakeTensor, pytree
+from normconvert.compat.torch import FakeTensor, pytree, without_printed_graphs
 from normconvert.errors import TraceError, first_line
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
@@ -111,7 +111,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     """
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), without_printed_graphs():
             warnings.simplefilter("ignore")
             program, unmarked, kept = on_either_device(lambda device: _export(model, inputs, entry, device))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user

@@ -266,14 +266,17 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     if request.rotation is not None:
         read_rotation(request.rotation)
     first, second = open_pair(str(a), str(b), trust_remote_code=request.trust_remote_code)
-    # On an original only: replayed on what is converted already, a plan would be applied twice.
-    plan = recorded_plan(second.record) if first.record is None else None
+    # On what was converted only: replayed on what is the result already, a plan would be applied twice.
+    again = first.record is not None and max_memory is None and _is_source_of(second.record, first)
+    plan = recorded_plan(second.record) if first.record is None or again else None
     used = request.dtype or second.dtype
     # The library's own RMSNorm model is another class, which the plan names.
     expected = (plan.native if plan is not None else "") or first.architecture
     _same_model(expected, second.architecture, str(a), str(b))
     loader = _loader if max_memory is None else partial(_lazy_loader, max_memory=max_memory)
-    original = loader(first, used, device)()
+    # What is converted a second time was traced as its weights need it, and so its plan names modules.
+    from_first = _bare_loader if again else loader
+    original = from_first(first, used, device)()
     # A plan may change shapes, and says how; without one other shapes are another model.
     if plan is None:
         _same_shapes(original, loader(second, used, device), str(a), str(b))
@@ -283,7 +286,7 @@ def verify_checkpoints(request: Verification) -> Fidelity:
     coarser = max(torch.finfo(source.dtype).eps for source in (first, second))  # storing alone rounds
     tolerance = tolerance_for(plan) if plan is not None else STORAGE_UNITS * coarser
     fidelity = verify_models(
-        truth=loader(first, torch.float64, device),
+        truth=from_first(first, torch.float64, device),
         algebra=algebra,
         original=original,
         converted=loader(second, used, device),
@@ -293,13 +296,19 @@ def verify_checkpoints(request: Verification) -> Fidelity:
         rounding_tolerance=limits.get("rounding", ROUNDING_TOLERANCE),
         converted_norms=watched_norms(plan) if plan is not None else (),
         plan=plan,
-        wider=loader(first, torch.bfloat16, device) if overflow_mended(plan, used) else None,
+        wider=from_first(first, torch.bfloat16, device) if overflow_mended(plan, used) else None,
         exact=loader(second, torch.float64, device) if algebra is None else None,
         level=request.level,
         told=request.stage,
         seed=seed,
     )
     return judge_limits(fidelity, limits)
+
+
+def _is_source_of(record: Mapping[str, Any] | None, source: Source) -> bool:
+    """Whether a record says that these very files were converted."""
+    recorded = ((record or {}).get("source") or {}).get("sha256")
+    return bool(recorded) and recorded == source.hashes()
 
 
 def overflow_mended(plan: Plan | None, dtype: torch.dtype) -> bool:
@@ -331,6 +340,11 @@ def _loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> C
     from normconvert.sources.converted import load_opened
 
     return partial(load_opened, source, dtype=dtype, device=device)
+
+
+def _bare_loader(source: Source, dtype: torch.dtype, device: str | torch.device) -> Callable[[], nn.Module]:
+    """Makes a checkpoint's model as conversions load it, with those module edits alone that its weights need."""
+    return partial(source.load, dtype=dtype, device=device)
 
 
 def _lazy_loader(

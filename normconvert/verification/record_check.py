@@ -20,7 +20,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from normconvert.apply.record import loading_files, record_of, write_card
 from normconvert.errors import InputError, NormConvertError, first_line
-from normconvert.files.digest import sha256
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import about, taking
 from normconvert.options import DTYPES, Conversion, Options
@@ -317,16 +316,9 @@ def _replayed(
             )  # fmt: skip
         except NormConvertError as error:
             what = f"cannot be replayed: {first_line(error)}"
-            yield again, _hashes(source), [Finding("plan", "plan", RECORD_FILE, what)]
+            yield again, source.hashes(), [Finding("plan", "plan", RECORD_FILE, what)]
         else:
             yield again, written.hashes, []
-
-
-def _hashes(source: Source) -> dict[str, str]:
-    """The source's hashes where no conversion reads it."""
-    config = source.folder / "config.json" if source.folder is not None else None
-    files = [*source.files, *([config] if config is not None and config.is_file() else [])]
-    return {path.name: sha256(path) for path in files}
 
 
 def _passed_over(folder: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import nn
 import normconvert
 from normconvert.cli import run
 from normconvert.report.loading import how_to_load
-from tests.support.tiny_checkpoints import gpt2, save
+from tests.support.tiny_checkpoints import gpt2, save, save_vit, vit
 
 
 def model_of(line: str) -> nn.Module:
@@ -41,3 +41,11 @@ def test_a_swap_says_how_its_output_is_loaded(tmp_path: Path, capfd: pytest.Capt
     assert lines
     for line in lines:
         assert not any(isinstance(module, nn.LayerNorm) for module in model_of(line).modules())
+
+
+def test_timm_has_no_line_where_its_own_norms_have_another_eps(tmp_path: Path) -> None:
+    source = save_vit(vit(), tmp_path / "src")
+    report = normconvert.convert(source, tmp_path / "out", "scale", power="4", verify_level="quick")
+    assert any("takes the old one" in note for note in report.notes)
+    assert not any("create_model" in line for line in how_to_load(report))
+    assert "timm.create_model" not in (tmp_path / "out" / "README.md").read_text()

@@ -85,6 +85,16 @@ def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
     built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
     with pytest.raises(InputError, match="--anatomy"):
         normconvert.inspect(tmp_path / "model", anatomy=tmp_path / "no" / "file.json")
+    with pytest.raises(InputError, match="--format awq is a form of an anatomy"):
+        normconvert.inspect(tmp_path / "model", form="awq")
+
+
+def test_a_model_in_memory_has_one_too(tmp_path: Path) -> None:
+    import normconvert
+
+    file = tmp_path / "anatomy.json"
+    normconvert.inspect(built("llama"), anatomy=file, form="awq")
+    assert {"smooth_layer": "model.norm", "balance_layers": ["lm_head"]} in json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])

@@ -20,6 +20,7 @@ from normconvert.report.console import show_summary
 from normconvert.report.document import report_document
 from normconvert.report.html import html_report
 from normconvert.rewrites.planning import plan_model
+from normconvert.tracing.exits import HEADLESS
 from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.probe_runs import algebra_model
 from normconvert.wording.words import EXACT
@@ -33,6 +34,7 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("beit_base_patch16_224", SMALL),
     "eva": ("eva02_tiny_patch14_224", {**SMALL, "depth": 2}),
 }
+MAP: tuple[str, dict[str, Any]] = ("vit_base_patch16_224", {**SMALL, "global_pool": "map", "class_token": False})
 CONVNETS: dict[str, tuple[str, dict[str, Any]]] = {
     "densenet": ("densenet121", {"block_config": (2, 2), "growth_rate": 8}),
     "resnetv2": ("resnetv2_50", {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)}),
@@ -62,6 +64,8 @@ def returned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What each way out returns."""
     with torch.no_grad():
         found = {"forward": model(x), "forward_features": model.forward_features(x)}  # type: ignore[operator]
+        # What a model made with num_classes=0 returns.
+        found[HEADLESS[0]] = model.forward_head(found["forward_features"], pre_logits=True)  # type: ignore[operator]
         layers = model.forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
     return {**found, **{f"forward_intermediates {i}": layer for i, layer in enumerate(layers)}}
 
@@ -87,6 +91,18 @@ def test_what_comes_out_shifted_is_listed(name: str, method: str) -> None:
     assert "forward" not in wrong(truth, converted, pixels(VITS[name]))
     (note,) = [note for note in plan.notes if note.startswith("forward() is exact; these return")]
     assert all(door in note for door in listed)
+
+
+@pytest.mark.parametrize("method", ["fold", "rotate", "scale"])
+@pytest.mark.parametrize("name", ["avg", pytest.param("eva", marks=pytest.mark.slow), "map"])
+def test_what_a_model_without_its_classifier_returns_is_kept_or_listed(name: str, method: str) -> None:
+    row = {**VITS, "map": MAP}[name]
+    plan, truth, converted = models(row, method, power="2" if method == "scale" else None)
+    assert plan.converted
+    assert wrong(truth, converted, pixels(row)) <= {entry["door"] for entry in plan.shifted_doors}
+    # What rotates before the classifier, or is scaled, and no norm stands between.
+    if (name, method) in (("avg", "rotate"), ("map", "scale")):
+        assert set(HEADLESS) <= {entry["door"] for entry in plan.shifted_doors}
 
 
 @pytest.mark.slow

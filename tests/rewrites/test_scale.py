@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import normconvert
+from normconvert.apply.model_card import ORIGINAL
 from normconvert.errors import InputError, NothingToConvert
-from normconvert.options import Options
+from normconvert.options import Options, powers_in
+from normconvert.report.loading import how_to_load
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.runtime import apply_module_edits
 from normconvert.verification.equivalence import algebra_model
@@ -114,7 +116,13 @@ def test_where_no_config_says_it_norms_get_their_own_eps(tmp_path: Path) -> None
     # What is converted a second time needs the first one's eps, too.
     power = f"{first.plan.verdicts[0].path}=1"
     normconvert.convert(tmp_path / "a", tmp_path / "b", "scale", power=power, verify_level="quick")
-    normconvert.convert(tmp_path / "a", tmp_path / "c", "rotate", verify_level="quick")
+    third = normconvert.convert(tmp_path / "a", tmp_path / "c", "rotate", verify_level="quick")
+    # The library alone would take the old one, whichever conversion came last, and no line says that it loads it.
+    for report in (first, third):
+        assert all("from_pretrained" not in line or "trust_remote_code" in line for line in how_to_load(report))
+        assert ORIGINAL not in (Path(report.out or "") / "README.md").read_text()
+    assert normconvert.verify(tmp_path / "a", tmp_path / "c").passed
+    assert not normconvert.verify(tmp_path / "c", tmp_path / "a").passed
     truth = AutoModelForCausalLM.from_pretrained(source)
     for name in ("a", "b"):
         assert torch.equal(logits(normconvert.load(tmp_path / name), wide=False), logits(truth, wide=False))
@@ -167,6 +175,17 @@ def test_streams_that_fit_are_left_alone(tmp_path: Path) -> None:
         "demo:gpt2", tmp_path / "out", "scale", headroom=1e6, data=f"text:{text}", verify=False
     )
     assert int(report.options["power"]) > 5
+
+
+@pytest.mark.slow
+def test_text_that_the_model_makes_itself_is_measured_on(tmp_path: Path) -> None:
+    report = normconvert.convert("demo:gpt2", tmp_path / "out", "scale", headroom=1e6, data="demo:", verify=False)
+    assert int(report.options["power"]) > 5
+
+
+def test_a_norm_is_named_once() -> None:
+    with pytest.raises(InputError, match="names a norm twice"):
+        powers_in("a.norm=1,a.norm=2")
 
 
 def test_data_is_refused_where_nothing_is_measured(tmp_path: Path) -> None:

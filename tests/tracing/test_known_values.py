@@ -249,3 +249,23 @@ def test_what_vmap_maps_over_is_unknown() -> None:
     made, values = answers(mapped, torch.tensor([[1, 2], [3, 4]]), unknown=(torch.tensor([5, 6]),))
     assert made.shape == (2, 2)
     assert values.value(made) is None
+
+
+class _AsLongAsItsValues(nn.Module):
+    """How many tokens are left depends on values that no trace knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = int((self.gate(x) > 0).sum())
+        return x.new_zeros(count, WIDTH) if count > 1 else x
+
+
+def test_where_a_trace_stops_no_graph_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with torch.device("meta"):
+        model = _AsLongAsItsValues().eval()
+    with pytest.raises(TraceError, match="depends on values"):
+        trace(model, {"x": torch.randn(3, WIDTH, device="meta")})
+    assert capfd.readouterr().err == ""
