@@ -67,6 +67,8 @@ def trace_edited(
 ) -> Graph:
     """The graph of the model with module edits applied, called as ``graph`` was.
 
+    Where nothing but values of tensors is edited, which no trace sees, the model is the same, and so is its graph.
+
     Args:
         graph: of the original.
         modules: rows for :func:`normconvert.runtime.apply_module_edits`.
@@ -76,6 +78,8 @@ def trace_edited(
     Raises:
         Differs: the edits do not fit the model, or it cannot be traced with them.
     """
+    if not (modules or untied or config):
+        return graph
     model: Any = copy_model(graph.modules[""])
     for key, value in (config or {}).items():
         set_in_config(model.config, key, value)  # the copy's own, which its modules share

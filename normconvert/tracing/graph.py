@@ -14,7 +14,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +113,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     try:
         with torch.no_grad(), warnings.catch_warnings(), without_printed_graphs():
             warnings.simplefilter("ignore")
-            program, unmarked, kept = on_either_device(lambda device: _export(model, inputs, entry, device))
+            program, unmarked, kept = on_either_device(lambda *where: _export(model, inputs, entry, *where))
     except Exception as error:  # torch.export raises many kinds; all mean the same to the user
         raise TraceError(_why(error)) from error
     refuse_unseen(model, unmarked)
@@ -188,7 +188,7 @@ def merge(first: Graph, second: Graph) -> Graph:
 
 
 def _export(
-    model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str
+    model: nn.Module, inputs: Mapping[str, Any], entry: str, device: str, watch: AbstractContextManager[Any]
 ) -> tuple[Any, frozenset[str], tuple[str, ...]]:
     """Export with markers, functional in the end; the modules left without markers, and where it left tensors.
 
@@ -199,7 +199,7 @@ def _export(
     without: set[str] = set()
     held = constant_buffers(model)
     while True:
-        hooks = marked(model, without), _entered(model, entry, inputs, held)
+        hooks = marked(model, without), _entered(model, entry, inputs, held, watch)
         made = fresh_caches(model), pretending(model, device)
         # A graph is cycles that are needed: looking through them took a tenth of a trace.
         with hooks[0], hooks[1], made[0] as left, made[1], lean_export(), collecting(False):
@@ -227,7 +227,11 @@ def _export(
 
 @contextmanager
 def _entered(
-    model: nn.Module, entry: str, inputs: Mapping[str, Any], constants: Mapping[str, Tensor]
+    model: nn.Module,
+    entry: str,
+    inputs: Mapping[str, Any],
+    constants: Mapping[str, Tensor],
+    watch: AbstractContextManager[Any],
 ) -> Iterator[None]:
     """Have a call of ``model`` run ``entry`` alone, if given, under the names that it has in ``model``.
 
@@ -240,7 +244,7 @@ def _entered(
     # Export takes the names of the inputs from the signature.
     @functools.wraps(run.forward if isinstance(run, nn.Module) else run)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with known_values(inputs, kwargs, in_place(model, constants)):
+        with watch, known_values(inputs, kwargs, in_place(model, constants)):
             return with_tensors(run(*args, **kwargs))
 
     # A model may have a forward of its own beside that of its class, as wrappers set it: that is put back.

@@ -228,17 +228,18 @@ class KnownValues(TorchFunctionMode):
 
     def _noted(self, made: Any, values: Any, operands: Sequence[Tensor]) -> Any:
         """``made``, with the values of its tensors remembered."""
-        with _real():
-            theirs = {_memory(self._values[tensor].value) for tensor in operands}
-            shared = {_memory(tensor) for tensor in operands}
+        theirs = {_memory(self._values[tensor].value) for tensor in operands}
+        shared = {_memory(tensor) for tensor in operands}
         tensors, found = pytree.tree_leaves(made), pytree.tree_leaves(values)
         if len(tensors) == len(found):
             for tensor, value in zip(tensors, found, strict=True):
                 fits = isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.shape == value.shape
                 if fits and tensor.dtype == value.dtype and value.numel() <= self._largest:
-                    with _real():  # a copy in the model must be no view here, or would be written to with the other
-                        apart = _memory(value) in theirs and _memory(tensor) not in shared
-                        self._remember(tensor, value.clone() if apart else value)
+                    # A copy in the model must be no view here, or would be written to with the other.
+                    if _memory(value) in theirs and _memory(tensor) not in shared:
+                        with _real():
+                            value = value.clone()
+                    self._remember(tensor, value)
         return made
 
     def _is_passed_over(self, leaf: object) -> bool:

@@ -121,11 +121,14 @@ def _all_objects() -> list[Any]:
         gc.freeze()
 
 
+@functools.cache
 def _may_hold_models(module: str) -> bool:
     package = module.partition(".")[0]
     return package not in _KEPT and package not in sys.stdlib_module_names
 
 
+_PLAIN = frozenset((str, int, float, bool, bytes, type(None), type, ModuleType))
+"""Nothing hangs on these, or what does is no model's; most of what is memoised is texts and truth values."""
 LARGEST = 2000
 """Objects behind a cache that are looked at before it is emptied unseen."""
 
@@ -139,6 +142,8 @@ def _holds_tensors(function: Any) -> bool:
     work: list[object] = gc.get_referents(function)
     while work:
         value = work.pop()
+        if type(value) in _PLAIN:
+            continue
         if isinstance(value, Tensor) or len(seen) > LARGEST:
             return True
         if id(value) in seen or isinstance(value, (type, ModuleType, nn.Module)):

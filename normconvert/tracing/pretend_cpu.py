@@ -8,7 +8,7 @@ verification runs. So the tensors are fake ones on the CPU meanwhile: shapes, dt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 from normconvert.compat.torch import DisableTorchFunction, FakeTensorMode
-from normconvert.tracing.operands import operands
+from normconvert.tracing.operands import FACTS, operands
 
 Result = TypeVar("Result")
 
@@ -59,22 +59,26 @@ def _fake(tensor: Tensor, device: str) -> Tensor:
     return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def on_either_device(run: Callable[[str], Result]) -> Result:
-    """``run("cpu")``; where that fails after a tensor that stayed on the meta device met others, ``run("meta")``.
+def on_either_device(run: Callable[[str, AbstractContextManager[Any]], Result]) -> Result:
+    """``run("cpu", watch)``; where that fails after a tensor that stayed on the meta device met others, with ``"meta"``.
 
     Tensors that are neither parameters nor buffers are where the model was built, and nobody can find them all.
+
+    Args:
+        run: holds ``watch`` open while code of the model runs, and no longer: what makes graphs asks tensors a dozen
+            times as much as the model does.
 
     Raises:
         Exception: of the last run.
     """
-    with _Meetings() as meetings:
-        try:
-            return run("cpu")
-        except Exception:
-            # torch has no class of error for tensors of two devices, and model code may raise another.
-            if not meetings.seen:
-                raise
-    return run("meta")
+    meetings = _Meetings()
+    try:
+        return run("cpu", meetings)
+    except Exception:
+        # torch has no class of error for tensors of two devices, and model code may raise another.
+        if not meetings.seen:
+            raise
+    return run("meta", nullcontext())
 
 
 class _Meetings(TorchFunctionMode):
@@ -87,7 +91,7 @@ class _Meetings(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.seen:
+        if not (self.seen or func in FACTS):
             tensors = operands(args, kwargs)
             if len(tensors) > 1:
                 with DisableTorchFunction():

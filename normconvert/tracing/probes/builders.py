@@ -371,10 +371,10 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
     """
     constants = constant_buffers(model)
 
-    def call(device: str) -> Any:
+    def call(device: str, watch: contextlib.AbstractContextManager[Any]) -> Any:
         with fresh_caches(model), pretending(model, device), as_exported():  # or a trace would refuse what runs here
             fake = without_values(inputs, device)
-            with known_values(inputs, fake, in_place(model, constants)):
+            with watch, known_values(inputs, fake, in_place(model, constants)):
                 return function(**fake)
 
     return on_either_device(call)
