@@ -366,7 +366,9 @@ def test_a_disk_without_room_for_both_holds_the_output_and_one_shard(
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("method", ["fold", "scale", "rotate", "native"])
+@pytest.mark.parametrize(
+    "method", ["rotate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fold", "scale", "native"))]
+)
 def test_every_change_of_basis_is_streamed_and_verified(
     hub: Hub, name: str, home: Path, tmp_path: Path, method: str
 ) -> None:
