@@ -1,6 +1,8 @@
 """What `torch.export` does for readers that a trace has not: switched off while a model is exported.
 
 - Stacks: each node's is noted for error messages. They take a quarter of a trace's time.
+- Dispatch: an operation goes through four modes and is noted at the last. One of our own, whose result is known before
+  it is run, is noted at once (`noted`).
 - Code: a graph module writes and compiles Python for its graph whenever a pass is through with it, half a dozen times
   an export. Here the graph is read and nothing runs it, so its code is made when it is called.
 """
@@ -13,8 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch.fx.graph import CodeGen
+
+from normconvert.compat.torch import DisableTorchFunction, OpOverload
 
 
 @contextmanager
@@ -65,3 +70,34 @@ def _without_code() -> Iterator[None]:
         yield
     finally:
         graph_module.recompile = made
+
+
+def noted(operation: OpOverload, x: Tensor, *settings: str) -> Tensor:
+    """``operation(x, *settings)``, whose result is like ``x``; while ``x`` is traced it is noted without being run.
+
+    Args:
+        operation: without side effects; the graph is the same as if it had run.
+        x: of any shape and dtype.
+        settings: its other arguments.
+    """
+    proxies: Any = importlib.import_module("torch.fx.experimental.proxy_tensor")
+    try:
+        current, proxy_of, track, apart = (getattr(proxies, name) for name in NOTING)
+    except AttributeError:
+        run: Tensor = operation(x, *settings)
+        return run
+    with DisableTorchFunction():
+        mode = current()
+        held = proxy_of(x, mode.tracer, None) if mode is not None else None
+        if held is None:  # nothing is traced, or this is a constant
+            return operation(x, *settings)
+        name = operation.overloadpacket.__name__
+        node = mode.tracer.create_proxy("call_function", operation, (held.proxy, *settings), {}, name=name)
+        with apart():
+            made = torch.empty_like(x)
+        track(made, node, constant=None, tracer=mode.tracer)
+        return made
+
+
+NOTING = ("get_proxy_mode", "get_proxy_slot", "track_tensor_tree", "disable_proxy_modes_tracing")
+"""Names of ``torch.fx.experimental.proxy_tensor``, whose use is that of operations of higher order."""

@@ -14,6 +14,8 @@ from normconvert.compat.private_names import PrivateName, attribute, needed
 
 SEEN = "2.10.0, 2.14.1"
 _SLOWER = "a trace takes a fifth more time"
+_LONGER = "a marker takes twice the time"
+_PROXIES = "torch.fx.experimental.proxy_tensor"
 NAMES = (
     PrivateName("torch.utils._pytree", "nested inputs and outputs, tensor by tensor", SEEN),
     PrivateName("torch.utils._python_dispatch.TorchDispatchMode", "seeing every operation below autograd", SEEN),
@@ -35,6 +37,10 @@ NAMES = (
     PrivateName("torch.fx.GraphModule._in_spec", "the same", SEEN, _SLOWER),
     PrivateName("torch.fx.GraphModule._out_spec", "the same", SEEN, _SLOWER),
     PrivateName("torch.fx.config.do_not_emit_stack_traces", "no stacks are noted with nodes", "2.14.1", _SLOWER),
+    PrivateName(f"{_PROXIES}.get_proxy_mode", "markers, noted in a graph without being run", "2.14.1", _LONGER),
+    PrivateName(f"{_PROXIES}.get_proxy_slot", "the same", "2.14.1", _LONGER),
+    PrivateName(f"{_PROXIES}.track_tensor_tree", "the same", "2.14.1", _LONGER),
+    PrivateName(f"{_PROXIES}.disable_proxy_modes_tracing", "the same", "2.14.1", _LONGER),
     PrivateName("torch._export.utils._compiling_state_context", "model code is called as if it were traced", SEEN),
 )  # fmt: skip
 

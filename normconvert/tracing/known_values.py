@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from normconvert.compat.lean_export import noted
 from normconvert.compat.torch import (
     DataDependentOutputException,
     DisableTorchFunction,
@@ -34,6 +35,7 @@ from normconvert.compat.torch import (
     version,
     without_modes,
 )
+from normconvert.tracing.in_place_writes import MARKER
 from normconvert.tracing.operands import FACTS, operands
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -118,6 +120,8 @@ class KnownValues(TorchFunctionMode):
             return func(*args)
         name = getattr(func, "__name__", "")
         args, kwargs = self._with_numbers(name, args, kwargs or {})
+        if func is MARKER and self._known(args[0]) is None:
+            return noted(MARKER, *args)  # a quarter of all operations
         call = _Call(func, name, args, kwargs, operands(args, kwargs))
         return self._handler(call)(call)
 

@@ -60,7 +60,7 @@ def _fake(tensor: Tensor, device: str) -> Tensor:
 
 
 def on_either_device(run: Callable[[str, AbstractContextManager[Any]], Result]) -> Result:
-    """``run("cpu", watch)``; where that fails after a tensor that stayed on the meta device met others, with ``"meta"``.
+    """``run("cpu", watch)``; if that fails after a tensor that stayed on the meta device met others, with ``"meta"``.
 
     Tensors that are neither parameters nor buffers are where the model was built, and nobody can find them all.
 
