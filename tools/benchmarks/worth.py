@@ -3,6 +3,7 @@
     python -m tools.benchmarks.worth [--repeats 5] [--write]
 
 - ``lean_export``: traces without stacks and code (`normconvert.compat.lean_export`); a whole command.
+- ``noted``: markers that are noted in a graph without being run (there, too); a whole command.
 - ``deferred``: an import that waits until it is called (`normconvert.sources.deferred`); a whole command.
 - ``Padded``: linear maps of an odd number of results (`normconvert.runtime.padding`); calls of a GPT-2 in crmsnorm.
 
@@ -33,13 +34,18 @@ LEAST = 1.02
 WITHOUT = """
 import contextlib, importlib, sys
 module = importlib.import_module({module!r})
-setattr(module, {name!r}, lambda *args: contextlib.nullcontext())
+setattr(module, {name!r}, {instead})
 sys.argv[0] = "normconvert"
 from normconvert.__main__ import main
 main()
 """
-IN_COMMANDS = {"lean_export": "normconvert.tracing.graph", "deferred": "normconvert.sources.transformers_models"}
-"""A context manager, and the module whose name for it is replaced by one that does nothing."""
+_NOTHING = "lambda *args: contextlib.nullcontext()"
+IN_COMMANDS = {
+    "lean_export": ("normconvert.tracing.graph", _NOTHING),
+    "noted": ("normconvert.tracing.known_values", "lambda operation, *args: operation(*args)"),
+    "deferred": ("normconvert.sources.transformers_models", _NOTHING),
+}
+"""What is replaced, in which module, and by what."""
 CALLS = {"forward 1 x 32": (1, 32), "forward 8 x 32": (8, 32), "forward 1 x 256": (1, 256)}
 Cell = tuple[str, str, list[float], list[float]]
 """What it is, what was run, processor seconds with it and without it: other work of the machine changes the others."""
@@ -51,7 +57,8 @@ def commands(name: str, repeats: int) -> Cell:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out"
         arguments = ["rmsnorm", "demo:gpt2", str(out), "--no-verify"]
-        without = WITHOUT.format(module=IN_COMMANDS[name], name=name)
+        module, instead = IN_COMMANDS[name]
+        without = WITHOUT.format(module=module, name=name, instead=instead)
         for _ in range(repeats):
             for seconds, start in zip(found, (["-m", "normconvert"], ["-c", without]), strict=True):
                 seconds.append(measure([sys.executable, *start, *arguments], out).processor)
