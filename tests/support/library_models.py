@@ -225,7 +225,7 @@ def parametrized() -> Made:
 
 
 CASES: dict[str, tuple[Callable[[], Made], dict[str, int]]] = {
-    "torchvision ViT": (torchvision_vit, {"rmsnorm": 5, "fold": 5}),
+    "torchvision ViT": (torchvision_vit, {"rmsnorm": 5, "fold": 5, "rotate": 5}),
     "torchvision Swin": (torchvision_swin, {"rmsnorm": 4}),
     "torchvision ResNet": (torchvision_resnet, {"fuse-bn": 12}),
     "torchvision DenseNet": (torchvision_densenet, {"fuse-bn": 10}),
