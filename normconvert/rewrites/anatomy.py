@@ -22,6 +22,7 @@ from normconvert.rewrites.values import Pair, value_pairs
 from normconvert.tracing.graph import Graph
 
 FORMAT = 1
+STDOUT = "-"
 
 
 def anatomy_of(graph: Graph) -> dict[str, Any]:
@@ -221,13 +222,16 @@ def write_anatomy(graph: Graph, file: str | Path, form: str) -> None:
 
     Args:
         graph: of the model.
-        file: where to.
+        file: where to; ``-`` for stdout.
         form: a row of :data:`FORMS`.
 
     Raises:
         InputError: the file cannot be written.
     """
     text = json.dumps(FORMS[form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
+    if str(file) == STDOUT:
+        print(text, end="", flush=True)
+        return
     try:
         user_path(file).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from normconvert.cli import run
 from normconvert.cli.app import app
 from normconvert.errors import InputError
 from normconvert.rewrites.anatomy import FORMS, anatomy_of, awq, llm_compressor
@@ -77,6 +78,16 @@ def test_inspect_writes_it(tmp_path: Path, form: str) -> None:
     assert said.exit_code == 0, said.output
     assert "model.layers.1.self_attn.v_proj" in file.read_text()
     assert json.loads(file.read_text())
+
+
+def test_it_goes_to_stdout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["inspect", "model", "--anatomy", "-", "--format", "awq"])
+    assert json.loads(said.stdout)
+    assert "RMSNorm" in said.stderr
+    assert not (tmp_path / "-").exists()
+    assert run(["inspect", "model", "--anatomy", "-", "--json", "-"]) == 2
 
 
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
