@@ -287,7 +287,8 @@ class Inspection(_Planning):
     _: KW_ONLY
     example_inputs: Any = option(None, EXAMPLE, console=False)
     anatomy: str | Path | None = option(
-        None, "Write what reads each norm, what writes into each stream and what is paired, as JSON; - for stdout.",
+        None,
+        "Write what reads each norm, what writes into each stream and what is paired, as JSON; - for stdout.",
         metavar="FILE",
     )
     form: str = option(
