@@ -167,13 +167,14 @@ def test_layers_take_the_numbers_that_the_form_lets_them_take(llama: dict[str, A
     before = logits(model)
     torch.manual_seed(0)
     for row in awq(llama):
-        layer = model.get_submodule(row["smooth_layer"])
+        layer: Any = model.get_submodule(row["smooth_layer"])
         numbers = torch.rand(layer.weight.shape[0], dtype=torch.float64) + 0.5
         layer.weight.data /= numbers.view(-1, *[1] * (layer.weight.dim() - 1))
         if getattr(layer, "bias", None) is not None:
             layer.bias.data /= numbers
         for name in row["balance_layers"]:
-            model.get_submodule(name).weight.data *= numbers
+            balance: Any = model.get_submodule(name)
+            balance.weight.data *= numbers
     torch.testing.assert_close(logits(model), before, rtol=1e-9, atol=1e-9)
 
 
