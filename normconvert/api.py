@@ -18,7 +18,16 @@ from normconvert.apply.workplace import Workplace, workplace
 from normconvert.errors import InputError
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import check_options, is_model, recorded, taking
-from normconvert.options import FORMS, ROTATIONS, Conversion, Identifying, Inspection, Stage, check_device
+from normconvert.options import (
+    FORMS,
+    ROTATIONS,
+    Conversion,
+    Identifying,
+    Inspection,
+    Stage,
+    check_device,
+    check_measuring,
+)
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
@@ -51,6 +60,7 @@ def inspect(request: Inspection) -> Report:
         TraceError: the model cannot be traced.
     """
     check_options(request)
+    check_measuring(request)
     request = _with_rotation(request)
     if request.anatomy is None and request.form != FORMS[0]:
         raise InputError(f"--format {request.form} is a form of an anatomy: say where to write it, --anatomy FILE")
@@ -165,6 +175,7 @@ def _check(request: Conversion) -> dict[str, float]:
     from normconvert.verification.limits import check_limits
 
     check_options(request)
+    check_measuring(request)
     if request.push_to_hub is not None:
         from normconvert.apply.upload import check_repository
 
@@ -176,8 +187,6 @@ def _check(request: Conversion) -> dict[str, float]:
         raise InputError(f"limits ({', '.join(limits)}) are held against the verification, which is switched off")
     if request.method == "scale" and request.stream and request.power is None:
         raise InputError("--stream reads the weights once, as they are written: say --power")
-    if request.method == "scale" and request.data is not None and request.power is not None:
-        raise InputError("--data says what to measure on, and --power leaves nothing to measure: leave one of them out")
     if not request.dry_run:
         local = user_path(request.src)
         check_output(user_path(request.out), local if local.exists() else None, request.overwrite)

@@ -13,6 +13,8 @@ from normconvert.options import Inspection
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
 
+STDOUT = "-"
+
 
 @register(short_help="Show what would be converted, and why the rest would not.", rich_help_panel=BEFORE)
 @command(Inspection, View)
@@ -20,8 +22,11 @@ def inspect(ask: Ask[Inspection], view: View) -> int:
     """Show the norms of a model, what would be converted, and why the rest would not. Writes nothing."""
 
     def action(screen: Screen) -> Done:
-        _check(ask())
-        stage = screen.stages(str(ask().src))
+        asked = ask()
+        _check(asked)
+        if str(asked.anatomy) == STDOUT:
+            _leave_stdout(screen)
+        stage = screen.stages(str(asked.src))
         stage("open")
         from normconvert.api import inspect as inspect_source
         from normconvert.report.console import show_inspection
@@ -35,6 +40,19 @@ def inspect(ask: Ask[Inspection], view: View) -> int:
         )
 
     return view.run(action)
+
+
+def _leave_stdout(screen: Screen) -> None:
+    """Let stdout hold the anatomy and nothing else, so that it can be piped into a parser.
+
+    Raises:
+        InputError: it is to hold the JSON report as well.
+    """
+    from normconvert.errors import InputError
+
+    if screen.json_file == STDOUT:
+        raise InputError("--anatomy - and --json - are two documents for one stdout: name a file for one of them")
+    screen.out = screen.err
 
 
 def _check(asked: Inspection) -> None:

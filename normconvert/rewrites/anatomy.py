@@ -18,10 +18,11 @@ from normconvert.files.user_paths import user_path
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.moved_norms import tables_to_untie
 from normconvert.rewrites.readers import Unfoldable, readers_of
-from normconvert.rewrites.values import Pair, value_pairs
+from normconvert.rewrites.values import Pair, product_pairs, value_pairs
 from normconvert.tracing.graph import Graph
 
 FORMAT = 1
+STDOUT = "-"
 
 
 def anatomy_of(graph: Graph) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def anatomy_of(graph: Graph) -> dict[str, Any]:
         "streams": _merged(_stream(analysis, stream, members) for stream in analysis.streams),
         "tied": [[table, head] for table, head in untied.items()],
         "values": _merged(_values(analysis, pair) for pair in value_pairs(analysis) if pair.rows is None),
+        "products": _merged(_values(analysis, pair) for pair in product_pairs(analysis)),
     }
 
 
@@ -147,7 +149,7 @@ def awq(anatomy: dict[str, Any]) -> list[dict[str, Any]]:
         if norm["readers"] and norm["weight"] and not norm["offset"] and not _no_layer(norm["readers"])
         if not any(row["tensor"] in tied for row in norm["readers"])
     ]
-    for pair in anatomy["values"]:
+    for pair in (*anatomy["values"], *anatomy["products"]):
         writers, readers = _modules(pair["writers"]), _modules(pair["readers"])
         # With fewer heads of values than of queries a channel has several readers in one matrix.
         alone = len(writers) == 1 and pair["heads"][0] == pair["heads"][1]
@@ -221,13 +223,16 @@ def write_anatomy(graph: Graph, file: str | Path, form: str) -> None:
 
     Args:
         graph: of the model.
-        file: where to.
+        file: where to; ``-`` for stdout.
         form: a row of :data:`FORMS`.
 
     Raises:
         InputError: the file cannot be written.
     """
     text = json.dumps(FORMS[form](anatomy_of(graph)), indent=1, ensure_ascii=False) + "\n"
+    if str(file) == STDOUT:
+        print(text, end="", flush=True)
+        return
     try:
         user_path(file).write_text(text, encoding="utf-8")
     except OSError as error:

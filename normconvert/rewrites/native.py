@@ -98,9 +98,17 @@ def _first_that_fits(source: Source, plan: Plan, graph: Graph) -> Plan:
         try:
             return _as(native, source, plan, graph)
         except (NoNative, Differs, InputError) as why:
-            path = f"{described(why.path)}: " if isinstance(why, Differs) and why.path else ""
-            reasons.append(f"{native.words}: {path}{why}")
+            reasons.append(f"{native.words}: {_in_words(why, source)}")
     raise NoNative("; ".join(reasons) or f"none of {source.library} is known that might be")
+
+
+def _in_words(why: Exception, source: Source) -> str:
+    """Why a model is not the converted one, without where the source is."""
+    if isinstance(why, Differs) and why.path:
+        return f"{described(why.path)}: {why}"
+    if isinstance(why.__cause__, TypeError):  # what Python says of arguments is nothing that a user has given
+        return f"{source.architecture} cannot be built so"
+    return f"{why}".removeprefix(f"{source.reference}: ")
 
 
 def _as(native: Native, source: Source, plan: Plan, graph: Graph) -> Plan:

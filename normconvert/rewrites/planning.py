@@ -15,6 +15,7 @@ from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
+from normconvert.rewrites.verdicts import ALLOWED, with_offers_that_help
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 from normconvert.wording.words import EXACT
@@ -53,7 +54,10 @@ def planned(
 
 def plan_graph(graph: Graph, options: Options, method: str) -> Plan:
     """The plan for a model that has been traced."""
-    plan = REWRITES[method].planner(graph, options)
+    planner = REWRITES[method].planner
+    plan = planner(graph, options)
+    if any(verdict.reason.endswith(ALLOWED) for verdict in plan.verdicts):
+        plan = with_offers_that_help(plan, planner(graph, replace(options, allow_shifted_outputs=True)))
     if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
         verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
         return Plan(method, verdicts=verdicts)

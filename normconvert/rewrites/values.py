@@ -60,12 +60,52 @@ def value_pairs(analysis: Analysis) -> list[Pair]:
             pair = _pair(analysis, *fused)
         if pair is not None:
             found.append(pair)
-    # Several calls of a model share its tensors: each round leaves fewer pairs, or is the last.
+    return _all_alone(analysis, found)
+
+
+def product_pairs(analysis: Analysis) -> list[Pair]:
+    """Linear maps that read products, with those whose results are one factor: a number by channel passes between.
+
+    The other factor is whatever it is: O (g * U x) = (O diag(s)) (g * (diag(s)^-1 U) x), for gates say. No rotation
+    passes there, so these pairs are for :mod:`normconvert.rewrites.anatomy` alone.
+    """
+    found = []
+    for node in analysis.graph.nodes:
+        factors = [one for one in node.args if isinstance(one, fx.Node) and one in analysis.data]
+        if name_of(node) != "aten.mul" or len(set(factors)) != 2:
+            continue
+        product = analysis.grow(_last(node), ends=(node,))
+        maps = _maps_that_read(analysis, product)
+        if not maps or any(made.kind != "sum" or made.rest for made in product.members.values()):
+            continue
+        for stream in (analysis.grow(_last(factor)) for factor in factors if shape_of(factor)):
+            writers = [ref for ref, made in stream.members.items() if made.kind == "parameter"]
+            alone = not stream.norms and all(leak.reader is node for leak in stream.leaks)
+            if writers and alone and _is_plain(stream) and stream.size == product.size:
+                found.append(Pair(stream, tuple(writers), maps, cached=False))
+    return _all_alone(analysis, found)
+
+
+def _all_alone(analysis: Analysis, found: list[Pair]) -> list[Pair]:
+    """Those whose tensors nobody else reads: several calls share them, so each round leaves fewer, or is the last."""
     while True:
         kept = [pair for pair in found if _alone(analysis, pair, found)]
         if len(kept) == len(found):
             return found
         found = kept
+
+
+def _maps_that_read(analysis: Analysis, stream: Stream) -> tuple[Reader, ...]:
+    """The linear maps that read a stream; none if something else does, too."""
+    try:
+        return () if stream.norms else tuple(linear_reader(analysis, leak) for leak in stream.leaks)
+    except Unfoldable:
+        return ()
+
+
+def _is_plain(stream: Stream) -> bool:
+    """Whether parameters alone write into it."""
+    return all(made.kind == "parameter" or (made.kind == "sum" and not made.rest) for made in stream.members.values())
 
 
 def _starts(analysis: Analysis) -> Iterator[AxisRef]:
@@ -105,8 +145,7 @@ def _pair(analysis: Analysis, stream: Stream, rows: Rows | None = None) -> Pair 
         except Unfoldable:
             return None
     writers = [ref for ref, made in stream.members.items() if made.kind == "parameter"]
-    plain = all(made.kind == "parameter" or (made.kind == "sum" and not made.rest) for made in stream.members.values())
-    if not plain or not found or bool(writers) is (rows is not None):
+    if not _is_plain(stream) or not found or bool(writers) is (rows is not None):
         return None
     return Pair(stream, tuple(writers), tuple(found), cached, rows)
 

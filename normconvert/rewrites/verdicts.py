@@ -72,6 +72,27 @@ def with_nothing_compared(plan: Plan) -> Plan:
     return replace(plan, verdicts=verdicts)
 
 
+def with_offers_that_help(plan: Plan, allowed: Plan) -> Plan:
+    """A plan whose reasons offer ``--allow-shifted-outputs`` to norms that it has converted, and tell others all.
+
+    Args:
+        plan: without that option.
+        allowed: with it.
+    """
+    there = {verdict.path: verdict for verdict in allowed.verdicts}
+
+    def told(verdict: Verdict) -> Verdict:
+        other = there[verdict.path]
+        if other.converted or not verdict.reason.endswith(ALLOWED):
+            return verdict
+        if other.reason.endswith(ALL_RETURNED):
+            return other
+        first = verdict.reason.removesuffix(ALLOWED)
+        return replace(other, reason=f"{first}; --allow-shifted-outputs alone does not help, for then {other.reason}")
+
+    return replace(plan, verdicts=[told(verdict) for verdict in plan.verdicts])
+
+
 def in_a_branch(obstacle: Obstacle, streams: Iterable[Stream], analysis: Analysis) -> Obstacle:
     """The same reason, named as that of a norm within a branch if no stream that it reads is a residual one.
 

@@ -126,7 +126,7 @@ def verify_models(
     rounding = measure_rounding(
         *({key: d for key, d in side.items() if key[0] in decides} for side in (errors.converted, errors.original)),
         remake=partial(_take, original), probes=native, expected=expected, dtype=dtype, shifted=shifted,
-        tolerance=rounding_tolerance, level=level, seed=seed,
+        tolerance=rounding_tolerance, level=level, seed=seed, casts=plan is not None and plan.float32_norms,
     )  # fmt: skip
     top1, kl = task_metrics(original_run, converted_run)
     fidelity = Fidelity(

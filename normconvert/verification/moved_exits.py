@@ -1,6 +1,6 @@
 """By how much the ways out move that a plan lists: hidden states, features, intermediate layers.
 
-Their values are kept while a model runs on the probes; only the first of each, since it is a figure, not a verdict.
+Their values are kept while a model runs on the probes: the first call of each, since it is a figure, not a verdict.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.verification.fidelity import distance
 
-Values = dict[str, Tensor]
+Values = dict[str, tuple[Tensor, ...]]
 Rows = Sequence[Mapping[str, Any]]
 
 
 @contextmanager
 def kept_exits(model: nn.Module, rows: Rows, inputs: Mapping[str, Any]) -> Iterator[Values]:
-    """Path of a module, or name of a method -> the first floating tensor that it returns.
+    """Path of a module -> the first floating tensor that it returns; name of a method -> all of them.
 
     Args:
         model: run within the block; its methods are called after it.
@@ -40,19 +40,19 @@ def kept_exits(model: nn.Module, rows: Rows, inputs: Mapping[str, Any]) -> Itera
         if callable(method := getattr(model, name, None)):
             taken = inspect.signature(method).parameters
             with contextlib.suppress(Exception), torch.no_grad():
-                _keep(found, name, method(**{k: v for k, v in inputs.items() if k in taken}))
+                _keep(found, name, method(**{k: v for k, v in inputs.items() if k in taken}), None)
 
 
 def _keeping(found: Values, path: str) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        _keep(found, path, output)
+        _keep(found, path, output, 1)
 
     return hook
 
 
-def _keep(found: Values, name: str, output: Any) -> None:
-    for value in list(tensors_in(output).values())[:1]:
-        found.setdefault(name, value.clone())
+def _keep(found: Values, name: str, output: Any, first: int | None) -> None:
+    if values := list(tensors_in(output).values())[:first]:
+        found.setdefault(name, tuple(value.clone() for value in values))
 
 
 def movements(rows: Rows, before: Values, after: Values) -> dict[str, float]:
@@ -62,5 +62,6 @@ def movements(rows: Rows, before: Values, after: Values) -> dict[str, float]:
         key = str(row["output"] or row["door"])
         if key in before and key in after:
             door = str(row["door"])
-            found[door] = max(found.get(door, 0.0), distance(after[key], before[key]).relative)
+            sizes = [distance(b, a).relative for a, b in zip(before[key], after[key], strict=False)]
+            found[door] = max(found.get(door, 0.0), *sizes)
     return found

@@ -19,7 +19,7 @@ from torch import nn
 from normconvert.tracing.probes import Probe
 from normconvert.verification.fidelity import ratio
 from normconvert.verification.lazy_weights import LazyWeight
-from normconvert.verification.moved_weights import moved
+from normconvert.verification.moved_weights import FLOAT32, moved
 from normconvert.verification.probe_runs import Run, run_model
 from normconvert.verification.run_comparison import Distances, compare_runs, rank
 
@@ -100,6 +100,7 @@ def measure_rounding(
     tolerance: float,
     level: str,
     seed: int,
+    casts: bool = False,
 ) -> Rounding:
     """The ratio of the errors, from as many draws of the original's as it takes.
 
@@ -114,8 +115,10 @@ def measure_rounding(
         tolerance: that the ratio is held against.
         level: how many draws.
         seed: of the run.
+        casts: the model casts to float32 whatever its dtype, so that in float64 it rounds as in float32.
     """
-    eps = torch.finfo(dtype).eps
+    unit = FLOAT32 if casts and dtype == torch.float64 else 1
+    eps = torch.finfo(dtype).eps * unit
     first = pooled(converted, [original], eps)
     # In float64 the original is the truth itself, and its error no draw.
     own = [original] if dtype != torch.float64 else []
@@ -128,7 +131,7 @@ def measure_rounding(
     run = partial(run_model, model, [p for p in probes if p.name in names], dtype=dtype, seed=seed)
     draws: list[Distances] = []
     for draw in range(DRAWS[level]):
-        with moved(model, draw + 1):
+        with moved(model, draw + 1, unit=unit):
             found = compare_runs(expected, run(), shifted)
         # A draw that leaves the dtype's range says nothing.
         draws.append({k: d for k, d in found.items() if k in converted and math.isfinite(d.relative)})

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from normconvert.cli import run
 from normconvert.cli.app import app
 from normconvert.errors import InputError
 from normconvert.rewrites.anatomy import FORMS, anatomy_of, awq, llm_compressor
 from normconvert.tracing.graph import trace
 from normconvert.tracing.model_graph import trace_model
-from tests.support.basis_models import built, skeleton
+from tests.support.basis_models import built, logits, skeleton
+from tests.support.perturb import perturb
 
 LAYER = "model.layers.0."
 
@@ -47,6 +49,8 @@ def test_the_forms_of_quantisers_name_modules(llama: dict[str, Any]) -> None:
     assert rows[f"{LAYER}post_attention_layernorm"] == [f"{LAYER}mlp.gate_proj", f"{LAYER}mlp.up_proj"]
     # Two heads of values for four of queries: no scale by channel.
     assert f"{LAYER}self_attn.v_proj" not in rows
+    assert rows[f"{LAYER}mlp.up_proj"] == [f"{LAYER}mlp.down_proj"]
+    assert f"{LAYER}mlp.gate_proj" not in rows
     found = llm_compressor(llama)
     assert found["left_out"] == {}
     assert len(found["norm_mappings"]) == 5
@@ -77,6 +81,16 @@ def test_inspect_writes_it(tmp_path: Path, form: str) -> None:
     assert said.exit_code == 0, said.output
     assert "model.layers.1.self_attn.v_proj" in file.read_text()
     assert json.loads(file.read_text())
+
+
+def test_it_goes_to_stdout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built("llama").save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    monkeypatch.chdir(tmp_path)
+    said = CliRunner().invoke(app, ["inspect", "model", "--anatomy", "-", "--format", "awq"])
+    assert json.loads(said.stdout)
+    assert "RMSNorm" in said.stderr
+    assert not (tmp_path / "-").exists()
+    assert run(["inspect", "model", "--anatomy", "-", "--json", "-"]) == 2
 
 
 def test_a_place_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
@@ -146,3 +160,47 @@ def test_a_tensor_that_writes_elsewhere_too_is_named_and_its_stream_not_turned()
     found = llm_compressor(anatomy)
     assert found["r1"] == []
     assert "writes into it" in found["left_out"]["the stream that norms.0 reads"]
+
+
+def test_layers_take_the_numbers_that_the_form_lets_them_take(llama: dict[str, Any]) -> None:
+    model = perturb(built("llama tied")).double()
+    before = logits(model)
+    torch.manual_seed(0)
+    for row in awq(llama):
+        layer: Any = model.get_submodule(row["smooth_layer"])
+        numbers = torch.rand(layer.weight.shape[0], dtype=torch.float64) + 0.5
+        layer.weight.data /= numbers.view(-1, *[1] * (layer.weight.dim() - 1))
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data /= numbers
+        for name in row["balance_layers"]:
+            balance: Any = model.get_submodule(name)
+            balance.weight.data *= numbers
+    torch.testing.assert_close(logits(model), before, rtol=1e-9, atol=1e-9)
+
+
+class Gated(nn.Module):
+    """One factor is a linear map's result, unless ``kind`` says that something else is."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.gate, self.up, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        gate, up = self.gate(x).tanh(), self.up(x)
+        if self.kind == "read":
+            return self.down(gate * up), up.tanh()
+        if self.kind == "mixed":
+            return (self.down(gate * up + gate),)
+        if self.kind == "product":
+            return (self.down((gate * up).tanh()),)
+        if self.kind == "square":
+            return (self.down(up * up),)
+        return (self.down(gate * (up + 1 if self.kind == "one" else up)),)
+
+
+@pytest.mark.parametrize("kind", ["", "read", "mixed", "product", "square", "one"])
+def test_a_factor_that_a_linear_map_gives_alone_takes_numbers(kind: str) -> None:
+    graph = trace(Gated(kind).eval().to("meta"), {"x": torch.empty(2, 3, 6, device="meta")})
+    rows = {row["smooth_layer"]: row["balance_layers"] for row in awq(anatomy_of(graph))}
+    assert rows == ({} if kind else {"up": ["down"]})

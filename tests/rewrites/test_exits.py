@@ -188,3 +188,27 @@ def test_what_a_method_returns_is_measured(tmp_path: Path) -> None:
     before, after = (returned(model, pixels(VITS["avg"]))["forward_features"] for model in (truth, converted))
     assert moved["forward_features"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-6)
     assert moved["forward_intermediates"] > 1e-3
+
+
+class TwoResults(nn.Module):
+    """A method returns what stays and what moves."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x * self.by
+
+
+def test_of_several_results_the_one_that_moves_most_is_told() -> None:
+    rows, values = [{"door": "features", "output": ""}], []
+    for by in (1.0, 3.0):
+        model, inputs = TwoResults(by), {"x": torch.ones(2, 3)}
+        with kept_exits(model, rows, inputs) as found:
+            model(**inputs)
+        values.append(found)
+    assert movements(rows, *values) == {"features": 2.0}

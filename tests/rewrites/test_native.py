@@ -178,6 +178,13 @@ def test_what_the_table_does_not_hold_is_told(tmp_path: Path) -> None:
     assert "there is no model of the library's own for it (--native): none of transformers is known" in why
 
 
+def test_a_class_that_takes_no_norm_by_name_is_told_in_short(tmp_path: Path) -> None:
+    _, folder = image_model(tmp_path / "model", "cait_xxs24_224")
+    reasons = {verdict.reason for verdict in normconvert.inspect(folder, native=True).plan.kept}
+    assert any(reason.endswith('norm_layer="rmsnorm": cait_xxs24_224 cannot be built so.') for reason in reasons)
+    assert not any(str(tmp_path) in reason for reason in reasons)
+
+
 def test_a_model_in_memory_keeps_its_class() -> None:
     with pytest.raises(InputError, match="native is for checkpoints"):
         normconvert.convert_model(hf.OlmoForCausalLM(hf.OlmoConfig(**GROUPED)), native=True)

@@ -188,9 +188,15 @@ def test_a_norm_is_named_once() -> None:
         powers_in("a.norm=1,a.norm=2")
 
 
-def test_data_is_refused_where_nothing_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--power leaves nothing to measure"):
-        normconvert.convert(tmp_path / "model", tmp_path / "out", "scale", power="3", data="text:some.txt")
+@pytest.mark.parametrize("how", [{"data": "text:some.txt"}, {"headroom": 8.0}])
+def test_how_to_measure_is_refused_where_nothing_is_measured(tmp_path: Path, how: dict[str, Any]) -> None:
+    for ask in (
+        lambda: normconvert.convert(tmp_path / "model", tmp_path / "out", "scale", power="3", **how),
+        lambda: normconvert.inspect(tmp_path / "model", "scale", power="3", **how),
+        lambda: normconvert.convert_model(nn.LayerNorm(4), "scale", power="3", **how),
+    ):
+        with pytest.raises(InputError, match=f"--{next(iter(how))} says .* --power leaves nothing to measure"):
+            ask()
 
 
 def test_a_stream_is_measured_before_its_shards_are_fetched(tmp_path: Path) -> None:

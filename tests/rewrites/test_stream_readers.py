@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.options import Options
+from normconvert.rewrites.planning import plan_graph
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import trace
 from tests.support.basis import check_basis
@@ -178,3 +179,38 @@ def test_what_is_allowed_in_vain_is_not_offered_again(method: str) -> None:
     (verdict,) = REWRITES[method].planner(graph, options).verdicts
     assert "the model returns it as `output`" in verdict.reason
     assert verdict.reason.endswith("; where all that is returned may change, nothing is left to be compared.")
+
+
+class SharedTable(nn.Module):
+    """What is returned may move, and the table that writes it may not: something else reads that, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.inner = nn.Embedding(7, D), nn.RMSNorm(D, eps=1e-5), nn.Linear(D, D)
+
+    def forward(self, ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        stream = self.table(ids)
+        return stream + self.inner(self.norm(stream)), nn.functional.linear(x, self.table.weight)
+
+
+class Seen(Tower):
+    """The stream is returned beside what is made of it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        tokens = self.tokens(x)
+        return tokens, self.head(torch.relu(self.project(self.norm(tokens))))
+
+
+@pytest.mark.parametrize(("kind", "helps"), [(Encoder, False), (SharedTable, False), (Seen, True)])
+def test_an_option_is_offered_where_it_helps_alone(kind: type[nn.Module], helps: bool) -> None:
+    inputs = {"x": X.to("meta", torch.float32)}
+    if kind is SharedTable:
+        inputs = {"ids": torch.zeros(2, 3, dtype=torch.long, device="meta"), "x": torch.empty(2, 3, D, device="meta")}
+    graph = trace(kind().eval().to("meta"), inputs)
+    for method in ("rotate", "scale"):
+        (verdict,) = plan_graph(graph, Options(power="3"), method).verdicts
+        (with_it,) = plan_graph(graph, Options(power="3", allow_shifted_outputs=True), method).verdicts
+        assert (with_it.converted, "--allow-shifted-outputs lets" in verdict.reason) == (helps, helps)
+        if kind is SharedTable:
+            assert verdict.reason.endswith(f"for then {with_it.reason}")
+            assert "`table.weight`" in verdict.reason

@@ -19,7 +19,7 @@ from normconvert.errors import InputError
 from normconvert.tracing.probes import Probe
 from normconvert.verification.equivalence import verify_models
 from normconvert.verification.fidelity import Distance
-from normconvert.verification.moved_weights import WHOLE, moved
+from normconvert.verification.moved_weights import FLOAT32, WHOLE, moved
 from normconvert.verification.rounding import pooled
 from tests.support.perturb import perturb
 
@@ -102,6 +102,52 @@ def test_moved_weights_move_by_half_a_unit_and_back(dtype: torch.dtype) -> None:
     assert torch.equal(model.weight, before)
     with moved(model, 1, WHOLE):
         assert bool((model.weight != before).all())
+
+
+def test_weights_in_float64_move_by_units_of_float32() -> None:
+    model = nn.Linear(300, 200, dtype=torch.float64)
+    before = model.weight.detach().clone()
+    narrow = before.abs().float()
+    with moved(model, 1, WHOLE, FLOAT32):
+        step = (torch.nextafter(narrow, torch.tensor(math.inf)) - narrow).double()
+        units = (model.weight.detach() - before).abs() / step
+        assert float(units.median()) == 1.0
+    assert torch.equal(model.weight, before)
+
+
+class CastNorm(nn.Module):
+    """In float32, whatever the dtype of the model."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        result: Tensor = self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        return result
+
+
+class Casting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.inner, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.norms = nn.ModuleList(CastNorm(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.write(x)
+        x = x + self.inner(self.norms[0](x))
+        result: Tensor = self.head(self.norms[1](x))
+        return result
+
+
+def test_a_model_in_float64_that_casts_to_float32_is_held_to_that() -> None:
+    torch.manual_seed(0)
+    model, x = Casting().double().eval(), torch.randn(2, 7, 5, dtype=torch.float64)
+    _, report = normconvert.convert_model(model, "rotate", example_inputs={"x": x})
+    assert report.converted == 2
+    assert report.fidelity is not None
+    assert 0.01 < report.fidelity.rounding < 3  # type: ignore[operator]
 
 
 def test_an_original_that_is_exact_by_chance_refuses_nothing() -> None:
