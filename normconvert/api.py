@@ -18,16 +18,7 @@ from normconvert.apply.workplace import Workplace, workplace
 from normconvert.errors import InputError
 from normconvert.files.user_paths import user_path
 from normconvert.option_fields import check_options, is_model, recorded, taking
-from normconvert.options import (
-    FORMS,
-    ROTATIONS,
-    Conversion,
-    Identifying,
-    Inspection,
-    Stage,
-    check_device,
-    check_measuring,
-)
+from normconvert.options import FORMS, ROTATIONS, Conversion, Identifying, Inspection, Stage, check_device
 from normconvert.result import Report
 from normconvert.tracing.garbage import collecting
 from normconvert.verification.requests import Verification
@@ -60,7 +51,7 @@ def inspect(request: Inspection) -> Report:
         TraceError: the model cannot be traced.
     """
     check_options(request)
-    check_measuring(request)
+    request.check_measuring()
     request = _with_rotation(request)
     if request.anatomy is None and request.form != FORMS[0]:
         raise InputError(f"--format {request.form} is a form of an anatomy: say where to write it, --anatomy FILE")
@@ -175,7 +166,7 @@ def _check(request: Conversion) -> dict[str, float]:
     from normconvert.verification.limits import check_limits
 
     check_options(request)
-    check_measuring(request)
+    request.check_measuring()
     if request.push_to_hub is not None:
         from normconvert.apply.upload import check_repository
 

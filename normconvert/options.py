@@ -207,18 +207,18 @@ class Options:
     def check(self) -> None:
         """Raise InputError if one of them has a value that it cannot have."""
         check_options(self)
-        check_measuring(self)
+        self.check_measuring()
         if self.rotation not in ROTATIONS and "." not in self.rotation:  # files have an ending
             raise InputError(f"unknown rotation {self.rotation!r}; expected {', '.join(ROTATIONS)} or a file")
 
-
-def check_measuring(asked: Options) -> None:
-    """Raise InputError if a power is given, and with it how to measure one."""
-    for name in ("data", "headroom"):
-        if asked.power is not None and getattr(asked, name) != getattr(Options, name):
-            raise InputError(
-                f"--{name} says how to measure the power, and --power leaves nothing to measure: leave one of them out"
-            )
+    def check_measuring(self) -> None:
+        """Raise InputError if a power is given, and with it how to measure one."""
+        for name in ("data", "headroom"):
+            if self.power is not None and getattr(self, name) != getattr(Options, name):
+                raise InputError(
+                    f"--{name} says how to measure the power, and --power leaves nothing to measure: "
+                    "leave one of them out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from normconvert.in_memory.editing import put_in
 from normconvert.in_memory.request import ModelConversion
 from normconvert.in_memory.subject import Subject, subject_of
 from normconvert.option_fields import check_options, recorded, taking
-from normconvert.options import LEVELS, Inspection, Options, check_measuring
+from normconvert.options import LEVELS, Inspection, Options
 from normconvert.plan.given_rotations import with_rotation_read
 from normconvert.result import Clock, Report
 from normconvert.rewrites.anatomy import write_anatomy
@@ -61,7 +61,7 @@ def convert_model(request: ModelConversion) -> tuple[Any, Report]:
         FidelityError: the converted model differs; ``model`` is as it was. Its ``report`` has the figures.
     """
     check_options(request)
-    check_measuring(request)
+    request.allowed.check_measuring()
     request = with_rotation_read(request)
     limits = _checked_limits(request)
     subject = subject_of(request.model, request.example_inputs)
