@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from normconvert.cli.app import BEFORE, register
 from normconvert.cli.commands import Ask, command, spelled
 from normconvert.cli.view import View
+from normconvert.files.user_paths import STDOUT
 from normconvert.option_fields import about
 from normconvert.options import Inspection
 
 if TYPE_CHECKING:
     from normconvert.report.screen import Done, Screen
-
-STDOUT = "-"
 
 
 @register(short_help="Show what would be converted, and why the rest would not.", rich_help_panel=BEFORE)

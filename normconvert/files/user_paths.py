@@ -7,6 +7,9 @@ from pathlib import Path
 
 from normconvert.errors import InputError
 
+STDOUT = "-"
+"""What a user writes for stdout in place of a file."""
+
 
 def user_path(text: str | os.PathLike[str]) -> Path:
     """The path with ``~`` expanded.

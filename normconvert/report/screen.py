@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from normconvert import interrupts
 from normconvert.errors import InputError, NormConvertError, as_bug
-from normconvert.files.user_paths import user_path
+from normconvert.files.user_paths import STDOUT, user_path
 from normconvert.report.document import error_document, plain
 from normconvert.report.outputs import FileOutput
 from normconvert.wording.printable import printable
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from normconvert.report.stage_bars import StageBars
 
-STDOUT = "-"
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 

@@ -14,7 +14,7 @@ from typing import Any
 from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation
 from normconvert.errors import InputError, first_line
-from normconvert.files.user_paths import user_path
+from normconvert.files.user_paths import STDOUT, user_path
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.moved_norms import tables_to_untie
 from normconvert.rewrites.readers import Unfoldable, readers_of
@@ -22,7 +22,6 @@ from normconvert.rewrites.values import Pair, product_pairs, value_pairs
 from normconvert.tracing.graph import Graph
 
 FORMAT = 1
-STDOUT = "-"
 
 
 def anatomy_of(graph: Graph) -> dict[str, Any]:
