@@ -46,7 +46,7 @@ IN_COMMANDS = {
     "deferred": ("normconvert.sources.transformers_models", _NOTHING),
 }
 """What is replaced, in which module, and by what."""
-CALLS = {"forward 1 x 32": (1, 32), "forward 8 x 32": (8, 32), "forward 1 x 256": (1, 256)}
+CALLS = {"forward 8 x 32": (8, 32), "forward 8 x 256": (8, 256)}
 Cell = tuple[str, str, list[float], list[float]]
 """What it is, what was run, processor seconds with it and without it: other work of the machine changes the others."""
 
