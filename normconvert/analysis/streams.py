@@ -173,9 +173,9 @@ class Analysis:
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
         if name := self._unreached_that_fits(stream.size):
             why = f"`{name}` fits this stream, and no traced input makes the model use it"
-            leaks[(start[0], "unreached")] = Leak(start, start[0], "unreached", why)
+            leaks[(start[0], "unread")] = Leak(start, start[0], "unread", why)
         # What does read the stream is the better reason, and comes before what merely could write into it.
-        stream.leaks = sorted(leaks.values(), key=lambda leak: (leak.code == "unreached", self._order[leak.reader]))
+        stream.leaks = sorted(leaks.values(), key=lambda leak: (leak.code == "unread", self._order[leak.reader]))
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
 

@@ -82,7 +82,7 @@ def test_what_an_untraced_call_may_write_into_the_stream_keeps_its_norms(
 ) -> None:
     plan = planned(lambda: Masking(token))
     assert not plan.converted
-    assert verdict(plan, "norm").code == "unreached"
+    assert verdict(plan, "norm").code == "unread"
     assert "`kept" in verdict(plan, "norm").reason
 
 

@@ -22,6 +22,7 @@ REASONS = {
     "not-mean-free": "something that cannot be centred writes into the stream",
     "not-a-module": "no module holds the norm, or its module is used in several ways",
     "unreached": "the traced call does not run it (another modality's tower, or dead code)",
+    "unread": "a tensor that no traced call reads could write into the stream",
     "unknown-op": "the analysis does not know an operation on the way",
     "norm-axes": "a norm reads the stream over other axes than its channels",
     "product": "the stream is multiplied channel by channel beside the norms",
