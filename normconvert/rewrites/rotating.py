@@ -40,6 +40,7 @@ from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.stream_readers import StreamReaders
+from normconvert.rewrites.ties import table_and_head
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
 from normconvert.rewrites.verdicts import (
     ALLOWED,
@@ -50,7 +51,7 @@ from normconvert.rewrites.verdicts import (
     obstacle,
     with_nothing_compared,
 )
-from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
+from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
 
 
@@ -142,9 +143,9 @@ def _edits(
     found = replace(search.found, usable=streams)
     tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
     for path in tables:
-        notes += search.tables[path].move(change, tensors, config)
+        notes += search.tables[path].move(graph, change, tensors, config)
     # Those whose table writes into a stream that stays.
-    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
+    notes += untie(graph, _tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
         move(graph, search.moved[path], tensors, change)
     search.maps.move(streams, tensors, change)
