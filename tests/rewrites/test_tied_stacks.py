@@ -80,6 +80,8 @@ def test_rotated_generates_the_same(tmp_path: Path) -> None:
     assert not report.plan.kept
     assert report.fidelity is not None
     assert report.fidelity.passed
+    lazily = normconvert.verify(tmp_path / "in", tmp_path / "out", level="quick", max_memory=4_000_000_000)
+    assert lazily.passed
     assert {"T5Model", "T5EncoderModel"} <= set(report.plan.shifted_classes)
     truth = opened(tmp_path / "in")
     found = opened(tmp_path / "out")
