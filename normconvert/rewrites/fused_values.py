@@ -92,7 +92,7 @@ def rows_of_values(analysis: Analysis, value: AxisRef) -> tuple[Stream, Rows] | 
         return None
     stream = analysis.grow(value, ends={part})
     places = [place for node, place in stream.members if node is part]
-    if len(places) != 1 or any(ref in analysis.stream_of for ref in stream.members):
+    if len(places) != 1:
         return None
     try:
         weight, axis, bias, rows = written_by(analysis, made)

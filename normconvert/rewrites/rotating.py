@@ -106,7 +106,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     if given is not None and constant:
         _refuse_moved_mean(given, next(norm for norm in converted if norm.centred))
     tensors, aliases, config, notes = _edits(search, paths, tables, change)
-    pairs = value_pairs(search.analysis) if options.values else []
+    moved = {ref for stream in streams for ref in stream.members}
+    pairs = value_pairs(search.analysis, moved) if options.values else []
     # A matrix that is given is for the streams; a head has another width.
     own = "hadamard" if given is not None else kind
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
@@ -114,9 +115,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
     if shifted and not other_outputs(graph, shifted):
         return with_nothing_compared(plan_rotate(graph, replace(options, allow_shifted_outputs=False)))
-    needed = {ref for stream in streams for ref in stream.members}
-    doors = doors_of(graph, needed | _given_to(search, paths, tables))
-    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
+    doors = doors_of(graph, moved | _given_to(search, paths, tables))
+    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in moved)
     return Plan(
         "rotate",
         tensors=tensors,

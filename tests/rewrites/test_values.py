@@ -97,11 +97,17 @@ class Fused(nn.Module):
         self.layout = layout
         self.norm = nn.LayerNorm(8)
         self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+        if "normed" in layout:
+            self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
         self.write, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         made = self.qkv(self.norm(self.write(x)))
-        if self.layout == "by head":
+        if "normed" in self.layout:
+            q, k, v = made.unflatten(-1, (3, 2, 4)).unbind(-3)
+            q, k = self.q_norm(q), self.k_norm(k)
+            v = self.k_norm(v) if self.layout == "values normed" else v
+        elif self.layout == "by head":
             q, k, v = made.unflatten(-1, (2, 12)).chunk(3, -1)
         else:
             q, k, v = (part.unflatten(-1, (2, 4)) for part in made.split(8, -1))
@@ -123,7 +129,8 @@ class Fused(nn.Module):
     [
         ("behind", [4, 5]),
         ("by head", [2, 5]),
-        *((name, None) for name in ("shifted", "rounded", "twice", "seen", "bias seen")),
+        ("queries normed", [4, 5]),
+        *((name, None) for name in ("shifted", "rounded", "twice", "seen", "bias seen", "values normed")),
     ],
 )
 def test_values_among_queries_and_keys_rotate_if_nobody_else_sees_them(layout: str, blocks: list[int] | None) -> None:
