@@ -198,9 +198,8 @@ def rotate_values(analysis: Analysis, pairs: list[Pair], change: dict[str, Any],
         for ref in pair.writers:
             rows[analysis.graph.parameters[ref[0]].name, "writes"] = {**change, **along(ref[1])}
         if pair.rows is not None:
-            rows[pair.rows.weight, "writes"] = {**change, "axis": pair.rows.axis, **pair.rows.place}
-            if pair.rows.bias is not None:
-                rows[pair.rows.bias, "writes"] = {**change, "axis": 0, **pair.rows.place}
+            for name, place in pair.rows.edits.items():
+                rows[name, "writes"] = {**change, **place}
         for reader in pair.readers:
             rows[reader.weight, "reads"] = {**change, **along(reader.place)}
     for (name, _), row in rows.items():
