@@ -146,9 +146,9 @@ def make_layout(source: Source, plan: Plan, dtype: torch.dtype | None, max_shard
     for name in new:
         if name not in origins:
             raise InputError(f"the plan edits tensor {name}, which {source.reference} does not hold")
-        rows = rows_of[name]
+        rows = rows_of.get(name, ())
         origin = next((origins[e["from"]] for e in rows if e["op"] == "copy" and e["from"] in origins), origins[name])
-        if rows[0]["op"] == "copy" and rows[0]["from"] in origins:
+        if rows and rows[0]["op"] == "copy" and rows[0]["from"] in origins:
             rows = rows[1:]  # what is read is already what is copied
         like = next((str(e["like"]) for e in rows if e["op"] == "new"), None)
         stored = name if like is None else _beside(origin, like, name)
@@ -192,6 +192,12 @@ def _edits_by_checkpoint_name(
                 origin = row.get("from") if row["op"] == "copy" else row.get("like") if row["op"] == "new" else None
                 if origin in origins:
                     origins.setdefault(target, origins[origin])
+    # Files may hold a tied tensor by the name alone that a copy takes now: what the copy leaves needs another.
+    copies = {name for name, rows in tensors.items() if rows and rows[0]["op"] == "copy"}
+    for table in dict.fromkeys(tensors[name][0]["from"] for name in copies):
+        group = next((names for names in source.tied if table in names), (table,))
+        if table not in tensors and not any(name in held for name in group if name not in copies):
+            new.append(table)
     return edits, new
 
 

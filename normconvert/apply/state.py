@@ -91,7 +91,8 @@ def apply_plan(
 
     The arithmetic is in float64, and each tensor is stored in its dtype, as the conversion of files and models does it.
     For ``rmsnorm`` the model's own class computes the same as before; other conversions also change modules:
-    ``normconvert.runtime.apply_module_edits(model, plan.modules)`` first, then ``load_state_dict``.
+    ``normconvert.runtime.apply_module_edits(model, plan.modules)`` first, then ``load_state_dict``. A model that ties
+    what the plan has parted needs a tensor for each before, and a config with what ``plan.config`` holds.
 
     Args:
         state_dict: name -> tensor; it and its tensors stay as they are.

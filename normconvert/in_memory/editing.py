@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normconvert.apply.state import beside
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.ties import set_as_taken
 from normconvert.runtime import apply_module_edits
 from normconvert.verification.probe_runs import named_tensors
 
@@ -32,13 +33,7 @@ def put_in(model: nn.Module, plan: Plan, values: dict[str, Tensor]) -> None:
             raise InputError(f"the plan does not fit the model: {error}") from error
         for name, value in values.items():
             _assign(model, name, value, plan, before)
-        for key, setting in plan.config.items():
-            *parents, last = key.split(".")
-            node: Any = getattr(model, "config", None)
-            for parent in parents:
-                node = getattr(node, parent, None)
-            if hasattr(node, last):  # settings of other libraries know no ties
-                setattr(node, last, setting)
+        set_as_taken(model, plan.config)
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, plan: Plan, before: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, operation, spans
 from normconvert.options import Options
+from normconvert.rewrites.ties import stay_tied
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import Boundary, boundary_of, unmarked
@@ -133,7 +134,7 @@ def _blind(analysis: Analysis, reader: fx.Node, ref: AxisRef) -> bool:
 
 
 def can_untie(analysis: Analysis, ref: AxisRef, others: list[fx.Node]) -> bool:
-    """Whether a tied table can be split in two: embeddings on one side, one linear map on the other, two names.
+    """Whether a tied table can be split in two: embeddings on one side, one linear map on the other.
 
     Args:
         analysis: the streams.
@@ -143,13 +144,13 @@ def can_untie(analysis: Analysis, ref: AxisRef, others: list[fx.Node]) -> bool:
     parameter = analysis.graph.parameters[ref[0]]
     tables = [u for u in readers(ref[0]) if name_of(u) == EMBEDDING]
     heads = [u for u in readers(ref[0]) if u not in tables]
-    names = {f"{module_path(u)}.weight" for u in (*tables, *heads)}
+    looked_up, read = ({f"{module_path(u)}.weight" for u in side} for side in (tables, heads))
+    # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results.
+    one_of_each = bool(tables) and bool(others) and set(others) <= set(heads) and len(read) == 1 and ref[1].dim == 1
+    rest = set(parameter.aliases) - read
     # A graph may hold several calls of the model, and in one of them embeddings may come from outside.
-    alike = all(len({module_path(u) for u in side}) == 1 for side in (tables, heads))
-    one_of_each = bool(tables) and bool(others) and set(others) <= set(heads) and alike
-    # Dimension 1 is what the embedding writes, along dimension 0 lie the head's results. A third name would tie the two
-    # again when the result is loaded.
-    return one_of_each and ref[1].dim == 1 and names == set(parameter.aliases) and len(names) == 2
+    named = len(rest) == len(parameter.aliases) - 1 and looked_up <= rest
+    return one_of_each and named and (len(rest) == 1 or stay_tied(analysis.graph.modules[""], rest))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from normconvert.rewrites.graph_values import (
     with_epsilon,
 )
 from normconvert.rewrites.norm_calls import is_cast, norm_calls
+from normconvert.rewrites.ties import switches
 from normconvert.rewrites.unordered import Expressions, live
 from normconvert.tracing.graph import Graph, Parameter, module_path
 from normconvert.tracing.in_place_writes import MARKER, unmarked
@@ -60,8 +61,7 @@ def prove(graph: Graph, plan: Plan, changes: ExpectedChanges) -> None:
     Raises:
         Differs: it cannot be traced, or computes something else.
     """
-    numbers = {key: value for key, value in plan.config.items() if type(value) is float}
-    compare(graph, trace_edited(graph, plan.modules, changes.untied, numbers), changes)
+    compare(graph, trace_edited(graph, plan.modules, changes.untied, switches(plan)), changes)
 
 
 def compare(old: Graph, new: Graph, changes: ExpectedChanges) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normconvert.errors import TraceError
-from normconvert.plan.conversion_plan import set_in_config
+from normconvert.rewrites.ties import set_as_taken
 from normconvert.runtime import Center, Compress, apply_module_edits
 from normconvert.runtime.norms import NORMS
 from normconvert.tracing.graph import Graph, merge, trace
@@ -73,7 +73,8 @@ def trace_edited(
         graph: of the original.
         modules: rows for :func:`normconvert.runtime.apply_module_edits`.
         untied: names that are tensors of their own now, and their shapes.
-        config: numbers that the model's config holds now, by dotted keys: what the model reads of it while it runs.
+        config: numbers and switches that the model's config.json holds now, by dotted keys: what the model reads of
+            it while it runs.
 
     Raises:
         Differs: the edits do not fit the model, or it cannot be traced with them.
@@ -81,8 +82,7 @@ def trace_edited(
     if not (modules or untied or config):
         return graph
     model: Any = copy_model(graph.modules[""])
-    for key, value in (config or {}).items():
-        set_in_config(model.config, key, value)  # the copy's own, which its modules share
+    set_as_taken(model, config or {})  # into the copy's own, which its modules share
     # A model may hold parts of the runtime before it is edited, which are the same on both sides.
     # Held by reference: what is edited away must not leave its id to what takes its place.
     own = {id(part): part for module in model.modules() for part in (module, *_operations_at(module))}

@@ -22,6 +22,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import clamp_behind
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.epsilons import epsilon_node
+from normconvert.rewrites.ties import scaled_heads
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER, unmarked
 
@@ -33,7 +34,7 @@ class Gone:
 
 @dataclass(frozen=True)
 class SameAs:
-    """The result of an absorbed norm: it is what the norm read."""
+    """The result of an absorbed norm, or of a product whose number a head has taken: it is what was read there."""
 
     source: fx.Node
 
@@ -153,6 +154,7 @@ def expected_changes(
     if biases is None:
         biases = _new_biases(graph, rows["bias"]) if "bias" in rows else {}
     labels |= {node: Biased(name) for node, name in biases.items()}
+    labels |= _taken_by_heads(graph, plan)
     if untied is None:
         copies = {name for name, edits in plan.tensors.items() if edits and edits[0]["op"] == "copy"}
         untied = {name: shape_of(node) for name, node in graph.tensors.items() if name in copies}
@@ -160,6 +162,15 @@ def expected_changes(
 
 
 Rows = Mapping[Any, Mapping[str, Any]]
+
+
+def _taken_by_heads(graph: Graph, plan: Plan) -> dict[fx.Node, Label]:
+    """The products with a number that an untied head has taken: what they multiply is left."""
+    found: dict[fx.Node, Label] = {}
+    for name, (number, products) in scaled_heads(graph).items():
+        if {"op": "scale", "by": number, "axis": 1} in plan.tensors.get(name, []):
+            found |= {node: SameAs(node.all_input_nodes[0]) for node in products}
+    return found
 
 
 def _insertions(graph: Graph, rows: Rows) -> dict[fx.Node, Label]:

@@ -38,7 +38,8 @@ def with_family(
         return plan
     if plan.native:
         return _with_native_family(source, plan, options)
-    refused = {name: f"its head reads `{table}`" for name, table in tied_to(source, set(plan.tensors)).items()}
+    tied = tied_to(source, set(plan.tensors))
+    refused = {name: f"it ties another tensor to `{table}`" for name, table in tied.items()}
     proved = []
     for name in opened_otherwise(source)[:FAMILY]:
         try:

@@ -53,7 +53,7 @@ def plan_fold(graph: Graph, options: Options) -> Plan:
             verdicts.append(Verdict(path, group[0].kind, False, found.reason, found.code))
     tensors: Edits = {}
     config: dict[str, Any] = {}
-    notes = untie(tied.values(), folded, tensors, config)
+    notes = untie(graph, tied.values(), folded, tensors, config)
     for moved in folded:
         move(graph, moved, tensors)
     float32 = any(norm.float32 for moved in folded for norm in moved.calls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +28,7 @@ from normconvert.analysis.operations import (
     readers,
 )
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
-from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, written_by
+from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, stored_vector, written_by
 
 SAME = COPIES | ALIASES
 CUTS = {
@@ -39,6 +39,14 @@ PASSED = SAME | CUTS | MOVES | VIEWS | STRETCHES
 """Operations whose results hold numbers of their first operand, at other places and nothing else."""
 
 
+class Bias(NamedTuple):
+    """A stored vector: its name, how many blocks it has, and the first of them among those of the linear map."""
+
+    name: str
+    blocks: int
+    first: int
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a stored weight that write values, in blocks as large as a head.
@@ -46,7 +54,7 @@ class Rows:
     Attributes:
         weight: its name.
         axis: its dimension of the rows.
-        bias: the name of the bias that is added; None if there is none.
+        bias: the bias that is added, or the part of it that these rows have; None if there is none.
         size: of a head.
         count: of all blocks.
         blocks: which of them write values.
@@ -55,7 +63,7 @@ class Rows:
 
     weight: str
     axis: int
-    bias: str | None
+    bias: Bias | None
     size: int
     count: int
     blocks: tuple[int, ...]
@@ -67,9 +75,13 @@ class Rows:
         return self.weight, self.axis, self.bias, self.size, self.count, self.blocks
 
     @property
-    def place(self) -> dict[str, Any]:
-        """The keys of an edit that say where the channels are, but for the axis."""
-        return {"outer": self.count, "inner": 1, "blocks": list(self.blocks)}
+    def edits(self) -> dict[str, dict[str, Any]]:
+        """Tensor -> the keys of an edit that say where the channels are."""
+        found = {self.weight: {"axis": self.axis, "outer": self.count, "inner": 1, "blocks": list(self.blocks)}}
+        if self.bias is not None:
+            blocks = [block - self.bias.first for block in self.blocks]
+            found[self.bias.name] = {"axis": 0, "outer": self.bias.blocks, "inner": 1, "blocks": blocks}
+        return found
 
 
 class _Unknown(Exception):
@@ -92,25 +104,58 @@ def rows_of_values(analysis: Analysis, value: AxisRef) -> tuple[Stream, Rows] | 
         return None
     stream = analysis.grow(value, ends={part})
     places = [place for node, place in stream.members if node is part]
-    if len(places) != 1 or any(ref in analysis.stream_of for ref in stream.members):
+    if len(places) != 1:
         return None
     try:
-        weight, axis, bias, rows = written_by(analysis, made)
+        weight, axis, vector, rows = written_by(analysis, made)
         numbers = torch.arange(rows).expand(shape_of(made))
+        size = places[0].size
         blocks = _blocks(_at(analysis, part, {made: numbers}), places[0])
-        if rows % places[0].size or _seen(analysis, made, numbers, part, places[0].size, blocks):
+        if rows % size or _seen(analysis, made, numbers, part, size, blocks):
             return None
+        found = _bias(analysis, vector, made, size, blocks) if vector is not None else None
     except (Unfoldable, _Unknown):
         return None
-    return stream, Rows(weight, axis, bias, places[0].size, rows // places[0].size, blocks, made)
+    return stream, Rows(weight, axis, found, size, rows // size, blocks, made)
+
+
+def _bias(analysis: Analysis, vector: fx.Node, made: fx.Node, size: int, blocks: tuple[int, ...]) -> Bias:
+    """The stored vector that the blocks have their bias of: the whole, or one of several that are joined to it.
+
+    Raises:
+        Unfoldable: it is not stored.
+        _Unknown: they have it of several.
+    """
+    parts: Any = vector.args[0] if name_of(vector) in CONCATENATIONS else [vector]
+    tensors = [_stored_behind(part) for part in parts]
+    first = 0
+    for part, tensor in zip(parts, tensors, strict=True):
+        length = int(shape_of(part)[0])
+        within = first <= min(blocks) * size and (max(blocks) + 1) * size <= first + length
+        # Joined twice, it would be the bias of other rows, too.
+        if within and first % size == 0 and length % size == 0 and tensors.count(tensor) == 1:
+            return Bias(stored_vector(analysis, part, made), length // size, first // size)
+        first += length
+    raise _Unknown
+
+
+def _stored_behind(node: fx.Node) -> fx.Node:
+    while name_of(node) in STORED:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def only_in(analysis: Analysis, rows: Rows, found: list[Rows]) -> bool:
     """Whether all who read the weight and the bias are linear maps of which the same rows write values."""
     alike = {one.node for one in found if one.recipe == rows.recipe}
     for node, parameter in analysis.graph.parameters.items():
-        others = parameter.name in (rows.weight, rows.bias) and any(u not in alike for u in readers(node, STORED))
-        if others or (parameter.name in (rows.weight, rows.bias) and len(parameter.aliases) > 1):
+        if parameter.name not in rows.edits:
+            continue
+        users = set(readers(node, STORED))
+        if parameter.name != rows.weight:  # a bias may be joined with those of the other rows
+            for joined in [user for user in users if name_of(user) in CONCATENATIONS]:
+                users = users - {joined} | set(readers(joined))
+        if not users <= alike or len(parameter.aliases) > 1:
             return False
     return True
 

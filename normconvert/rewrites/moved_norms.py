@@ -18,7 +18,9 @@ from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.fold import product, reading
 from normconvert.rewrites.readers import Reader, Unfoldable, readers_of
-from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
+from normconvert.rewrites.ties import table_and_head
+from normconvert.rewrites.untying import untie_head
+from normconvert.rewrites.writers import Edits
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
 
@@ -110,16 +112,19 @@ def tables_to_untie(analysis: Analysis) -> dict[str, tuple[str, str]]:
     for node, parameter in analysis.graph.parameters.items():
         heads = [user for user in readers(node) if name_of(user) != EMBEDDING]
         shape = shape_of(node)
-        tied = len(parameter.aliases) == 2 and len(shape) == 2
+        tied = len(parameter.aliases) > 1 and len(shape) == 2
         if tied and can_untie(analysis, (node, ChannelAxis(1, int(shape[1]))), heads):
             found[parameter.name] = table_and_head(analysis.graph, node)
     return found
 
 
-def untie(tied: Iterable[tuple[str, str]], norms: Iterable[Moved], tensors: Edits, config: dict[str, Any]) -> list[str]:
+def untie(
+    graph: Graph, tied: Iterable[tuple[str, str]], norms: Iterable[Moved], tensors: Edits, config: dict[str, Any]
+) -> list[str]:
     """Give the heads that take a norm's weight a tensor of their own, where they have none yet.
 
     Args:
+        graph: the model.
         tied: tables, by their names as the embedding and as the head.
         norms: those that move.
         tensors: tensor -> its edits; gains the heads.
@@ -132,9 +137,7 @@ def untie(tied: Iterable[tuple[str, str]], norms: Iterable[Moved], tensors: Edit
     notes = []
     for own, head in tied:
         if head in read and head not in tensors:
-            tensors[head] = [{"op": "copy", "from": own}]
-            config["tie_word_embeddings"] = False
-            notes.append(UNTIED.format(own, head))
+            notes.append(untie_head(graph, own, head, tensors, config))
     return notes
 
 

@@ -17,8 +17,11 @@ from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, name_of
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation, spans
 from normconvert.plan.vectors import Expression, minus, plus
 from normconvert.rewrites.centring import can_untie
+from normconvert.rewrites.ties import table_and_head
+from normconvert.rewrites.untying import untie_head
 from normconvert.rewrites.verdicts import misuse
-from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
+from normconvert.rewrites.writers import Edits
+from normconvert.tracing.graph import Graph
 
 _SAME = COPIES | ALIASES | {EMBEDDING}
 """What may stand between a table and the norm."""
@@ -57,10 +60,11 @@ class NormedTable:
             return f"gives what has no mean, of which `{other.path}` would miss it"
         return ""
 
-    def move(self, change: Mapping[str, Any], tensors: Edits, config: dict[str, Any]) -> list[str]:
+    def move(self, graph: Graph, change: Mapping[str, Any], tensors: Edits, config: dict[str, Any]) -> list[str]:
         """Add the edits to ``tensors``.
 
         Args:
+            graph: the model.
             change: of the basis: an edit without its axis.
             tensors: tensor -> its edits.
             config: of the model; says so where the head gets a tensor of its own.
@@ -79,9 +83,7 @@ class NormedTable:
             tensors[f"{path}.{settings['bias']}"] = [{**change, "axis": 0}]
         if not self.head:
             return []
-        tensors[self.head] = [{"op": "copy", "from": self.name}]
-        config["tie_word_embeddings"] = False
-        return [UNTIED.format(self.name, self.head)]
+        return [untie_head(graph, self.name, self.head, tensors, config)]
 
 
 def normed_tables(
@@ -118,7 +120,7 @@ def _normed_table(
     parameter = analysis.graph.parameters[table]
     others = list(analysis.other_readers((table, place), members.__contains__))
     if others:
-        if not can_untie(analysis, (table, place), others):
+        if len(parameter.aliases) != 2 or not can_untie(analysis, (table, place), others):
             return None
         return NormedTable(group, *table_and_head(analysis.graph, table), outside)
     return NormedTable(group, parameter.name, "", outside) if len(parameter.aliases) == 1 else None

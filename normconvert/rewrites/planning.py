@@ -15,6 +15,7 @@ from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
+from normconvert.rewrites.ties import TIE, ties_for_good
 from normconvert.rewrites.verdicts import ALLOWED, with_offers_that_help
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
@@ -93,7 +94,7 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     """The plan with the ways into the model for which it is proved, and a note of those for which it is not."""
     if not plan.converted:
         return plan
-    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_new_table(plan, graph)]
+    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph)]
     more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
     notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
     if plan.shifted_doors:
@@ -106,16 +107,20 @@ def _with_doors(plan: Plan, graph: Graph) -> Plan:
     return replace(plan, notes=[*plan.notes, *notes], doors=doors, untraced_doors=untraced)
 
 
-def _new_table(plan: Plan, graph: Graph) -> list[str]:
-    """``set_input_embeddings``, where the table itself is centred: another one would not be."""
+def _other_tables(plan: Plan, graph: Graph) -> list[str]:
+    """``set_input_embeddings``, where the table itself is centred: another one would not be.
+
+    ``resize_token_embeddings``, where the class then ties it to the head again, whatever the config says.
+    """
+    again = ["resize_token_embeddings"] if TIE in plan.config and ties_for_good(graph.modules[""]) else []
     try:
         weight = graph.modules[""].get_input_embeddings().weight  # type: ignore[operator]
     except Exception:  # a model without a table has many ways to say so
-        return []
+        return again
     names = {name for name, one in graph.modules[""].named_parameters(remove_duplicate=False) if one is weight}
     changed = {name for name in plan.tensors if names & {name, *plan.aliases.get(name, ())}}
     moved = any(edit["op"] in ("center", "rotate", "times") for name in changed for edit in plan.tensors[name])
-    return ["set_input_embeddings"] if moved else []
+    return ["set_input_embeddings", *again] if moved else again
 
 
 def _unproved(verdict: Verdict, why: str) -> Verdict:

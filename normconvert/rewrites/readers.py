@@ -284,7 +284,7 @@ def linear_reader(analysis: Analysis, leak: Leak, *, parts: bool = False) -> Rea
     return _reader(analysis, leak, False, {}, new_biases=False, parts=parts)
 
 
-def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None, int]:
+def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, fx.Node | None, int]:
     """What a linear map's results are written by.
 
     Args:
@@ -292,10 +292,11 @@ def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None,
         node: one of :data:`LINEAR_FORMS`.
 
     Returns:
-        The weight, its dimension of the results, the bias if there is one, and how many results there are.
+        The weight, its dimension of the results, the bias if there is one (see :func:`stored_vector`), and how many
+        results there are.
 
     Raises:
-        Unfoldable: they are not stored.
+        Unfoldable: the weight is not stored.
     """
     form = LINEAR_FORMS[name_of(node)]
     args: list[Any] = [*node.args, *[None] * 3]
@@ -305,11 +306,18 @@ def written_by(analysis: Analysis, node: fx.Node) -> tuple[str, int, str | None,
     place = ChannelAxis(form.dim, int(shape_of(weight)[form.dim]))
     part, _ = _stored(analysis, weight, place, form.out, node)
     count = int(shape_of(weight)[form.out])
-    if not isinstance(bias, fx.Node):
-        return part.name, part.out, None, count
-    if tuple(shape_of(bias)) != (count,):
+    if isinstance(bias, fx.Node) and tuple(shape_of(bias)) != (count,):
         raise Unfoldable(f"{operation(node)} has a bias that is no vector")
-    return part.name, part.out, _stored(analysis, bias, ChannelAxis(0, count), 0, node)[0].name, count
+    return part.name, part.out, bias if isinstance(bias, fx.Node) else None, count
+
+
+def stored_vector(analysis: Analysis, vector: fx.Node, reader: fx.Node) -> str:
+    """The name of the stored tensor that a vector is.
+
+    Raises:
+        Unfoldable: it is none.
+    """
+    return _stored(analysis, vector, ChannelAxis(0, int(shape_of(vector)[0])), 0, reader)[0].name
 
 
 def _unpadded(node: fx.Node) -> bool:

@@ -40,6 +40,7 @@ from normconvert.rewrites.readers import Returned, Unfoldable
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.stream_readers import StreamReaders
+from normconvert.rewrites.ties import table_and_head
 from normconvert.rewrites.values import Pair, rotate_values, value_pairs
 from normconvert.rewrites.verdicts import (
     ALLOWED,
@@ -50,7 +51,7 @@ from normconvert.rewrites.verdicts import (
     obstacle,
     with_nothing_compared,
 )
-from normconvert.rewrites.writers import Edits, table_and_head, writer_edits
+from normconvert.rewrites.writers import Edits, writer_edits
 from normconvert.tracing.graph import Graph
 
 
@@ -105,7 +106,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     if given is not None and constant:
         _refuse_moved_mean(given, next(norm for norm in converted if norm.centred))
     tensors, aliases, config, notes = _edits(search, paths, tables, change)
-    pairs = value_pairs(search.analysis) if options.values else []
+    moved = {ref for stream in streams for ref in stream.members}
+    pairs = value_pairs(search.analysis, moved) if options.values else []
     # A matrix that is given is for the streams; a head has another width.
     own = "hadamard" if given is not None else kind
     rotate_values(search.analysis, pairs, {**change, "kind": own, "constant": False}, tensors)
@@ -113,9 +115,8 @@ def plan_rotate(graph: Graph, options: Options) -> Plan:
     shifted = shifted_outputs(graph, streams, [search.moved[path] for path in paths])
     if shifted and not other_outputs(graph, shifted):
         return with_nothing_compared(plan_rotate(graph, replace(options, allow_shifted_outputs=False)))
-    needed = {ref for stream in streams for ref in stream.members}
-    doors = doors_of(graph, needed | _given_to(search, paths, tables))
-    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in needed)
+    doors = doors_of(graph, moved | _given_to(search, paths, tables))
+    float32 = any(n.float32 for n in converted) or any(is_float32_cast(ref[0]) for ref in moved)
     return Plan(
         "rotate",
         tensors=tensors,
@@ -142,9 +143,9 @@ def _edits(
     found = replace(search.found, usable=streams)
     tensors, aliases, config, notes = writer_edits(search.analysis, found, needed, change)
     for path in tables:
-        notes += search.tables[path].move(change, tensors, config)
+        notes += search.tables[path].move(graph, change, tensors, config)
     # Those whose table writes into a stream that stays.
-    notes += untie(_tied(search), (search.moved[path] for path in paths), tensors, config)
+    notes += untie(graph, _tied(search), (search.moved[path] for path in paths), tensors, config)
     for path in paths:
         move(graph, search.moved[path], tensors, change)
     search.maps.move(streams, tensors, change)

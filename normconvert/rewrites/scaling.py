@@ -31,8 +31,10 @@ from normconvert.rewrites.readers import values_behind
 from normconvert.rewrites.registry import rewrite
 from normconvert.rewrites.rmsnorm import shifted_doors
 from normconvert.rewrites.scalable import Search, factor, groups_of, norm_of, readers_of_stream, search_scale
+from normconvert.rewrites.ties import table_and_head
+from normconvert.rewrites.untying import untie_head
 from normconvert.rewrites.verdicts import in_a_branch, never_called, with_nothing_compared
-from normconvert.rewrites.writers import UNTIED, Edits, table_and_head
+from normconvert.rewrites.writers import Edits
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import boundary_of
 
@@ -56,7 +58,8 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
         if powers[id(stream)]:
             numbers.add(stream, -powers[id(stream)])
     tensors = numbers.edits()
-    config: dict[str, Any] = {"tie_word_embeddings": False} if numbers.copies else {}
+    config: dict[str, Any] = {}
+    notes = [untie_head(graph, table, head, tensors, config) for head, table in numbers.copies.items()]
     paths = [p for p, group in search.calls.items() if search.reads(group[0]) and _power(search, powers, group[0])]
     converted = [norm for path in paths for norm in search.calls[path]]
     modules = [
@@ -82,7 +85,7 @@ def plan_scale(graph: Graph, options: Options) -> Plan:
         config=config,
         verdicts=[_verdict(search, path, powers, options) for path in search.calls]
         + never_called(graph, set(search.calls)),
-        notes=_notes(numbers, tensors, modules, doors, shifted) + ([CASTS] if float32 else []),
+        notes=notes + _notes(tensors, modules, doors, shifted) + ([CASTS] if float32 else []),
         float32_norms=float32,
         untraced_doors=doors,
         shifted_doors=_doors_out(search, scaled, tensors),
@@ -173,6 +176,8 @@ class _Numbers:
         elif ref in self._search.untied:
             name, head = table_and_head(self._search.analysis.graph, ref[0])
             self.copies[head] = name
+            if len(names := [n for n in self._search.analysis.graph.parameters[ref[0]].aliases if n != head]) > 1:
+                self.aliases[name] = names
             self._take(name, "writes", exponent)
         elif made.kind == "parameter":
             self._take(self._named(ref[0]), "writes", exponent)
@@ -198,7 +203,7 @@ class _Numbers:
 
     def edits(self) -> Edits:
         """The rows of a plan."""
-        found: Edits = {head: [{"op": "copy", "from": table}] for head, table in self.copies.items()}
+        found: Edits = {}
         for name, roles in self.exponents.items():
             exponent, offset = sum(power for power, _ in roles.values()), max(added for _, added in roles.values())
             if exponent:
@@ -223,11 +228,8 @@ def _verdict(search: Search, path: str, powers: dict[int, int], options: Options
     return Verdict(path, kind, False, why.reason, why.code)
 
 
-def _notes(
-    numbers: _Numbers, tensors: Edits, modules: list[dict[str, Any]], doors: list[str], shifted: list[str]
-) -> list[str]:
-    found = [UNTIED.format(table, head) for head, table in numbers.copies.items()]
-    found += [f"scaled are returned: {', '.join(shifted)}"] if shifted else []
+def _notes(tensors: Edits, modules: list[dict[str, Any]], doors: list[str], shifted: list[str]) -> list[str]:
+    found = [f"scaled are returned: {', '.join(shifted)}"] if shifted else []
     if doors:
         found.append(f"{', '.join(doors)} must be scaled, as what the output's own embeddings give is")
     other = [row["path"] for row in modules if not row.get("stated")]

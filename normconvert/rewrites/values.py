@@ -8,7 +8,7 @@ called. (QuaRot, arXiv 2404.00456, section 4; SpinQuant, arXiv 2405.16406, calls
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,20 +45,24 @@ class Pair:
     rows: Rows | None = None
 
 
-def value_pairs(analysis: Analysis) -> list[Pair]:
-    """All pairs of a graph whose tensors nobody else reads."""
+def value_pairs(analysis: Analysis, taken: Collection[AxisRef] | None = None) -> list[Pair]:
+    """All pairs of a graph whose tensors nobody else reads.
+
+    Args:
+        analysis: the streams.
+        taken: values that are in another basis already; None: all that are of streams with norms.
+    """
+    taken = analysis.stream_of if taken is None else taken
     found: list[Pair] = []
     seen: set[AxisRef] = set()
     for start in _starts(analysis):
-        if start in seen or start in analysis.stream_of:
+        if start in seen or start in taken:
             continue
-        stream = analysis.grow(start)
-        seen |= stream.members.keys()
-        pair = _pair(analysis, stream)
+        pair = _pair(analysis, analysis.grow(start))
         if pair is None and (fused := rows_of_values(analysis, start)) is not None:
-            seen |= fused[0].members.keys()
             pair = _pair(analysis, *fused)
-        if pair is not None:
+        if pair is not None and not any(ref in taken for ref in pair.stream.members):
+            seen |= pair.stream.members.keys()
             found.append(pair)
     return _all_alone(analysis, found)
 
@@ -194,9 +198,8 @@ def rotate_values(analysis: Analysis, pairs: list[Pair], change: dict[str, Any],
         for ref in pair.writers:
             rows[analysis.graph.parameters[ref[0]].name, "writes"] = {**change, **along(ref[1])}
         if pair.rows is not None:
-            rows[pair.rows.weight, "writes"] = {**change, "axis": pair.rows.axis, **pair.rows.place}
-            if pair.rows.bias is not None:
-                rows[pair.rows.bias, "writes"] = {**change, "axis": 0, **pair.rows.place}
+            for name, place in pair.rows.edits.items():
+                rows[name, "writes"] = {**change, **place}
         for reader in pair.readers:
             rows[reader.weight, "reads"] = {**change, **along(reader.place)}
     for (name, _), row in rows.items():

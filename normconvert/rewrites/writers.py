@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import fx
-
-from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef
 from normconvert.rewrites.centring import Centring
 from normconvert.rewrites.fold import along
-from normconvert.tracing.graph import Graph, module_path
+from normconvert.rewrites.ties import table_and_head
+from normconvert.rewrites.untying import untie_head
 
 Edits = dict[str, list[dict[str, Any]]]
-UNTIED = "`{}` and `{}` are no longer tied: the output has one table more."
 
 
 def writer_edits(
@@ -39,6 +36,7 @@ def writer_edits(
     aliases: dict[str, list[str]] = {}
     config: dict[str, Any] = {}
     notes: list[str] = []
+    heads: set[str] = set()
 
     def edit(ref: AxisRef, name: str, **row: Any) -> None:
         rows = tensors.setdefault(name, [])
@@ -46,7 +44,8 @@ def writer_edits(
         if row not in rows:
             rows.append(row)
         names = analysis.graph.parameters[ref[0]].aliases
-        if len(names) > 1 and ref not in centring.untied:
+        names = tuple(one for one in names if one not in heads or ref not in centring.untied)
+        if len(names) > 1:
             aliases[name] = list(names)
 
     for ref in (s for s in centring.scales if s in needed):
@@ -65,17 +64,10 @@ def writer_edits(
         if ref in centring.untied:
             own, other = table_and_head(analysis.graph, ref[0])
             # The head keeps the table as it was: edits read the values of the source, whatever their order.
-            tensors[other] = [{"op": "copy", "from": own}]
+            if other not in heads:
+                notes.append(untie_head(analysis.graph, own, other, tensors, config))
+                heads.add(other)
             edit(ref, own, **change, **along(ref[1]))
-            config["tie_word_embeddings"] = False
-            notes.append(UNTIED.format(own, other))
         elif ref in centring.editable:
             edit(ref, analysis.graph.parameters[ref[0]].name, **change, **along(ref[1]))
     return tensors, aliases, config, notes
-
-
-def table_and_head(graph: Graph, tied: fx.Node) -> tuple[str, str]:
-    """The two names of a tied table: as the embedding, and as the output head."""
-    table = next(u for u in readers(tied) if name_of(u) == EMBEDDING)
-    own = f"{module_path(table)}.weight"
-    return own, next(n for n in graph.parameters[tied].aliases if n != own)

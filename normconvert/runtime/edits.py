@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normconvert.runtime.affine import Affine, Clip, PostActivation
 from normconvert.runtime.attention import attend
 from normconvert.runtime.hooks import Center, Compress, add_hook
-from normconvert.runtime.modules import get_module, stand_in
+from normconvert.runtime.modules import get_module, run_by_calls, stand_in
 from normconvert.runtime.norms import NORMS
 from normconvert.runtime.padding import pad
 from normconvert.runtime.renaming import rename
@@ -52,6 +52,8 @@ def _replace(model: nn.Module, edit: Mapping[str, Any]) -> None:
         channels_last=bool(edit.get("channels_last", False)),
         **{key: edit[key] for key in ("basis", "expand") if key in edit},
     )
+    if kind == "crmsnorm":  # of a mean-free value RMSNorm is what LayerNorm is, and the kernel may do it
+        run_by_calls(model, old)
     stand_in(model, old, new)
 
 
@@ -110,6 +112,7 @@ def _affine(model: nn.Module, edit: Mapping[str, Any]) -> None:
         weight_name=names["weight"],
         bias_name=names["bias"],
     )
+    run_by_calls(model, old)
     stand_in(model, old, new if device is None else new.to(device))
 
 

@@ -6,7 +6,8 @@ inputs of a probe are known, though. :class:`KnownValues` remembers them, comput
 follows from known values alone, on the CPU, and answers where otherwise an unknown value would stop the trace:
 
 - a number that Python asks for (``item``, ``tolist``, ``bool``, ``int``, an index, a size),
-- a result whose *shape* depends on values (``nonzero``, ``unique``, a boolean mask as an index).
+- a result whose *shape* depends on values (``nonzero``, ``unique``, a boolean mask as an index). What a mask picks of
+  floating numbers stays a part of the input: the positions alone are known then.
 
 Nothing else changes: all other operations are traced as they are, and a graph that could be traced without known values
 is the same with them. What is proved of such a graph holds for these values, as it holds for the traced sizes.
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -32,11 +32,11 @@ from normconvert.compat.torch import (
     DynamicOutputShapeException,
     TorchDispatchMode,
     pytree,
-    version,
     without_modes,
 )
 from normconvert.tracing.in_place_writes import MARKER
 from normconvert.tracing.operands import FACTS, operands
+from normconvert.tracing.tensor_memory import memory_of, writes_to
 
 UNKNOWN_VALUE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 """What is raised where a model goes on by a value that nobody knows, such as one that weights give."""
@@ -103,14 +103,14 @@ class KnownValues(TorchFunctionMode):
 
     def _known(self, tensor: object) -> _Known | None:
         known: _Known | None = self._values.get(tensor) if isinstance(tensor, Tensor) else None
-        if known is None or not isinstance(tensor, Tensor) or known.version != _version(tensor):
+        if known is None or not isinstance(tensor, Tensor) or known.version != writes_to(tensor):
             return None
         return known
 
     def _remember(self, tensor: Tensor, value: Tensor) -> None:
-        version = _version(tensor)
+        version = writes_to(tensor)
         # Without a count of writes, or memory to find the views by, nothing would say when the value is out of date.
-        if version >= 0 and _memory(tensor) and _memory(value):
+        if version >= 0 and memory_of(tensor) and memory_of(value):
             self._values[tensor] = _Known(value, version)
 
     def __torch_function__(
@@ -139,6 +139,8 @@ class KnownValues(TorchFunctionMode):
             return _Call.run
         if call.name == "__iter__":
             return self._rows
+        if call.name == "__getitem__" and call.args[0].is_floating_point() and self._by_mask(call.args[1]):
+            return self._picked
         if call.name in _ANSWERS or self._shape_by_value(call.name, call.args, call.kwargs):
             return self._answer
         return self._followed
@@ -163,6 +165,11 @@ class KnownValues(TorchFunctionMode):
             return call.run()
         return pytree.tree_map(lambda leaf: self._constant(leaf, call.tensors[0].device), result)
 
+    def _picked(self, call: _Call) -> Any:
+        """What a mask picks of an image: the mask's positions are known, and the numbers are the input's as before."""
+        made, result = self._partly(call), self._compute(call)
+        return made if result is _UNKNOWN else self._noted(made, result, call.tensors)
+
     def _followed(self, call: _Call) -> Any:
         """The call as it is, with the values of its results remembered."""
         held = [(tensor, self._values[tensor]) for tensor in call.tensors]
@@ -177,7 +184,7 @@ class KnownValues(TorchFunctionMode):
             with _real():
                 result.zero_()
         for tensor, known in held:
-            if known.version != _version(tensor):
+            if known.version != writes_to(tensor):
                 # The write was followed on the values too, so they hold at the new count.
                 self._written(known)
         return self._noted(made, result, call.tensors)
@@ -232,15 +239,15 @@ class KnownValues(TorchFunctionMode):
 
     def _noted(self, made: Any, values: Any, operands: Sequence[Tensor]) -> Any:
         """``made``, with the values of its tensors remembered."""
-        theirs = {_memory(self._values[tensor].value) for tensor in operands}
-        shared = {_memory(tensor) for tensor in operands}
+        theirs = {memory_of(self._values[tensor].value) for tensor in operands}
+        shared = {memory_of(tensor) for tensor in operands}
         tensors, found = pytree.tree_leaves(made), pytree.tree_leaves(values)
         if len(tensors) == len(found):
             for tensor, value in zip(tensors, found, strict=True):
                 fits = isinstance(tensor, Tensor) and isinstance(value, Tensor) and tensor.shape == value.shape
                 if fits and tensor.dtype == value.dtype and value.numel() <= self._largest:
                     # A copy in the model must be no view here, or would be written to with the other.
-                    if _memory(value) in theirs and _memory(tensor) not in shared:
+                    if memory_of(value) in theirs and memory_of(tensor) not in shared:
                         with _real():
                             value = value.clone()
                     self._remember(tensor, value)
@@ -279,11 +286,10 @@ class KnownValues(TorchFunctionMode):
     def _partly(self, call: _Call) -> Any:
         """A call with unknown operands, whose result's shape may follow from the known ones."""
         name, args, kwargs = call.name, call.args, call.kwargs
-        if name in ("__getitem__", "__setitem__") and len(args) > 1:
+        if name in ("__getitem__", "__setitem__") and len(args) > 1 and self._by_mask(args[1]):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(_is_mask(self.value(i)) for i in index):
-                positions = tuple(part for i in index for part in self._positions(i, args[0].device))
-                return call.func(args[0], positions, *args[2:], **kwargs)
+            positions = tuple(part for i in index for part in self._positions(i, args[0].device))
+            return call.func(args[0], positions, *args[2:], **kwargs)
         masks = name == "masked_select" and len(args) == 2 and _is_mask(self.value(args[1]))
         # A mask that is stretched would have other positions.
         if masks and args[0].shape == args[1].shape:
@@ -304,9 +310,11 @@ class KnownValues(TorchFunctionMode):
             return len(args) + len(kwargs) == 1
         if name == "repeat_interleave":
             return any(isinstance(a, Tensor) for a in (*args[1:], kwargs.get("repeats")))
-        if name == "__getitem__":
-            return any(_is_mask(self.value(i)) for i in (args[1] if isinstance(args[1], tuple) else (args[1],)))
-        return name in _BY_VALUE
+        return self._by_mask(args[1]) if name == "__getitem__" else name in _BY_VALUE
+
+    def _by_mask(self, index: Any) -> bool:
+        """Whether an index has a known mask in it."""
+        return any(_is_mask(self.value(i)) for i in (index if isinstance(index, tuple) else (index,)))
 
     def _positions(self, index: Any, device: torch.device) -> tuple[Any, ...]:
         """One part of an index, a known mask as the positions it picks."""
@@ -323,14 +331,14 @@ class KnownValues(TorchFunctionMode):
         with _real():
             for tensor, known in list(self._values.items()):
                 # Of the names of this memory only those that were right before the write are right after it.
-                if known.version == changed.version and _memory(known.value) == _memory(changed.value):
+                if known.version == changed.version and memory_of(known.value) == memory_of(changed.value):
                     self._remember(tensor, known.value)
 
     def _forget(self, tensor: Tensor) -> None:
         """Drop what is known of a tensor, and of all that share its memory."""
         with _real():
             for other in list(self._values):
-                if _memory(other) == _memory(tensor):
+                if memory_of(other) == memory_of(tensor):
                     del self._values[other]
 
 
@@ -363,23 +371,6 @@ class _Known(NamedTuple):
 
     value: Tensor
     version: int
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor's memory was written to; -1 if that is not counted."""
-    with DisableTorchFunction():
-        # Tensors made in inference mode count nothing, and raise an error when asked.
-        return -1 if tensor.is_inference() else version(tensor)
-
-
-def _memory(tensor: Tensor) -> int:
-    """Which memory a tensor's values are in; 0 if it has none of its own, as one that ``vmap`` maps over."""
-    with DisableTorchFunction():
-        try:
-            # The storage's own address: fake tensors have no data to point to.
-            return int(StorageWeakRef(tensor.untyped_storage()).cdata)
-        except NotImplementedError:
-            return 0
 
 
 @contextmanager

@@ -105,10 +105,10 @@ def _with_untied_heads(graph: Graph, plan: Plan) -> Plan:
     """A plan whose tied tables are two tensors, since the head is to change and the embedding is not."""
     from normconvert.analysis.streams import Analysis
     from normconvert.rewrites.moved_norms import tables_to_untie
+    from normconvert.rewrites.untying import untie_head
 
     tensors, config = dict(plan.tensors), dict(plan.config)
     for own, head in tables_to_untie(Analysis(graph, find_norms(graph, uncentred=True))).values():
         if head not in tensors and own not in tensors:
-            tensors[head] = [{"op": "copy", "from": own}]
-            config["tie_word_embeddings"] = False
+            untie_head(graph, own, head, tensors, config)
     return replace(plan, tensors=tensors, config=config)

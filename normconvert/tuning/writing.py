@@ -19,6 +19,7 @@ from normconvert.apply.record import loading_files
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.epsilons import attributes_with, epsilons_in_config
+from normconvert.rewrites.ties import TIE
 from normconvert.runtime import CHILD, RENAMED, STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
 from normconvert.sources.transformers_models import own_class
@@ -120,7 +121,7 @@ def write_folder(source: Source, student: Student, plan: Plan, folder: Path, dty
     for edit in plan.modules:
         if edit["op"] == "rename":
             trained[f"{edit['path']}.{RENAMED.format(edit['name'])}"] = trained[f"{edit['path']}.{edit['name']}"]
-    if "tie_word_embeddings" in plan.config:
+    if TIE in plan.config:
         _untie(model, trained)
     for name, tensor in named_tensors(model).items():
         path, _, leaf = name.rpartition(".")

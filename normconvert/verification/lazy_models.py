@@ -23,6 +23,7 @@ from normconvert.files.tensor_info import TensorInfo
 from normconvert.files.uninitialised import NoRandomInit
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import Edit, apply_edits, edited_shape, refuse_oversized
+from normconvert.rewrites.ties import set_as_taken, switches
 from normconvert.runtime import one_at_a_time
 from normconvert.sources import timm_models, transformers_models
 from normconvert.sources.converted import recorded_edits
@@ -130,6 +131,8 @@ def lazy_model(
         apply_module_edits(model, edits)
     except (ValueError, AttributeError) as error:
         raise InputError(f"{source.reference}: {error}") from error
+    if plan is not None:
+        set_as_taken(model, switches(plan))
     _Filler(files, model, dtypes, device, plan or Plan(""), max_memory).fill()
     for module in model.modules():
         for name, buffer in module._buffers.items():

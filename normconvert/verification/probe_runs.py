@@ -17,6 +17,7 @@ from normconvert.compat.torch import pytree
 from normconvert.errors import InputError, in_one_line
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits, refuse_oversized
+from normconvert.rewrites.ties import set_as_taken, switches
 from normconvert.runtime import process_lock
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.output_paths import tensors_in
@@ -66,6 +67,7 @@ def algebra_model(
         apply_module_edits(model, plan.modules)
     except (ValueError, AttributeError) as error:
         raise InputError(f"the plan does not fit the model: {error}") from error
+    set_as_taken(model, switches(plan))
 
     def lookup(name: str) -> Tensor:
         if name not in source:

@@ -89,6 +89,12 @@ def test_values_that_others_see_stay(seen: str, rotates: bool) -> None:
     assert bool(outcome.plan.tensors.get("v.weight", [])) is rotates
 
 
+def joined(model: nn.Module, layout: str) -> Tensor:
+    """The bias of a map of queries, keys and values that is joined of theirs; keys have none."""
+    q, v = model.get_parameter("q_bias"), model.get_parameter("v_bias")
+    return torch.cat((v.clone() if layout == "joined twice" else q, torch.zeros_like(q), v))
+
+
 class Fused(nn.Module):
     """Attention whose queries, keys and values are made by one map: one behind the other, by head, or mixed up."""
 
@@ -96,12 +102,21 @@ class Fused(nn.Module):
         super().__init__()
         self.layout = layout
         self.norm = nn.LayerNorm(8)
-        self.qkv, self.o = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.qkv, self.o = nn.Linear(8, 24, bias="joined" not in layout), nn.Linear(8, 8)
+        if "joined" in layout:
+            self.q_bias, self.v_bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        if "normed" in layout:
+            self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
         self.write, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        made = self.qkv(self.norm(self.write(x)))
-        if self.layout == "by head":
+        bias = joined(self, self.layout) if "joined" in self.layout else self.qkv.bias
+        made = nn.functional.linear(self.norm(self.write(x)), self.qkv.weight, bias)
+        if "normed" in self.layout:
+            q, k, v = made.unflatten(-1, (3, 2, 4)).unbind(-3)
+            q, k = self.q_norm(q), self.k_norm(k)
+            v = self.k_norm(v) if self.layout == "values normed" else v
+        elif self.layout == "by head":
             q, k, v = made.unflatten(-1, (2, 12)).chunk(3, -1)
         else:
             q, k, v = (part.unflatten(-1, (2, 4)) for part in made.split(8, -1))
@@ -114,7 +129,9 @@ class Fused(nn.Module):
         q, k, v = (part.transpose(-2, -3) for part in (q, k, v))
         mixed = torch.matmul((q @ k.transpose(-1, -2)).softmax(-1), v)
         y = self.o(mixed.transpose(-2, -3).flatten(-2))
-        extra = made[..., -1:] if self.layout == "seen" else self.qkv.bias[-1] if self.layout == "bias seen" else 0
+        seen = {"seen": lambda: made[..., -1:], "bias seen": lambda: self.qkv.bias[-1]}
+        seen["joined, seen"] = lambda: self.v_bias[-1]
+        extra = seen.get(self.layout, lambda: 0)()
         return self.head(y) + extra
 
 
@@ -123,7 +140,10 @@ class Fused(nn.Module):
     [
         ("behind", [4, 5]),
         ("by head", [2, 5]),
-        *((name, None) for name in ("shifted", "rounded", "twice", "seen", "bias seen")),
+        ("queries normed", [4, 5]),
+        ("joined", [4, 5]),
+        *((name, None) for name in ("shifted", "rounded", "twice", "seen", "bias seen", "values normed")),
+        *((name, None) for name in ("joined twice", "joined, seen")),
     ],
 )
 def test_values_among_queries_and_keys_rotate_if_nobody_else_sees_them(layout: str, blocks: list[int] | None) -> None:
@@ -132,7 +152,12 @@ def test_values_among_queries_and_keys_rotate_if_nobody_else_sees_them(layout: s
     assert outcome.plan is not None
     assert not outcome.problems
     rows = {name: edits[-1].get("blocks") for name, edits in outcome.plan.tensors.items()}
-    assert rows.get("qkv.weight") == rows.get("qkv.bias") == blocks
+    if "joined" in layout:
+        assert rows.get("v_bias") == (blocks and [0, 1])
+        assert "q_bias" not in rows
+    else:
+        assert rows.get("qkv.bias") == blocks
+    assert rows.get("qkv.weight") == blocks
 
 
 def test_values_take_the_kind_of_rotation_that_is_asked_for() -> None:

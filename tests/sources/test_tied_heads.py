@@ -59,6 +59,20 @@ def test_a_head_that_equals_its_table_is_tied(tmp_path: Path) -> None:
     assert model.get_parameter(HEAD) is model.get_parameter(TABLE)
 
 
+@pytest.mark.parametrize("method", ["fold", "rotate"])
+def test_a_table_that_is_stored_as_the_head_alone_is_kept(method: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_with_head(tmp_path / "in", head=0.0)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[TABLE]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    truth = logits(original(folder))
+    normconvert.convert(folder, tmp_path / "out", method, verify=False)
+    assert {HEAD, TABLE} <= open_source(str(tmp_path / "out")).tensors.keys()
+    assert float((logits(original(tmp_path / "out")) - truth).norm() / truth.norm()) < 1e-6
+
+
 def test_modules_that_are_one_by_their_class_cannot_differ() -> None:
     values = {"a": lambda: torch.ones(2), "b": lambda: torch.zeros(2), "c": lambda: torch.ones(2)}
     assert names_apart([("a", "c")], {}, values) == (frozenset(), (("a", "c"),))

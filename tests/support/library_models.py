@@ -233,7 +233,7 @@ CASES: dict[str, tuple[Callable[[], Made], dict[str, int]]] = {
     "vit-pytorch ViT": (vit_pytorch_vit, {"rmsnorm": 4, "crmsnorm": 4, "fold": 4}),
     "vit-pytorch SimpleViT": (vit_pytorch_simple, {"rmsnorm": 4}),
     "x-transformers": (x_transformers_decoder, {"rmsnorm": 3}),
-    "torch.nn.TransformerEncoder": (torch_encoder, {"rmsnorm": 5}),
+    "torch.nn.TransformerEncoder": (torch_encoder, {"rmsnorm": 5, "crmsnorm": 5}),
     "nanoGPT": (nanogpt, {"rmsnorm": 5, "crmsnorm": 5, "fold": 5, "rotate": 5}),
     "Lightning": (lightning, {"fuse-bn": 1}),
     "parametrized": (parametrized, {"rmsnorm": 3}),

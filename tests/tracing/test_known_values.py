@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from normconvert.analysis.norms import find_norms
+from normconvert.analysis.streams import Analysis
 from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
@@ -131,6 +133,33 @@ def test_a_mask_picks_from_unknown_values() -> None:
         lambda n, x: x.repeat_interleave(n, dim=0), torch.tensor([2, 0, 3]), unknown=(torch.empty(3, 4),)
     )
     assert repeated.shape == (5, 4)
+
+
+class PicksImages(nn.Module):
+    """Leaves out the images that are zero, as models of several images to a text do with their padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        real = (images == 0).sum(1) != images.shape[1]
+        found: Tensor = self.norm(self.proj(images[real]))
+        return found
+
+
+def test_what_a_mask_picks_of_an_input_is_the_inputs_still() -> None:
+    with torch.device("meta"):
+        model = PicksImages()
+    images = torch.tensor([[1.0] * 6, [0.0] * 6, [2.0] * 6])
+    graph = trace(model, {"images": images})
+    (made,) = graph.outputs
+    assert tuple(made.meta["val"].shape) == (2, 8)
+    assert made in Analysis(graph, find_norms(graph)).data
+    picked, values = answers(lambda x: x[x[:, 0] > 0], images)
+    known = values.value(picked)
+    assert known is not None
+    assert torch.equal(known, images[[0, 2]])
 
 
 def test_a_known_write_is_followed_and_an_unknown_one_forgotten() -> None:
