@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normconvert.files.user_paths import user_path
-from normconvert.options import Conversion
+from normconvert.options import OF_TENSORS, Conversion
 from normconvert.tracing.garbage import collecting
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def workplace(request: Conversion) -> Iterator[Workplace]:
             tensors = list(tensors)
             beside = folder or next((tensor.file for tensor in tensors), None)
             place.staging.append(staged.enter_context(staged_output(out, beside, request.overwrite)))
-            place.reader.begin(tensors, folder, place.staging[0] if _mostly_copied(request) else None)
+            place.reader.begin(tensors, folder, place.staging[0] if _copied_early(request) else None)
 
         if not (request.dry_run or request.stream):
             place.found = found
@@ -82,7 +82,11 @@ def workplace(request: Conversion) -> Iterator[Workplace]:
         yield place
 
 
-def _mostly_copied(request: Conversion) -> bool:
-    """Whether most bytes of the source will be those of the output, so that copying them early pays."""
-    asked = (request.method, request.dtype, request.max_shard_size, request.fold)
-    return asked == ("rmsnorm", "auto", None, False)
+def _copied_early(request: Conversion) -> bool:
+    """Whether files of the output will have the tensors of the source's at their places.
+
+    Then copying them while the model is traced pays, even if most of it is edited: overwriting what is in the system's
+    cache takes a fraction of what writing does, which needs memory and a place first.
+    """
+    alike = request.method == "rmsnorm" or request.method in OF_TENSORS
+    return alike and (request.dtype, request.max_shard_size) == ("auto", None)

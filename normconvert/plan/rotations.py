@@ -27,6 +27,9 @@ from normconvert.plan.given_rotations import KIND, matrix_of, nearest_orthogonal
 LARGEST = 16
 """Order of a factor of Sylvester's matrix: larger ones multiply more, smaller ones go through memory more often."""
 
+SLICE = 1 << 17
+"""Elements of rows that all factors are applied to at a time: between two of them they stay in the cache."""
+
 
 def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor:
     """Q x along dimension ``dim``, in float64.
@@ -64,22 +67,37 @@ def order_without_hadamard(size: int) -> int:
 
 
 def _product(x: Tensor, factors: list[Tensor]) -> Tensor:
-    """(F1 x F2 x ...) x along the middle one of three dimensions, x the Kronecker product.
+    """(F1 x F2 x ...) x along the middle one of three dimensions, x the Kronecker product; x may be overwritten.
 
-    Nothing is transposed, which would take longer than the products: each factor is multiplied where its axis lies.
+    A product is quick where the axis of its factor comes first, or what lies behind it is long. So each factor is
+    multiplied where its axis lies, but not in rows of channels, whose last axes have nothing behind them.
     """
-    (before, _, after), size = x.shape, x.shape[1]
+    before, size, after = x.shape
+    if after == 1:
+        return _rows_product(x.reshape(before, size), factors)
     for factor in factors:
         order = len(factor)
         size //= order
         if before == 1:
             x = factor @ x.reshape(order, size * after)
-        elif size * after == 1:
-            x = x.reshape(before, order) @ factor.T
         else:
             x = torch.bmm(factor.expand(before, order, order), x.reshape(before, order, size * after))
         before *= order
     return x
+
+
+def _rows_product(rows: Tensor, factors: list[Tensor]) -> Tensor:
+    """The same for each row, in place: a product brings the last axis that is left to the front."""
+    # A large factor is read once for every slice: not for a few rows.
+    step = max([SLICE // rows.shape[1], 1, *map(len, factors)])
+    for start in range(0, len(rows), step):
+        # Not of split(), whose parts may not be overwritten where gradients are on.
+        x = part = rows[start : start + step]
+        for factor in reversed(factors):
+            x = factor @ x.reshape(-1, len(factor)).T
+        # Each axis has come to lie ahead of the one that followed it: they are in order again, the rows behind them.
+        part.copy_(x.reshape(rows.shape[1], -1).T)
+    return rows
 
 
 def _reflected(x: Tensor) -> Tensor:

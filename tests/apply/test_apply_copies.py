@@ -83,14 +83,15 @@ def without_copies(src: Path, tmp_path_factory: pytest.TempPathFactory) -> Plain
     return lambda **options: plain(json.dumps(options))
 
 
+@pytest.mark.parametrize("method", ["rmsnorm", "fold"])
 def test_what_was_copied_is_kept_or_written_over(
-    src: Path, tmp_path: Path, finished: list[dict[str, int]], without_copies: Plain
+    method: str, src: Path, tmp_path: Path, finished: list[dict[str, int]], without_copies: Plain
 ) -> None:
-    report = convert(src, tmp_path / "out", verify=False)
+    report = convert(src, tmp_path / "out", method=method, verify=False)
     sizes = {path.name: path.stat().st_size for path in src.glob("*.safetensors")}
     assert finished == [sizes]
     assert report.tensors_edited
-    assert contents(tmp_path / "out") == without_copies()
+    assert contents(tmp_path / "out") == without_copies(method=method)
 
 
 def test_half_a_copy_is_completed(

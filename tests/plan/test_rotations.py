@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from normconvert.options import ROTATIONS
+from normconvert.plan import rotations
 from normconvert.plan.edits import apply_edits
 from normconvert.plan.rotations import order_without_hadamard, rotated
 
@@ -38,6 +39,21 @@ def test_a_hadamard_matrix_that_keeps_the_mean_spreads_as_well() -> None:
     sizes = rotated(torch.eye(width, dtype=torch.float64), 0, "hadamard", 0, True).abs() * width**0.5
     assert sizes[:, 1:].max() < 1.25  # of a random matrix: about 5
     assert sizes[:, 0].max() < 5
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("width", [96, 100])
+def test_rows_of_channels_are_rotated_in_slices(width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "SLICE", 7 * width)
+    matrix = rotated(torch.eye(width, dtype=torch.float64), 0, kind, 3, True)
+    rows = torch.randn(3, 75, width, dtype=torch.float64)
+    expected = rows @ matrix.T
+    torch.testing.assert_close(rotated(rows.clone(), 2, kind, 3, True), expected)
+    # As a view in a larger tensor, whose other numbers stay.
+    wide = torch.zeros(3, 75, 2 * width, dtype=torch.float64)
+    wide[..., :width] = rows
+    torch.testing.assert_close(rotated(wide[..., :width], 2, kind, 3, True), expected)
+    assert not wide[..., width:].any()
 
 
 def test_a_width_without_one_takes_the_smallest_random_factor() -> None:
