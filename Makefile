@@ -27,6 +27,10 @@ CREATE  = uv venv --seed --python "$$($(PYTHON) -c 'import sys; print(sys.execut
 INSTALL = uv pip install --python $(BIN)/python --editable
 endif
 
+# What runs ten times a minute is compiled once: without a cache an interpreter that imports torch and transformers
+# compiles them each time, which is half of a command's time. Containers often say that nothing is to be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The models of the tests are small: one thread for each of pytest's workers is fastest.
 test test-lowest slow: export OMP_NUM_THREADS = 1
 

@@ -109,6 +109,11 @@ def test_another_python_is_used_for_the_environment(checkout: Path) -> None:
     assert '--python "$(python3.12 -c' in make(checkout, "-n", "demo", "PYTHON=python3.12").stdout
 
 
+def test_what_is_imported_is_compiled_once_even_where_python_is_told_to_keep_nothing(checkout: Path) -> None:
+    (checkout / "show.mk").write_text('include Makefile\nshow:\n\t@echo "told: $$PYTHONDONTWRITEBYTECODE"\n')
+    assert make(checkout, "-f", "show.mk", "show", PYTHONDONTWRITEBYTECODE="1").stdout == "told: \n"
+
+
 def test_a_python_that_is_too_old_is_refused_before_anything_is_made(checkout: Path) -> None:
     (checkout / "bin/python2").write_text("#!/bin/sh\nexit 1\n")
     (checkout / "bin/python2").chmod(0o755)
