@@ -6,6 +6,7 @@ model that was loaded.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 MARGIN = 200_000_000
 """Bytes for hidden states and outputs of the probes, which are small, and for what the allocator keeps."""
+SPARE = 50_000_000
+"""Bytes by which a process that is started again, with the limit that was proposed, may be larger than this one."""
 SHARE = 8
 """A matrix that takes more than this share of the memory allowed is applied some rows at a time."""
 
@@ -327,9 +330,10 @@ def check_memory(model: nn.Module, max_memory: int, reference: str) -> None:
     name, size = largest_piece(model)
     needed = resident + MARGIN + size + size // 4  # a weight that is edited or cast lies beside what it is made of
     if needed > max_memory:
+        enough = math.ceil((needed + SPARE) / 1e8) / 10  # in GB, and no less: what is proposed is to work
         raise InputError(
             f"{reference}: --max-memory {max_memory / 1e9:.3g} GB is too little: python and the libraries take "
-            f"{resident / 1e9:.2f} GB, and {name} {size / 1e9:.2f} GB in float64; allow {needed / 1e9:.1f} GB"
+            f"{resident / 1e9:.2f} GB, and {name} {size / 1e9:.2f} GB in float64; allow {enough:.1f} GB"
         )
 
 

@@ -265,8 +265,10 @@ def test_what_cannot_be_read_in_turn_is_refused_in_one_line(tmp_path: Path, caps
     with pytest.raises(InputError, match="safetensors only"):
         verify(a, a, max_memory=MUCH)
     b = save(gpt2(), tmp_path / "b")
-    with pytest.raises(InputError, match=r"--max-memory 0\.001 GB is too little: .* allow"):
+    with pytest.raises(InputError, match=r"--max-memory 0\.001 GB is too little: .* allow") as refused:
         verify(b, b, max_memory=1_000_000)
+    proposed = str(refused.value).rpartition("allow ")[2].removesuffix(" GB")
+    assert verify(b, b, max_memory=int(float(proposed) * 1e9), level="quick").passed
     for options, message in (
         (["--max-memory", "much"], "--max-memory much: expected a size"),
         (["--max-memory", "4GB", "--report", str(tmp_path / "r.html")], "leave out --max-memory or it"),
@@ -275,15 +277,19 @@ def test_what_cannot_be_read_in_turn_is_refused_in_one_line(tmp_path: Path, caps
         assert message in capsys.readouterr().err
 
 
-WATCHED = """
-import json, os, resource, sys
+WATCHED = r"""
+import json, os, re, resource, sys
+from pathlib import Path
 import normconvert.verification.lazy_models, normconvert.verification.equivalence
 import normconvert.sources.transformers_models, transformers
 import torch
 from transformers.models.gpt_neox import modeling_gpt_neox
 torch.set_num_threads(1)
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000
+    # Not ru_maxrss where this is told: on Linux that begins with the peak of whoever starts the process, a test's 2 GB.
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def warm_up():
     config = transformers.GPTNeoXConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
         num_attention_heads=1)
@@ -299,7 +305,7 @@ print(json.dumps({"reasons": fidelity.reasons, "before": before, "peak": peak(),
 
 
 def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
-    """120 MB of float16, half a gigabyte in float64 and that twice, are verified in 0.42 GB.
+    """120 MB of float16, half a gigabyte in float64 and that twice, are verified in 0.6 GB.
 
     The libraries' mapped files count as well: how much is free of the limit depends on what the system keeps of them.
     """
@@ -309,7 +315,7 @@ def test_memory_stays_under_the_limit(tmp_path: Path) -> None:
     stored = sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors"))
     assert stored > 120_000_000
     normconvert.convert(tmp_path / "a", tmp_path / "b", verify=False)
-    allowed = 420_000_000
+    allowed = 600_000_000
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, str(tmp_path / "a"), str(tmp_path / "b"), str(allowed)],

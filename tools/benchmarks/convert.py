@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -106,11 +107,11 @@ def measure(command: list[str], out: Path) -> Run:
     said: list[tuple[float, str]] = []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    children: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     done = threading.Event()
     threads = [
         threading.Thread(target=_listen, args=(process.stdout, start, said)),
-        threading.Thread(target=_watch, args=(process.pid, children, done)),
+        threading.Thread(target=_watch, args=(process.pid, peaks, done)),
     ]
     for thread in threads:
         thread.start()
@@ -121,21 +122,23 @@ def measure(command: list[str], out: Path) -> Run:
         thread.join()
     if os.waitstatus_to_exitcode(status) != 0:
         raise SystemExit("".join(line for _, line in said))
-    peak = usage.ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
-    return Run(seconds, peak + sum(children.values()), usage.ru_utime + usage.ru_stime, said[0][0] if said else None)
+    if not peaks:  # Linux begins this count with the peak of whoever starts the process
+        peaks[""] = usage.ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    return Run(seconds, sum(peaks.values()), usage.ru_utime + usage.ru_stime, said[0][0] if said else None)
 
 
 def _watch(process: int, peaks: dict[str, float], done: threading.Event) -> None:
-    """Note the peak memory (GB) of each child of a process, where the system tells (Linux)."""
+    """Note the peak memory (GB) of a process and of each of its children, where the system tells (Linux)."""
     while not done.wait(0.05):
+        found = [str(process)]
         for listing in Path(f"/proc/{process}/task").glob("*/children"):
-            try:
-                for child in listing.read_text().split():
-                    for line in Path(f"/proc/{child}/status").read_text().splitlines():
-                        if line.startswith("VmHWM:"):
-                            peaks[child] = int(line.split()[1]) / 1e6
-            except OSError:  # it has ended
-                continue
+            with suppress(OSError):  # it has ended
+                found += listing.read_text().split()
+        for one in found:
+            with suppress(OSError):
+                for line in Path(f"/proc/{one}/status").read_text().splitlines():
+                    if line.startswith("VmHWM:"):
+                        peaks[one] = int(line.split()[1]) / 1e6
 
 
 def _listen(stream: IO[bytes], start: float, said: list[tuple[float, str]]) -> None:
