@@ -364,6 +364,8 @@ def test_the_demo_ends_well_and_says_the_same_text_twice(capsys: pytest.CaptureF
     assert "the same 60 tokens" in out
     said = lines_of(out)
     missing = [line for line in page_says("commands.md", "demo") if not any(alike([line], [one]) for one in said)]
+    # Whether so small a model's rounding is near its own limit, and draws are asked, depends on the processor.
+    missing = [line for line in missing if not re.match(r"\s+(rounding held against|moved by half a unit)", line)]
     # The page shows it without OUT: no place of the output, and a word on how to keep the models.
     assert [line.split()[0] for line in missing] == ["demo:gpt2", "demo:vit", "keep"], missing
     document = json.loads((tmp_path / "demo.json").read_text())
