@@ -7,7 +7,7 @@
 - ``deferred``: an import that waits until it is called (`normconvert.sources.deferred`); a whole command.
 - ``Padded``: linear maps of an odd number of results (`normconvert.runtime.padding`); calls of a GPT-2 in crmsnorm.
 
-What wins less than 2 % is to go. ``--write`` writes its section of docs/performance.md. About five minutes.
+What wins less than 2 % is to go. ``--write`` writes its section of docs/performance.md. About eight minutes.
 """
 
 from __future__ import annotations
