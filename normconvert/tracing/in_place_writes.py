@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from normconvert.compat.torch import OpOverload, pytree, schema
+from normconvert.tracing.tensor_memory import memory_of
 
 # Not by `torch.library.custom_op`: nothing derives through a marker, and the wrappers for that take longer than itself.
 _LIBRARY = torch.library.Library("normconvert", "DEF")
@@ -178,7 +178,10 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
 
     for node in graph.nodes:
         sources = _named_again(node) if node.op == "call_function" and node.target is not MARKER else []
-        for source in [*sources, *(holder.setdefault(storage, node) for storage in _storages(node))]:
+        memories = [memory_of(value) for value in _strided(node)]
+        if not all(memories):  # what ``vmap`` maps over hides its memory: it may be that of anything it is made of
+            sources = [*sources, *node.all_input_nodes]
+        for source in [*sources, *(holder.setdefault(memory, node) for memory in memories if memory)]:
             if find(source) is not find(node):
                 parent[find(source)] = find(node)
     root = {node: find(node) for node in graph.nodes}
@@ -188,12 +191,11 @@ def _classes(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, lis
     return root, members
 
 
-def _storages(node: fx.Node) -> Iterator[int]:
-    """The storages of a node's traced values; all of a graph are alive, so each has an address of its own."""
+def _strided(node: fx.Node) -> Iterator[Tensor]:
+    """A node's traced values that have memory, as sparse ones have not; all of a graph are alive, each at its own."""
     for value in pytree.tree_leaves(node.meta.get("val")):
-        # Sparse tensors have none.
         if isinstance(value, Tensor) and value.layout is torch.strided:
-            yield int(StorageWeakRef(value.untyped_storage()).cdata)
+            yield value
 
 
 def _named_again(node: fx.Node) -> list[fx.Node]:

@@ -179,6 +179,31 @@ def test_a_write_is_replaced_if_no_other_name_is_read_after_it(steps: list[tuple
     assert functional(steps)[1] is done
 
 
+class Mapped(nn.Module):
+    """A mask by ``vmap``, as libraries make them of a function of two positions."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.linear, self.same, self.written = nn.Linear(4, 4), nn.Identity(), written
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[1], device=x.device)
+        mask = torch.vmap(lambda q: torch.vmap(lambda k: ((k <= q) & (k + 2 > q)).to(x.dtype))(rows))(rows)
+        named = self.same(mask)
+        if self.written:
+            mask.mul_(2.0)  # and so is what has another name
+        y: Tensor = self.linear(x)
+        return y + named.sum(0)[None, :, None]
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_model_may_map_and_write_to_what_came_of_it(written: bool) -> None:
+    """What ``vmap`` maps over hides its memory."""
+    graph = trace(Mapped(written).to("meta").eval(), {"x": torch.ones(2, 5, 4, device="meta")})
+    [total] = [node for node in graph.nodes if "aten.sum" in str(node.target)]
+    assert ("aten.mul" in str(total.all_input_nodes[0].target)) is written
+
+
 def test_a_forward_that_a_model_was_given_is_put_back() -> None:
     class Doubled(nn.Module):
         def __init__(self) -> None:
