@@ -48,8 +48,15 @@ class NormedTable:
         """What the norm gives."""
         return [(norm.result, norm.place) for norm in self.calls if norm.place is not None]
 
-    def obstacle(self, analysis: Analysis, stream: Stream, members: Collection[AxisRef]) -> str:
-        """Why the norm may not write into a stream that is rotated, with all else in ``members``; empty if it may."""
+    def obstacle(self, analysis: Analysis, stream: Stream, members: Collection[AxisRef], past_norms: str) -> str:
+        """Why the norm may not write into a stream that is rotated, with all else in ``members``; empty if it may.
+
+        Args:
+            analysis: the streams.
+            stream: that it writes into.
+            members: of all streams that are rotated.
+            past_norms: what reads the stream and is no norm; empty if nothing does.
+        """
         if not all(ref in members for ref in self.results):
             return "writes into what stays, too"
         for ref in (ref for ref in self.results if ref[0] not in analysis.data):
@@ -58,6 +65,8 @@ class NormedTable:
                 return f"gives what {operation(reader)} reads, too"
         if self.calls[0].centred and (other := next((n for n, _ in stream.norms if not n.centred), None)):
             return f"gives what has no mean, of which `{other.path}` would miss it"
+        if self.calls[0].centred and past_norms:
+            return f"gives what has no mean, and {past_norms}, which reads the stream directly, would miss it"
         return ""
 
     def move(self, graph: Graph, change: Mapping[str, Any], tensors: Edits, config: dict[str, Any]) -> list[str]:

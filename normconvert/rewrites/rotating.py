@@ -291,7 +291,7 @@ def _leave_more(search: _Search) -> None:
         if text := search.maps.obstacle(stream, streams):
             search.stays.setdefault(id(stream), Obstacle("linear", f"its stream stays as it is: {text}."))
         for table in _tables_in(search, stream):
-            if text := table.obstacle(search.analysis, stream, members):
+            if text := table.obstacle(search.analysis, stream, members, search.maps.first(stream)):
                 path = described(table.calls[0].path)
                 text = f"its stream stays as it is: the norm {path} {text}."
                 search.stays.setdefault(id(stream), Obstacle("post-norm", text))

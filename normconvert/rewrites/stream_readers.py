@@ -34,6 +34,10 @@ class StreamReaders:
                     left.append(leak)
             stream.leaks = left
 
+    def first(self, stream: Stream) -> str:
+        """A map that reads a stream, in words; empty if none does."""
+        return next((operation(next(iter(reader.nodes))) for reader in self._by_stream[id(stream)]), "")
+
     def obstacle(self, stream: Stream, streams: Iterable[Stream]) -> str:
         """Why a map keeps a stream as it is, where ``streams`` take the change; empty if none does."""
         alike: dict[tuple[Any, ...], set[fx.Node]] = defaultdict(set)

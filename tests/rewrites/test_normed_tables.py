@@ -67,6 +67,21 @@ class Joined(Behind):
         return super().rows(ids) + self.places.weight
 
 
+class Direct(Behind):
+    """A linear map reads the stream past its norms: it sees the mean, which the norm of rows loses."""
+
+    def __init__(self, *norms: Callable[..., nn.Module]) -> None:
+        super().__init__(*norms)
+        self.direct, self.back = nn.Linear(8, 5), nn.Linear(5, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.rows(ids))
+        x = x + self.back(torch.relu(self.direct(x)))
+        x = x + self.write(torch.relu(self.inner(self.middle(x))))
+        logits: Tensor = self.head(self.last(x))
+        return logits
+
+
 class Seen(Behind):
     """Something else reads the table."""
 
@@ -79,7 +94,7 @@ def roots(size: int, eps: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [
-    Behind, Tied, lambda: Behind(roots, roots), lambda: Behind(roots, nn.LayerNorm),
+    Behind, Tied, lambda: Behind(roots, roots), lambda: Behind(roots, nn.LayerNorm), lambda: Direct(roots, roots),
 ])  # fmt: skip
 @pytest.mark.parametrize("rotation", ["hadamard", "random"])
 def test_the_table_takes_what_the_norm_made_of_its_rows(make: Callable[[], nn.Module], rotation: str) -> None:
@@ -91,7 +106,7 @@ def test_the_table_takes_what_the_norm_made_of_its_rows(make: Callable[[], nn.Mo
     assert [row["op"] for row in outcome.plan.tensors["table.weight"]] == ["normed", "rotate"]
 
 
-@pytest.mark.parametrize("make", [Scaled, Joined, Seen, lambda: Behind(nn.LayerNorm, roots)])
+@pytest.mark.parametrize("make", [Scaled, Joined, Seen, Direct, lambda: Behind(nn.LayerNorm, roots)])
 def test_what_is_no_row_of_one_table_keeps_the_stream(make: Callable[[], nn.Module]) -> None:
     outcome = check_basis(make, [{"ids": IDS}], "rotate", Options())
     assert outcome.plan is not None
