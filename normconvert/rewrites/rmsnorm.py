@@ -59,7 +59,8 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes=notes + _notes(shifted, doors, float32),
         float32_norms=float32,
         untraced_doors=doors,
-        shifted_doors=shifted_doors(analysis, [where[norm][0] for norm in converted]),
+        # Not only the streams of converted norms: what a further call makes of the same writers moves as well.
+        shifted_doors=shifted_doors(analysis, [s for s in analysis.streams if not needed.isdisjoint(s.members)]),
         shifted_outputs=shifted,
     )
 

@@ -249,3 +249,14 @@ def test_each_door_alone(name: str, method: str) -> None:
         assert kept is not None
         assert not kept[1]
         assert not kept[0].converted
+
+
+def test_what_a_method_makes_by_the_same_writers_is_listed() -> None:
+    """Though the only norm that the method's call runs stays: it is not in a module of its own."""
+    block = Step("block", "fused_view_inner", norm="batch_moved", scale="divided")
+    case = Case(steps=(block,), source="gained", head="norm", tokens=6, options=Options(min_gain=1), seed=1)
+    outcome = problems(case, Doors(joins="table", flag="normed", method="stream"), "rmsnorm")
+    assert outcome is not None
+    plan, wrong = outcome
+    assert plan.converted
+    assert not wrong
