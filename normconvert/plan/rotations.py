@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ LARGEST = 16
 """Order of a factor of Sylvester's matrix: larger ones multiply more, smaller ones go through memory more often."""
 
 SLICE = 1 << 17
-"""Elements of rows that all factors are applied to at a time: between two of them they stay in the cache."""
+"""Numbers that all factors are applied to at a time: between two of them they stay in the cache."""
 
 
 def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor:
@@ -52,12 +53,17 @@ def rotated(x: Tensor, dim: int, kind: str, seed: int, constant: bool) -> Tensor
     shape, size = x.shape, x.shape[dim]
     view = x.reshape(math.prod(shape[:dim]), size, math.prod(shape[dim + 1 :]))
     if kind == "hadamard":
-        if constant:
-            view = _reflected(view)
-        view = view.mul_(_signs(size, seed, constant).to(x.device)[:, None])
-        return _product(view, [factor.to(x.device) for factor in _factors(size, seed)]).reshape(shape)
-    matrix = _random(size, seed, constant) if kind == "random" else _given(kind, constant)
-    return _product(view, [matrix.to(x.device)]).reshape(shape)
+        signs, factors = _signs(size, seed, constant).to(x.device)[:, None], _factors(size, seed)
+    else:
+        signs, factors = None, (_random(size, seed, constant) if kind == "random" else _given(kind, constant),)
+    factors = tuple(factor.to(x.device) for factor in factors)
+    for part in _parts(view, max(map(len, factors), default=1)):
+        if signs is not None:
+            if constant:
+                _reflect(part)
+            part.mul_(signs)
+        part.copy_(_product(part, factors))
+    return view.reshape(shape)
 
 
 def order_without_hadamard(size: int) -> int:
@@ -66,50 +72,51 @@ def order_without_hadamard(size: int) -> int:
     return 1 if paley else order
 
 
-def _product(x: Tensor, factors: list[Tensor]) -> Tensor:
-    """(F1 x F2 x ...) x along the middle one of three dimensions, x the Kronecker product; x may be overwritten.
+def _parts(x: Tensor, largest: int) -> Iterator[Tensor]:
+    """Views of what lies before and behind the channels, small enough for the cache; ``largest``: order of a factor."""
+    before, size, after = x.shape
+    # A large factor is read once for every part: not for a few columns.
+    columns = max(SLICE // size, largest, 1)
+    rows = max(columns // max(after, 1), 1)
+    for row in range(0, before, rows):
+        for column in range(0, after, columns):
+            # Not of split(), whose parts may not be overwritten where gradients are on.
+            yield x[row : row + rows, :, column : column + columns]
+
+
+def _product(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """(F1 x F2 x ...) x along the middle one of three dimensions, x the Kronecker product.
 
     A product is quick where the axis of its factor comes first, or what lies behind it is long. So each factor is
-    multiplied where its axis lies, but not in rows of channels, whose last axes have nothing behind them.
+    multiplied where its axis lies, but not in rows of channels, whose last axes have nothing behind them: there each
+    product brings the last axis that is left to the front, and at the end they are in order again, the rows behind.
     """
     before, size, after = x.shape
     if after == 1:
-        return _rows_product(x.reshape(before, size), factors)
-    for factor in factors:
-        order = len(factor)
-        size //= order
-        if before == 1:
-            x = factor @ x.reshape(order, size * after)
-        else:
-            x = torch.bmm(factor.expand(before, order, order), x.reshape(before, order, size * after))
-        before *= order
-    return x
-
-
-def _rows_product(rows: Tensor, factors: list[Tensor]) -> Tensor:
-    """The same for each row, in place: a product brings the last axis that is left to the front."""
-    # A large factor is read once for every slice: not for a few rows.
-    step = max([SLICE // rows.shape[1], 1, *map(len, factors)])
-    for start in range(0, len(rows), step):
-        # Not of split(), whose parts may not be overwritten where gradients are on.
-        x = part = rows[start : start + step]
         for factor in reversed(factors):
             x = factor @ x.reshape(-1, len(factor)).T
-        # Each axis has come to lie ahead of the one that followed it: they are in order again, the rows behind them.
-        part.copy_(x.reshape(rows.shape[1], -1).T)
-    return rows
+        return x.reshape(size, before).T.unsqueeze(2)
+    groups, left = before, size
+    for factor in factors:
+        order = len(factor)
+        left //= order
+        if groups == 1:
+            x = factor @ x.reshape(order, left * after)
+        else:
+            x = torch.bmm(factor.expand(groups, order, order), x.reshape(groups, order, left * after))
+        groups *= order
+    return x.reshape(before, size, after)
 
 
-def _reflected(x: Tensor) -> Tensor:
+def _reflect(x: Tensor) -> None:
     """R x along the middle one of three dimensions, in place: R exchanges the first axis and 1 / sqrt(n)."""
     size = x.shape[1]
     if size == 1:
-        return x
+        return
     # R = 1 - 2 v v' / v'v with v = e - u, and v'v = 2 (1 - 1 / sqrt(n)).
     along = (x.narrow(1, 0, 1) - x.sum(1, keepdim=True) * size**-0.5) / (1.0 - size**-0.5)
     x.add_(along * size**-0.5)
     x.narrow(1, 0, 1).sub_(along)
-    return x
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,20 @@ def test_rows_of_channels_are_rotated_in_slices(width: int, kind: str, monkeypat
     wide[..., :width] = rows
     torch.testing.assert_close(rotated(wide[..., :width], 2, kind, 3, True), expected)
     assert not wide[..., width:].any()
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("behind", [(75,), (2,), (5, 4)])
+@pytest.mark.parametrize("before", [(), (9,)])
+def test_channels_before_others_are_rotated_in_slices(
+    before: tuple[int, ...], behind: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = 48
+    monkeypatch.setattr(rotations, "SLICE", 7 * width)
+    matrix = rotated(torch.eye(width, dtype=torch.float64), 0, kind, 3, True)
+    x = torch.randn(*before, width, *behind, dtype=torch.float64)
+    expected = torch.einsum("ij,bjk->bik", matrix, x.reshape(-1, width, math.prod(behind))).reshape(x.shape)
+    torch.testing.assert_close(rotated(x, len(before), kind, 3, True), expected)
 
 
 def test_a_width_without_one_takes_the_smallest_random_factor() -> None:
