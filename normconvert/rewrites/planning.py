@@ -15,8 +15,9 @@ from normconvert.rewrites.comparison import prove
 from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
-from normconvert.rewrites.ties import TIE, ties_for_good
+from normconvert.rewrites.ties import ties_for_good
 from normconvert.rewrites.verdicts import ALLOWED, with_offers_that_help
+from normconvert.sources.transformers_models import TIE
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 from normconvert.wording.words import EXACT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -36,9 +37,17 @@ def run_by_calls(model: nn.Module, norm: nn.Module) -> None:
 
     torch's encoder layer, out of training and without gradients, hands the weights of its norms to a kernel that knows
     LayerNorm only. It asks this attribute, and nothing else does.
+
+    Raises:
+        ValueError: this torch's layer has no such attribute, so nobody knows what it asks.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(child is norm for child in module.children()):
+            if not hasattr(module, "activation_relu_or_gelu"):
+                raise ValueError(
+                    f"module edit: the encoder layer of torch {torch.__version__} has no activation_relu_or_gelu; it "
+                    "may hand the norm's weight to a kernel for LayerNorm"
+                )
             module.activation_relu_or_gelu = 0
 
 

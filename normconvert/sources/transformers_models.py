@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-TIES = ("tie_word_embeddings",)
-"""What every configuration says, and of which each model type has a default of its own."""
+TIE = "tie_word_embeddings"
+"""The key of a configuration that says whether the head is the table of embeddings; each type has its own default."""
 
 
 def describe(source: Source) -> Source:
@@ -94,7 +94,7 @@ def default_config(model_type: str) -> dict[str, Any] | None:
     if model_type not in CONFIG_MAPPING:
         return None
     said, general = CONFIG_MAPPING[model_type]().to_dict(), PreTrainedConfig().to_dict()
-    return {key: value for key, value in said.items() if key in TIES or key not in general}
+    return {key: value for key, value in said.items() if key == TIE or key not in general}
 
 
 def _model_class(source: Source, config: Any) -> type[nn.Module]:

@@ -19,10 +19,9 @@ from normconvert.apply.record import loading_files
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.epsilons import attributes_with, epsilons_in_config
-from normconvert.rewrites.ties import TIE
 from normconvert.runtime import CHILD, RENAMED, STRUCTURAL, apply_module_edits
 from normconvert.sources import Source
-from normconvert.sources.transformers_models import own_class
+from normconvert.sources.transformers_models import TIE, own_class
 from normconvert.tuning.settings import SWAPS
 from normconvert.tuning.sites import NormSite
 from normconvert.tuning.student import Student
