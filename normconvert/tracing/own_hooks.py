@@ -15,8 +15,10 @@ from normconvert.tracing.in_place_writes import boundary_marker, boundary_of
 
 WATCHED = "watched"
 """The side of a marker at what a module's own hooks are given; no operation can stand there."""
-KNOWN = ("torch.nn.utils.", "normconvert.")
-"""Hooks of these modules keep nothing of what they are given: torch's make a weight of others (weight_norm, prune)."""
+KNOWN = ("torch.nn.utils.", "transformers.utils.output_capturing", "normconvert.")
+"""Hooks of these modules keep nothing of what they are given that a trace does not see: torch's make a weight of others
+(weight_norm, prune), and those of transformers, which stay once a call has asked for hidden states, hand them to the
+call that asks, whose outputs they are."""
 
 
 def has_own_hooks(module: nn.Module) -> bool:

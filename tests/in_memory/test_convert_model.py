@@ -135,6 +135,22 @@ def test_what_a_hook_is_given_stays_what_it_was() -> None:
     assert normconvert.inspect(open_model, example_inputs=CALL).converted == 0
 
 
+def test_a_model_that_has_been_asked_for_hidden_states_converts_as_before() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model: Any = perturb(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)))
+    model.double().eval()
+    idx = torch.arange(10).reshape(1, 10)
+    before = model(idx, output_hidden_states=True)  # its hooks for them stay
+    assert any(module._forward_hooks for module in model.modules())
+    converted, report = normconvert.convert_model(model, verify="quick")
+    assert report.converted == 5
+    after = converted(idx, output_hidden_states=True)
+    assert float((after.logits - before.logits).norm() / before.logits.norm()) < 1e-12
+    centred = before.hidden_states[1] - before.hidden_states[1].mean(-1, keepdim=True)
+    torch.testing.assert_close(after.hidden_states[1], centred)
+
+
 class Holder:
     """An object that is no container to anybody."""
 
