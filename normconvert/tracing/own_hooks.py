@@ -19,16 +19,21 @@ KNOWN = ("torch.nn.utils.", "transformers.utils.output_capturing", "normconvert.
 """Hooks of these modules keep nothing of what they are given that a trace does not see: torch's make a weight of others
 (weight_norm, prune), and those of transformers, which stay once a call has asked for hidden states, hand them to the
 call that asks, whose outputs they are."""
+KNOWN_NAMES = ("make_inputs_require_grad", "make_inputs_require_grads")
+"""Of transformers and peft, for gradient checkpointing: they have embeddings require gradients, and keep nothing."""
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, other than torch's own for weights and those of this package."""
+    """Whether a module has forward hooks other than those that are known to keep nothing."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return any(not _module_of(hook).startswith(KNOWN) for hook in hooks)
+    return not all(map(_is_known, hooks))
 
 
-def _module_of(hook: object) -> str:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+def _is_known(hook: object) -> bool:
+    module = str(getattr(hook, "__module__", None) or type(hook).__module__)
+    if module.startswith(("transformers.", "peft.")) and getattr(hook, "__name__", "") in KNOWN_NAMES:
+        return True
+    return module.startswith(KNOWN)
 
 
 def mark_watched(path: str, module: nn.Module, stack: ExitStack) -> None:
