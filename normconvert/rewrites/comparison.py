@@ -113,8 +113,11 @@ class _Comparison:
             elif self.changes.rewritten and is_cast(node):
                 self._is(node, self._image_of(node.args[0]))
             elif node.target is MARKER:
-                self._is(node, self._image_of(node.args[0]))
-                if node in self.image:
+                source: Any = node.args[0]
+                self._is(node, self._image_of(source))
+                # The same value, also where nothing reads it there that a stream would follow.
+                self.places.setdefault(node, self.places.get(source, set()))
+                if node in self.image and self._matters(source):
                     self._shapes(node, self.image[node])
             elif self.changes.rewritten:
                 self._same_anywhere(node)
@@ -298,10 +301,13 @@ class _Comparison:
         if a.target != b.target or a.op != b.op:
             raise Differs(module_path(a), f"{operation(a)} becomes {operation(b)}{self.width}")
         self.image[a] = b
-        # What nothing returned depends on may have any shape.
-        if self.changes.live is None or a in self.changes.live:
+        if self._matters(a):
             self._arguments(a, b, biased, eps)
             self._shapes(a, b)
+
+    def _matters(self, node: fx.Node) -> bool:
+        """What nothing returned depends on may have any shape."""
+        return self.changes.live is None or node in self.changes.live
 
     def _same_anywhere(self, a: fx.Node) -> None:
         """What the same operation of the same values is, wherever it stands; what nobody needs may be gone."""

@@ -99,6 +99,39 @@ def test_a_model_that_cannot_take_an_odd_width_is_refused_with_the_reason(heads:
     assert not heads or not (plan.tensors or plan.modules)
 
 
+class Body(nn.Module):
+    """Gives its stream beside what is read of it, as it is and as an image."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.write, self.branch = way, nn.Linear(5, 48), nn.Linear(48, 48)
+        self.norms = nn.ModuleList(nn.LayerNorm(48) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.write(x)
+        x = x + self.branch(self.norms[0](x))
+        image = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], 2, 2)
+        return self.norms[1](x)[:, 0], {"stream": x, "image": image, "other": x + 1.0}[self.way]
+
+
+class Pooled(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.body, self.head = Body(way), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.body(x)[0])
+        return found
+
+
+@pytest.mark.parametrize("way", ["stream", "image", "other"])
+def test_what_a_module_gives_and_nobody_reads_may_be_narrower(way: str) -> None:
+    with torch.device("meta"):
+        model = Pooled(way).eval()
+    plan = plan_crmsnorm(trace(model, {"x": torch.empty(2, 4, 5, device="meta")}), Options())
+    assert len(plan.converted) == 2, plan.kept
+
+
 def _with_head_norms(kind: str) -> nn.Module:
     """A language model with norms of queries and keys; two norms read the stream, and StableLM's two heads two more."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
