@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tools.census.doors import outcome, with_doors
+from tools.census.doors import outcome, write
 
 PAGE = """# Coverage
 
@@ -29,19 +30,23 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_the_column_stands_beside_each_model_and_is_written_again() -> None:
-    page = with_doors(PAGE, ROWS)
+def test_the_column_stands_beside_each_model_and_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "coverage.md"
+    path.write_text(PAGE)
+    write(path, ROWS)
+    path.write_text(f"{path.read_text()}\n## Behind\n\nit stays\n")
+    page = path.read_text()
     lines = page.splitlines()
     assert (
         "| bloom | BloomForCausalLM | 6 | 6 | complete | 3e-16 | complete |  | 1 as before; hidden_states shifted |"
         in lines
     )
     assert "| canine | Canine | 11 | 0 | none |  |  | post-norm 7 |  |" in lines
-    assert lines[-1] == "" or page.endswith("\n")
     assert any(line.endswith("| forward_features SILENT DIFFERENCE |") for line in lines)
     assert "| bloom | 1 |" in lines
     assert "3 models, 2 converted: 3 doors, 1 proved, 0 exact, 1 shifted" in page
-    assert with_doors(page, ROWS) == page
+    write(path, ROWS)
+    assert path.read_text() == page
 
 
 def test_a_difference_that_nobody_lists_is_silent() -> None:

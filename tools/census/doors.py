@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     rows = read_rows(arguments.work)
     if arguments.write:
-        PAGE.write_text(with_doors(PAGE.read_text(encoding="utf-8"), list(rows.values())), encoding="utf-8")
+        write(PAGE, list(rows.values()))
         return 0
     norm = "BatchNorm" if arguments.method == "fuse-bn" else "LayerNorm"
     keys = list(_keys(arguments.library or ("transformers", "timm"), set(arguments.only), norm))
@@ -89,12 +89,19 @@ def in_short(row: Row) -> str:
     return "; ".join([*([f"{len(good)} as before"] if good else []), *rest]).replace("`", "")
 
 
-def with_doors(page: str, rows: list[Row]) -> str:
-    """The page with the section, and with the column *doors* in the tables of rmsnorm; again, if it has them."""
+def write(page: Path, rows: list[Row]) -> None:
+    """Write the section of the page, and the column *doors* of its tables of rmsnorm; again, if it has them."""
+    from tools.census.sections import write_under
+
+    page.write_text(_with_column(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    write_under(page, HEADING, section(rows))
+
+
+def _with_column(page: str, rows: list[Row]) -> str:
     told = {row["name"]: in_short(row) for row in rows if row.get("converted")}
     lines: list[str] = []
     columns: list[str] = []
-    for line in page.partition(f"{HEADING}\n")[0].rstrip().splitlines():
+    for line in page.splitlines():
         cells = [cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")]
         if "crmsnorm" in cells and "reasons of the rest" in cells:
             columns, last = [name for name in cells if name != "doors"], "doors"
@@ -104,7 +111,7 @@ def with_doors(page: str, rows: list[Row]) -> str:
         else:
             columns = []
         lines.append(f"| {' | '.join([*cells[: len(columns)], last])} |" if columns else line)
-    return "\n".join([*lines, "", *section(rows)])
+    return "\n".join([*lines, ""])
 
 
 def census_of(library: str, name: str, method: str) -> Row:
