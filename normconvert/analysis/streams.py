@@ -238,8 +238,9 @@ class Analysis:
     def uses(self, ref: AxisRef) -> Iterator[Use]:
         """Where each reader of the value at ``ref`` takes it."""
         node, place = ref
-        # A value of parameters alone is returned in no other way than by what is made of it.
-        if (exits := self.graph.exits.get(node)) and node in self.data:
+        exits = self.graph.exits.get(node)
+        # What a module gives is captured on its way; of parameters alone, it is returned by what is made of it.
+        if exits and (node in self.data or any(user.op == "output" for user in readers(node))):
             why = f"{', '.join(f'`{exit_}`' for exit_ in exits)} returns it"
             yield Use(leak=Leak(ref, node, "features", why))
         for user in readers(node):

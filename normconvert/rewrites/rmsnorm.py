@@ -7,7 +7,7 @@ its mean removed, and it is removed by centring what writes into it (arXiv 2305.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
@@ -59,10 +59,14 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
         notes=notes + _notes(shifted, doors, float32),
         float32_norms=float32,
         untraced_doors=doors,
-        # Not only the streams of converted norms: what a further call makes of the same writers moves as well.
-        shifted_doors=shifted_doors(analysis, [s for s in analysis.streams if not needed.isdisjoint(s.members)]),
+        shifted_doors=shifted_doors(analysis, [s for s in analysis.streams if _moves(s, needed, inserted)]),
         shifted_outputs=shifted,
     )
+
+
+def _moves(stream: Stream, needed: set[AxisRef], inserted: Collection[Boundary]) -> bool:
+    """Whether a stream loses its mean, or a part of it; also of a call that runs no converted norm."""
+    return not needed.isdisjoint(stream.members) or any(boundary_of(node) in inserted for node, _ in stream.members)
 
 
 def shifted_doors(analysis: Analysis, streams: Iterable[Stream]) -> list[dict[str, Any]]:

@@ -260,3 +260,22 @@ def test_what_a_method_makes_by_the_same_writers_is_listed() -> None:
     plan, wrong = outcome
     assert plan.converted
     assert not wrong
+
+
+@pytest.mark.parametrize("seed", [944, 1101, 1183])
+def test_what_a_method_makes_behind_a_centring_operation_is_listed(seed: int) -> None:
+    """Though no norm that the method's call runs is converted: found by `test_random_networks_with_doors`."""
+    outcome = problems(*drawn(random.Random(seed).choice))
+    assert outcome is not None
+    assert outcome[0].converted
+    assert not outcome[1]
+
+
+def test_a_norm_that_a_method_returns_is_not_folded_though_it_is_of_parameters_alone() -> None:
+    """Found by `test_random_networks_with_doors`: learned queries that read nothing of the texts."""
+    outcome = problems(*drawn(random.Random(1925).choice))
+    assert outcome is not None
+    plan, wrong = outcome
+    assert "last" in {verdict.path for verdict in plan.converted}
+    assert "last.weight" not in plan.tensors
+    assert not wrong
