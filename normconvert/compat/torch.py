@@ -44,7 +44,7 @@ NAMES = (
     PrivateName("torch._export.utils._compiling_state_context", "model code is called as if it were traced", SEEN),
     PrivateName(
         "torch.nn.TransformerEncoderLayer.activation_relu_or_gelu",
-        "in the shipped file: a converted norm in torch's own encoder layer is called", SEEN,
+        "in the shipped file: a converted norm in torch's own encoder layer is called", "2.14.1",
         "the shipped file refuses to edit such a layer",
     ),
 )  # fmt: skip

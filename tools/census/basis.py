@@ -180,7 +180,7 @@ def summary(rows: list[Row]) -> str:
         found = [row[method] for row in rows if method in row and row[method]["norms"]]
         states = Counter(_outcome(one).split(":")[0].split(",")[0].split(" (")[0] for one in found)
         moved = [one["moved"] for one in found if "moved" in one]
-        partly = sum(0 < one["converted"] < one["norms"] for one in found)
+        partly = sum(0 < one["converted"] < one["norms"] and "unverified" not in one for one in found)
         lines.append(
             f"{method}: {len(found)} models with norms, {states['complete']} complete, {partly} partly, "
             f"{states['refused']} refused, {states['unverified']} unverified, {states['**mismatch**']} mismatches; "

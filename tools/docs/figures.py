@@ -1,4 +1,4 @@
-"""Figures that the README and its kin quote, from where they were measured: ``docs/results`` and ``docs/coverage.md``.
+"""Figures that the README and its kin quote, from where they were measured: ``docs/results`` and pages of docs.
 
 python tools/docs/figures.py     # print them; a test looks for each in the README
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS, COVERAGE = ROOT / "docs" / "results", ROOT / "docs" / "coverage.md"
+QUANTISATION = ROOT / "docs" / "quantisation.md"
 
 
 def figures() -> dict[str, str]:
@@ -23,6 +24,7 @@ def figures() -> dict[str, str]:
         "fuse-bn on a CPU, compiled": _speeds(_networks("compiled"), 2),
         "conversion": _conversion(),
         "what converts": converts(),
+        "what a rotation is worth": rotation(),
     }
 
 
@@ -37,6 +39,18 @@ def converts() -> str:
         f"at all; of those with BatchNorm ({_both(batch, 'with BatchNorm')}), `fuse-bn` frees {_both(batch, *whole)} "
         f"of it, {_both(batch, whole[-1])} of these with `--merge-branches`."
     )
+
+
+def rotation() -> str:
+    """Perplexities of the model whose large channels a rotation spreads, with activations in six bits."""
+    text = QUANTISATION.read_text(encoding="utf-8").partition("## SmolLM2")[2]
+    head, original, rotated = (
+        [cell.strip() for cell in re.findall(rf"^\| {name}\|(.+)\|$", text, re.MULTILINE)[0].split("|")]
+        for name in ("", "original ", "rotated ")
+    )
+    bits, plain = head.index("W16A6"), head.index("float")
+    before, after, unrounded = (float(cell.split()[0]) for cell in (original[bits], rotated[bits], original[plain]))
+    return f"has a perplexity of {before:.1f}, and rotated of {after:.1f} (not rounded: {unrounded:.1f})"
 
 
 def _both(rows: dict[str, tuple[int, int]], *keys: str) -> str:
