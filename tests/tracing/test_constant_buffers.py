@@ -11,7 +11,7 @@ from normconvert.options import Options
 from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.tracing.constant_buffers import constant_buffers, following_integers
 from normconvert.tracing.graph import trace
-from normconvert.tracing.probes.builders import call_fake
+from normconvert.tracing.probes.asking import call_fake
 from normconvert.verification.probe_runs import algebra_model
 from tests.support.perturb import perturb
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normconvert.errors import TraceError
 from normconvert.tracing.graph import trace
-from normconvert.tracing.probes.builders import call_fake
+from normconvert.tracing.probes.asking import call_fake
 
 
 class Stray(nn.Module):

@@ -13,7 +13,7 @@ from normconvert.compat.torch import as_exported
 from normconvert.errors import TraceError
 from normconvert.tracing.graph import trace
 from normconvert.tracing.probes import trace_inputs
-from normconvert.tracing.probes.builders import call_fake
+from normconvert.tracing.probes.asking import call_fake
 
 
 def accepted(model: nn.Module, config: Any = None) -> dict[str, Any]:

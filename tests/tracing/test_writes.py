@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normconvert.tracing.graph import Graph, trace
 from normconvert.tracing.in_place_writes import MARKER, make_functional, mutates
-from normconvert.tracing.probes.builders import call_fake
+from normconvert.tracing.probes.asking import call_fake
 
 
 class Branch(nn.Module):

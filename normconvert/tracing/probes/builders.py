@@ -5,18 +5,12 @@ Nothing here knows a model; a row knows what an argument of that name means.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from normconvert.compat.torch import as_exported
-from normconvert.tracing.calls import without_values
-from normconvert.tracing.constant_buffers import constant_buffers, in_place
-from normconvert.tracing.known_values import known_values
-from normconvert.tracing.model_caches import fresh_caches
-from normconvert.tracing.pretend_cpu import on_either_device, pretending
 from normconvert.tracing.probes.facts import Facts, Sizes
 from normconvert.tracing.probes.specs import Spec
 
@@ -32,18 +26,6 @@ PLACEHOLDERS = {
 
 TOKEN_TYPES = {"pixel_values": 1, "pixel_values_videos": 2, "input_features": 3, "input_values": 3}
 """Signal argument -> its number in ``mm_token_type_ids``; text is 0."""
-
-SIGNAL_NAMES = ("pixel", "image", "video", "input_f", "input_v", "feature", "spatial")
-"""How the names of arguments begin that belong to images, videos and sounds."""
-
-FEATURES = {
-    "pixel_values": ("get_image_features",),
-    "pixel_values_videos": ("get_video_features",),
-    "input_features": ("get_audio_features",),
-    "input_values": ("get_audio_features",),
-}
-"""Signal argument -> the model's method that turns it into the features that replace the placeholders."""
-
 
 CLASSES = 2
 """Names of things to find in every image, for models that are told them."""
@@ -98,11 +80,40 @@ def image(facts: Facts, sizes: Sizes) -> Spec:
         side = (side[0] // 2, side[1])
     frames = facts.number("num_frames", "frames_per_clip", part="vision")
     channels = facts.channels
-    if sizes.layout == 1:  # models that cut an image into crops, or take several images
-        return Spec((sizes.batch, 2, channels, *side), "image")
+    if sizes.layout == 1 or (sizes.layout == 0 and pinpoint(facts)):  # several crops of an image, or several images
+        return Spec((sizes.batch, crops(facts, side), channels, *side), "image")
     if frames or sizes.layout == 2:
         return Spec((sizes.batch, sizes.frames or frames or 4, channels, *side), "image")
+    if sizes.layout == 3:  # its patches, each of them flat
+        width = channels * facts.number("patch_size", part="vision", default=16) ** 2
+        return Spec((sizes.batch, grid_side(facts) ** 2, width), "image")
     return Spec((sizes.batch, channels, *side), "image")
+
+
+def pinpoint(facts: Facts) -> tuple[int, int] | None:
+    """(height, width) of the smallest picture among those that the model is told to cut into crops, if it does."""
+    points = facts.get("image_grid_pinpoints")
+    return min(((int(h), int(w)) for h, w in points), key=math.prod) if points else None
+
+
+def crops(facts: Facts, side: tuple[int, int]) -> int:
+    """Crops of a picture: the whole of it made small, and its parts."""
+    whole = pinpoint(facts)
+    return 1 + math.ceil(whole[0] / side[0]) * math.ceil(whole[1] / side[1]) if whole else 2
+
+
+def picture_sizes(facts: Facts, sizes: Sizes) -> Spec:
+    """(images, 2): height and width of each picture before it was cut into crops."""
+    whole = pinpoint(facts) or image(facts, sizes).shape[-2:]
+    return Spec((sizes.batch, 2), "given", value=[list(whole)] * sizes.batch)
+
+
+def patch_mask(facts: Facts, sizes: Sizes) -> Spec:
+    """Which crops of an image, or which of its patches, are not padding: (batch, crops or patches)."""
+    pixels = image(facts, sizes).shape
+    if len(pixels) == 5:
+        return Spec(pixels[:2], "true")
+    return Spec((sizes.batch, pixels[1] if len(pixels) == 3 else patch_count(facts)), "ones")
 
 
 def video(facts: Facts, sizes: Sizes) -> Spec:
@@ -124,6 +135,8 @@ def patches(facts: Facts, sizes: Sizes) -> Spec:
     side = facts.number("patch_size", part="vision", default=14)
     frames = facts.number("temporal_patch_size", part="vision", default=1)
     conv = facts.first(nn.Conv3d) or facts.first(nn.Conv2d)
+    if conv is not None and conv.kernel_size[-1] != side:  # a later one; what cuts the image is linear
+        conv = None
     channels = conv.in_channels if conv is not None else facts.channels
     first = facts.first(nn.Linear)
     if conv is None and first is not None and first.in_features % (channels * side * side) == 0:
@@ -145,6 +158,11 @@ def grid(facts: Facts, sizes: Sizes) -> Spec:
     return Spec((sizes.batch, 3), "given", value=[[1, side, side]] * sizes.batch)
 
 
+def merges(facts: Facts, sizes: Sizes) -> Spec:
+    """(images,): how many patches along a side become one."""
+    return Spec((sizes.batch,), "given", value=[grid_side(facts) // 2] * sizes.batch)
+
+
 SPECTRUM_SIZES = (
     *("num_mel_bins", "n_mels", "num_mels", "feature_size", "mel_bins", "input_feat_per_channel", "feat_in"),
     *("feature_projection_input_dim", "num_mel_channels", "mel_dim", "input_dim", "input_feat_size"),
@@ -163,13 +181,14 @@ def features(facts: Facts, sizes: Sizes) -> Spec:
     first = facts.first(nn.Linear)
     if sizes.layout == 3 and first is not None:  # several spectrogram frames stacked into one
         return Spec((sizes.batch, sizes.frames or 64, first.in_features), "audio")
+    frames = sizes.frames or 64
+    if window := 2 * facts.number("n_window", part="audio"):  # an encoder that reads the frames in windows
+        frames = math.ceil(frames / window) * window
     positions = facts.number("max_source_positions", part="audio")
     conv = facts.first(nn.Conv1d)
     over_time = conv is not None and conv.in_channels == bins
     if over_time != (sizes.layout % 2 == 1):
-        frames = sizes.frames or (2 * positions if positions else 64)
-        return Spec((sizes.batch, bins, frames), "audio")
-    frames = sizes.frames or 64
+        return Spec((sizes.batch, bins, frames if window else sizes.frames or (2 * positions or 64)), "audio")
     if "input_values" in facts.required:  # the same sound twice: as many frames as the samples hold
         frames = sizes.samples // facts.number("hop_length", part="audio", default=320)
     if sizes.layout >= 2:
@@ -292,7 +311,7 @@ BUILDERS: dict[str, Builder] = {
     "pixel_values": image,
     "image_pixel_values": image,
     "prompt_pixel_values": image,
-    "high_res_pixel_values": lambda f, s: Spec((s.batch, 3, 1024, 1024), "image"),
+    "high_res_pixel_values": lambda f, s: Spec((s.batch, 3, *[f.number("image_size", part="detail")] * 2), "image"),
     "image": image,
     "pixel_values_videos": video,
     "prompt_masks": image,
@@ -334,7 +353,7 @@ BUILDERS: dict[str, Builder] = {
     "input_features_mask": lambda f, s: Spec((s.batch, _time(features(f, s), f)), "ones"),
     "feature_attention_mask": lambda f, s: Spec((s.batch, features(f, s).shape[-1]), "ones"),
     "pixel_mask": lambda f, s: Spec((s.batch, *image(f, s).shape[-2:]), "ones"),
-    "pixel_attention_mask": lambda f, s: Spec((s.batch, patch_count(f)), "ones"),
+    "pixel_attention_mask": patch_mask,
     "bool_masked_pos": lambda f, s: Spec((s.batch, patch_count(f)), "false"),
     "is_longer": lambda f, s: Spec((s.batch, 1), "false"),
     "aspect_ratio_ids": lambda f, s: Spec((s.batch, 1), "ones"),
@@ -342,13 +361,15 @@ BUILDERS: dict[str, Builder] = {
     "image_embeds_position_mask": lambda f, s: Spec(
         (s.batch, s.length + latents(f)), "given", value=[[0, *[1] * latents(f), *[0] * (s.length - 1)]] * s.batch
     ),
-    "image_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[list(image(f, s).shape[-2:])] * s.batch),
+    "image_sizes": picture_sizes,
     "spatial_shapes": lambda f, s: Spec((s.batch, 2), "given", value=[[grid_side(f)] * 2] * s.batch),
     "target_sizes": lambda f, s: Spec((s.batch, 2), "given", value=[[grid_side(f)] * 2] * s.batch),
     "state": lambda f, s: Spec((s.batch, f.number("max_state_dim", "state_dim")), "float"),
     "pixel_position_ids": lambda f, s: Spec((s.batch, 16, 2), "int", 0, 4),
     "image_attention_mask": lambda f, s: Spec((s.batch, s.length, 2), "ones"),
-    "merge_sizes": lambda f, s: Spec((s.batch,), "given", value=[grid_side(f) // 2] * s.batch),
+    "merge_sizes": merges,
+    "image_merge_sizes": merges,
+    "video_merge_sizes": merges,
     "x": image,
 }
 
@@ -362,40 +383,3 @@ def inputs(facts: Facts, sizes: Sizes) -> Any:
 
 
 BUILDERS["inputs"] = inputs
-
-
-def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """Call a model, or a method of it, on inputs of these shapes in fake mode.
-
-    Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.tracing.known_values`).
-    """
-    constants = constant_buffers(model)
-
-    def call(device: str, watch: contextlib.AbstractContextManager[Any]) -> Any:
-        with fresh_caches(model), pretending(model, device), as_exported():  # or a trace would refuse what runs here
-            fake = without_values(inputs, device)
-            with watch, known_values(inputs, fake, in_place(model, constants)):
-                return function(**fake)
-
-    return on_either_device(call)
-
-
-def feature_count(facts: Facts, name: str, inputs: dict[str, Any]) -> int:
-    """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say."""
-    owners = (facts.model, getattr(facts.model, "base_model", None))
-    for function in (getattr(owner, method, None) for method in FEATURES.get(name, ()) for owner in owners):
-        if function is None:
-            continue
-        with contextlib.suppress(Exception):  # a model that cannot be asked may say it in its config
-            return _rows(
-                call_fake(facts.model, function, {k: v for k, v in inputs.items() if k.startswith(SIGNAL_NAMES)})
-            )
-    return facts.number("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "image_seq_len")
-
-
-def _rows(value: Any) -> int:
-    """Feature vectors in the output of a ``get_*_features`` method (..., width)."""
-    value = getattr(value, "pooler_output", value) if not isinstance(value, (tuple, list, Tensor)) else value
-    if isinstance(value, Tensor):
-        return value.numel() // value.shape[-1]
-    return sum(_rows(item) for item in value)

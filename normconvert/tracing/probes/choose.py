@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from normconvert.errors import TraceError
 from normconvert.tracing.known_values import LARGEST, UNKNOWN_VALUE
-from normconvert.tracing.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES, call_fake, feature_count
+from normconvert.tracing.probes.asking import call_fake, feature_count, needed
+from normconvert.tracing.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES
 from normconvert.tracing.probes.facts import Facts, Sizes
 from normconvert.tracing.probes.specs import SIGNALS, Spec, materialise
 
@@ -34,6 +35,7 @@ COMPANIONS: dict[str, tuple[str, ...]] = {
         *("image_embeds_position_mask", "mm_token_type_ids", "target_sizes"),
     ),
     "pixel_values_videos": ("video_grid_thw", "mm_token_type_ids"),
+    "input_features": ("feature_attention_mask",),
     "hidden_states": ("grid_thw",),
     "past_values": ("past_time_features", "future_time_features", "static_categorical_features"),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
@@ -148,17 +150,19 @@ def _fullest(facts: Facts) -> list[str]:
         full.append(signals[0])
     if "decoder_input_ids" in names and not facts.classifies_texts:
         full.append("decoder_input_ids")
-    full += _companions(facts, full)
+    full += companions(facts, full)
     if not full:
         full = [name for name in (*LONE, *names) if name in names and name in BUILDERS][:1]
-        full += _companions(facts, full)
+        full += companions(facts, full)
     if not full:
         raise TraceError(f"cannot trace {type(facts.model).__name__}: no example is known for any of its arguments")
     return full
 
 
-def _companions(facts: Facts, chosen: list[str]) -> list[str]:
-    return [extra for name in chosen for extra in COMPANIONS.get(name, ()) if extra in facts.parameters]
+def companions(facts: Facts, chosen: list[str]) -> list[str]:
+    """Arguments that go with the chosen ones: by the table, and by what the model's own methods of features demand."""
+    known = [extra for name in chosen for extra in COMPANIONS.get(name, ()) if extra in facts.parameters]
+    return [*known, *(extra for name in chosen for extra in needed(facts, name) if extra in BUILDERS)]
 
 
 def _variants(facts: Facts, full: list[str]) -> Iterator[list[str]]:
@@ -166,10 +170,12 @@ def _variants(facts: Facts, full: list[str]) -> Iterator[list[str]]:
     names, signals = facts.parameters, _signals(facts)
     text = "input_ids" in names
     if text and signals:
-        yield [n for n in full if n not in signals and not any(n in COMPANIONS.get(s, ()) for s in signals)]
+        gone = {*signals, *companions(facts, signals)}
+        yield [name for name in full if name not in gone]
         yield [name for name in full if name not in ("input_ids", "decoder_input_ids")]
+        yield [name for name in full if name != "input_ids"]
     if len(signals) > 1:  # images and sounds at once
-        yield [*full, *signals]
+        yield [*full, *signals, *companions(facts, signals)]
     for extra in EXTRAS:
         if all(name in names and name not in full for name in extra):
             yield [*full, *extra]
@@ -181,8 +187,10 @@ def specs_for(facts: Facts, names: list[str], sizes: Sizes) -> dict[str, Any]:
     """One guess: argument -> Spec or plain value, placeholders for signals set among the token ids."""
     specs = {name: BUILDERS[name](facts, sizes) for name in names}
     specs = {name: spec for name, spec in specs.items() if spec is not None}
-    if isinstance(specs.get("input_ids"), Spec):
-        specs["input_ids"] = _with_placeholders(facts, specs)
+    if isinstance(text := specs.get("input_ids"), Spec):
+        specs["input_ids"] = longer = _with_placeholders(facts, specs)
+        if isinstance(mask := specs.get("attention_mask"), Spec) and mask.shape == text.shape:
+            specs["attention_mask"] = replace(mask, shape=longer.shape)
         if "mm_token_type_ids" in specs:
             specs["mm_token_type_ids"] = _token_types(facts, specs["input_ids"])
     return specs

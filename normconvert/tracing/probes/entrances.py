@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.tracing.probes.builders import patch_count
-from normconvert.tracing.probes.choose import COMPANIONS, SIGNAL_ARGUMENTS, accepts, floating_dtype, is_timm
+from normconvert.tracing.probes.choose import SIGNAL_ARGUMENTS, accepts, companions, floating_dtype, is_timm
 from normconvert.tracing.probes.facts import Facts
 
 IDS = "inputs_embeds"
@@ -69,7 +69,7 @@ def _text(model: nn.Module, inputs: Mapping[str, Any], names: list[str], seed: i
     """Token ids replaced; where a signal is beside them, without it first: placeholders are told by their ids."""
     found: list[Entrance] = []
     for bare in (True, False):
-        kept = _without_signals(inputs, names) if bare else dict(inputs)
+        kept = _without_signals(model, inputs, names) if bare else dict(inputs)
         for widths in _widths(model, names):
             call, complete = dict(kept), True
             for number, (name, width) in enumerate(zip(names, widths, strict=True)):
@@ -86,12 +86,12 @@ def _last(entrance: Entrance) -> tuple[int, ...]:
     return tuple(int(entrance.inputs[name].shape[-1]) for name in entrance.names)
 
 
-def _without_signals(inputs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+def _without_signals(model: nn.Module, inputs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """The inputs without images and sounds beside the ids of the same side."""
     if IDS not in names or "input_ids" not in inputs:
         return dict(inputs)
     signals = [name for name in SIGNAL_ARGUMENTS if name in inputs]
-    gone = {*signals, *(extra for name in signals for extra in COMPANIONS.get(name, ()))}
+    gone = {*signals, *companions(Facts(model), signals)}
     return {name: value for name, value in inputs.items() if name not in gone}
 
 

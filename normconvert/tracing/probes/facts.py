@@ -33,6 +33,7 @@ class Sizes:
 # Which sub-configs speak for a modality, as parts of their names.
 PARTS: dict[str, tuple[str, ...]] = {
     "vision": ("vision", "image", "backbone", "encoder"),
+    "detail": ("high_res",),
     "audio": ("audio", "speech", "encoder"),
     "text": ("text", "llm", "language", "decoder"),
 }

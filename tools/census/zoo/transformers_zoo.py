@@ -71,7 +71,25 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 100},
     # A head's rotated part is shared by rows and columns, each in pairs: 160 channels in 16 heads cannot be.
     "ernie4_5_vl_moe": {"vision_config": {"num_heads": 8}},
-    "gemma3": {"mm_tokens_per_image": 4},
+    **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "shieldgemma2")},
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    # Rows and columns share a head's rotated part: 144 channels in 16 heads cannot be.
+    **{
+        name: {"vision_config": {"num_heads": 12}}
+        for name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "cosmos3_omni")
+    },
+    "kimi_k25": {"vision_config": {"num_attention_heads": 12}},
+    # Without a token that stands for an image or a sound they leave it out.
+    **{name: {"image_token_id": 100, "video_token_id": 99} for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
+    "voxtral": {"audio_token_id": 100},
+    # Pictures of the sizes that two crops of 56 pixels fill.
+    "llava_onevision": {"image_grid_pinpoints": [[56, 112], [112, 56]]},
+    # What projects images does not fit the default language model.
+    "janus": {"text_config": {"hidden_size": 2048}},
+    "ovis2": {"hidden_size": 4096},
+    "granite_speech": {"projector_config": {"encoder_hidden_size": 1024}},
+    "granite_speech_plus": {"projector_config": {"encoder_hidden_size": 1024}},
+    "vipllava": {"vision_feature_layer": [-2, -1]},
     "instructblip": {"image_token_index": 100},
     "instructblipvideo": {"video_token_index": 100},
     **{name: {"text_config": {"rope_parameters": GLM_ROPE}} for name in ("glm4v", "glm46v", "glmga")},
@@ -83,7 +101,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
             "vision_config": {"hidden_size": 8192, "embed_dim": 1024},
         }
     },
-    "qwen2_vl": {"text_config": {"rope_parameters": QWEN_ROPE}, "vision_config": {"hidden_size": 8192}},
+    "qwen2_vl": {"text_config": {"rope_parameters": QWEN_ROPE}, "vision_config": {"hidden_size": 8192, "num_heads": 8}},
     # With a mask, its attention wants heads as wide as the series is long, in the encoder and the decoder.
     "autoformer": {"prediction_length": 6, "context_length": 12, "d_model": 192},
     # Its encoder halves the series between layers, the mask not.

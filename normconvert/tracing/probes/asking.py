@@ -1,0 +1,123 @@
+"""What a model answers when it is asked: whether it takes inputs, what its images need, how many features they give.
+
+It runs in the fake mode that `torch.export` uses, since models ask whether they are traced. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from normconvert.compat.torch import as_exported
+from normconvert.tracing.calls import without_values
+from normconvert.tracing.constant_buffers import constant_buffers, in_place
+from normconvert.tracing.known_values import known_values
+from normconvert.tracing.model_caches import fresh_caches
+from normconvert.tracing.pretend_cpu import on_either_device, pretending
+from normconvert.tracing.probes.facts import Facts
+
+FEATURES = {
+    "pixel_values": ("get_image_features",),
+    "pixel_values_videos": ("get_video_features",),
+    "input_features": ("get_audio_features",),
+    "input_values": ("get_audio_features",),
+}
+"""Signal argument -> the model's method that turns it into the features that replace the placeholders."""
+PROJECTORS = ("multi_modal_projector",)
+"""Modules whose outputs are the features, where the model has no method for them."""
+TEXT = ("input_ids", "attention_mask")
+"""Arguments that belong to the text, whoever else looks at them."""
+
+
+def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """Call a model, or a method of it, on inputs of these shapes in fake mode.
+
+    Values of inputs on the CPU are known meanwhile (see :mod:`normconvert.tracing.known_values`).
+    """
+    constants = constant_buffers(model)
+
+    def call(device: str, watch: contextlib.AbstractContextManager[Any]) -> Any:
+        with fresh_caches(model), pretending(model, device), as_exported():  # or a trace would refuse what runs here
+            fake = without_values(inputs, device)
+            with watch, known_values(inputs, fake, in_place(model, constants)):
+                return function(**fake)
+
+    return on_either_device(call)
+
+
+def needed(facts: Facts, signal: str) -> list[str]:
+    """Arguments of ``forward`` that the method which makes a signal's features cannot do without, beside it."""
+    names: list[str] = []
+    for _, method in _methods(facts.model, signal):
+        for name, parameter in inspect.signature(method).parameters.items():
+            if parameter.default is parameter.empty and name in facts.parameters and name not in (signal, *TEXT):
+                names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
+    """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say.
+
+    Its method of features is called with the inputs that it names. Where that is not enough for it, or where there is
+    none, ``forward`` is, and what the method or the projector gives on the way is counted, whatever becomes of it.
+    """
+    methods = list(_methods(facts.model, signal))
+    for _, method in methods:
+        taken = inspect.signature(method).parameters
+        with contextlib.suppress(Exception):  # whatever a model raises that wants more
+            return _rows(call_fake(facts.model, method, {k: v for k, v in inputs.items() if k in taken}))
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for owner, method in methods:
+            stack.enter_context(_counted(owner, method, found))
+        for module in _projectors(facts.model) if signal in FEATURES and not methods else ():
+            hook = module.register_forward_hook(lambda module, args, result: found.append(_rows(result)))
+            stack.callback(hook.remove)
+        with contextlib.suppress(Exception):  # placeholders are still missing
+            call_fake(facts.model, facts.model, inputs)
+    if found:
+        return found[0]
+    return facts.number("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "image_seq_len")
+
+
+def _projectors(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTORS)
+
+
+def _methods(model: nn.Module, signal: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """The methods of a signal's features, of the model and of the one within its head, with their owners."""
+    for name in FEATURES.get(signal, ()):
+        for owner in dict.fromkeys((model, getattr(model, "base_model", model))):
+            if (method := getattr(owner, name, None)) is not None:
+                yield owner, method
+
+
+@contextlib.contextmanager
+def _counted(owner: nn.Module, method: Callable[..., Any], found: list[int]) -> Iterator[None]:
+    """Meanwhile the numbers of feature vectors that a method of a module returns are put into ``found``."""
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        found.append(_rows(result))
+        return result
+
+    # Beside the class's own, on the instance alone.
+    owner.__dict__[method.__name__] = counting
+    try:
+        yield
+    finally:
+        del owner.__dict__[method.__name__]
+
+
+def _rows(value: Any) -> int:
+    """Feature vectors in the output of a ``get_*_features`` method (..., width)."""
+    if not isinstance(value, (tuple, list, Tensor)):
+        pooled = getattr(value, "pooler_output", None)
+        value = value.last_hidden_state if pooled is None else pooled
+    if isinstance(value, Tensor):
+        return value.numel() // value.shape[-1]
+    return sum(_rows(item) for item in value)
