@@ -5,6 +5,9 @@ Rules as those of `normconvert.analysis.axis_rules`; `normconvert.analysis.op_ta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -160,20 +163,48 @@ def index_rule(node: Call) -> tuple[Term, ...] | None:
     The indexed ones become new ones in their place, or in front if they are not neighbours.
     """
     x = node.args[0]
+    used = _indexed(node.args[1])
+    if not used:
+        return unary_rule(node)
+    return ((Operand(x, _arrivals(x, used, len(shape_of(node)) - len(shape_of(x)) + len(used))),),)
+
+
+def index_put_rule(node: Call) -> tuple[Term, ...] | None:
+    """``x[indices] = values``, or ``+=``: dimensions indexed by nothing pass, of x and of what is put there."""
+    x, indices, values = node.args[:3]
+    used = _indexed(indices)
+    shapes = [_index_shape(index) for index in indices if isinstance(index, fx.Node)]
+    if not used:  # all of x, by one index that is no tensor
+        return None
+    made = max(len(shape) for shape in shapes)
+    # Values are stretched to what indexing would read, from the last dimension on.
+    before = len(shape_of(x)) - len(used) + made - len(shape_of(values))
+    arrivals = {target - before: d for d, target in _arrivals(x, used, made).items() if target >= before}
+    return (Operand(x, kept_dims(x, used)),), (Operand(values, arrivals),)
+
+
+def _indexed(indices: Sequence[Any]) -> list[int]:
+    """The dimensions that are indexed: a mask uses up as many as it has, an index of integers one."""
     used: list[int] = []
     dim = 0
-    for index in node.args[1]:
+    for index in indices:
         value = index.meta["val"] if isinstance(index, fx.Node) else None
-        # A mask uses up as many dimensions as it has, an index of integers one.
         width = value.ndim if value is not None and value.dtype == torch.bool else 1
         used += range(dim, dim + width) if value is not None else []
         dim += width
-    if not used:
-        return unary_rule(node)
+    return used
+
+
+def _index_shape(index: Call) -> tuple[Any, ...]:
+    """The shape that an index gives: a mask is a list of positions."""
+    return shape_of(index)[:1] if index.meta["val"].dtype == torch.bool else shape_of(index)
+
+
+def _arrivals(x: Call, used: list[int], made: int) -> dict[int, int]:
+    """Dimension of x that nothing indexes -> its dimension behind the indexing, which makes ``made`` new ones."""
     free = [d for d in range(len(shape_of(x))) if d not in used]
-    made = len(shape_of(node)) - len(free)
     neighbours = used == list(range(used[0], used[-1] + 1))
-    return ((Operand(x, {d: i if neighbours and d < used[0] else i + made for i, d in enumerate(free)}),),)
+    return {d: i if neighbours and d < used[0] else i + made for i, d in enumerate(free)}
 
 
 def gather_rule(node: Call) -> tuple[Term, ...]:

@@ -78,6 +78,7 @@ TABLE: dict[str, rules.AxisRule] = {
     "aten.flip": rules.except_dim(1, "dims"),
     "aten.index_select": rules.except_dim(1),
     "aten.index": moves.index_rule,
+    "aten.index_put": moves.index_put_rule,
     "aten.gather": moves.gather_rule,
     # linear over other dimensions
     **dict.fromkeys(["aten.mean", "aten.sum"], rules.reduce_rule),

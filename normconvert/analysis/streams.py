@@ -10,7 +10,7 @@ stream.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -106,13 +106,29 @@ class Analysis:
         self.live = self._reaching_an_output()
         self.streams: list[Stream] = []
         self.stream_of: dict[AxisRef, Stream] = {}
+        places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
         for norm in norms:
-            if norm.place is not None and (norm.source, norm.place) not in self.stream_of:
+            if norm.place is not None and not any(self._sees(norm, at) for at in places[norm.source]):
                 # Norms that read one stream find it grown by the first of them.
                 stream = self.grow((norm.source, norm.place))
                 self.streams.append(stream)
                 self.stream_of.update(dict.fromkeys(stream.members, stream))
+                for node, place in stream.members:
+                    places[node].append(place)
         self._mark_returned_twice()
+        self._mark_norms_of_several()
+
+    def _mark_norms_of_several(self) -> None:
+        """A norm over several values side by side, of which one is a stream's in itself, would see two changes."""
+        read: dict[Norm, set[tuple[int, ChannelAxis]]] = defaultdict(set)
+        for stream in self.streams:
+            for norm, ref in stream.norms:
+                read[norm].add((id(stream), ref[1]))
+        for stream in self.streams:
+            for norm, ref in stream.norms:
+                if len(read[norm]) > 1:
+                    why = f"the norm {described(norm.path)} reads it as channels of two kinds"
+                    stream.leaks.append(Leak(ref, norm.read, "norm-axes", why))
 
     def _mark_returned_twice(self) -> None:
         """Who lets a returned value lose its mean thinks of channels along one dimension; x^T x has them along two."""
@@ -254,19 +270,31 @@ class Analysis:
             # The same node reads the norm's weight and bias, and those not through P: hence the question for the
             # source.
             elif (norm := self._reads.get(user)) is not None and norm.source is node:
-                if norm.place == place:
+                if self._sees(norm, place):
                     yield Use(norm=norm)
                 else:
                     why = f"the norm {described(norm.path)} reads it over other axes"
                     yield Use(leak=Leak(ref, user, "norm-axes", why))
             # Between a norm's source and its result, from where it goes nowhere else; or x - mean(x), which stays as it
             # is when the mean of x changes, whether a norm follows or not.
-            elif ((norm := self._inside.get((user, node))) is not None and norm.place == place) or (
+            elif ((norm := self._inside.get((user, node))) is not None and self._sees(norm, place)) or (
                 self._mean_only and self._forms.reads_centred(user, node, place)
             ):
                 yield Use()
             else:
                 yield from self._through(user, ref)
+
+    def _sees(self, norm: Norm, place: ChannelAxis) -> bool:
+        """Whether a norm reads channels at a place in its source as a stream's norm: over these, or over several such.
+
+        Several values of a stream beside each other (neighbouring patches) have one mean and one size, which no
+        orthogonal map of each that keeps 1 changes, and a number changes as it does theirs. Without the mean of each
+        one they are others, unlike the values themselves.
+        """
+        over = norm.place
+        if over == place or over is None or self._mean_only or not over.whole or over.dim != place.dim:
+            return over == place
+        return bool(over.size == place.outer * place.size * place.inner)
 
     def _through(self, user: fx.Node, ref: AxisRef) -> Iterator[Use]:
         node = ref[0]
@@ -315,6 +343,7 @@ class Analysis:
                 self.stream_of.update(dict.fromkeys(stream.members, stream))
                 work += [ref for ref, made in stream.members.items() if made.kind == "parameter" and ref not in seen]
                 seen |= stream.members.keys()
+        self._mark_norms_of_several()
 
     def other_readers(
         self, ref: AxisRef, allowed: Callable[[AxisRef], bool], *, norms_too: bool = False

@@ -37,17 +37,26 @@ class Moved:
         readers: the linear maps that take the weight.
         values: what the norm gives, on its way to them.
         bias_stays: one of them cannot take the bias.
+        at: where a stream's channels are in what the norm gives, which may be several values of it beside each other.
     """
 
     calls: list[Norm]
     readers: list[Reader]
     values: set[AxisRef]
     bias_stays: bool
+    at: ChannelAxis | None = None
 
     @property
     def path(self) -> str:
         """The norm's module path."""
         return self.calls[0].path
+
+    def channels(self, axis: Mapping[str, Any]) -> dict[str, Any]:
+        """Where a stream's channels are along an axis of an edit on which what the norm gives lies."""
+        if self.at is None or self.at.whole:
+            return dict(axis)
+        outer, inner = axis.get("outer", 1) * self.at.outer, self.at.inner * axis.get("inner", 1)
+        return {**axis, "outer": int(outer), "inner": int(inner)}
 
 
 def moved_norm(
@@ -160,7 +169,7 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
         copied = [row for row in written if row["op"] == "copy"]
         rows: list[dict[str, Any]] = [{"op": "scale", "by": weight, **axis, "offset": offset}] if weight else []
         # W diag(g) first: what follows is in the other basis.
-        rows += [{**change, **axis}] if change else []
+        rows += [{**change, **moved.channels(axis)}] if change else []
         tensors[reader.weight] = [*copied, *rows, *(row for row in written if row["op"] != "copy")]
         if bias and not moved.bias_stays:
             own = copied[0]["from"] if copied else reader.weight
@@ -174,7 +183,7 @@ def move(graph: Graph, moved: Moved, tensors: Edits, change: Mapping[str, Any] |
         at = {"axis": _channels(graph, bias, int(settings["size"]))}
         gain: Any = ["add", weight, offset] if offset else weight
         stays: list[dict[str, Any]] = [{"op": "divide", "by": gain, **at}] if weight else []
-        stays += [{**change, **at}] if change else []
+        stays += [{**change, **moved.channels(at)}] if change else []
         if stays:
             tensors[bias] = stays
 

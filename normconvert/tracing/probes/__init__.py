@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from normconvert.tracing.calls import given_calls
+from normconvert.tracing.probes.asking import quiet
 from normconvert.tracing.probes.builders import BUILDERS
-from normconvert.tracing.probes.choose import SIZES, accepts, guesses, is_timm, quiet, ranked, to_trace
+from normconvert.tracing.probes.choose import SIZES, accepts, guesses, is_timm, ranked, to_trace
 from normconvert.tracing.probes.examples import example_probes
 from normconvert.tracing.probes.facts import Facts
 from normconvert.tracing.probes.verification import Probe, guessed_probes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,18 @@ PROJECTORS = ("multi_modal_projector",)
 """Modules whose outputs are the features, where the model has no method for them."""
 TEXT = ("input_ids", "attention_mask")
 """Arguments that belong to the text, whoever else looks at them."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Wrong guesses are expected: keep what torch logs about them off the user's screen."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -68,7 +81,7 @@ def feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
     methods = list(_methods(facts.model, signal))
     for _, method in methods:
         taken = inspect.signature(method).parameters
-        with contextlib.suppress(Exception):  # whatever a model raises that wants more
+        with quiet(), contextlib.suppress(Exception):  # whatever a model raises that wants more
             return _rows(call_fake(facts.model, method, {k: v for k, v in inputs.items() if k in taken}))
     found: list[int] = []
     with contextlib.ExitStack() as stack:
@@ -77,7 +90,7 @@ def feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
         for module in _projectors(facts.model) if signal in FEATURES and not methods else ():
             hook = module.register_forward_hook(lambda module, args, result: found.append(_rows(result)))
             stack.callback(hook.remove)
-        with contextlib.suppress(Exception):  # placeholders are still missing
+        with quiet(), contextlib.suppress(Exception):  # placeholders are still missing
             call_fake(facts.model, facts.model, inputs)
     if found:
         return found[0]

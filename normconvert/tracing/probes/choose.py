@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from normconvert.errors import TraceError
 from normconvert.tracing.known_values import LARGEST, UNKNOWN_VALUE
-from normconvert.tracing.probes.asking import call_fake, feature_count, needed
+from normconvert.tracing.probes.asking import call_fake, feature_count, needed, quiet
 from normconvert.tracing.probes.builders import BUILDERS, PLACEHOLDERS, TOKEN_TYPES
 from normconvert.tracing.probes.facts import Facts, Sizes
 from normconvert.tracing.probes.specs import SIGNALS, Spec, materialise
@@ -347,15 +345,3 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     yield from maybe
     if not given and not maybe:
         yield first
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Wrong guesses are expected: keep what torch logs about them off the user's screen."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
