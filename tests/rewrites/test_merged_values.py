@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
-from normconvert.rewrites.planning import REWRITES, plan_model
+from normconvert.rewrites.planning import plan_model
+from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import trace
 from tests.support.basis import check_basis
 from tests.support.equivalence import Outcome
@@ -135,7 +136,7 @@ def test_a_norm_does_not_read_channels_of_two_kinds(method: str) -> None:
 
 def test_the_norms_that_merge_patches_no_longer_keep_a_stage_of_swin() -> None:
     sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 1, 1], "num_heads": [1, 2, 2]}
-    config = hf.SwinConfig(**sizes, window_size=4)  # type: ignore[arg-type]
+    config = hf.SwinConfig(**sizes, window_size=4)
     with torch.device("meta"):
         model = hf.SwinForImageClassification(config).eval()
     plan = plan_model(model, Options(), "rotate")
