@@ -120,10 +120,10 @@ class Analysis:
 
     def _mark_norms_of_several(self) -> None:
         """A norm over several values side by side, of which one is a stream's in itself, would see two changes."""
-        read: dict[Norm, set[tuple[int, ChannelAxis]]] = defaultdict(set)
+        read: dict[Norm, set[ChannelAxis]] = defaultdict(set)
         for stream in self.streams:
             for norm, ref in stream.norms:
-                read[norm].add((id(stream), ref[1]))
+                read[norm].add(ref[1])
         for stream in self.streams:
             for norm, ref in stream.norms:
                 if len(read[norm]) > 1:

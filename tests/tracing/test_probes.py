@@ -250,6 +250,19 @@ def test_a_classifier_of_texts_finds_the_end_of_each_one() -> None:
             model(**probe.inputs)
 
 
+def test_a_placeholder_that_the_vocabulary_lacks_makes_no_id_larger() -> None:
+    with torch.device("meta"):
+        vision, text = hf.CLIPVisionConfig(**VISION), hf.LlamaConfig(**TEXT)
+        config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=100)
+        model = hf.LlavaForConditionalGeneration(config).eval()
+    model.config.video_token_id = 5000  # of a default configuration, and nothing gives a video
+    assert all(int(probe.inputs["input_ids"].max()) < 101 for probe in verification_inputs(model) if text_of(probe))
+
+
+def text_of(probe: Probe) -> bool:
+    return "input_ids" in probe.inputs
+
+
 def test_sentences_go_through_the_tokenizer() -> None:
     probes = [p for p in verification_inputs(gpt2(), tokenizer=Words()) if p.name.startswith("text")]
     assert len(probes) == 2

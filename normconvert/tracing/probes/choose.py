@@ -223,7 +223,7 @@ def _with_placeholders(facts: Facts, specs: dict[str, Any]) -> Spec:
     extra = sum(tokens.values())
     if "image_embeds_position_mask" in specs:
         return replace(text, shape=specs["image_embeds_position_mask"].shape)
-    high = max(text.high, *(t + 1 for t in tokens)) if tokens else text.high
+    high = max([text.high, *(token + 1 for token, count in tokens.items() if count)])
     return replace(text, shape=(*text.shape[:-1], text.shape[-1] + extra), tokens=tokens, high=high) if tokens else text
 
 
