@@ -14,7 +14,7 @@ from torch import nn
 from normconvert.tracing.calls import given_calls
 from normconvert.tracing.probes.asking import quiet
 from normconvert.tracing.probes.builders import BUILDERS
-from normconvert.tracing.probes.choose import SIZES, accepts, guesses, is_timm, ranked, to_trace
+from normconvert.tracing.probes.choose import SIZES, answered, guesses, is_timm, ranked, to_trace
 from normconvert.tracing.probes.examples import example_probes
 from normconvert.tracing.probes.facts import Facts
 from normconvert.tracing.probes.verification import Probe, guessed_probes
@@ -85,13 +85,14 @@ def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[st
             spec = BUILDERS[name](facts, sizes)
             if spec is not None:
                 yield {**inputs, **to_trace(model, {name: spec})}
-    for guess in guesses(model):
-        if frozenset(guess.specs) not in tried and accepts(model, found := to_trace(model, guess.specs)) in (
-            "yes",
-            "maybe",
-        ):
+    done: set[tuple[str, ...]] = set()
+    for guess, answer in answered(model, done):
+        known = frozenset(guess.specs) in tried
+        if known or answer in ("yes", "maybe"):
+            done.add(tuple(guess.names))
+        if not known and answer in ("yes", "maybe"):
             tried.add(frozenset(guess.specs))
-            yield found
+            yield to_trace(model, guess.specs)
 
 
 def verification_inputs(

@@ -73,7 +73,16 @@ def needed(facts: Facts, signal: str) -> list[str]:
 
 
 def feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
-    """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say.
+    """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say."""
+    shapes = ((name, tuple(x.shape)) for name, x in inputs.items() if isinstance(x, Tensor) and name not in TEXT)
+    key = (signal, *sorted(shapes))
+    if key not in facts.counted:
+        facts.counted[key] = _feature_count(facts, signal, inputs)
+    return facts.counted[key]
+
+
+def _feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
+    """The answer.
 
     Its method of features is called with the inputs that it names. Where that is not enough for it, or where there is
     none, ``forward`` is, and what the method or the projector gives on the way is counted, whatever becomes of it.

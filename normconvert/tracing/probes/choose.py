@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -235,25 +235,31 @@ def switches(facts: Facts) -> dict[str, Any]:
     return {name: False for name in ("use_cache", "use_mems") if name in facts.parameters}
 
 
-def specs(model: nn.Module, names: list[str], sizes: Sizes) -> dict[str, Any]:
+def specs(model: nn.Module, names: list[str], sizes: Sizes, facts: Facts | None = None) -> dict[str, Any]:
     """Argument -> Spec or plain value, for the named arguments and sizes."""
     if is_timm(model):
         return _timm_specs(model, sizes)
-    facts = Facts(model)
+    facts = facts or Facts(model)
     return {**specs_for(facts, names, sizes), **switches(facts)}
 
 
-def guesses(model: nn.Module) -> Iterator[Guess]:
+def guesses(model: nn.Module, done: Collection[tuple[str, ...]] = ()) -> Iterator[Guess]:
     """All guesses, the likely first, no two alike.
+
+    Args:
+        model: see :func:`ranked`.
+        done: arguments of which no further sizes are asked for; the caller may add to it meanwhile.
 
     Raises:
         TraceError: all have inputs that are out of all proportion.
     """
     seen: set[str] = set()
-    most = 0
-    for names in [["x"]] if is_timm(model) else argument_sets(Facts(model)):
+    most, facts = 0, Facts(model)
+    for names in [["x"]] if is_timm(model) else argument_sets(facts):
         for sizes in SIZES:
-            guess = specs(model, names, sizes)
+            if tuple(names) in done:
+                break
+            guess = specs(model, names, sizes, facts)
             size = max((math.prod(spec.shape) for spec in guess.values() if isinstance(spec, Spec)), default=0)
             if size > MOST:
                 most = max(most, size)
@@ -305,6 +311,22 @@ def accepts(model: nn.Module, inputs: dict[str, Any]) -> str:
     return "yes"
 
 
+def answered(model: nn.Module, done: set[tuple[str, ...]]) -> Iterator[tuple[Guess, str]]:
+    """All guesses with what :func:`accepts` says of them; ``done``: see :func:`guesses`.
+
+    Raises:
+        TraceError: no guess can be made at all.
+    """
+    answers: dict[tuple[str, ...], str] = {}
+    for guess in guesses(model, done):
+        with quiet():
+            answer = accepts(model, to_trace(model, guess.specs))
+        before = answers.setdefault(tuple(guess.names), answer)
+        if answer == before and answer not in ("yes", "maybe") and guess.sizes.length > LONG:
+            done.add(tuple(guess.names))  # the very same error at other sizes and layouts: neither is the trouble
+        yield guess, answer
+
+
 def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """Guesses that forward takes (``yes``), then those that only an unknown value stops (``maybe``), else the first.
 
@@ -317,17 +339,9 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
     """
     first: tuple[Guess, str] | None = None
     maybe: list[tuple[Guess, str]] = []
-    answers: dict[tuple[str, ...], str] = {}
-    hopeless: set[tuple[str, ...]] = set()
     given = 0
-    for guess in guesses(model):
-        arguments = tuple(guess.names)
-        if arguments in hopeless:
-            continue
-        with quiet():
-            answer = accepts(model, to_trace(model, guess.specs))
+    for guess, answer in answered(model, set()):
         first = first or (guess, answer)
-        before_answer = answers.setdefault(arguments, answer)
         if answer == "yes":
             yield guess, answer
             given += 1
@@ -335,8 +349,6 @@ def ranked(model: nn.Module, most: int = 6) -> Iterator[tuple[Guess, str]]:
                 return
         elif answer == "maybe":
             maybe.append((guess, answer))
-        elif answer == before_answer and guess.sizes.length > LONG:
-            hopeless.add(arguments)  # the very same error at other sizes and layouts: neither is the trouble
     if first is None:
         raise TraceError(
             f"cannot trace {type(model).__name__}: its forward takes no argument that an example is known for"

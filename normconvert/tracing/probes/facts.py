@@ -49,6 +49,7 @@ class Facts:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.config: Any = getattr(model, "config", None)
+        self.counted: dict[Any, int] = {}  # inputs of a signal -> how many features they give, once the model was asked
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
