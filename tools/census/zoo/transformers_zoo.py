@@ -76,7 +76,15 @@ REQUIRED: dict[str, dict[str, Any]] = {
     # Rows and columns share a head's rotated part: 144 channels in 16 heads cannot be.
     **{
         name: {"vision_config": {"num_heads": 12}}
-        for name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "cosmos3_omni")
+        for name in ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni")
+    },
+    # The library asks a layer with attention how long its cache is.
+    **{
+        name: {
+            "vision_config": {"num_heads": 12},
+            "text_config": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+        }
+        for name in ("qwen3_5", "qwen3_5_moe")
     },
     "kimi_k25": {"vision_config": {"num_attention_heads": 12}},
     # Without a token that stands for an image or a sound they leave it out.
