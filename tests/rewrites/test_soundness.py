@@ -105,12 +105,12 @@ MAY_STAY: dict[str, str] = {
     "join": "by_channel channel iadd_token index_add maximum product residual_product set_token",
     "norm": """batch_norm centred_half group_norm group_norm_each none over_both over_half over_tokens
         over_tokens_by_hand rms_by_hand rms_by_hand_bias rms_cast rms_divided rms_norm rms_of_another rms_of_tokens
-        rms_plus_one rms_power rms_seen std_outside unbiased sub_alpha tanh uncentred_variance""",
+        rms_plus_one rms_power rms_seen side_by_side std_outside unbiased sub_alpha tanh uncentred_variance""",
     "pass": """action_last_bias action_scalar_bias arange_added avg_pool_channels avg_pool_wide blur_channels
         buffer_added buffer_scale buffer_token channel_gate depthwise detour_all_flat detour_doubled
         detour_doubled_outer detour_doubled_wrong detour_flat detour_flat_channels detour_heads
         detour_merged_rows detour_split_channels detour_square detour_swapped_halves detour_wrong_view
-        flip_channels full_added gather_channels index_put lerp masked_channels masked_fill_one masked_scatter
+        flip_channels full_added gather_channels lerp masked_channels masked_fill_one masked_scatter
         masked_square masked_value max_pool mixed_conv mixed_linear_bias mutated_by_module mutated_view
         one_minus ones_added pad_channels pad_value plus_one roll_flat scatter set_first sinusoids sorted
         squares take_along tril upsample_channels""",

@@ -162,6 +162,11 @@ NORMS: dict[str, Build] = {
         lambda m, x: _by_hand(m, x, 1) * m.gain + m.b, gain=param(s.width), b=param(s.width)
     ),
     "over_both": lambda s: nn.LayerNorm((s.fix(), s.width)),
+    "side_by_side": lambda s: Op(
+        lambda m, x: m.w(m.n(torch.cat([x.flip(1), x], dim=-1))),
+        n=nn.LayerNorm(2 * s.width),
+        w=nn.Linear(2 * s.width, s.width),
+    ),
     "over_half": lambda s: Op(lambda m, x: m.n(x.unflatten(-1, (2, -1))).flatten(2), n=nn.LayerNorm(s.width // 2)),
     "group_norm": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(1, s.width)),
     "group_norm_each": lambda s: Op(lambda m, x: turn(m.n(turn(x))), n=nn.GroupNorm(s.width, s.width)),
