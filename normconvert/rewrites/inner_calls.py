@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.rewrites.graph_values import same_number, same_value
+from normconvert.tracing.entries import is_whole
 from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
 
@@ -40,11 +41,11 @@ def with_parts_as_ways_out(graph: Graph) -> Graph:
     """
     returned: list[set[fx.Node]] = [set(node.all_input_nodes) for node in graph.nodes if node.op == "output"]
     entries = [entry for _, entry in graph.calls]
-    own = {value for values, entry in zip(returned, entries, strict=True) for value in values if not entry}
+    own = {value for values, entry in zip(returned, entries, strict=True) for value in values if is_whole(entry)}
     moved: dict[fx.Node, tuple[str, ...]] = {}
     for values, entry in zip(returned, entries, strict=True):
         # In the order of the outputs, which a set has not.
-        for value, names in graph.outputs.items() if entry else ():
+        for value, names in graph.outputs.items() if not is_whole(entry) else ():
             if value in values - own:
                 moved[value] = (*graph.exits.get(value, ()), *(f"{entry}.{name}" for name in names))
     outputs = {value: names for value, names in graph.outputs.items() if value not in moved}

@@ -11,7 +11,6 @@ No weight is read and no kernel runs. Two things are added to what ``torch.expor
 from __future__ import annotations
 
 import functools
-import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +27,7 @@ from normconvert.runtime import one_at_a_time
 from normconvert.tracing.boundary_markers import marked
 from normconvert.tracing.calls import without_values
 from normconvert.tracing.constant_buffers import constant_buffers, in_place, without_changed
+from normconvert.tracing.entries import entered, is_whole
 from normconvert.tracing.exits import exits_in, with_tensors
 from normconvert.tracing.garbage import collecting
 from normconvert.tracing.in_place_writes import boundary_of, make_functional, markers_that_lie, without_detaching
@@ -103,8 +103,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
         model: gives the names of parameters and modules.
         inputs: keyword arguments of the forward that is traced; tensors on the meta device, or on the CPU, whose values
             are known where the model asks for them (see :mod:`known_values`).
-        entry: path of a module within ``model`` to call instead of the whole, or the name of a method of features,
-            whose results are then ways out, not outputs.
+        entry: what to call instead of the whole (see :mod:`normconvert.tracing.entries`); the results of a method of
+            features are ways out, not outputs.
 
     Raises:
         TraceError: torch.export cannot trace the model; the message names the operation and the line that stopped it.
@@ -126,8 +126,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     outputs = _outputs(program, module.graph)
     watched = watched_values(module.graph)
     modules = dict(model.named_modules(remove_duplicate=False))
-    exits = exits_in(model, tuple(module.graph.nodes)) if not entry else {}
-    if entry not in modules:
+    exits = exits_in(model, tuple(module.graph.nodes)) if is_whole(entry) else {}
+    if entry not in modules and not is_whole(entry):
         outputs, exits = {}, dict.fromkeys(outputs, (entry,))
     return Graph(
         nodes=tuple(module.graph.nodes),
@@ -239,7 +239,7 @@ def _entered(
     would ask for them first.
     """
     # The model itself is called in any case, since its parameters are to have the names that they have in it.
-    run = operator.attrgetter(entry)(model) if entry else model.forward
+    run = entered(model, entry)
 
     # Export takes the names of the inputs from the signature.
     @functools.wraps(run.forward if isinstance(run, nn.Module) else run)

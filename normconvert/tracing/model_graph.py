@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from functools import reduce
@@ -15,13 +16,23 @@ from normconvert.errors import TraceError
 from normconvert.runtime import one_at_a_time
 from normconvert.tracing.calls import Call, given_calls, in_dtype
 from normconvert.tracing.doors import not_given, with_doors
+from normconvert.tracing.entries import entry_of_part, parts_that_take
 from normconvert.tracing.graph import Graph, merge, trace
 from normconvert.tracing.model_copy import copy_model
-from normconvert.tracing.probes import further_inputs, likely_inputs, quiet, trace_inputs_candidates
+from normconvert.tracing.probes import (
+    OPTIONAL,
+    further_inputs,
+    likely_inputs,
+    optional_input,
+    quiet,
+    trace_inputs_candidates,
+)
 from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.wording.steps import Step
 
 FURTHER_CALLS = 3
+RESIDUAL = "residual"
+"""An argument of a part that is added to its first value, where it is given."""
 
 
 @one_at_a_time
@@ -133,9 +144,11 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
     if not missing(graph):
         return graph
     calls = chain(
-        ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
+        ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)),
+        _calls_of_the_base(model),
     )
-    for more, entry in islice(calls, 2 * FURTHER_CALLS):
+    calls = chain(_calls_of_parts(model, inputs, missing(graph)), islice(calls, 2 * FURTHER_CALLS))
+    for more, entry in calls:
         try:
             other = trace(model, more, entry)
         except TraceError:
@@ -146,6 +159,17 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
         if not missing(graph):
             break
     return graph
+
+
+def _calls_of_parts(
+    model: nn.Module, inputs: dict[str, Any], tensors: Set[str]
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Calls that give a part, which holds some of these tensors, an argument that ``forward`` has none for."""
+    for argument in (*OPTIONAL, RESIDUAL):
+        if argument not in inspect.signature(model.forward).parameters:
+            for path in parts_that_take(model, argument, tensors):
+                more = {} if argument == RESIDUAL else {argument: optional_input(model, argument)}
+                yield inputs | more, entry_of_part(path, argument)
 
 
 def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

@@ -23,9 +23,11 @@ OPTIONAL = ("bool_masked_pos",)
 """Arguments that make a model use parameters which it leaves alone without them."""
 
 __all__ = [
+    "OPTIONAL",
     "Probe",
     "further_inputs",
     "likely_inputs",
+    "optional_input",
     "quiet",
     "trace_inputs",
     "trace_inputs_candidates",
@@ -78,13 +80,10 @@ def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[st
     if is_timm(model):
         return
     facts, tried = Facts(model), {frozenset(inputs)}
-    sizes = SIZES[0]
     for name in OPTIONAL:
         if name in facts.parameters and name not in inputs and frozenset([*inputs, name]) not in tried:
             tried.add(frozenset([*inputs, name]))
-            spec = BUILDERS[name](facts, sizes)
-            if spec is not None:
-                yield {**inputs, **to_trace(model, {name: spec})}
+            yield {**inputs, name: optional_input(model, name)}
     done: set[tuple[str, ...]] = set()
     for guess, answer in answered(model, done):
         known = frozenset(guess.specs) in tried
@@ -93,6 +92,11 @@ def further_inputs(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[st
         if not known and answer in ("yes", "maybe"):
             tried.add(frozenset(guess.specs))
             yield to_trace(model, guess.specs)
+
+
+def optional_input(model: nn.Module, name: str) -> Any:
+    """What to give for one of :data:`OPTIONAL`, on the CPU."""
+    return to_trace(model, {name: BUILDERS[name](Facts(model), SIZES[0])})[name]
 
 
 def verification_inputs(

@@ -75,11 +75,17 @@ def sensitivity(model: nn.Module, probes: Sequence[Probe], run: Run) -> float:
     BatchNorm (Yang et al. 2019, arXiv 1902.08129), so what is a rounding error in the first layer may be millions of
     times as large in the last. No other way to write the same network is nearer than that.
     """
+    moved = with_neighbouring_numbers(model)
+    found = compare_runs(run, run_model(moved, probes, dtype=torch.float32, like=run), frozenset())
+    return max((d.relative for d in found.values() if d.size > 0), default=0.0)
+
+
+def with_neighbouring_numbers(model: nn.Module) -> nn.Module:
+    """A copy of a model each of whose parameters is moved by one unit, up or down, or stays."""
     generator = torch.Generator().manual_seed(0)
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in filter(Tensor.is_floating_point, moved.parameters()):
             step = torch.randint(-1, 2, parameter.shape, generator=generator).to(parameter.dtype)
             parameter.mul_(1 + torch.finfo(parameter.dtype).eps * step)
-    found = compare_runs(run, run_model(moved, probes, dtype=torch.float32, like=run), frozenset())
-    return max((d.relative for d in found.values() if d.size > 0), default=0.0)
+    return moved

@@ -1,0 +1,78 @@
+"""What a call of a model runs: all of it, a module within it, a method of features, or all with more for one part.
+
+A part may take an argument that nothing gives it: the backbone of a depth estimator can mask patches, and the whole
+cannot ask for it; the first of several layers adds no residual, though it has convolutions for one. Their tensors are
+in the checkpoint, and where they go is only seen in a call that gives the part its argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+BETWEEN = ":"
+"""Between the path of a part and the name of its argument; no path of a module that is an attribute has it."""
+
+
+def entry_of_part(path: str, argument: str) -> str:
+    """The entry of a call of the whole model that gives ``argument`` to the part at ``path``."""
+    return f"{path}{BETWEEN}{argument}"
+
+
+def is_whole(entry: str) -> bool:
+    """Whether a call runs the whole model, whose outputs are the model's then."""
+    return not entry or BETWEEN in entry
+
+
+def entered(model: nn.Module, entry: str) -> Callable[..., Any]:
+    """What a call runs.
+
+    Args:
+        model: the whole.
+        entry: path of a module, name of a method, :func:`entry_of_part`, or empty. A part gets its argument from the
+            call, else zeros like the first of its values.
+    """
+    path, between, argument = entry.partition(BETWEEN)
+    if not between:
+        found: Callable[..., Any] = operator.attrgetter(entry)(model) if entry else model.forward
+        return found
+    part, forward = model.get_submodule(path), model.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.pop(argument, None)
+
+        def hand_over(_: nn.Module, values: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            return values, {**named, argument: torch.zeros_like(values[0]) if given is None else given}
+
+        handle = part.register_forward_pre_hook(hand_over, with_kwargs=True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            handle.remove()
+
+    # Export takes the names of the inputs from the signature.
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None))
+    vars(run)["__signature__"] = signature.replace(parameters=parameters)
+    return run
+
+
+def parts_that_take(model: nn.Module, argument: str, tensors: Collection[str]) -> Iterator[str]:
+    """The innermost modules that hold some of ``tensors``, and whose forward takes ``argument``, though it need not."""
+    left = set(tensors)
+    for path, module in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):
+        parameter = inspect.signature(module.forward).parameters.get(argument)
+        if path and parameter is not None and parameter.default is None:
+            held = {name for name in left if name.startswith(f"{path}.")}
+            left -= held
+            if held:
+                yield path
