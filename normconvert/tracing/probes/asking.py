@@ -65,8 +65,8 @@ def call_fake(model: nn.Module, function: Callable[..., Any], inputs: dict[str, 
 def needed(facts: Facts, signal: str) -> list[str]:
     """Arguments of ``forward`` that the method which makes a signal's features cannot do without, beside it."""
     names: list[str] = []
-    for _, method in _methods(facts.model, signal):
-        for name, parameter in inspect.signature(method).parameters.items():
+    for owner, method in _methods(facts.model, signal):
+        for name, parameter in inspect.signature(getattr(owner, method)).parameters.items():
             if parameter.default is parameter.empty and name in facts.parameters and name not in (signal, *TEXT):
                 names.append(name)
     return list(dict.fromkeys(names))
@@ -88,14 +88,15 @@ def _feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
     none, ``forward`` is, and what the method or the projector gives on the way is counted, whatever becomes of it.
     """
     methods = list(_methods(facts.model, signal))
-    for _, method in methods:
+    for owner, name in methods:
+        method = getattr(owner, name)
         taken = inspect.signature(method).parameters
         with quiet(), contextlib.suppress(Exception):  # whatever a model raises that wants more
             return _rows(call_fake(facts.model, method, {k: v for k, v in inputs.items() if k in taken}))
     found: list[int] = []
     with contextlib.ExitStack() as stack:
-        for owner, method in methods:
-            stack.enter_context(_counted(owner, method, found))
+        for owner, name in methods:
+            stack.enter_context(_counted(owner, name, found))
         for module in _projectors(facts.model) if signal in FEATURES and not methods else ():
             hook = module.register_forward_hook(lambda module, args, result: found.append(_rows(result)))
             stack.callback(hook.remove)
@@ -110,17 +111,18 @@ def _projectors(model: nn.Module) -> Iterator[nn.Module]:
     return (module for name, module in model.named_modules() if name.rpartition(".")[2] in PROJECTORS)
 
 
-def _methods(model: nn.Module, signal: str) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """The methods of a signal's features, of the model and of the one within its head, with their owners."""
+def _methods(model: nn.Module, signal: str) -> Iterator[tuple[nn.Module, str]]:
+    """The methods of a signal's features by name, of the model and of the one within its head, with their owners."""
     for name in FEATURES.get(signal, ()):
         for owner in dict.fromkeys((model, getattr(model, "base_model", model))):
-            if (method := getattr(owner, name, None)) is not None:
-                yield owner, method
+            if getattr(owner, name, None) is not None:
+                yield owner, name
 
 
 @contextlib.contextmanager
-def _counted(owner: nn.Module, method: Callable[..., Any], found: list[int]) -> Iterator[None]:
+def _counted(owner: nn.Module, name: str, found: list[int]) -> Iterator[None]:
     """Meanwhile the numbers of feature vectors that a method of a module returns are put into ``found``."""
+    method = getattr(owner, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
@@ -128,11 +130,14 @@ def _counted(owner: nn.Module, method: Callable[..., Any], found: list[int]) -> 
         return result
 
     # Beside the class's own, on the instance alone.
-    owner.__dict__[method.__name__] = counting
+    own = owner.__dict__.get(name)
+    owner.__dict__[name] = counting
     try:
         yield
     finally:
-        del owner.__dict__[method.__name__]
+        del owner.__dict__[name]
+        if own is not None:
+            owner.__dict__[name] = own
 
 
 def _rows(value: Any) -> int:
