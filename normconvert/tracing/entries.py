@@ -7,6 +7,7 @@ in the checkpoint, and where they go is only seen in a call that gives the part 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -70,7 +71,9 @@ def parts_that_take(model: nn.Module, argument: str, tensors: Collection[str]) -
     """The innermost modules that hold some of ``tensors``, and whose forward takes ``argument``, though it need not."""
     left = set(tensors)
     for path, module in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):
-        parameter = inspect.signature(module.forward).parameters.get(argument)
+        parameter = None
+        with contextlib.suppress(TypeError, ValueError):  # a compiled module has no signature
+            parameter = inspect.signature(module.forward).parameters.get(argument)
         if path and parameter is not None and parameter.default is None:
             held = {name for name in left if name.startswith(f"{path}.")}
             left -= held
