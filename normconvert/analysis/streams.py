@@ -128,7 +128,8 @@ class Analysis:
             for norm, ref in stream.norms:
                 if len(read[norm]) > 1:
                     why = f"the norm {described(norm.path)} reads it as channels of two kinds"
-                    stream.leaks.append(Leak(ref, norm.read, "norm-axes", why))
+                    leak = Leak(ref, norm.read, "norm-axes", why)
+                    stream.leaks += [leak] if leak not in stream.leaks else []
 
     def _mark_returned_twice(self) -> None:
         """Who lets a returned value lose its mean thinks of channels along one dimension; x^T x has them along two."""

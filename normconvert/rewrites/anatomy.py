@@ -72,6 +72,12 @@ def _stream(analysis: Analysis, stream: Stream, members: set[AxisRef]) -> dict[s
     return {
         "size": stream.size,
         "norms": list(dict.fromkeys(norm.path for norm, _ in stream.norms)),
+        # Norms over several of its values side by side: where its channels are among theirs.
+        "merged": {
+            norm.path: {"outer": int(ref[1].outer), "inner": int(ref[1].inner)}
+            for norm, ref in stream.norms
+            if ref[1] != norm.place
+        },
         "writers": [_named(name) for name in dict.fromkeys(writers)],
         "other_writers": list(dict.fromkeys(others)),
         "other_readers": list(
@@ -179,6 +185,7 @@ def llm_compressor(anatomy: dict[str, Any]) -> dict[str, Any]:
             _no_layer(stream["writers"]),
             *stream["other_writers"],
             *stream["other_readers"],
+            *(f"`{norm}` reads several of its values side by side" for norm in stream["merged"]),
             *(left_out.get(n, "") for n in stream["norms"]),
         ]
         if why := next(filter(None, stays), ""):

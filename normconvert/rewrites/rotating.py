@@ -258,12 +258,12 @@ def _unconvertible(search: _Search, path: str, group: list[Norm], options: Optio
     names = {
         search.analysis.graph.parameters[n].name: table_and_head(search.analysis.graph, n)[1] for n in _tables(search)
     }
-    at = {search.where[norm][1][1] for norm in group}
-    if len(at) > 1:
+    at = [search.where[norm][1][1] for norm in group]
+    if len({(place.size, place.outer, place.inner) for place in at}) > 1:
         return Obstacle("norm-axes", "its calls read channels at different places.")
     try:
         moved = moved_norm(search.analysis, group, names, through=allowed_leaks(options))
-        search.moved[path] = replace(moved, at=at.pop())
+        search.moved[path] = replace(moved, at=at[0])
     except Unfoldable as why:
         more = ALLOWED if isinstance(why, Returned) else "."
         return Obstacle("unfoldable", f"what it gives cannot be in another basis: {why}{more}")

@@ -1,8 +1,9 @@
 """What a call of a model runs: all of it, a module within it, a method of features, or all with more for one part.
 
 A part may take an argument that nothing gives it: the backbone of a depth estimator can mask patches, and the whole
-cannot ask for it; the first of several layers adds no residual, though it has convolutions for one. Their tensors are
-in the checkpoint, and where they go is only seen in a call that gives the part its argument.
+cannot ask for it. The tensor that stands for such patches is in the checkpoint, and where it goes is only seen in a
+call that gives the part its argument. That must be no value that could be a stream's: what is invented in its place
+shows who writes into a stream and not who reads one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import operator
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 BETWEEN = ":"
@@ -36,8 +36,7 @@ def entered(model: nn.Module, entry: str) -> Callable[..., Any]:
 
     Args:
         model: the whole.
-        entry: path of a module, name of a method, :func:`entry_of_part`, or empty. A part gets its argument from the
-            call, else zeros like the first of its values.
+        entry: path of a module, name of a method, :func:`entry_of_part`, or empty.
     """
     path, between, argument = entry.partition(BETWEEN)
     if not between:
@@ -47,12 +46,8 @@ def entered(model: nn.Module, entry: str) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.pop(argument, None)
-
-        def hand_over(_: nn.Module, values: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-            return values, {**named, argument: torch.zeros_like(values[0]) if given is None else given}
-
-        handle = part.register_forward_pre_hook(hand_over, with_kwargs=True)
+        value = kwargs.pop(argument)
+        handle = part.register_forward_pre_hook(lambda _, a, k: (a, {**k, argument: value}), with_kwargs=True)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -62,7 +57,7 @@ def entered(model: nn.Module, entry: str) -> Callable[..., Any]:
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
-    parameters.insert(at, inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default=None))
+    parameters.insert(at, inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY))
     vars(run)["__signature__"] = signature.replace(parameters=parameters)
     return run
 

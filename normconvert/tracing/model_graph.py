@@ -31,8 +31,6 @@ from normconvert.tracing.probes.choose import floating_dtype
 from normconvert.wording.steps import Step
 
 FURTHER_CALLS = 3
-RESIDUAL = "residual"
-"""An argument of a part that is added to its first value, where it is given."""
 
 
 @one_at_a_time
@@ -147,7 +145,9 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
         ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)),
         _calls_of_the_base(model),
     )
-    calls = chain(_calls_of_parts(model, inputs, missing(graph)), islice(calls, 2 * FURTHER_CALLS))
+    calls = chain(
+        islice(_calls_of_parts(model, inputs, missing(graph)), FURTHER_CALLS), islice(calls, 2 * FURTHER_CALLS)
+    )
     for more, entry in calls:
         try:
             other = trace(model, more, entry)
@@ -165,11 +165,10 @@ def _calls_of_parts(
     model: nn.Module, inputs: dict[str, Any], tensors: Set[str]
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Calls that give a part, which holds some of these tensors, an argument that ``forward`` has none for."""
-    for argument in (*OPTIONAL, RESIDUAL):
+    for argument in OPTIONAL:
         if argument not in inspect.signature(model.forward).parameters:
             for path in parts_that_take(model, argument, tensors):
-                more = {} if argument == RESIDUAL else {argument: optional_input(model, argument)}
-                yield inputs | more, entry_of_part(path, argument)
+                yield {**inputs, argument: optional_input(model, argument)}, entry_of_part(path, argument)
 
 
 def _calls_of_the_base(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
+from normconvert.rewrites.anatomy import anatomy_of, llm_compressor
 from normconvert.rewrites.planning import plan_model
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import trace
@@ -131,7 +132,35 @@ def test_a_norm_does_not_read_channels_of_two_kinds(method: str) -> None:
     assert {verdict.path for verdict in found.plan.converted} == {"each", "all"}
     plan = planned(TwoKinds, method, all_first=True)
     assert not plan.converted
-    assert "as channels of two kinds" in plan.kept[0].reason
+    assert "as channels of two kinds." in plan.kept[0].reason  # and nothing else reads it
+
+
+class TwoRanks(nn.Module):
+    """One norm, called with values of one stream and with the same in rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.read = nn.Linear(5, D), nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.write(x)
+        return self.read(self.norm(x)), self.read(self.norm(x.unflatten(1, (2, 4))))
+
+
+def test_a_norm_of_values_of_two_ranks_is_rotated() -> None:
+    found = outcome_of(TwoRanks, "rotate")
+    assert found.plan is not None
+    assert not found.plan.kept
+
+
+@pytest.mark.parametrize(("joined", "outer"), [("view", 4), ("within", 1)])
+def test_the_anatomy_says_where_the_channels_of_merged_values_are(joined: str, outer: int) -> None:
+    model = Merged(partial(nn.RMSNorm, eps=1e-5), joined).to("meta").eval()
+    anatomy = anatomy_of(trace(model, {"x": torch.zeros(2, 8, 5, device="meta")}))
+    assert [stream["merged"] for stream in anatomy["streams"]] == [{"merge": {"outer": outer, "inner": 4 // outer}}]
+    mapping = llm_compressor(anatomy)
+    assert mapping["r1"] == []
+    assert "`merge` reads several of its values side by side" in mapping["left_out"].values()
 
 
 def test_the_norms_that_merge_patches_no_longer_keep_a_stage_of_swin() -> None:

@@ -37,12 +37,29 @@ class Fusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.after = nn.Linear(D, D), nn.Linear(D, D)
+        self.norm, self.lin, self.skip = nn.RMSNorm(D, eps=1e-6), nn.Linear(D, D), nn.Linear(D, D)
 
-    def forward(self, hidden_state: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None:
-            hidden_state = hidden_state + self.before(residual)
-        return self.after(hidden_state).relu()
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = x + self.lin(self.norm(x))
+        return y if residual is None else y + self.skip(residual)
+
+
+class Leveled(nn.Module):
+    """Gives a part its residual, which is the stream, for an argument that no traced call has a value like."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings, self.part, self.norm = Embeddings(), Fusion(), nn.RMSNorm(D, eps=1e-6)
+        self.head = nn.Linear(D, 3)
+        self.config = SimpleNamespace(image_size=8, patch_size=4)
+
+    def forward(self, pixel_values: Tensor, level: int | None = None) -> Tensor:
+        x = self.embeddings(pixel_values)
+        x = self.part(x, residual=x) if level is not None and level > 1 else self.part(x)
+        found: Tensor = self.head(self.norm(x))
+        return found
 
 
 class Depth(nn.Module):
@@ -52,15 +69,14 @@ class Depth(nn.Module):
         super().__init__()
         self.leaks = leaks
         self.embeddings, self.first, self.inner = Embeddings(), nn.LayerNorm(D), nn.Linear(D, D)
-        self.last, self.read, self.fuse = nn.LayerNorm(D), nn.Linear(D, D), nn.ModuleList([Fusion(), Fusion()])
+        self.last, self.read = nn.LayerNorm(D), nn.Linear(D, D)
         self.config = SimpleNamespace(image_size=8, patch_size=4)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.embeddings(pixel_values)
         x = x + self.inner(self.first(x))
-        top = self.read(self.last(x))
-        below = self.fuse[0](top)
-        return self.fuse[1](top, residual=below) if not self.leaks else self.fuse[1](top, below) + x.square()
+        found: Tensor = self.read(self.last(x))
+        return found + x.square() if self.leaks else found
 
 
 def planned(method: str, **changes: Any) -> tuple[Plan, nn.Module]:
@@ -95,8 +111,25 @@ def test_what_such_a_call_shows_counts_as_any_other() -> None:
     assert {v.code for v in plan.kept} == {"unknown-op"}
 
 
+@pytest.mark.parametrize("method", ["rotate", "scale"])
+def test_no_value_is_invented_for_what_could_be_a_stream(method: str) -> None:
+    with torch.device("meta"):
+        plan = plan_model(Leveled().eval(), Options(power="2"), method)
+    assert not plan.converted
+    assert any("`part.skip.weight` fits this stream" in verdict.reason for verdict in plan.kept)
+
+
 def test_a_part_is_the_innermost_that_holds_the_tensor_and_need_not_be_given_the_argument() -> None:
-    model = Depth()
-    assert list(parts_that_take(model, "residual", {"fuse.0.before.weight", "fuse.0.before.bias"})) == ["fuse.0"]
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"part": Fusion()}), "embeddings": Embeddings()})
+    assert list(parts_that_take(model, "residual", {"outer.part.skip.weight", "outer.part.skip.bias"})) == [
+        "outer.part"
+    ]
     assert list(parts_that_take(model, "pixel_values", {"embeddings.mask_token"})) == []
-    assert list(parts_that_take(model, "residual", {"read.weight"})) == []
+    assert list(parts_that_take(model, "residual", {"embeddings.mask_token"})) == []
+
+
+def test_patches_of_no_size_are_no_reason_to_fail() -> None:
+    with torch.device("meta"):
+        model = Depth().eval()
+    model.config.patch_size = 0
+    assert "embeddings.mask_token" in trace_model(model).unreached

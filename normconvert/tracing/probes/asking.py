@@ -30,6 +30,8 @@ FEATURES = {
 """Signal argument -> the model's method that turns it into the features that replace the placeholders."""
 PROJECTORS = ("multi_modal_projector",)
 """Modules whose outputs are the features, where the model has no method for them."""
+FEW = 64
+"""Numbers of an input of whole numbers that are looked at one by one."""
 TEXT = ("input_ids", "attention_mask")
 """Arguments that belong to the text, whoever else looks at them."""
 
@@ -74,8 +76,12 @@ def needed(facts: Facts, signal: str) -> list[str]:
 
 def feature_count(facts: Facts, signal: str, inputs: dict[str, Any]) -> int:
     """How many placeholders one signal's features fill in all, asked of the model itself; 0 if it does not say."""
-    shapes = ((name, tuple(x.shape)) for name, x in inputs.items() if isinstance(x, Tensor) and name not in TEXT)
-    key = (signal, *sorted(shapes))
+    given = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and name not in TEXT}
+    # Grids and sizes count by their values, signals by their shape.
+    told = (
+        (n, str(tuple(x.shape) if x.is_floating_point() or x.numel() > FEW else x.tolist())) for n, x in given.items()
+    )
+    key = (signal, *sorted(told))
     if key not in facts.counted:
         facts.counted[key] = _feature_count(facts, signal, inputs)
     return facts.counted[key]

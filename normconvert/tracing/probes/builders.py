@@ -284,7 +284,7 @@ def latents(facts: Facts) -> int:
 def patch_count(facts: Facts) -> int:
     """Patches of an image."""
     height, across = facts.image_size or (64, 64)
-    side = facts.number("patch_size", part="vision", default=16)
+    side = facts.number("patch_size", part="vision", default=16) or 1
     return (height // side) * (across // side)
 
 
