@@ -142,13 +142,11 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
     if not missing(graph):
         return graph
     calls = chain(
-        ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)),
-        _calls_of_the_base(model),
+        ((more, "") for more in islice(further_inputs(model, inputs), FURTHER_CALLS)), _calls_of_the_base(model)
     )
-    calls = chain(
-        islice(_calls_of_parts(model, inputs, missing(graph)), FURTHER_CALLS), islice(calls, 2 * FURTHER_CALLS)
-    )
-    for more, entry in calls:
+    # Calls of parts come last: what the base returns is a way out, which only a call of it shows.
+    parts = _calls_of_parts(model, inputs, lambda: missing(graph))
+    for more, entry in chain(islice(calls, 2 * FURTHER_CALLS), islice(parts, FURTHER_CALLS)):
         try:
             other = trace(model, more, entry)
         except TraceError:
@@ -162,12 +160,12 @@ def _with_further_calls(model: nn.Module, graph: Graph, inputs: dict[str, Any]) 
 
 
 def _calls_of_parts(
-    model: nn.Module, inputs: dict[str, Any], tensors: Set[str]
+    model: nn.Module, inputs: dict[str, Any], missing: Callable[[], Set[str]]
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Calls that give a part, which holds some of these tensors, an argument that ``forward`` has none for."""
+    """Calls that give a part, which holds missing tensors, an argument that ``forward`` has none for."""
     for argument in OPTIONAL:
         if argument not in inspect.signature(model.forward).parameters:
-            for path in parts_that_take(model, argument, tensors):
+            for path in parts_that_take(model, argument, missing()):
                 yield {**inputs, argument: optional_input(model, argument)}, entry_of_part(path, argument)
 
 
