@@ -29,8 +29,8 @@ Edit = Mapping[str, Any]
 Lookup = Callable[[str], Tensor]
 """Returns a *source* tensor (not edited) by its name in the model, in any floating dtype."""
 
-BLOCK = 1 << 20
-"""Elements of a large tensor that are turned into float64 at a time."""
+BLOCK = 1 << 18
+"""Elements of a large tensor that are turned into float64 at a time: they stay in the cache, or nearly."""
 
 
 def _split(x: Tensor, edit: Edit) -> tuple[Tensor, int, tuple[int, ...]]:
@@ -132,9 +132,9 @@ def _add_product(x: Tensor, edit: Edit, lookup: Lookup) -> Tensor:
     at = {**edit, "axis": axis + (out > axis)}
     sums = []
     for rows in weight.split(max(1, BLOCK * weight.shape[0] // max(1, weight.numel()))):
-        view, dim, _ = _split(rows.to(torch.float64), at)
+        view, dim, _ = _split(rows.to(torch.float64, copy=True), at)
         view = view.narrow(dim, start, vector.numel())
-        sums.append((view * _vector(view, dim, vector)).flatten(1).sum(1))
+        sums.append(view.mul_(_vector(view, dim, vector)).flatten(1).sum(1))
     return x + torch.cat(sums).reshape(x.shape)
 
 

@@ -89,13 +89,16 @@ def _product(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
     A product is quick where the axis of its factor comes first, or what lies behind it is long. So each factor is
     multiplied where its axis lies, but not in rows of channels, whose last axes have nothing behind them: there each
-    product brings the last axis that is left to the front, and at the end they are in order again, the rows behind.
+    product brings the last axis that is left to the front, and the first factor's, the last to be multiplied, finds
+    the others in order before the rows: row by row it puts them behind its own.
     """
     before, size, after = x.shape
-    if after == 1:
-        for factor in reversed(factors):
+    if after == 1 and factors:
+        for factor in reversed(factors[1:]):
             x = factor @ x.reshape(-1, len(factor)).T
-        return x.reshape(size, before).T.unsqueeze(2)
+        order = len(factors[0])
+        others = x.reshape(size // order, before, order).permute(1, 2, 0)
+        return torch.bmm(factors[0].expand(before, order, order), others).reshape(before, size, 1)
     groups, left = before, size
     for factor in factors:
         order = len(factor)
