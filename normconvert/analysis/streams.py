@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.handwritten import Forms
-from normconvert.analysis.norms import Norm
+from normconvert.analysis.norms import Norm, by_path
 from normconvert.analysis.op_table import carried, terms_of
 from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, SILENT, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
@@ -160,7 +160,8 @@ class Analysis:
         for node in reversed(self.graph.nodes):
             has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
             silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
-            if not silent and name_of(node) not in SILENT:
+            # What a way out returns matters, though no output be made of it, as in layers behind the last that is read.
+            if node in self.graph.exits or (not silent and name_of(node) not in SILENT):
                 found.add(node)
         return found
 
@@ -204,6 +205,14 @@ class Analysis:
         """
         counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
         return next((name for name, count in counts if count and count % size == 0), None)
+
+    def calls(self) -> dict[str, list[Norm]]:
+        """Path of a module -> the calls of its norm, in execution order.
+
+        A call whose result nothing needs is none, if there are others: whatever that norm becomes, nobody sees it.
+        """
+        found = by_path(self.norms)
+        return {path: [n for n in group if n.read in self.live] or group for path, group in found.items()}
 
     def norm_of(self, node: fx.Node) -> Norm | None:
         """The norm whose normalised value a value is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normconvert.analysis.norms import Norm, by_path, find_norms
+from normconvert.analysis.norms import Norm, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, operation
 from normconvert.options import OF_TENSORS, Options
 from normconvert.plan.conversion_plan import Plan
@@ -39,7 +39,7 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
         return ""
     analysis = Analysis(graph, find_norms(graph))
     found, boundaries = editability(analysis, options)
-    calls = by_path(analysis.norms)
+    calls = analysis.calls()
     inserted: set[Boundary] = set()
     for row in plan.modules:
         if row["op"] == CENTRED:
@@ -140,6 +140,7 @@ def _norm_with_a_mean(
                 clean.add(ref)
     for calls in replaced:
         path = calls[0].path
-        if any((norm.source, norm.place) not in clean for norm in calls) or misuse(path, calls, analysis.graph):
+        misused = misuse(path, analysis.norms, analysis.graph)
+        if misused or any((norm.source, norm.place) not in clean for norm in calls):
             return f"what `{path}` reads is not mean-free"
     return ""

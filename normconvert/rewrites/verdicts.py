@@ -57,8 +57,9 @@ def obstacle_among(
     return None
 
 
-def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
-    """Who uses a norm's module in another way than by calling the norm."""
+def misuse(path: str, norms: Iterable[Norm], graph: Graph) -> Obstacle | None:
+    """Who uses a norm's module in another way than by calling the norm; ``norms``: all of the graph."""
+    group = [norm for norm in norms if norm.path == path]
     if reader := _reader_outside(path, group, graph):
         return Obstacle("not-a-module", f"{reader}, past the calls of the module.")
     if any(norm.module != group[0].module for norm in group):

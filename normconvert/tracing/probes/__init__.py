@@ -19,7 +19,7 @@ from normconvert.tracing.probes.examples import example_probes
 from normconvert.tracing.probes.facts import Facts
 from normconvert.tracing.probes.verification import Probe, guessed_probes
 
-OPTIONAL = ("bool_masked_pos",)
+OPTIONAL = ("bool_masked_pos", "mask_time_indices")
 """Arguments that make a model use parameters which it leaves alone without them."""
 
 __all__ = [

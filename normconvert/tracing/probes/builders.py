@@ -293,6 +293,15 @@ def _time(spec: Spec, facts: Facts) -> int:
     return next((n for n in spec.shape[1:] if n != mels(facts)), mels(facts))
 
 
+def heard(facts: Facts, sizes: Sizes) -> Spec:
+    """Which of the vectors that a sound becomes are masked: (batch, vectors)."""
+    kernels, strides = (facts.get(name, part="audio", default=()) for name in ("conv_kernel", "conv_stride"))
+    count = sizes.samples if kernels else _time(features(facts, sizes), facts)
+    for kernel, stride in zip(kernels, strides, strict=False):
+        count = (count - kernel) // stride + 1
+    return Spec((sizes.batch, count), "false")
+
+
 # Arguments that carry the model's real input. A row may return a Spec or a plain value.
 BUILDERS: dict[str, Builder] = {
     "input_ids": ids(),
@@ -355,6 +364,7 @@ BUILDERS: dict[str, Builder] = {
     "pixel_mask": lambda f, s: Spec((s.batch, *image(f, s).shape[-2:]), "ones"),
     "pixel_attention_mask": patch_mask,
     "bool_masked_pos": lambda f, s: Spec((s.batch, patch_count(f)), "false"),
+    "mask_time_indices": heard,
     "is_longer": lambda f, s: Spec((s.batch, 1), "false"),
     "aspect_ratio_ids": lambda f, s: Spec((s.batch, 1), "ones"),
     "aspect_ratio_mask": lambda f, s: Spec((s.batch, 1, f.number("max_num_tiles", default=4)), "ones"),
