@@ -134,6 +134,11 @@ class Options:
         "Keep the mean of features, intermediate layers and hidden states; norms behind them stay.",
         methods=("rmsnorm", "crmsnorm", "rotate", "scale"), recorded=True, recipe=True, panel=PLANNED,
     )  # fmt: skip
+    allow_unread: bool = option(
+        False,
+        "Take tensors that no traced call reads for unused: right as long as the model does not use them.",
+        methods=("rmsnorm", "crmsnorm", "rotate", "scale"), recorded=True, recipe=True, panel=PLANNED,
+    )  # fmt: skip
     through_features: bool = option(
         False,
         "Let scales move across points where features are returned, which changes those.",

@@ -189,22 +189,13 @@ class Analysis:
                     leaks[(use.leak.reader, use.leak.code)] = use.leak
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
-        if name := self._unreached_that_fits(stream.size):
+        if name := next(unreached_that_fit(self.graph, stream.size), None):
             why = f"`{name}` fits this stream, and no traced input makes the model use it"
             leaks[(start[0], "unread")] = Leak(start, start[0], "unread", why)
         # What does read the stream is the better reason, and comes before what merely could write into it.
         stream.leaks = sorted(leaks.values(), key=lambda leak: (leak.code == "unread", self._order[leak.reader]))
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
-
-    def _unreached_that_fits(self, size: int) -> str | None:
-        """A tensor that no traced call reads, and that could be written into a stream of ``size`` channels as it is.
-
-        A view makes a channel axis of any dimensions, or of a part of one, so it is the number of elements that counts:
-        of another number nothing but a slice, a repetition or a sum with something else fills the channels.
-        """
-        counts = ((name, math.prod(shape)) for name, shape in self.graph.unreached.items())
-        return next((name for name, count in counts if count and count % size == 0), None)
 
     def calls(self) -> dict[str, list[Norm]]:
         """Path of a module -> the calls of its norm, in execution order.
@@ -374,6 +365,16 @@ class Analysis:
                 yield from self.other_readers(use.to, allowed, norms_too=norms_too)
             elif use.to is not None and not allowed(use.to):
                 yield use.to[0]
+
+
+def unreached_that_fit(graph: Graph, size: int) -> Iterator[str]:
+    """The tensors that no traced call reads, and that could be written into a stream of ``size`` channels as they are.
+
+    A view makes a channel axis of any dimensions, or of a part of one, so it is the number of elements that counts:
+    of another number nothing but a slice, a repetition or a sum with something else fills the channels.
+    """
+    counts = ((name, math.prod(shape)) for name, shape in graph.unreached.items())
+    return (name for name, count in counts if count and count % size == 0)
 
 
 def described(path: str) -> str:

@@ -16,7 +16,7 @@ from normconvert.options import OF_TENSORS, Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.centring import Centring, axis_of, editability
 from normconvert.rewrites.fold import fold_norms
-from normconvert.rewrites.registry import REWRITES
+from normconvert.rewrites.registry import REWRITES, as_allowed
 from normconvert.rewrites.verdicts import misuse
 from normconvert.rewrites.writers import writer_edits
 from normconvert.tracing.graph import Graph
@@ -37,7 +37,7 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
         return _other_edit(REWRITES[plan.method].planner(graph, options), plan)
     if plan.method != "rmsnorm":
         return ""
-    analysis = Analysis(graph, find_norms(graph))
+    analysis = Analysis(as_allowed(graph, options), find_norms(graph))
     found, boundaries = editability(analysis, options)
     calls = analysis.calls()
     inserted: set[Boundary] = set()
@@ -82,7 +82,7 @@ def _refused_edit(
         fold_norms(analysis, [calls], allowed)
     names = {alias: p.aliases for p in analysis.graph.parameters.values() for alias in p.aliases}
     for name, rows in tensors.items():
-        if name in analysis.graph.unreached:
+        if name not in names:
             return f"no traced input makes the model use `{name}`"
         asked = [allowed[alias] for alias in names.get(name, (name,)) if alias in allowed]
         if asked and rows not in asked:

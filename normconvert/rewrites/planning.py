@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from normconvert.analysis.norms import find_norms
+from normconvert.analysis.streams import unreached_that_fit
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites import crmsnorm, folding, fuse_bn, rmsnorm, rotating, scaling  # noqa: F401  # register themselves
@@ -16,7 +18,7 @@ from normconvert.rewrites.edited_trace import Differs
 from normconvert.rewrites.expected_changes import expected_changes
 from normconvert.rewrites.registry import REWRITES
 from normconvert.rewrites.ties import ties_for_good
-from normconvert.rewrites.verdicts import ALLOWED, with_offers_that_help
+from normconvert.rewrites.verdicts import ALLOWED, TAKEN_FOR_UNUSED, with_offers_that_help
 from normconvert.sources.transformers_models import TIE
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
@@ -58,12 +60,14 @@ def plan_graph(graph: Graph, options: Options, method: str) -> Plan:
     """The plan for a model that has been traced."""
     planner = REWRITES[method].planner
     plan = planner(graph, options)
-    if any(verdict.reason.endswith(ALLOWED) for verdict in plan.verdicts):
-        plan = with_offers_that_help(plan, planner(graph, replace(options, allow_shifted_outputs=True)))
+    shifted, unread = replace(options, allow_shifted_outputs=True), replace(options, allow_unread=True)
+    for offer, taken in ((ALLOWED, shifted), (TAKEN_FOR_UNUSED, unread)):
+        if any(verdict.reason.endswith(offer) for verdict in plan.verdicts):
+            plan = with_offers_that_help(plan, planner(graph, taken), offer)
     if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
         verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
         return Plan(method, verdicts=verdicts)
-    return _with_doors(plan, graph)
+    return _with_doors(plan, graph, _taken_for_unused(plan, graph) if options.allow_unread else [])
 
 
 def difference_later(graph: Graph, plan: Plan, options: Options) -> str:
@@ -91,13 +95,30 @@ def difference(graph: Graph, plan: Plan, options: Options) -> str:
     return ""
 
 
-def _with_doors(plan: Plan, graph: Graph) -> Plan:
-    """The plan with the ways into the model for which it is proved, and a note of those for which it is not."""
+def _taken_for_unused(plan: Plan, graph: Graph) -> list[str]:
+    """The tensors that no traced call reads, and that could write into a stream which changes."""
+    paths = {verdict.path for verdict in plan.converted}
+    norms = [norm for norm in find_norms(graph, uncentred=True) if norm.path in paths]
+    sizes = sorted({norm.place.size for norm in norms if norm.place is not None})
+    return list(dict.fromkeys(name for size in sizes for name in unreached_that_fit(graph, size)))
+
+
+def _with_doors(plan: Plan, graph: Graph, unused: list[str]) -> Plan:
+    """The plan with the ways into the model for which it is proved, and a note of those for which it is not.
+
+    Args:
+        plan: nothing is added if it converts nothing.
+        graph: of the model.
+        unused: tensors that the user has said are not used.
+    """
     if not plan.converted:
         return plan
     untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph)]
     more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
     notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
+    if unused:
+        rest = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        notes.append(f"right as long as nothing uses {unused[0]}{rest}, which no traced call reads (--allow-unread)")
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
         what |= {"rotate": "the stream in another basis", "fold": "what a norm gives, without its weight and bias"}

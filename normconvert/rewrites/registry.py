@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from normconvert.options import Options
@@ -42,7 +42,12 @@ def rewrite(method: str, *, compared: Stage) -> Callable[[Planner], Planner]:
     """
 
     def register(planner: Planner) -> Planner:
-        REWRITES[method] = Rewrite(planner, compared)
+        REWRITES[method] = Rewrite(lambda graph, options: planner(as_allowed(graph, options), options), compared)
         return planner
 
     return register
+
+
+def as_allowed(graph: Graph, options: Options) -> Graph:
+    """The graph that a plan is made for: where what no call reads is taken for unused, there is no such tensor."""
+    return replace(graph, unreached={}) if options.allow_unread else graph

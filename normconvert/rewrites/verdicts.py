@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,8 @@ from normconvert.tracing.in_place_writes import boundary_of
 
 ALLOWED = "; --allow-shifted-outputs lets that change."
 """How a reason ends that a user may lift."""
+TAKEN_FOR_UNUSED = "; --allow-unread takes it for unused."
+"""How one ends that doubt alone is, and another option."""
 ALL_RETURNED = "; where all that is returned may change, nothing is left to be compared."
 """How it ends where the user has lifted it in vain."""
 
@@ -73,25 +76,33 @@ def with_nothing_compared(plan: Plan) -> Plan:
     return replace(plan, verdicts=verdicts)
 
 
-def with_offers_that_help(plan: Plan, allowed: Plan) -> Plan:
-    """A plan whose reasons offer ``--allow-shifted-outputs`` to norms that it has converted, and tell others all.
+def with_offers_that_help(plan: Plan, allowed: Plan, offer: str) -> Plan:
+    """A plan whose reasons offer an option to norms that it has converted, and tell others all.
 
     Args:
         plan: without that option.
         allowed: with it.
+        offer: how the reasons end that it may lift.
     """
     there = {verdict.path: verdict for verdict in allowed.verdicts}
 
     def told(verdict: Verdict) -> Verdict:
         other = there[verdict.path]
-        if other.converted or not verdict.reason.endswith(ALLOWED):
+        if other.converted or not verdict.reason.endswith(offer):
             return verdict
-        if other.reason.endswith(ALL_RETURNED):
+        # What might be so is told only of norms that nothing else keeps.
+        if other.reason.endswith(ALL_RETURNED) or (offer == TAKEN_FOR_UNUSED and not other.reason.endswith(ALLOWED)):
             return other
-        first = verdict.reason.removesuffix(ALLOWED)
-        return replace(other, reason=f"{first}; --allow-shifted-outputs alone does not help, for then {other.reason}")
+        first, option = verdict.reason.removesuffix(offer), offer.split()[1]
+        return replace(other, reason=f"{first}; {option} alone does not help, for then {other.reason}")
 
     return replace(plan, verdicts=[told(verdict) for verdict in plan.verdicts])
+
+
+def without_offers(plan: Plan) -> Plan:
+    """A plan for a command that has none of the options which its reasons offer."""
+    verdicts = [replace(v, reason=re.sub(r"; --allow-[^;]*$", ".", v.reason)) for v in plan.verdicts]
+    return replace(plan, verdicts=verdicts)
 
 
 def in_a_branch(obstacle: Obstacle, streams: Iterable[Stream], analysis: Analysis) -> Obstacle:
@@ -150,7 +161,8 @@ def explain_leak(leaks: list[Leak], stream: Stream) -> Obstacle:
         maker = f"in `{module_path(leak.ref[0])}`" if module_path(leak.ref[0]) else "in the model"
         rest = len(others) - 1
         more = f" (and {rest} more reader{'s' if rest > 1 else ''})" if rest else ""
-        return Obstacle(leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}.")
+        end = TAKEN_FOR_UNUSED if leak.code == "unread" else "."
+        return Obstacle(leak.code, f"the stream ({maker}) is not read by norms alone: {leak.reason}{more}{end}")
     if not returned:
         return Obstacle("features", f"{features[0].reason}, with its mean, which --keep-features keeps.")
     leak = returned[0]

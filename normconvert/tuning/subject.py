@@ -80,10 +80,8 @@ def _norms_kept(graph: Graph) -> Plan:
 
 def _norms(source: Source, graph: Graph, settings: Settings, fuse: bool) -> tuple[Plan, tuple[NormSite, ...]]:
     """The plan that centres what the norms read, and the norms to swap."""
-    from normconvert.rewrites.rmsnorm import plan_rmsnorm
-
     # an embedding that is the head, too, cannot hold what the last norm leaves behind
-    plan = with_rms_norms(graph, plan_rmsnorm(graph, Options(tied="untie" if fuse else "center")))
+    plan = _centred(graph, tied="untie" if fuse else "center")
     sites = find_sites(graph, plan)
     if not sites:
         reasons = "; ".join(dict.fromkeys(v.reason for v in plan.verdicts)) or "it has no LayerNorm and no RMSNorm"
@@ -91,7 +89,7 @@ def _norms(source: Source, graph: Graph, settings: Settings, fuse: bool) -> tupl
     chosen = tuple(choose(sites, settings.norms))
     # The last norm stays, so nothing moves into the head, and two tables would be one too many.
     if fuse and not any(site.role == "final" for site in chosen):
-        plan = with_rms_norms(graph, plan_rmsnorm(graph, Options(tied="center")))
+        plan = _centred(graph, tied="center")
     elif fuse:
         plan = _with_untied_heads(graph, plan)
     # What is compared in float64 casts to float32 where a norm that stays does; the others are gone, or are this
@@ -99,6 +97,13 @@ def _norms(source: Source, graph: Graph, settings: Settings, fuse: bool) -> tupl
     gone = {site.path for site in chosen} | {v.path for v in plan.converted}
     plan = replace(plan, float32_norms=casts_among(graph, gone))
     return plan, chosen
+
+
+def _centred(graph: Graph, tied: str) -> Plan:
+    from normconvert.rewrites.rmsnorm import plan_rmsnorm
+    from normconvert.rewrites.verdicts import without_offers
+
+    return with_rms_norms(graph, without_offers(plan_rmsnorm(graph, Options(tied=tied))))
 
 
 def _with_untied_heads(graph: Graph, plan: Plan) -> Plan:
