@@ -21,6 +21,8 @@ from tests.support.network_ops import ACTIONS, DETOURS, PASSES, detour
 from tests.support.network_parts import IN_PLACE, JOINS, JOINS_OPAQUE, SCALES, WRITERS, Op, Size, linear, param, rows
 
 VOCAB = 11
+MOST = 99
+"""More steps than a network has."""
 ALL_JOINS = {**JOINS, **IN_PLACE, **JOINS_OPAQUE}
 
 
@@ -204,11 +206,13 @@ class Network(nn.Module):
         stream, outputs = self.stream(self.source(data), data)
         return outputs | self._head(stream)
 
-    def stream(self, x: Tensor, data: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The value before the head, and what was returned on the way."""
+    def stream(self, x: Tensor, data: Tensor, start: int = 0, stop: int = MOST) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value before the head, and what was returned on the way; of some of the steps."""
         stash: list[Tensor] = []
         outputs: dict[str, Tensor] = {}
         for number, (step, module) in enumerate(zip(self.case.steps, self.steps, strict=True)):
+            if not start <= number < stop:
+                continue
             if step.kind in ("block", "pass", "detour", "again"):
                 x = module(x)
             elif step.kind in ("feature", "leak"):
