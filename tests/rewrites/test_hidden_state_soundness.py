@@ -21,7 +21,7 @@ from normconvert.rewrites.planning import plan_graph
 from normconvert.tracing.graph import trace
 from normconvert.verification.equivalence import algebra_model
 from tests.support.equivalence import Inputs, distance, on_meta, randomise
-from tests.support.random_networks import Case, Network, describe, inputs_for, runnable_inputs
+from tests.support.random_networks import Case, Network, describe, runnable_inputs
 
 MANY = int(os.environ.get("NORMCONVERT_SOUNDNESS", "0"))
 METHODS = ["rmsnorm", "fold", "rotate", "scale"]
@@ -102,7 +102,7 @@ def planned(case: Case, read: int, method: str, inputs: Inputs, options: Options
 
 @pytest.mark.parametrize("method", METHODS)
 def test_hidden_states_of_random_networks_are_of_one_basis(method: str) -> None:
-    draw = random.Random(MANY or 11)
+    draw = random.Random(MANY or 7)
     counts: Counter[str] = Counter()
     for number in range(MANY or 10):
         case = replace(describe(draw.choice), head=draw.choice(["linear", "norm", "pooled", "tied"]))
