@@ -14,9 +14,9 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import is_float, shape_of
-from normconvert.analysis.operations import ALIASES, BATCH_NORMS, CONVOLUTIONS, COPIES, GETITEM, name_of
 from normconvert.plan.vectors import Expression, minus, plus, times
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import ALIASES, BATCH_NORMS, CONVOLUTIONS, COPIES, GETITEM, name_of
 
 SAME = COPIES | ALIASES
 """Operations that change no value."""

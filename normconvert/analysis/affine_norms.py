@@ -17,11 +17,11 @@ from torch import fx
 
 from normconvert.analysis.affine_forms import SAME, Form, Vectors, forms_from, is_batch_norm
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.operations import name_of, readers
 from normconvert.plan.vectors import Expression, names_in
 from normconvert.runtime import Affine as AffineNorm
 from normconvert.tracing.graph import Graph, home_of, module_path
 from normconvert.tracing.in_place_writes import MARKER
+from normconvert.tracing.operations import name_of, readers
 
 LARGEST = 256
 """Operations, marks included, in the largest module that is looked at."""

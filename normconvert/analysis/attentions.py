@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import shape_of
-from normconvert.analysis.operations import ATTENTION, COPIES, SOFTMAX, VIEWS, argument, name_of
 from normconvert.analysis.token_grids import Grids, TokenGrid, find_grids
 from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.operations import ATTENTION, COPIES, SOFTMAX, VIEWS, argument, name_of
 
 PRODUCTS = {"aten.matmul", "aten.bmm", "aten.einsum"}
 FILLED = {"aten.new_ones", "aten.new_zeros", "aten.new_full"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import Operand, Term, is_float, shape_of
-from normconvert.analysis.operations import COPIES, STRETCHES, TRANSPOSED, argument, name_of
+from normconvert.tracing.operations import COPIES, STRETCHES, TRANSPOSED, argument, name_of
 
 
 def kept_dims(node: Call, but: Sequence[int] = ()) -> dict[int, int]:

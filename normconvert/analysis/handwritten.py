@@ -35,7 +35,7 @@ from normconvert.analysis.norm_forms import (
     normalised,
     same_channels,
 )
-from normconvert.analysis.operations import GETITEM, STRETCHES, VIEWS, argument, name_of, readers
+from normconvert.tracing.operations import GETITEM, STRETCHES, VIEWS, argument, name_of, readers
 
 MOST = 6
 """Forms of one value: of x itself, of x^2, of x - m."""

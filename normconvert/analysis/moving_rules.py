@@ -13,7 +13,7 @@ from torch import fx
 
 from normconvert.analysis.axis_rules import Call, broadcast, dims_argument, kept_dims, unary_rule
 from normconvert.analysis.channel_axes import Operand, Term, shape_of
-from normconvert.analysis.operations import GETITEM, SPLITS, argument, name_of
+from normconvert.tracing.operations import GETITEM, SPLITS, argument, name_of
 
 PARTS = SPLITS | {"aten.unbind"}
 """Operations whose result is a tuple of parts."""

@@ -20,11 +20,11 @@ from normconvert.analysis.axis_rules import broadcast
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_back, shape_of
 from normconvert.analysis.handwritten import Forms, HandWritten
 from normconvert.analysis.op_table import terms_of
-from normconvert.analysis.operations import COPIES, MOVES, argument, name_of, readers
 from normconvert.analysis.rms_by_hand import CASTS, is_number, plain, rms_norm_by_hand
 from normconvert.runtime import contents
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
+from normconvert.tracing.operations import COPIES, MOVES, argument, name_of, readers
 
 
 @dataclass(frozen=True, eq=False)

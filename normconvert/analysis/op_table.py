@@ -14,7 +14,7 @@ from torch import fx
 from normconvert.analysis import axis_rules as rules
 from normconvert.analysis import moving_rules as moves
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, shape_of
-from normconvert.analysis.operations import (
+from normconvert.tracing.operations import (
     ATTENTION,
     AVERAGES,
     CONCATENATIONS,

@@ -13,7 +13,7 @@ from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, is_float, shape_of
 from normconvert.analysis.handwritten import HandWritten, closed_between
-from normconvert.analysis.operations import argument, name_of
+from normconvert.tracing.operations import argument, name_of
 
 CASTS = {"aten.to", "aten._to_copy", "aten.float", "aten.type_as"}
 """The same values in another dtype."""

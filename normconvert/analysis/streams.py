@@ -14,14 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, fx
+from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.handwritten import Forms
 from normconvert.analysis.norms import Norm, by_path
 from normconvert.analysis.op_table import carried, terms_of
-from normconvert.analysis.operations import EMBEDDING, GETITEM, LINEAR_MAPS, SILENT, name_of, readers
 from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.live_values import live_values
+from normconvert.tracing.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 
 AxisRef = tuple[fx.Node, ChannelAxis]
 """A value and where it carries the channels."""
@@ -103,7 +104,7 @@ class Analysis:
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self.data = self._data_dependent()
-        self.live = self._reaching_an_output()
+        self.live = live_values(graph.nodes, graph.exits.keys() | graph.outputs.keys())
         self.streams: list[Stream] = []
         self.stream_of: dict[AxisRef, Stream] = {}
         places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
@@ -151,17 +152,6 @@ class Analysis:
                 if node not in self.graph.parameters:
                     found.add(node)
             elif any(n in found for n in node.all_input_nodes):
-                found.add(node)
-        return found
-
-    def _reaching_an_output(self) -> set[fx.Node]:
-        """Nodes whose values matter; of a tensor that is only asked for its shape they do not."""
-        found: set[fx.Node] = set()
-        for node in reversed(self.graph.nodes):
-            has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
-            silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
-            # What a way out returns matters, though no output be made of it, as in layers behind the last that is read.
-            if node in self.graph.exits or (not silent and name_of(node) not in SILENT):
                 found.add(node)
         return found
 

@@ -16,7 +16,7 @@ from torch import fx
 from normconvert.analysis.axis_rules import broadcast, dims_argument, kept_dims
 from normconvert.analysis.channel_axes import ChannelAxis, Operand, carry_forward, shape_of
 from normconvert.analysis.op_table import ACTIVATIONS, POINTWISE, terms_of
-from normconvert.analysis.operations import (
+from normconvert.tracing.operations import (
     ATTENTION,
     CONCATENATIONS,
     CONVOLUTIONS,

@@ -15,13 +15,13 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, operation, spans
 from normconvert.options import Options
 from normconvert.rewrites.ties import stay_tied
 from normconvert.tracing.exits import SIDE as EXIT
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import Boundary, boundary_of, unmarked
+from normconvert.tracing.operations import ALIASES, COPIES, EMBEDDING, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.tracing.own_hooks import WATCHED
 
 

@@ -17,13 +17,13 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.channel_axes import shape_of
-from normconvert.analysis.operations import name_of, readers
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression
 from normconvert.rewrites.linear_maps import Blocked, Share
 from normconvert.rewrites.moving import Settled, into_consumers, stop_at_exit
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER
+from normconvert.tracing.operations import name_of, readers
 
 TENSORS = ("start", "lower", "upper")
 """Names of the tensors of a clamp."""

@@ -20,7 +20,6 @@ from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of, sizes_of
 from normconvert.analysis.op_table import POINTWISE, varies
-from normconvert.analysis.operations import NEUTRAL, SILENT, name_of
 from normconvert.analysis.streams import operation
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.clipping import TENSORS
@@ -53,6 +52,7 @@ from normconvert.rewrites.ties import switches
 from normconvert.rewrites.unordered import Expressions, live
 from normconvert.tracing.graph import Graph, Parameter, module_path
 from normconvert.tracing.in_place_writes import MARKER, unmarked
+from normconvert.tracing.operations import NEUTRAL, SILENT, name_of
 
 
 def prove(graph: Graph, plan: Plan, changes: ExpectedChanges) -> None:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, is_float, shape_of
-from normconvert.analysis.operations import (
+from normconvert.analysis.streams import Analysis, AxisRef, Stream
+from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, stored_vector, written_by
+from normconvert.tracing.operations import (
     ALIASES,
     CONCATENATIONS,
     COPIES,
@@ -27,8 +29,6 @@ from normconvert.analysis.operations import (
     name_of,
     readers,
 )
-from normconvert.analysis.streams import Analysis, AxisRef, Stream
-from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Unfoldable, stored_vector, written_by
 
 SAME = COPIES | ALIASES
 CUTS = {

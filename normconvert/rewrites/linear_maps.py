@@ -9,7 +9,10 @@ from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
 from normconvert.analysis.op_table import terms_of
-from normconvert.analysis.operations import (
+from normconvert.analysis.streams import operation
+from normconvert.plan.vectors import Expression
+from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import (
     CONVOLUTIONS,
     COPIES,
     MOVES,
@@ -20,9 +23,6 @@ from normconvert.analysis.operations import (
     name_of,
     readers,
 )
-from normconvert.analysis.streams import operation
-from normconvert.plan.vectors import Expression
-from normconvert.tracing.graph import Graph
 
 PRODUCTS = {"aten.linear", "aten.addmm", "aten.mm", "aten.matmul"}
 LINEAR = CONVOLUTIONS | TRANSPOSED | PRODUCTS

@@ -13,7 +13,6 @@ from typing import Any
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
 from normconvert.analysis.norms import Norm
-from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.centring import can_untie
 from normconvert.rewrites.fold import product, reading
@@ -23,6 +22,7 @@ from normconvert.rewrites.untying import untie_head
 from normconvert.rewrites.writers import Edits
 from normconvert.tracing.exits import exit_module
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import EMBEDDING, name_of, readers
 
 HIDDEN = "hidden_states"
 """The way out of transformers models that returns the outputs of layers and of the norm behind them."""

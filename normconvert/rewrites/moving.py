@@ -17,7 +17,6 @@ from torch import fx
 from normconvert.analysis.affine_norms import Affine, Call
 from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
 from normconvert.analysis.op_table import carried, terms_of
-from normconvert.analysis.operations import CONCATENATIONS, argument, keeps_constants, name_of, readers
 from normconvert.analysis.streams import operation
 from normconvert.plan.vectors import Expression, part, times
 from normconvert.rewrites.linear_maps import (
@@ -28,6 +27,7 @@ from normconvert.rewrites.linear_maps import (
     share_of,
 )
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import CONCATENATIONS, argument, keeps_constants, name_of, readers
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from normconvert.analysis.norms import Norm, by_path, find_norms
-from normconvert.analysis.operations import name_of
 from normconvert.analysis.rms_by_hand import CASTS
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.in_place_writes import MARKER
+from normconvert.tracing.operations import name_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from normconvert.analysis.norms import Norm
-from normconvert.analysis.operations import ALIASES, COPIES, EMBEDDING, name_of
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, operation, spans
 from normconvert.plan.vectors import Expression, minus, plus
 from normconvert.rewrites.centring import can_untie
@@ -22,6 +21,7 @@ from normconvert.rewrites.untying import untie_head
 from normconvert.rewrites.verdicts import misuse
 from normconvert.rewrites.writers import Edits
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import ALIASES, COPIES, EMBEDDING, name_of
 
 _SAME = COPIES | ALIASES | {EMBEDDING}
 """What may stand between a table and the norm."""

@@ -14,9 +14,9 @@ from torch import fx
 
 from normconvert.analysis.affine_norms import find_affine_norms
 from normconvert.analysis.norms import find_norms
-from normconvert.analysis.operations import name_of
 from normconvert.options import METHODS
 from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.operations import name_of
 
 CALLS = {"aten.group_norm": "GroupNorm", "aten.instance_norm": "InstanceNorm"}
 """Operations that are norms over groups of channels or over positions -> what they are called without a module."""

@@ -20,6 +20,7 @@ from normconvert.rewrites.registry import REWRITES
 from normconvert.rewrites.ties import ties_for_good
 from normconvert.rewrites.verdicts import ALLOWED, TAKEN_FOR_UNUSED, with_offers_that_help
 from normconvert.sources.transformers_models import TIE
+from normconvert.tracing.exits import unseen_exits
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_graph import trace_model
 from normconvert.wording.words import EXACT
@@ -113,7 +114,8 @@ def _with_doors(plan: Plan, graph: Graph, unused: list[str]) -> Plan:
     """
     if not plan.converted:
         return plan
-    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph)]
+    unseen = unseen_exits(graph.modules[""], graph.unmarked)
+    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph), *unseen]
     more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
     notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
     if unused:

@@ -17,7 +17,9 @@ from normconvert.analysis.channel_axes import ChannelAxis, carry_back, shape_of
 from normconvert.analysis.moving_rules import cut_of
 from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import terms_of
-from normconvert.analysis.operations import (
+from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
+from normconvert.tracing.graph import Graph, module_path
+from normconvert.tracing.operations import (
     ALIASES,
     CONVOLUTIONS,
     COPIES,
@@ -32,8 +34,6 @@ from normconvert.analysis.operations import (
     name_of,
     readers,
 )
-from normconvert.analysis.streams import Analysis, AxisRef, Leak, described, operation
-from normconvert.tracing.graph import Graph, module_path
 
 Rows = tuple[int, int]
 """Consecutive results of a linear map: the first, and the one behind the last."""

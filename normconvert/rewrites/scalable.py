@@ -14,7 +14,6 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.norms import Norm, find_norms
-from normconvert.analysis.operations import ALIASES, COPIES, MOVES, STRETCHES, VIEWS, name_of, readers
 from normconvert.analysis.rms_by_hand import is_number, plain
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, Provenance, Stream, described, operation
 from normconvert.options import Options
@@ -23,6 +22,7 @@ from normconvert.rewrites.epsilons import attributes_of
 from normconvert.rewrites.readers import CUT, STORED, Unfoldable, values_behind, weight_of
 from normconvert.rewrites.verdicts import ALLOWED, Obstacle, misuse, obstacle_among
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import ALIASES, COPIES, MOVES, STRETCHES, VIEWS, name_of, readers
 
 
 @dataclass(frozen=True)

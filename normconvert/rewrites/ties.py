@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from normconvert.analysis.operations import EMBEDDING, name_of, readers
 from normconvert.plan.conversion_plan import Plan, edited_config
 from normconvert.sources.transformers_models import TIE
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import MARKER, unmarked
+from normconvert.tracing.operations import EMBEDDING, name_of, readers
 from normconvert.tracing.probes import quiet
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normconvert.analysis.operations import ATTENTION, argument, name_of
+from normconvert.tracing.operations import ATTENTION, argument, name_of
 
 Reads = Callable[[fx.Node], Any]
 """What an operand is: values that are one are the same object."""

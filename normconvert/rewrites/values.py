@@ -15,12 +15,12 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, shape_of
-from normconvert.analysis.operations import name_of, readers
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.rewrites.fold import along
 from normconvert.rewrites.fused_values import Rows, only_in, rows_of_values
 from normconvert.rewrites.readers import LINEAR_FORMS, STORED, Reader, Unfoldable, linear_reader
 from normconvert.rewrites.writers import Edits
+from normconvert.tracing.operations import name_of, readers
 
 CACHES = ("cache", "past_key_values")
 """How outputs are called that hold what later calls are given again."""

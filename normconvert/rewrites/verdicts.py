@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from normconvert.analysis.norms import Norm
-from normconvert.analysis.operations import readers
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, Stream, operation
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.centring import leaks_of
 from normconvert.tracing.graph import Graph, module_path
 from normconvert.tracing.in_place_writes import boundary_of
+from normconvert.tracing.operations import readers
 
 ALLOWED = "; --allow-shifted-outputs lets that change."
 """How a reason ends that a user may lift."""

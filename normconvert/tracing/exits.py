@@ -8,7 +8,7 @@ return is the output of modules, which is marked anyway.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,6 +148,20 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
             if names:
                 found[node] = names
     return found
+
+
+def unseen_exits(model: nn.Module, unmarked: Collection[str]) -> list[str]:
+    """The ways out that return what no marker may stand at, since it is written to in place.
+
+    Args:
+        model: that was traced.
+        unmarked: the modules without markers; the empty path stands for the model's methods.
+    """
+    names = [name for path, ways in feature_modules(model).items() if path in unmarked for name in ways]
+    if "" in unmarked:
+        names += [name for name in METHODS if callable(getattr(model, name, None))]
+        names += HEADLESS if _classifiers(model) else ()
+    return list(dict.fromkeys(names))
 
 
 def _named_by(key: str) -> tuple[str, ...]:

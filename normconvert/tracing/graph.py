@@ -33,6 +33,7 @@ from normconvert.tracing.garbage import collecting
 from normconvert.tracing.in_place_writes import boundary_of, make_functional, markers_that_lie, without_detaching
 from normconvert.tracing.inlined_regions import inline_regions
 from normconvert.tracing.known_values import UNKNOWN_VALUE, known_values
+from normconvert.tracing.live_values import read_tensors
 from normconvert.tracing.model_caches import fresh_caches
 from normconvert.tracing.output_paths import named_values
 from normconvert.tracing.own_hooks import refuse_unseen, watched_values
@@ -121,14 +122,16 @@ def trace(model: nn.Module, inputs: Mapping[str, Any], entry: str = "") -> Graph
     inline_regions(module)
     _name_paths(model, module.graph)
     parameters = _parameters(model, program, module.graph)
-    # An export has a placeholder for every tensor of the model, read or not.
-    reached = {name for node, p in parameters.items() if node.users for name in p.aliases}
     outputs = _outputs(program, module.graph)
     watched = watched_values(module.graph)
     modules = dict(model.named_modules(remove_duplicate=False))
     exits = exits_in(model, tuple(module.graph.nodes)) if is_whole(entry) else {}
     if entry not in modules and not is_whole(entry):
         outputs, exits = {}, dict.fromkeys(outputs, (entry,))
+    ways_out = exits.keys() | watched.keys() | outputs.keys()
+    # An export has a placeholder for every tensor of the model, read or not.
+    read = read_tensors(tuple(module.graph.nodes), ways_out, parameters.keys())
+    reached = {name for node in read for name in parameters[node].aliases}
     return Graph(
         nodes=tuple(module.graph.nodes),
         parameters=parameters,

@@ -25,6 +25,8 @@ _LIBRARY.impl("boundary", lambda x, path, side, key: x.clone(), "CompositeExplic
 _LIBRARY.impl("boundary", lambda x, path, side, key: torch.empty_like(x), "Meta")
 
 MARKER = torch.ops.normconvert.boundary.default
+# What a layer gives that no output is made of, hidden states return: it is not to be cleared away as dead.
+fx.node.has_side_effect(MARKER)
 
 
 def boundary_marker(x: Tensor, path: str, side: str, key: str) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from normconvert.analysis.norms import Norm, by_path, find_norms
-from normconvert.analysis.operations import ATTENTION, SOFTMAX, name_of
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites.verdicts import misuse
 from normconvert.tracing.graph import Graph
+from normconvert.tracing.operations import ATTENTION, SOFTMAX, name_of
 
 ATTENDS = SOFTMAX | {ATTENTION, "aten._native_multi_head_attention"}
 """Operations that say: this branch is attention."""

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, carry_back, carry_forward, shape_of
 from normconvert.analysis.op_table import TABLE, terms_of
-from normconvert.analysis.operations import name_of
+from normconvert.tracing.operations import name_of
 from tests.support.op_examples import EXAMPLES, Example
 
 Values = dict[fx.Node, Any]

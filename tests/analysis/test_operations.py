@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normconvert.analysis.operations import VIEWS, keeps_constants, readers
 from normconvert.options import Options
+from normconvert.tracing.operations import VIEWS, keeps_constants, readers
 from tests.support.equivalence import check
 from tests.support.small_models import IDS, VOCAB, D, Model, PreNorm, plan_of
 

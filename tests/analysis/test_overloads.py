@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.analysis.op_table import TABLE
-from normconvert.analysis.operations import name_of
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
+from normconvert.tracing.operations import name_of
 from tests.support.small_models import D, Model, PreNorm, converted, plan_of
 
 

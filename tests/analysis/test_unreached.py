@@ -111,3 +111,48 @@ def test_a_buffer_that_does_not_fill_the_channels_is_no_reason(buffer: Tensor, p
     assert not outcome.problems
     assert outcome.plan is not None
     assert converted(outcome.plan) == {"blocks.0.norm", "norm"}
+
+
+class Prepared(Model):
+    """Makes ready for every call what it adds only where it is told to; ``pools``: and what it returns only then."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(PreNorm())
+        self.kind = kind
+        if kind != "positions":
+            self.token = param(1, D)
+        if kind == "projected":
+            self.project = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+        if kind == "positions":
+            self.positions = nn.Embedding(64, D)
+        if kind == "pooler":
+            self.pool = nn.Linear(D, D)
+
+    def forward(self, ids: Tensor, masked: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        if self.kind == "positions":
+            more = self.positions(torch.arange(ids.shape[1], device=ids.device))
+        elif self.kind == "ids":
+            more = self.embed(ids) * 2 + self.token
+        elif self.kind == "like":
+            more = self.token.expand_as(x)
+        else:
+            more = self.token.expand(*ids.shape, -1)
+        if self.kind == "projected":
+            more = self.project(more)
+        if self.kind == "pooler":
+            more = self.pool(x[:, :1] * more)
+        if masked is not None and self.kind != "pooler":
+            x = x + more * masked[..., None]
+        return {"logits": self.head(self.norm(self.blocks[0](x)))}
+
+
+@pytest.mark.parametrize("kind", ["stretched", "projected", "positions", "ids", "like"])
+def test_what_a_call_makes_ready_and_does_not_use_counts_as_unread(kind: str) -> None:
+    plan = planned(lambda: Prepared(kind))
+    assert not plan.converted
+    assert verdict(plan, "norm").code == "unread"
+
+
+def test_what_is_made_of_the_stream_and_of_no_use_is_a_part_of_the_model() -> None:
+    assert converted(planned(lambda: Prepared("pooler"))) == {"blocks.0.norm", "norm"}

@@ -27,7 +27,9 @@ METHODS = ["fold", "rotate", "scale"]
 def test_every_kind_of_part_is_converted_right(kind: str, method: str) -> None:
     table, network = KINDS[kind]
     for in_place in (False, True):
-        cases = [network((4, 4, 4), n) for n in table if bool(WRITES_IN_PLACE.search(n)) == in_place]
+        # Tensors of which nothing comes could be written into the streams of the others.
+        names = [n for n in table if bool(WRITES_IN_PLACE.search(n)) == in_place and n != "nothing"]
+        cases = [network((4, 4, 4), n) for n in names]
         torch.set_default_dtype(torch.float64)
         inputs: list[dict[str, torch.Tensor]] = [{}, {}]
         for number, case in enumerate(cases):

@@ -140,14 +140,17 @@ def readers(value: fx.Node, through: Collection[str] = ()) -> Iterator[fx.Node]:
         value: a node.
         through: operations whose readers are meant in their place, where the value is their first operand.
     """
-    for user in value.users:
-        name = name_of(user)
-        if name in NEUTRAL or (name in LIKE_ANOTHER and user.args[0] is not value):
-            continue
-        if name in through and user.args[0] is value:
+    for user in filter(lambda user: reads(user, value), value.users):
+        if name_of(user) in through and user.args[0] is value:
             yield from readers(user, through)
         else:
             yield user
+
+
+def reads(user: fx.Node, value: fx.Node) -> bool:
+    """Whether the operation, to which it is given, looks at a value, and not at its shape or dtype alone."""
+    name = name_of(user)
+    return not (name in NEUTRAL or (name in LIKE_ANOTHER and user.args[0] is not value))
 
 
 def keeps_constants(node: fx.Node) -> bool:
