@@ -14,14 +14,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, NoPlace, Operand, Term, carry_back, carry_forward, shape_of
 from normconvert.analysis.handwritten import Forms
-from normconvert.analysis.norms import Norm, by_path
+from normconvert.analysis.norms import Norm
 from normconvert.analysis.op_table import carried, terms_of
 from normconvert.tracing.graph import Graph, module_path
-from normconvert.tracing.live_values import live_values
+from normconvert.tracing.in_place_writes import unmarked
+from normconvert.tracing.live_values import dropped_values, live_values
 from normconvert.tracing.operations import EMBEDDING, GETITEM, LINEAR_MAPS, name_of, readers
 
 AxisRef = tuple[fx.Node, ChannelAxis]
@@ -104,7 +105,8 @@ class Analysis:
         self._made_by = {norm.result: norm for norm in norms}
         self._order = {node: i for i, node in enumerate(graph.nodes)}
         self.data = self._data_dependent()
-        self.live = live_values(graph.nodes, graph.exits.keys() | graph.outputs.keys())
+        self.live = live_values(graph.nodes, graph.ways_out, graph.parameters.keys())
+        self._dropped = self._dropped_by_shape()
         self.streams: list[Stream] = []
         self.stream_of: dict[AxisRef, Stream] = {}
         places: dict[fx.Node, list[ChannelAxis]] = defaultdict(list)
@@ -155,6 +157,15 @@ class Analysis:
                 found.add(node)
         return found
 
+    def _dropped_by_shape(self) -> dict[tuple[int, ...], fx.Node]:
+        """A value that nothing reads, of each shape; what a norm gives is no part of a residual stream."""
+        found: dict[tuple[int, ...], fx.Node] = {}
+        normed = {node for norm in self.norms for node in (norm.result, norm.output)}
+        for node in dropped_values(self.graph.nodes, self.graph.ways_out, self.graph.parameters.keys()):
+            if unmarked(node) not in normed and isinstance(node.meta.get("val"), Tensor):
+                found.setdefault(tuple(shape_of(node)), node)
+        return found
+
     def grow(self, start: AxisRef, ends: Collection[fx.Node] = ()) -> Stream:
         """The stream through ``start``, its members in execution order; not what values at ``ends`` are made of."""
         stream = Stream(size=start[1].size)
@@ -179,21 +190,22 @@ class Analysis:
                     leaks[(use.leak.reader, use.leak.code)] = use.leak
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
-        if name := next(unreached_that_fit(self.graph, stream.size), None):
-            why = f"`{name}` fits this stream, and no traced input makes the model use it"
+        if name := next(self.doubts(stream), None):
+            why = f"{name} fits this stream, and no traced input makes the model use it"
             leaks[(start[0], "unread")] = Leak(start, start[0], "unread", why)
         # What does read the stream is the better reason, and comes before what merely could write into it.
         stream.leaks = sorted(leaks.values(), key=lambda leak: (leak.code == "unread", self._order[leak.reader]))
         stream.norms.sort(key=lambda pair: self._order[pair[0].result])
         return stream
 
-    def calls(self) -> dict[str, list[Norm]]:
-        """Path of a module -> the calls of its norm, in execution order.
-
-        A call whose result nothing needs is none, if there are others: whatever that norm becomes, nobody sees it.
-        """
-        found = by_path(self.norms)
-        return {path: [n for n in group if n.read in self.live] or group for path, group in found.items()}
+    def doubts(self, stream: Stream) -> Iterator[str]:
+        """What another call might write into a stream: tensors that none reads, values that none goes on with."""
+        if self.graph.unread_is_unused:
+            return
+        yield from (f"`{name}`" for name in unreached_that_fit(self.graph, stream.size))
+        shapes = dict.fromkeys(tuple(shape_of(node)) for node, _ in stream.members if node in self.data)
+        for shape in shapes.keys() & self._dropped.keys():
+            yield f"what {operation(unmarked(self._dropped[shape]))} gives"
 
     def norm_of(self, node: fx.Node) -> Norm | None:
         """The norm whose normalised value a value is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, operation
 from normconvert.options import OF_TENSORS, Options
 from normconvert.plan.conversion_plan import Plan
@@ -39,7 +39,7 @@ def unfounded(graph: Graph, plan: Plan, options: Options) -> str:
         return ""
     analysis = Analysis(as_allowed(graph, options), find_norms(graph))
     found, boundaries = editability(analysis, options)
-    calls = analysis.calls()
+    calls = by_path(analysis.norms)
     inserted: set[Boundary] = set()
     for row in plan.modules:
         if row["op"] == CENTRED:
@@ -80,7 +80,7 @@ def _refused_edit(
     fold_norms(analysis, folded, needed)
     for calls in folded:
         fold_norms(analysis, [calls], allowed)
-    names = {alias: p.aliases for p in analysis.graph.parameters.values() for alias in p.aliases}
+    names = {alias: p.aliases for node, p in analysis.graph.parameters.items() if node.users for alias in p.aliases}
     for name, rows in tensors.items():
         if name not in names:
             return f"no traced input makes the model use `{name}`"
@@ -140,7 +140,7 @@ def _norm_with_a_mean(
                 clean.add(ref)
     for calls in replaced:
         path = calls[0].path
-        misused = misuse(path, analysis.norms, analysis.graph)
+        misused = misuse(path, calls, analysis.graph)
         if misused or any((norm.source, norm.place) not in clean for norm in calls):
             return f"what `{path}` reads is not mean-free"
     return ""

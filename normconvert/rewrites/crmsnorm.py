@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from normconvert.analysis.channel_axes import ChannelAxis, carry_forward, shape_of
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.op_table import terms_of
 from normconvert.analysis.streams import Analysis, AxisRef, Stream, described
 from normconvert.options import Options
@@ -82,11 +82,11 @@ def plan_crmsnorm(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     found, boundaries = editability(analysis, options)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    calls = analysis.calls()
+    calls = by_path(norms)
     obstacles = {
         path: why
         for path, group in calls.items()
-        if (why := obstacle(group, where, options) or misuse(path, norms, graph)) is not None
+        if (why := obstacle(group, where, options) or misuse(path, group, graph)) is not None
     }
     model = _Model(analysis, found, boundaries, calls, where, obstacles, options)
     stay = {

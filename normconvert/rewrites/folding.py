@@ -10,7 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.errors import InputError
 from normconvert.options import Options
@@ -39,7 +39,7 @@ def plan_fold(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     tied = tables_to_untie(analysis)
     untied = {name: head for name, (_, head) in tied.items()}
-    calls = analysis.calls()
+    calls = by_path(norms)
     verdicts: list[Verdict] = []
     folded: list[Moved] = []
     for path, group in calls.items():
@@ -78,7 +78,7 @@ def _moved(
             return Obstacle("not-a-module", f"{norm.obstacle}.")
         if norm not in where:
             return Obstacle("unused", "nothing that the model returns depends on it.")
-    if found := misuse(path, analysis.norms, analysis.graph):
+    if found := misuse(path, group, analysis.graph):
         return found
     settings = group[0].module or {}
     own = [f"{path}.{settings[key]}" for key in ("weight", "bias") if settings.get(key)]

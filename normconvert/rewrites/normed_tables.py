@@ -111,7 +111,7 @@ def _normed_table(
     if settings is None or not settings["eps"] or settings["weight"] is None:
         return None
     plain = all(norm in where and norm.output is norm.result for norm in group)
-    if not plain or misuse(group[0].path, analysis.norms, analysis.graph) is not None:
+    if not plain or misuse(group[0].path, group, analysis.graph) is not None:
         return None
     streams = [where[norm][0] for norm in group]
     if any(stream.leaks or any(norm not in group for norm, _ in stream.norms) for stream in streams):

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import nn
 
 from normconvert.analysis.norms import find_norms
-from normconvert.analysis.streams import unreached_that_fit
+from normconvert.analysis.streams import Analysis
+from normconvert.option_fields import about
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.rewrites import crmsnorm, folding, fuse_bn, rmsnorm, rotating, scaling  # noqa: F401  # register themselves
@@ -68,7 +69,13 @@ def plan_graph(graph: Graph, options: Options, method: str) -> Plan:
     if REWRITES[method].compared == "planning" and plan.converted and (found := difference(graph, plan, options)):
         verdicts = [_unproved(v, found) if v.converted else v for v in plan.verdicts]
         return Plan(method, verdicts=verdicts)
-    return _with_doors(plan, graph, _taken_for_unused(plan, graph) if options.allow_unread else [])
+    # An option that a method does not know has no effect there.
+    known = {name for name, _, option in about(Options) if method in option.methods and getattr(options, name)}
+    if "keep_features" in known and plan.converted and (unseen := _unseen_exits(graph)):
+        why = f"{unseen[0]} returns what is written to in place or within an object, which --keep-features keeps."
+        kept = [replace(v, converted=False, code="features", reason=why) for v in plan.converted]
+        return Plan(method, verdicts=[*plan.kept, *kept])
+    return _with_doors(plan, graph, _taken_for_unused(plan, graph) if "allow_unread" in known else [])
 
 
 def difference_later(graph: Graph, plan: Plan, options: Options) -> str:
@@ -97,11 +104,15 @@ def difference(graph: Graph, plan: Plan, options: Options) -> str:
 
 
 def _taken_for_unused(plan: Plan, graph: Graph) -> list[str]:
-    """The tensors that no traced call reads, and that could write into a stream which changes."""
+    """What no traced call reads, and another might write into a stream that changes."""
     paths = {verdict.path for verdict in plan.converted}
-    norms = [norm for norm in find_norms(graph, uncentred=True) if norm.path in paths]
-    sizes = sorted({norm.place.size for norm in norms if norm.place is not None})
-    return list(dict.fromkeys(name for size in sizes for name in unreached_that_fit(graph, size)))
+    analysis = Analysis(graph, find_norms(graph, uncentred=True), mean_only=False)
+    streams = [stream for stream in analysis.streams if any(norm.path in paths for norm, _ in stream.norms)]
+    return list(dict.fromkeys(name for stream in streams for name in analysis.doubts(stream)))
+
+
+def _unseen_exits(graph: Graph) -> list[str]:
+    return unseen_exits(graph.modules[""], graph.unmarked, graph.nodes)
 
 
 def _with_doors(plan: Plan, graph: Graph, unused: list[str]) -> Plan:
@@ -114,13 +125,13 @@ def _with_doors(plan: Plan, graph: Graph, unused: list[str]) -> Plan:
     """
     if not plan.converted:
         return plan
-    unseen = unseen_exits(graph.modules[""], graph.unmarked)
-    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph), *unseen]
+    untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph), *_unseen_exits(graph)]
     more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
     notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
     if unused:
-        rest = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        notes.append(f"right as long as nothing uses {unused[0]}{rest}, which no traced call reads (--allow-unread)")
+        rest = f" and {len(unused) - MANY} more" if len(unused) > MANY else ""
+        names = ", ".join(unused[:MANY])
+        notes.append(f"right as long as nothing uses {names}{rest}, which no traced call reads (--allow-unread)")
     if plan.shifted_doors:
         what = {"rmsnorm": "the stream without its mean", "crmsnorm": "the stream in fewer channels"}
         what |= {"rotate": "the stream in another basis", "fold": "what a norm gives, without its weight and bias"}

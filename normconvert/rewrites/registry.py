@@ -49,5 +49,5 @@ def rewrite(method: str, *, compared: Stage) -> Callable[[Planner], Planner]:
 
 
 def as_allowed(graph: Graph, options: Options) -> Graph:
-    """The graph that a plan is made for: where what no call reads is taken for unused, there is no such tensor."""
-    return replace(graph, unreached={}) if options.allow_unread else graph
+    """The graph that a plan is made for: where what no call reads is taken for unused, that is known of it."""
+    return replace(graph, unread_is_unused=True) if options.allow_unread else graph

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Stream
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan, Verdict
@@ -37,7 +37,7 @@ def plan_rmsnorm(graph: Graph, options: Options) -> Plan:
     analysis = Analysis(graph, norms)
     centring = centre_streams(analysis, options)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
-    calls = analysis.calls()
+    calls = by_path(norms)
     verdicts = [_verdict(path, group, where, analysis, centring, options) for path, group in calls.items()]
     verdicts += never_called(graph, set(calls))
     converted = [norm for v in verdicts if v.converted for norm in calls[v.path]]
@@ -102,7 +102,7 @@ def _verdict(
         if ref not in centring.clean:
             root = root_of_taint(stream, centring, ref)
             return Verdict(path, kind, False, f"what it reads is not mean-free: it contains {root}.", "not-mean-free")
-    if found := misuse(path, analysis.norms, analysis.graph):
+    if found := misuse(path, group, analysis.graph):
         return Verdict(path, kind, False, found.reason, found.code)
     return Verdict(path, kind, True, "it reads a mean-free stream that nothing but norms reads.", "converted")
 

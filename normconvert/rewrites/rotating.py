@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.norms import Norm, find_norms, is_float32_cast
+from normconvert.analysis.norms import Norm, by_path, find_norms, is_float32_cast
 from normconvert.analysis.streams import Analysis, AxisRef, Provenance, Stream, described, operation
 from normconvert.errors import InputError
 from normconvert.options import ROTATIONS, Options
@@ -169,7 +169,7 @@ def _searched(graph: Graph, options: Options, given: Given | None) -> _Search:
     norms = find_norms(graph, uncentred=True)
     analysis = Analysis(graph, norms, mean_only=False)
     analysis.add_written()
-    calls = analysis.calls()
+    calls = by_path(norms)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     # Before linear maps are no leaks any more: what a norm gives of such rows is all that may read them.
     tables = normed_tables(analysis, calls, where)
@@ -251,7 +251,7 @@ def _norm_behind(analysis: Analysis, ref: AxisRef) -> Norm | None:
 
 def _unconvertible(search: _Search, path: str, group: list[Norm], options: Options) -> Obstacle | None:
     """What keeps a norm from being converted; also notes where its weight and bias go."""
-    if why := obstacle(group, search.where, options) or misuse(path, search.analysis.norms, search.analysis.graph):
+    if why := obstacle(group, search.where, options) or misuse(path, group, search.analysis.graph):
         if why.returned:
             return Obstacle("returned", f"{why.returned}, in the basis that it was trained in{ALLOWED}")
         return replace(why, reason=why.reason.replace("with its mean, which", "in its own basis, which"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from normconvert.analysis.norms import Norm, find_norms
+from normconvert.analysis.norms import Norm, by_path, find_norms
 from normconvert.analysis.rms_by_hand import is_number, plain
 from normconvert.analysis.streams import Analysis, AxisRef, Leak, Provenance, Stream, described, operation
 from normconvert.options import Options
@@ -90,12 +90,12 @@ def search_scale(graph: Graph, options: Options) -> Search:
                 leaks[id(stream)].append(leak)
             else:
                 reading[leak.reader] = weight
-    calls = analysis.calls()
+    calls = by_path(norms)
     where = {norm: (stream, ref) for stream in analysis.streams for norm, ref in stream.norms}
     search = Search(analysis, calls, where, [s for s in analysis.streams if not leaks[id(s)]], options.keep_features)
     search.reading = reading
     for path, group in calls.items():
-        found = _obstacle(group, where, leaks) or misuse(path, norms, graph) or attributes_of(graph, group)
+        found = _obstacle(group, where, leaks) or misuse(path, group, graph) or attributes_of(graph, group)
         if isinstance(found, Obstacle):
             search.refused[path] = found
         else:
@@ -208,7 +208,7 @@ def _unscalable_writer(search: Search, norm: Norm, members: dict[AxisRef, Proven
     name = f"the norm {described(norm.path)} writes into it, and"
     if norm.module is None:
         return f"{name} {norm.obstacle}"
-    if (why := misuse(norm.path, search.analysis.norms, search.analysis.graph)) is not None:
+    if (why := misuse(norm.path, group, search.analysis.graph)) is not None:
         return f"{name} {why.reason.rstrip('.')}"
     if norm.module["weight"] is None or norm.output is not norm.result:
         return f"{name} has no weight that could take a number"
@@ -258,7 +258,7 @@ def _norms_before(search: Search, table: fx.Node, heads: list[fx.Node]) -> list[
         leaks = [leak for leak in leaks if search.keep_features or leak.code != "features"]
         if leaks and all(leak.reader in heads and weight_of(search.analysis.graph, leak) is table for leak in leaks):
             settings = group[0].module or {}
-            if settings.get("weight") is None or misuse(path, search.analysis.norms, search.analysis.graph):
+            if settings.get("weight") is None or misuse(path, group, search.analysis.graph):
                 return []
             served |= {leak.reader for leak in leaks}
             found.append(path)

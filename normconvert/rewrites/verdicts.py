@@ -60,9 +60,8 @@ def obstacle_among(
     return None
 
 
-def misuse(path: str, norms: Iterable[Norm], graph: Graph) -> Obstacle | None:
-    """Who uses a norm's module in another way than by calling the norm; ``norms``: all of the graph."""
-    group = [norm for norm in norms if norm.path == path]
+def misuse(path: str, group: list[Norm], graph: Graph) -> Obstacle | None:
+    """Who uses a norm's module in another way than by calling the norm."""
     if reader := _reader_outside(path, group, graph):
         return Obstacle("not-a-module", f"{reader}, past the calls of the module.")
     if any(norm.module != group[0].module for norm in group):
@@ -91,7 +90,7 @@ def with_offers_that_help(plan: Plan, allowed: Plan, offer: str) -> Plan:
         if other.converted or not verdict.reason.endswith(offer):
             return verdict
         # What might be so is told only of norms that nothing else keeps.
-        if other.reason.endswith(ALL_RETURNED) or (offer == TAKEN_FOR_UNUSED and not other.reason.endswith(ALLOWED)):
+        if other.reason.endswith(ALL_RETURNED) or (offer == TAKEN_FOR_UNUSED and "; --allow-" not in other.reason):
             return other
         first, option = verdict.reason.removesuffix(offer), offer.split()[1]
         return replace(other, reason=f"{first}; {option} alone does not help, for then {other.reason}")

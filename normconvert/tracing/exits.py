@@ -8,7 +8,7 @@ return is the output of modules, which is marked anyway.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,13 +150,18 @@ def exits_in(model: nn.Module, nodes: tuple[fx.Node, ...]) -> dict[fx.Node, tupl
     return found
 
 
-def unseen_exits(model: nn.Module, unmarked: Collection[str]) -> list[str]:
-    """The ways out that return what no marker may stand at, since it is written to in place.
+def unseen_exits(model: nn.Module, unmarked: Collection[str], nodes: Iterable[fx.Node]) -> list[str]:
+    """The ways out that return what has no marker: it is written to in place, or within an object that nobody opens.
 
     Args:
         model: that was traced.
         unmarked: the modules without markers; the empty path stands for the model's methods.
+        nodes: of all calls; a module that none of them runs returns nothing.
     """
+    places = [place for node in nodes if (place := boundary_of(node))]
+    run, marked = {path for path, _, _ in places}, {path for path, side, _ in places if side == "output"}
+    run |= {path[:at] for path in run for at, letter in enumerate(path) if letter == "."}
+    unmarked = {*unmarked, *(run - marked - {""})}
     names = [name for path, ways in feature_modules(model).items() if path in unmarked for name in ways]
     if "" in unmarked:
         names += [name for name in METHODS if callable(getattr(model, name, None))]

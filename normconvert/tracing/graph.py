@@ -74,6 +74,7 @@ class Graph:
         untraced_doors: those for which none could be.
         exits: value -> the ways out of the model, other than its outputs, that return it.
         kept: attributes and tables of modules where a call leaves tensors.
+        unread_is_unused: the user says that no call reads what none of these does.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -88,6 +89,12 @@ class Graph:
     untraced_doors: tuple[str, ...] = ()
     exits: Mapping[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
+    unread_is_unused: bool = False
+
+    @functools.cached_property
+    def ways_out(self) -> frozenset[fx.Node]:
+        """The values that the model returns, as its outputs or otherwise."""
+        return frozenset(self.exits) | frozenset(self.outputs)
 
     @functools.cached_property
     def tensors(self) -> dict[str, fx.Node]:

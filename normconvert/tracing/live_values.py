@@ -1,54 +1,92 @@
-"""Which values of a traced call matter, and which tensors it reads."""
+"""Which values of a traced call matter, and which tensors it reads.
+
+A program computes more than it returns, and another call may go on with what this one drops: a flag that is a tensor
+decides it, say. So what is made of the inputs counts as read by somebody, and a tensor of which only values are made
+that never meet those counts as unread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 
 from torch import Tensor, fx
 
 from normconvert.tracing.operations import SILENT, name_of, readers, reads
 
 
-def live_values(nodes: Iterable[fx.Node], ways_out: Set[fx.Node]) -> set[fx.Node]:
-    """The nodes whose values matter: what an output or another way out is made of, and what is asserted.
+def live_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values matter: what an output is made of, what is asserted, and whatever is made of the inputs.
 
-    Of a tensor that is only asked for its shape they do not.
+    Of what is only asked for its shape they do not, nor do values of tensors alone that nothing reads.
 
     Args:
         nodes: in execution order.
         ways_out: values that are returned by others than the program's own output: hidden states return what layers
             give, also those behind the last of which an output is made.
+        parameters: the nodes of tensors of the model.
     """
-    found: set[fx.Node] = set()
-    for node in reversed(tuple(nodes)):
-        has_value = isinstance(node.meta.get("val"), (Tensor, list, tuple))  # an assertion has none, and matters
-        silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
-        if node in ways_out or (not silent and name_of(node) not in SILENT):
+    ends = {node for node in _made_of(nodes, _inputs(nodes, parameters)) if not node.users}
+    return _reaching(nodes, ways_out | ends)
+
+
+def dropped_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> list[fx.Node]:
+    """The floating values that nothing reads, made of the inputs and of tensors that serve nothing else.
+
+    What a module gives beside what is read of it is none: the model has made it of what it goes on with. The arguments
+    are those of :func:`live_values`.
+    """
+    returned = _reaching(nodes, ways_out, assertions=False)
+    apart = _made_of(nodes, {node for node in parameters if not any(user in returned for user in readers(node))})
+    given = _made_of(nodes, _inputs(nodes, parameters))
+    ends = [node for node in nodes if node in given & apart and node.op == "call_function" and node not in ways_out]
+    return [node for node in ends if _is_floating(node) and not any(True for _ in readers(node))]
+
+
+def read_tensors(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
+    """The tensors of which a call shows where they go; the arguments are those of :func:`live_values`.
+
+    A mask token may be stretched for every call, and added where there is a mask: a value that nothing comes of, and
+    that is made of tensors, indices and masks alone, shows as little as if there were no reader. Where it meets what
+    the model has made of its inputs, it is a part of the model, such as a pooler.
+    """
+    returned = _reaching(nodes, ways_out, assertions=False)
+    given, of_tensors = _made_of(nodes, _inputs(nodes, parameters)), _made_of(nodes, parameters)
+    made = set[fx.Node]()  # what the model has made of its inputs
+    for node in nodes:
+        if node in given and node in of_tensors and node.op == "call_function":
+            goes_on = node in returned and _is_floating(node)
+            if goes_on or any(n in made for n in node.all_input_nodes if reads(node, n)):
+                made.add(node)
+    meeting = _reaching(nodes, ways_out | made, assertions=False)
+    return {node for node in parameters if any(user in meeting for user in readers(node))}
+
+
+def _inputs(nodes: Sequence[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
+    return {node for node in nodes if node.op == "placeholder" and node not in parameters}
+
+
+def _made_of(nodes: Sequence[fx.Node], sources: Set[fx.Node]) -> set[fx.Node]:
+    """The sources, and what looks at values that are made of them."""
+    found = set(sources)
+    for node in nodes:
+        if any(n in found for n in node.all_input_nodes if reads(node, n)):
             found.add(node)
     return found
 
 
-def read_tensors(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
-    """The tensors of which a call shows where they go.
+def _reaching(nodes: Sequence[fx.Node], ends: Set[fx.Node], *, assertions: bool = True) -> set[fx.Node]:
+    """The nodes of which ends and the output are made, and assertions, which have no value."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        has_value = not assertions or isinstance(node.meta.get("val"), (Tensor, list, tuple))
+        silent = node.op == "call_function" and has_value and not any(u in found for u in readers(node))
+        if (node in ends or not silent) and name_of(node) not in SILENT:
+            found.add(node)
+    return found
 
-    A program computes more than it returns. A mask token may be stretched for every call, and added where there is a
-    mask: a value that nothing comes of, and that is made of tensors and indices alone, shows as little as if there were
-    no reader. Where it meets what the model makes of its inputs, it is a part of the model, such as a pooler.
 
-    Args:
-        nodes: in execution order.
-        ways_out: as for :func:`live_values`.
-        parameters: the nodes of tensors of the model.
-    """
-    live = live_values(nodes, ways_out)
-    given, made = set[fx.Node](), set[fx.Node]()  # made of inputs; numbers among these that the model goes on with
-    for node in nodes:
-        operands = [n for n in node.all_input_nodes if reads(node, n)]
-        if (node.op == "placeholder" and node not in parameters) or any(n in given for n in operands):
-            given.add(node)
-            value = node.meta.get("val")
-            floating = not isinstance(value, Tensor) or value.is_floating_point()
-            if any(n in made for n in operands) or (floating and node in live):
-                made.add(node)
-    meeting = live_values(nodes, ways_out | made)
-    return {node for node in parameters if any(user in meeting for user in readers(node))}
+def _is_floating(node: fx.Node) -> bool:
+    """Whether a value is a floating tensor, or holds one."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(one, Tensor) and (one.is_floating_point() or one.is_complex()) for one in values)

@@ -121,7 +121,7 @@ class Prepared(Model):
         self.kind = kind
         if kind != "positions":
             self.token = param(1, D)
-        if kind == "projected":
+        if kind in ("projected", "adapter"):
             self.project = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
         if kind == "positions":
             self.positions = nn.Embedding(64, D)
@@ -136,18 +136,28 @@ class Prepared(Model):
             more = self.embed(ids) * 2 + self.token
         elif self.kind == "like":
             more = self.token.expand_as(x)
+        elif self.kind == "mask":
+            more = self.token * (ids > 2).to(x.dtype)[..., None]
+        elif self.kind == "chunks":
+            more = self.token.expand(*ids.shape, -1) * torch.cat(ids.chunk(2, 1), 1)[..., None]
+        elif self.kind == "joined":
+            more = (x + self.token) - x
+        elif self.kind == "adapter":
+            more = self.project(x)
         else:
             more = self.token.expand(*ids.shape, -1)
         if self.kind == "projected":
             more = self.project(more)
         if self.kind == "pooler":
-            more = self.pool(x[:, :1] * more)
+            more = self.pool(self.norm(x)[:, 0] * self.token)
         if masked is not None and self.kind != "pooler":
             x = x + more * masked[..., None]
         return {"logits": self.head(self.norm(self.blocks[0](x)))}
 
 
-@pytest.mark.parametrize("kind", ["stretched", "projected", "positions", "ids", "like"])
+@pytest.mark.parametrize(
+    "kind", ["stretched", "projected", "positions", "ids", "like", "mask", "chunks", "joined", "adapter"]
+)
 def test_what_a_call_makes_ready_and_does_not_use_counts_as_unread(kind: str) -> None:
     plan = planned(lambda: Prepared(kind))
     assert not plan.converted

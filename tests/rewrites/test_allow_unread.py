@@ -63,7 +63,7 @@ def test_the_option_is_offered_to_those_whom_it_helps_and_says_what_it_takes_for
     allowed = planned(method, allow_unread=True)
     assert [v.path for v in allowed.converted] == ["first", "last"]
     assert "mark" not in allowed.tensors
-    said = "right as long as nothing uses mark, which no traced call reads (--allow-unread)"
+    said = "right as long as nothing uses `mark`, which no traced call reads (--allow-unread)"
     assert said in allowed.notes
 
 
@@ -95,7 +95,7 @@ def test_a_depth_model_whose_first_fusion_has_a_residual_that_it_never_gets(
     assert not (tmp_path / "out").exists()
     assert run([*line, "--allow-unread"]) == 0
     # A line of the terminal breaks where it likes.
-    assert "right as long as nothing uses neck.fusion_stage" in " ".join(capsys.readouterr().out.split())
+    assert "right as long as nothing uses `neck.fusion_stage" in " ".join(capsys.readouterr().out.split())
     assert normconvert.check(tmp_path / "out", tmp_path / "model").passed
     record = json.loads((tmp_path / "out" / "normconvert.json").read_text())
     assert record["options"]["allow_unread"] is True

@@ -110,8 +110,11 @@ class Body(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.write(x)
         x = x + self.branch(self.norms[0](x))
-        image = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], 2, 2)
-        return self.norms[1](x)[:, 0], {"stream": x, "image": image, "other": x + 1.0}[self.way]
+        if self.way == "image":
+            other = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], 2, 2)
+        else:
+            other = x if self.way == "stream" else x + 1.0
+        return self.norms[1](x)[:, 0], other
 
 
 class Pooled(nn.Module):
@@ -124,12 +127,13 @@ class Pooled(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("way", ["stream", "image", "other"])
-def test_what_a_module_gives_and_nobody_reads_may_be_narrower(way: str) -> None:
+@pytest.mark.parametrize(("way", "count"), [("stream", 2), ("image", 2), ("other", 0)])
+def test_what_a_module_gives_and_nobody_reads_may_be_narrower(way: str, count: int) -> None:
+    """But for what is no part of the stream: of that another call might make something."""
     with torch.device("meta"):
         model = Pooled(way).eval()
     plan = plan_crmsnorm(trace(model, {"x": torch.empty(2, 4, 5, device="meta")}), Options())
-    assert len(plan.converted) == 2, plan.kept
+    assert len(plan.converted) == count, plan.kept
 
 
 def _with_head_norms(kind: str) -> nn.Module:
