@@ -11,13 +11,14 @@ from collections.abc import Sequence, Set
 
 from torch import Tensor, fx
 
-from normconvert.tracing.operations import SILENT, name_of, readers, reads
+from normconvert.tracing.operations import PARTS, SILENT, name_of, readers, reads
 
 
 def live_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
     """The nodes whose values matter: what an output is made of, what is asserted, and whatever is made of the inputs.
 
-    Of what is only asked for its shape they do not, nor do values of tensors alone that nothing reads.
+    Of what is only asked for its shape they do not, nor do values of tensors alone that nothing reads. A part that is
+    taken of a value and dropped shows no more than the value (BART asks it for its shape).
 
     Args:
         nodes: in execution order.
@@ -25,8 +26,7 @@ def live_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Se
             give, also those behind the last of which an output is made.
         parameters: the nodes of tensors of the model.
     """
-    ends = {node for node in _made_of(nodes, _inputs(nodes, parameters)) if not node.users}
-    return _reaching(nodes, ways_out | ends)
+    return _reaching(nodes, ways_out | _dropped(nodes, ways_out, parameters))
 
 
 def dropped_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> list[fx.Node]:
@@ -37,9 +37,8 @@ def dropped_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters:
     """
     returned = _reaching(nodes, ways_out, assertions=False)
     apart = _made_of(nodes, {node for node in parameters if not any(user in returned for user in readers(node))})
-    given = _made_of(nodes, _inputs(nodes, parameters))
-    ends = [node for node in nodes if node in given & apart and node.op == "call_function" and node not in ways_out]
-    return [node for node in ends if _is_floating(node) and not any(True for _ in readers(node))]
+    ends = _dropped(nodes, ways_out, parameters) & apart
+    return [node for node in nodes if node in ends and _is_floating(node)]
 
 
 def read_tensors(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
@@ -59,6 +58,16 @@ def read_tensors(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: S
                 made.add(node)
     meeting = _reaching(nodes, ways_out | made, assertions=False)
     return {node for node in parameters if any(user in meeting for user in readers(node))}
+
+
+def _dropped(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:
+    """The values made of the inputs of which nothing is made but parts that are dropped as well."""
+    given = _made_of(nodes, _inputs(nodes, parameters))
+    parts, found = set[fx.Node](), set[fx.Node]()
+    for node in reversed(nodes):
+        if node.op == "call_function" and node not in ways_out and all(user in parts for user in node.users):
+            (parts if name_of(node) in PARTS else found).add(node)
+    return found & given
 
 
 def _inputs(nodes: Sequence[fx.Node], parameters: Set[fx.Node]) -> set[fx.Node]:

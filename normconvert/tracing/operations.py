@@ -87,6 +87,17 @@ DROPOUTS = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout"}
 SPLITS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.unsafe_split"}
 """Operations that cut a value along one dimension; their result is a tuple of parts."""
 
+PARTS = {
+    *COPIES,
+    *ALIASES,
+    *MOVES,
+    *VIEWS,
+    *STRETCHES,
+    *SPLITS,
+    *["aten.select", "aten.slice", "aten.narrow", "aten.unbind", "aten.diagonal", GETITEM],
+}
+"""Operations that give a value, or a part of it, as it is."""
+
 AVERAGES = {
     1: {"aten.adaptive_avg_pool1d", "aten.upsample_nearest1d", "aten.upsample_linear1d"},
     2: {

@@ -166,3 +166,20 @@ def test_what_a_call_makes_ready_and_does_not_use_counts_as_unread(kind: str) ->
 
 def test_what_is_made_of_the_stream_and_of_no_use_is_a_part_of_the_model() -> None:
     assert converted(planned(lambda: Prepared("pooler"))) == {"blocks.0.norm", "norm"}
+
+
+def test_a_part_that_is_only_asked_for_its_shape_is_no_reader() -> None:
+    class Asking(Model):
+        def __init__(self) -> None:
+            super().__init__(PreNorm())
+            self.positions = param(16, D)
+
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            x = self.embed(ids)
+            x = x + self.positions[: x[..., -1].shape[1]]
+            return {"logits": self.head(self.norm(self.blocks[0](x)))}
+
+    outcome = check(Asking, IDS)
+    assert not outcome.problems
+    assert outcome.plan is not None
+    assert converted(outcome.plan) == {"blocks.0.norm", "norm"}
