@@ -67,21 +67,29 @@ class Leak:
 
 @dataclass
 class Stream:
-    """A stream with ``size`` channels: its members and what they are made of, its norms and its leaks."""
+    """A stream with ``size`` channels: its members and what they are made of, its norms and its leaks.
+
+    ``centred``: who reads x - mean(x), which is no leak where the mean alone changes.
+    """
 
     size: int
     members: dict[AxisRef, Provenance] = field(default_factory=dict)
     norms: list[tuple[Norm, AxisRef]] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
+    centred: list[fx.Node] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Use:
-    """Where one reader takes a value: ``to`` the next ref, or a norm, a leak, or (all None) nowhere that matters."""
+    """Where one reader takes a value: ``to`` the next ref, or a norm, a leak, or (all None) nowhere that matters.
+
+    ``centred`` reads it without its mean: that matters where more than the mean changes.
+    """
 
     to: AxisRef | None = None
     norm: Norm | None = None
     leak: Leak | None = None
+    centred: fx.Node | None = None
 
 
 class Analysis:
@@ -188,6 +196,8 @@ class Analysis:
                     stream.norms.append((use.norm, ref))
                 elif use.leak is not None:
                     leaks[(use.leak.reader, use.leak.code)] = use.leak
+                elif use.centred is not None:
+                    stream.centred.append(use.centred)
         # In execution order the parts of a member come before it, and one pass decides what is mean-free.
         stream.members = dict(sorted(stream.members.items(), key=lambda item: self._order[item[0][0]]))
         if name := next(self.doubts(stream), None):
@@ -280,10 +290,10 @@ class Analysis:
                     yield Use(leak=Leak(ref, user, "norm-axes", why))
             # Between a norm's source and its result, from where it goes nowhere else; or x - mean(x), which stays as it
             # is when the mean of x changes, whether a norm follows or not.
-            elif ((norm := self._inside.get((user, node))) is not None and self._sees(norm, place)) or (
-                self._mean_only and self._forms.reads_centred(user, node, place)
-            ):
+            elif (norm := self._inside.get((user, node))) is not None and self._sees(norm, place):
                 yield Use()
+            elif self._mean_only and self._forms.reads_centred(user, node, place):
+                yield Use(centred=user)
             else:
                 yield from self._through(user, ref)
 
@@ -362,6 +372,8 @@ class Analysis:
                 yield use.leak.reader
             elif use.norm is not None and (norms_too or (not self._mean_only and not allowed(ref))):
                 yield use.norm.read
+            elif use.centred is not None and norms_too:
+                yield use.centred
             elif use.to is not None and use.to[0] not in self.data:
                 # Even if it is a member: `grow` does not look for its other readers.
                 yield from self.other_readers(use.to, allowed, norms_too=norms_too)

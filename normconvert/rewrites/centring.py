@@ -198,7 +198,7 @@ def _scale_call(analysis: Analysis, ref: AxisRef, made: Provenance) -> _Call | N
     value, factor = made.parts
     inner = analysis.grow(value)
     # Who else reads Wx + b would see it multiplied by gamma.
-    if inner.norms or any(leak.reader is not ref[0] or leak.code != "product" for leak in inner.leaks):
+    if inner.norms or inner.centred or any(leak.reader is not ref[0] or leak.code != "product" for leak in inner.leaks):
         return None
     # What is no parameter, or a number added to all channels, has nowhere to put gamma.
     if any(m.kind not in ("parameter", "sum") or m.rest for m in inner.members.values()):
