@@ -18,7 +18,7 @@ def live_values(nodes: Sequence[fx.Node], ways_out: Set[fx.Node], parameters: Se
     """The nodes whose values matter: what an output is made of, what is asserted, and whatever is made of the inputs.
 
     Of what is only asked for its shape they do not, nor do values of tensors alone that nothing reads. A part that is
-    taken of a value and dropped shows no more than the value (BART asks it for its shape).
+    taken of a value and dropped shows no more than the value: it is taken to be asked for its shape.
 
     Args:
         nodes: in execution order.
