@@ -147,8 +147,8 @@ def _convert(adapter: Adapter, plan: Plan, original: Loader, converted: Loader) 
     """The converted adapter as it is stored, how faithful it is, and sentences for the user."""
     from normconvert.tracing.probes import verification_inputs
     from normconvert.tracing.probes.choose import floating_dtype
+    from normconvert.verification.algebra import algebra_model
     from normconvert.verification.equivalence import tolerance_for, verify_models
-    from normconvert.verification.probe_runs import algebra_model
 
     truth = original(torch.float64)
     edited = algebra_model(truth, plan)

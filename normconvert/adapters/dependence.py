@@ -15,7 +15,7 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import Lookup
 from normconvert.plan.vectors import names_in
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import named_tensors
 
 
 def module_of(name: str) -> str:

@@ -19,7 +19,7 @@ from normconvert.adapters.dependence import edits_of
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.plan.edits import apply_edits
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import named_tensors
 
 _BASIS = frozenset({"center", "compress", "rotate"})
 

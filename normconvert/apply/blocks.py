@@ -7,20 +7,18 @@ and by however many threads the blocks are done.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from normconvert.apply.memory import memory
 from normconvert.plan.edits import Edit, Lookup, apply_edits
 
 BLOCK = 1 << 17  # elements edited at a time: 1 MiB in float64, which stays in the cache
 See = Callable[[Tensor, Tensor], None]
 LINE = 64  # bytes a cache holds together: narrower blocks of columns would fetch each line several times
 
-HUGE = 1 << 21  # bytes of a huge page
 HALVES = (torch.float16, torch.bfloat16)
 
 # Which dimension of a tensor an edit needs whole; along the others it may be applied block by block.
@@ -110,7 +108,7 @@ class Workspace:
         """``size`` bytes; what was taken for the same ``use`` before is overwritten."""
         if use not in self._held or len(self._held[use]) < size:
             self._held.pop(use, None)  # before the new one is there
-            self._held[use] = _memory(size)
+            self._held[use] = memory(size)
         return self._held[use][:size]
 
     def empty(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -127,18 +125,6 @@ class Workspace:
         if block.dtype in HALVES:  # exact either way, and twice as fast by way of float32
             block = self.empty("single", shape, torch.float32).copy_(block)
         return self.empty("wide", shape, torch.float64).copy_(block)
-
-
-def _memory(size: int) -> Tensor:
-    """Bytes of memory, in huge pages where the system has them."""
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Only advice: a kernel that cannot take it gives ordinary pages.
-    with suppress(OSError):
-        held.madvise(mmap.MADV_HUGEPAGE)
-    # The tensor keeps the mapping alive; it goes with the tensor.
-    return torch.frombuffer(held, dtype=torch.uint8)
 
 
 def edit_rows(

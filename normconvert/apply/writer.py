@@ -13,7 +13,6 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -26,6 +25,7 @@ from normconvert.apply.layout import Layout, OutFile, OutTensor
 from normconvert.apply.scan import all_finite
 from normconvert.apply.source_reader import SourceReader, check_finite, overflows
 from normconvert.apply.underflow import Underflow
+from normconvert.apply.workers import WORKERS, one_thread
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_tensor, torch_dtype
 from normconvert.files.tensor_info import TensorInfo
@@ -36,7 +36,6 @@ Progress = Callable[[str, int, int], None]
 
 COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
 PIECE = 1 << 19  # elements of rows that are read, edited and written at once: they stay in the cache
-WORKERS = 2  # each holds one tensor: more would need more memory, and a disk is busy with two
 SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which many edits share
 
 
@@ -121,7 +120,7 @@ class Writer:
         self._events: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         count = min(WORKERS, os.cpu_count() or 1)
-        with _one_thread():
+        with one_thread():
             workers = [threading.Thread(target=self._work, args=(supply,), daemon=True) for _ in range(count)]
             for worker in workers:
                 worker.start()
@@ -327,17 +326,6 @@ def _row_pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     step = max(1, PIECE // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small to share out: threads would only wait for each other (measured: 10 x slower when busy)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:

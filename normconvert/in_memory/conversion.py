@@ -24,10 +24,10 @@ from normconvert.tracing.garbage import collecting
 from normconvert.tracing.graph import Graph
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes.choose import floating_dtype
+from normconvert.verification.algebra import named_tensors
 from normconvert.verification.equivalence import tolerance_for, verify_models, watched_norms
 from normconvert.verification.limits import check_limits, judge_limits
 from normconvert.verification.outcome import refuse_if_pointless, with_difference, with_fidelity
-from normconvert.verification.probe_runs import named_tensors
 from normconvert.verification.rounding import ROUNDING_TOLERANCE
 from normconvert.verification.running_statistics import check_statistics
 from normconvert.verification.stream_powers import measured_powers, with_powers

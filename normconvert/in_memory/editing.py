@@ -13,7 +13,7 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.ties import set_as_taken
 from normconvert.runtime import apply_module_edits
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import named_tensors
 
 
 def put_in(model: nn.Module, plan: Plan, values: dict[str, Tensor]) -> None:

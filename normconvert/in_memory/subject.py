@@ -21,7 +21,8 @@ from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype, is_timm
 from normconvert.tracing.probes.examples import example_probes
 from normconvert.tracing.skeleton import skeleton_of
-from normconvert.verification.probe_runs import inputs_of, named_tensors
+from normconvert.verification.algebra import named_tensors
+from normconvert.verification.probe_runs import inputs_of
 
 
 @dataclass(frozen=True)

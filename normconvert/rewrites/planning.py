@@ -126,8 +126,10 @@ def _with_doors(plan: Plan, graph: Graph, unused: list[str]) -> Plan:
     if not plan.converted:
         return plan
     untraced = [*plan.untraced_doors, *graph.untraced_doors, *_other_tables(plan, graph), *_unseen_exits(graph)]
-    more = f" and {len(untraced) - MANY} more" if len(untraced) > MANY + 1 else ""
-    notes = [f"not proved for {', '.join(untraced[:MANY] if more else untraced)}{more}"] if untraced else []
+    # Of the others the plan's own notes say what may come in by them.
+    named = [door for door in untraced if door not in plan.untraced_doors]
+    more = f" and {len(named) - MANY} more" if len(named) > MANY + 1 else ""
+    notes = [f"not proved for {', '.join(named[:MANY] if more else named)}{more}"] if named else []
     if unused:
         rest = f" and {len(unused) - MANY} more" if len(unused) > MANY else ""
         names = ", ".join(unused[:MANY])

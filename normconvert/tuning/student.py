@@ -25,7 +25,7 @@ from normconvert.tuning.norms import TRAINING_NORMS, FrozenNorm, RepBatchNorm, S
 from normconvert.tuning.norms.frozen import first_tokens
 from normconvert.tuning.norms.tokens import Moments, rows, summed, weights_of
 from normconvert.tuning.sites import NormSite
-from normconvert.verification.probe_runs import algebra_model, named_tensors
+from normconvert.verification.algebra import algebra_model, named_tensors
 
 Batch = Mapping[str, Tensor]
 

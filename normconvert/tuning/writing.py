@@ -25,7 +25,7 @@ from normconvert.sources.transformers_models import TIE, own_class
 from normconvert.tuning.settings import SWAPS
 from normconvert.tuning.sites import NormSite
 from normconvert.tuning.student import Student
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import named_tensors
 
 LARGE_EPS = 1e12
 

@@ -26,7 +26,7 @@ from normconvert.verification.divergence import watch_means
 from normconvert.verification.fidelity import Fidelity
 from normconvert.verification.figures import Errors, finite, probe_rows, remarks_on, skipped_probes
 from normconvert.verification.lazy_weights import LazyWeight
-from normconvert.verification.probe_runs import Run, Told, algebra_model, in_one_basis, run_model
+from normconvert.verification.probe_runs import Run, Told, in_one_basis, run_model
 from normconvert.verification.proof import Edited, Maker, Proof, Test, able_to_change, prove
 from normconvert.verification.requests import Verification
 from normconvert.verification.rounding import ROUNDING_TOLERANCE, Rounding, measure_rounding
@@ -43,7 +43,7 @@ from normconvert.wording.steps import Step
 if TYPE_CHECKING:
     from normconvert.sources import Source
 
-__all__ = ["Fidelity", "algebra_model", "tolerance_for", "verify_checkpoints", "verify_models"]
+__all__ = ["Fidelity", "tolerance_for", "verify_checkpoints", "verify_models"]
 
 TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-5
@@ -74,6 +74,7 @@ def verify_models(
     plan: Plan | None = None,
     wider: ModelOrMaker | None = None,
     exact: Maker | None = None,
+    from_files: bool = False,
     level: str = "standard",
     told: Told | None = None,
     seed: int = 0,
@@ -95,18 +96,18 @@ def verify_models(
             at all where they are in another basis.
         wider: the original in a dtype of larger range, which stands in for `original` where that has no finite outputs.
         exact: loads the converted one in float64, for models that remember the dtype that they were loaded in.
+        from_files: `truth` loads what it makes, which is nobody else's: the edited model may take its memory.
         level: ``quick``, ``standard`` or ``thorough``: the last runs all probes in the dtype too.
         told: called with what is done next, before each probe's run.
         seed: for models that draw random numbers even in eval mode.
 
-        Models may be given as functions that make them; then at most two of them are in memory at once.
+        Models may be given as functions that make them: then each is freed before the next but one is made.
 
     Raises:
         InputError: the original runs on none of the probes, or all its outputs are zero or not finite.
     """
     (shifted, left_out), probes = changed_outputs(plan), in_one_basis(probes, plan)
     progress = _Progress(told)
-    # One model after another, each freed as its function returns: at most two are in memory at once.
     native = [p for p in probes if p.realistic or level == "thorough"] or list(probes)
     original, original_run, native, dtype = _run_original(original, wider, native, probes, seed, progress, left_out)
     able = [p for p in probes if p.name not in original_run.failures]
@@ -115,7 +116,7 @@ def verify_models(
     model, say = _take(converted), progress.of("the result")
     with watch_means(model, converted_norms) as means:
         converted_run = without(run_model(model, native, dtype=dtype, seed=seed, like=original_run, told=say), left_out)
-    edited = _edited(model, algebra, plan, exact, made_here=model is not converted)
+    edited = _edited(model, algebra, plan, exact, truth if from_files else None, made_here=model is not converted)
     del model
     proof = prove(_take(truth), edited, test)
     del edited
@@ -155,12 +156,14 @@ def changed_outputs(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _edited(
-    model: nn.Module, algebra: ModelOrMaker | None, plan: Plan | None, exact: Maker | None, *, made_here: bool
-) -> Edited:
+    model: nn.Module, algebra: ModelOrMaker | None, plan: Plan | None, exact: Maker | None,
+    again: ModelOrMaker | None, *, made_here: bool,
+) -> Edited:  # fmt: skip
     """Where the edited model comes from: ``model``, as it was loaded from the files, if its weights can be compared."""
     lazy = any(isinstance(p, LazyWeight) for p in model.parameters())
     files = None if algebra is not None or plan is None or lazy else able_to_change(model, made_here)
-    return Edited(None if algebra is None else partial(_take, algebra), plan, files, exact)
+    made = None if algebra is None else partial(_take, algebra)
+    return Edited(made, plan, files, exact, None if isinstance(again, nn.Module) else again)
 
 
 def _take(model: ModelOrMaker) -> nn.Module:
@@ -298,6 +301,7 @@ def verify_checkpoints(request: Verification) -> Fidelity:
         plan=plan,
         wider=from_first(first, torch.bfloat16, device) if overflow_mended(plan, used) else None,
         exact=loader(second, torch.float64, device) if algebra is None else None,
+        from_files=True,
         level=request.level,
         told=request.stage,
         seed=seed,

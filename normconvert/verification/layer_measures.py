@@ -22,6 +22,7 @@ from normconvert.runtime import PostActivation
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
 from normconvert.tracing.probes.choose import floating_dtype
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.divergence import (
     Call,
     apart,
@@ -33,14 +34,7 @@ from normconvert.verification.divergence import (
 )
 from normconvert.verification.equivalence import recorded_plan
 from normconvert.verification.fidelity import next_token_loss
-from normconvert.verification.probe_runs import (
-    algebra_model,
-    constant_dtypes,
-    inputs_of,
-    prepare,
-    run_model,
-    run_once,
-)
+from normconvert.verification.probe_runs import constant_dtypes, inputs_of, prepare, run_model, run_once
 
 if TYPE_CHECKING:
     from normconvert.plan.conversion_plan import Plan

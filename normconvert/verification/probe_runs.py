@@ -1,4 +1,4 @@
-"""Models made and run for the verification: the plan replayed in float64, and all probes through one model."""
+"""All probes through one model, as the verification runs them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from normconvert.compat import transformers as compat
 from normconvert.compat.torch import pytree
 from normconvert.errors import InputError, in_one_line
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import apply_edits, refuse_oversized
-from normconvert.rewrites.ties import set_as_taken, switches
 from normconvert.runtime import process_lock
-from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe
 from normconvert.tracing.probes.choose import floating_dtype
@@ -42,70 +39,6 @@ class Run:
     outputs: dict[str, Outputs] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     constants: dict[str, torch.dtype] = field(default_factory=dict)
-
-
-def algebra_model(
-    truth: nn.Module, plan: Plan, *, share: bool = False, seen: Callable[[str, Tensor], None] | None = None
-) -> nn.Module:
-    """A copy of the float64 model with the plan's tensor edits and module edits applied.
-
-    Args:
-        truth: the original in float64; unchanged. Edits look up *its* tensors, so that their order does not matter.
-        plan: names of tensors as in ``truth.state_dict()``.
-        share: parameters that the plan leaves as they are stay those of `truth` itself, in no memory of their own.
-        seen: called with each edited tensor.
-
-    Raises:
-        InputError: the plan names a tensor or a module that the model does not have, or one of another shape.
-    """
-    from normconvert.runtime import apply_module_edits
-
-    source = named_tensors(truth)
-    changed = {id(source[name]) for name in plan.tensors if name in source}
-    model = copy_model(truth, [p for p in truth.parameters() if id(p) not in changed] if share else [])
-    try:
-        apply_module_edits(model, plan.modules)
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the plan does not fit the model: {error}") from error
-    set_as_taken(model, switches(plan))
-
-    def lookup(name: str) -> Tensor:
-        if name not in source:
-            raise InputError(
-                f"the plan names the tensor {name!r}, which the model does not have: is it another model's?"
-            )
-        return source[name]
-
-    target = named_tensors(model)
-    largest = max((tensor.numel() for tensor in source.values()), default=0)
-    for name, edits in plan.tensors.items():
-        refuse_oversized(name, edits, largest)
-        untied = bool(edits) and edits[0]["op"] == "copy"
-        made = untied or (bool(edits) and edits[0]["op"] == "new")
-        old = source[name] if name in source else (torch.empty(0) if made else lookup(name))
-        try:
-            value = apply_edits(old, edits, lookup).to(old.device)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
-        if seen is not None:
-            seen(name, value)
-        if untied or name not in target:
-            _set_parameter(model, name, value)
-        else:
-            target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
-    return model.eval()
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name, tied ones under each of their names."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the name a Parameter of its own."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def run_model(

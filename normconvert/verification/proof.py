@@ -17,13 +17,14 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import Probe
+from normconvert.verification.algebra import See, algebra_model, named_tensors
 from normconvert.verification.divergence import first_divergence
 from normconvert.verification.lazy_weights import LazyWeight
 from normconvert.verification.moved_exits import kept_exits, movements
 from normconvert.verification.moved_weights import WHOLE, moved
-from normconvert.verification.probe_runs import Run, Told, algebra_model, default_dtype, inputs_of, run_model
+from normconvert.verification.probe_runs import Run, Told, default_dtype, inputs_of, prepare, run_model
 from normconvert.verification.run_comparison import Distances, compare_runs, rank, without
-from normconvert.verification.stored_weights import Made, Stored, with_exact_weights
+from normconvert.verification.stored_weights import Stored, with_exact_weights
 
 UNITS = 16.0
 """What moving the weights by one unit of float64 does, times this, may be the distance at an ill-conditioned input."""
@@ -97,12 +98,14 @@ class Edited:
         plan: else: is applied to the original.
         converted: and to this, the files' model as it was loaded, which is used up.
         reload: loads the files in float64, should `converted` remember something of another dtype.
+        again: makes the original once more: the plan may be applied to it where it lies, and use it up.
     """
 
     algebra: Maker | None = None
     plan: Plan | None = None
     converted: nn.Module | None = None
     reload: Maker | None = None
+    again: Maker | None = None
 
 
 def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
@@ -120,50 +123,84 @@ def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
         raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
     if edited.algebra is None and edited.plan is None:
         return Proof(truth_run)
+    if edited.again is not None:
+        _keep_apart(truth_run, truth)
     model, stored = _edited_model(truth, edited)
+    original = _Original(truth if edited.algebra is not None or edited.again is None else None, edited.again)
+    del truth
     with kept_exits(model, exits, example) as after:
         run = test.run(model, "the result in float64", truth_run)
     distances = compare_runs(truth_run, run, test.shifted)
     far = run.failures or any(not d.relative <= test.tolerance for d in distances.values())
     if far and stored is not None and edited.reload is not None and edited.plan is not None:
         model = edited.reload()
-        with_exact_weights(model, _applied(truth, edited.plan), None)
+        with_exact_weights(model, _applied(original.take(), edited.plan), None)
         run = test.run(model, "the result in float64, loaded again", truth_run)
         distances = compare_runs(truth_run, run, test.shifted)
     cannot = {name: why for name, why in run.failures.items() if name in truth_run.outputs}
-    tolerances = _tolerances(truth, truth_run, distances, test) if test.conditioned else {}
+    tolerances = _tolerances(original, truth_run, distances, test) if test.conditioned else {}
 
     def excess(key: tuple[str, str]) -> float:
         return rank(distances[key].relative / tolerances.get(key, test.tolerance))
 
     worst = max(distances, key=excess)
-    module = None
-    # Here, while both models are in memory: to load them again for the name of a module would take as long once more.
     # A model that stops on a probe parts there from the other, and runs no second time.
-    if excess(worst) > 1.0 and worst[0] not in cannot:
-        probe = next(p for p in test.probes if p.name == worst[0])
-        with default_dtype(truth_run.constants[probe.name]):
-            module = first_divergence(truth, model, inputs_of(probe, test.dtype, truth), test.tolerance)
+    far = excess(worst) > 1.0 and worst[0] not in cannot
+    module = _where_they_part(original.take(), model, worst[0], truth_run, test) if far else None
     return Proof(truth_run, distances, tolerances, worst, module, cannot, stored, movements(exits, before, after))
+
+
+def _where_they_part(truth: nn.Module, model: nn.Module, name: str, run: Run, test: Test) -> str | None:
+    """The module from which on the two models differ on a probe; ``run`` is the original's."""
+    probe = next(p for p in test.probes if p.name == name)
+    with default_dtype(run.constants[name]):
+        return first_divergence(truth, model, inputs_of(probe, test.dtype, truth), test.tolerance)
+
+
+def _keep_apart(run: Run, model: nn.Module) -> None:
+    """Give outputs memory of their own: some models return a parameter itself, or a view of one."""
+    places = {tensor.untyped_storage().data_ptr() for tensor in named_tensors(model).values()}
+    for outputs in run.outputs.values():
+        for name, value in outputs.items():
+            if value.untyped_storage().data_ptr() in places:
+                outputs[name] = value.clone()
+
+
+class _Original:
+    """The original in float64; made again when it is asked for, if the edited model has taken its memory."""
+
+    def __init__(self, model: nn.Module | None, again: Maker | None) -> None:
+        self._model, self._again = model, again
+
+    def take(self) -> nn.Module:
+        """The model, as it is run."""
+        if self._model is None:
+            assert self._again is not None
+            self._model = self._again()
+            prepare(self._model)
+        return self._model
 
 
 def _edited_model(truth: nn.Module, edited: Edited) -> tuple[nn.Module, Stored | None]:
     if edited.algebra is not None:
         return edited.algebra(), None
-    applied = _applied(truth, edited.plan or Plan(""))
+    applied = _applied(truth, edited.plan or Plan(""), spend=edited.again is not None)
     if edited.converted is None:
         return applied(None), None
     return edited.converted, with_exact_weights(edited.converted, applied, truth)
 
 
-def _applied(truth: nn.Module, plan: Plan) -> Callable[[Made | None], nn.Module]:
-    return lambda seen: algebra_model(truth, plan, share=True, seen=seen)
+def _applied(truth: nn.Module, plan: Plan, spend: bool = False) -> Callable[[See | None], nn.Module]:
+    return lambda seen: algebra_model(truth, plan, share=True, spend=spend, seen=seen)
 
 
-def _tolerances(truth: nn.Module, run: Run, distances: Distances, test: Test) -> dict[tuple[str, str], float]:
+def _tolerances(original: _Original, run: Run, distances: Distances, test: Test) -> dict[tuple[str, str], float]:
     """(probe, output) -> a wider tolerance, where moving the original's weights by a unit takes it that far itself."""
     off = {key: d.relative for key, d in distances.items() if not d.relative <= test.tolerance}
-    if not off or max(map(rank, off.values())) > WIDEST or any(isinstance(p, LazyWeight) for p in truth.parameters()):
+    if not off or max(map(rank, off.values())) > WIDEST:
+        return {}
+    truth = original.take()
+    if any(isinstance(p, LazyWeight) for p in truth.parameters()):
         return {}
     probes = [probe for probe in test.probes if any(probe.name == name for name, _ in off)]
     reach = dict.fromkeys(off, 0.0)

@@ -8,21 +8,20 @@ files has to be the original's equal in float64: that shows what is no weight, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import See, named_tensors
 
 ALLOWED = 0.51
 """Units: half of one for the rounding, and a little for a file that is rounded to one dtype and read in another."""
 NOISE = 1e-13
 """Of a tensor's largest number: sums of the edits in float64, taken in another order."""
-BLOCK = 1 << 22
-
-Made = Callable[[str, Tensor], None]
+BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,37 +42,45 @@ class Stored:
         return self.units <= ALLOWED
 
 
-def with_exact_weights(
-    converted: nn.Module, edited: Callable[[Made | None], nn.Module], original: nn.Module | None
-) -> Stored:
+def with_exact_weights(converted: nn.Module, edited: Callable[[See], nn.Module], original: nn.Module | None) -> Stored:
     """Give ``converted`` the tensors of the edited model, each after it was compared; the loaded ones are freed.
 
     Args:
         converted: as it was loaded from the files, in any dtype; in float64 afterwards.
-        edited: makes the original in float64 with the plan's edits; calls what it is given with each edited tensor, so
-            that the loaded ones can go one by one.
-        original: in float64, without the edits; None leaves the comparison out.
+        edited: makes the original in float64 with the plan's edits; calls what it is given with each tensor as it was
+            and as it is edited, so that the loaded ones can go one by one.
+        original: in float64, without the edits; None leaves the comparison out. `edited` may use it up.
     """
     mine, stored = named_tensors(converted), set(converted.state_dict())
     before = named_tensors(original) if original is not None else {}
-    worst = Stored()
+    worst, lock = Stored(), threading.Lock()
 
-    def replace(name: str, exact: Tensor) -> None:
-        nonlocal worst
+    def see(name: str, was: Tensor | None) -> Callable[[Tensor], None]:
         value = mine.get(name)
-        if value is None or exact.shape != value.shape or not value.is_floating_point():
-            return
-        if original is not None and name in stored:
-            units = _units(value.detach(), exact.detach(), before.get(name))
-            if not units <= worst.units:
-                worst = Stored(units, name)
-        value.data = exact.data
+        if value is None or not value.is_floating_point():
+            return lambda exact: None
+        loaded: Tensor = value
+        compared = original is not None and name in stored
+        kinds = _kinds(loaded.dtype, was) if compared else []
 
-    model = edited(replace)
+        def replace(exact: Tensor) -> None:
+            nonlocal worst
+            if exact.shape != loaded.shape:
+                return
+            if compared:
+                units = _units(loaded.detach(), exact.detach(), kinds)
+                with lock:  # the edited tensors come from several threads
+                    if not units <= worst.units:
+                        worst = Stored(units, name)
+            loaded.data = exact.data
+
+        return replace
+
+    model = edited(see)
     theirs = named_tensors(model)
     for name, value in mine.items():
-        if name in theirs:
-            replace(name, theirs[name])
+        if name in theirs and value.data_ptr() != theirs[name].data_ptr():
+            see(name, before.get(name))(theirs[name])
         if value.is_floating_point():
             value.data = value.data.double()
     _plain_tensors(converted, model)
@@ -90,23 +97,46 @@ def _plain_tensors(converted: nn.Module, edited: nn.Module) -> None:
                 setattr(module, name, other)
 
 
-def _units(stored: Tensor, exact: Tensor, original: Tensor | None) -> float:
-    """The largest distance of a stored number from the exact one, in units of the stored dtype at that number."""
-    if stored.data_ptr() == exact.data_ptr() or torch.equal(exact.to(stored.dtype), stored):
+def _kinds(stored: torch.dtype, original: Tensor | None) -> list[torch.dtype]:
+    """The dtype that a tensor is stored in, and those that it may have in the files, as the original's numbers have it.
+
+    Tensors keep their own dtype in the files, and it may be a coarser one than that of the model.
+    """
+    if original is None:
+        return [stored]
+    others = [kind for kind in (torch.bfloat16, torch.float16, torch.float32) if _coarser(kind, stored)]
+    return [stored, *(kind for kind in others if _is_rounded(original, original, kind))]
+
+
+def _coarser(kind: torch.dtype, other: torch.dtype) -> bool:
+    return torch.finfo(kind).eps > torch.finfo(other).eps or _smallest(kind) > _smallest(other)
+
+
+def _smallest(kind: torch.dtype) -> float:
+    return torch.finfo(kind).smallest_normal * torch.finfo(kind).eps
+
+
+def _units(stored: Tensor, exact: Tensor, kinds: Sequence[torch.dtype]) -> float:
+    """The largest distance of a stored number from the exact one, in units of the coarsest dtype at that number."""
+    if _is_rounded(stored, exact, stored.dtype):
         return 0.0
-    kinds = [stored.dtype]
-    if original is not None:
-        # Tensors keep their own dtype in the files, and it may be a coarser one than that of the model.
-        coarser = [torch.bfloat16, torch.float16, torch.float32]
-        kinds += [kind for kind in coarser if torch.equal(original.to(kind).double(), original)]
-    eps = max(torch.finfo(kind).eps for kind in kinds)
-    tiny = max(torch.finfo(kind).smallest_normal * torch.finfo(kind).eps for kind in kinds)
+    eps, tiny = max(torch.finfo(kind).eps for kind in kinds), max(map(_smallest, kinds))
     noise = 2.0 * NOISE * float(exact.abs().max()) + tiny
     worst = 0.0
-    for a, b in zip(stored.reshape(-1).split(BLOCK), exact.reshape(-1).split(BLOCK), strict=True):
+    for a, b in _pieces(stored, exact):
         a = a.double()
         off = (a - b).abs() / (eps * b.abs() + noise)
         # An infinity that both hold is no distance (a bound of a clamp); NaN is an infinite one.
         off = torch.where(a == b, 0.0, off).nan_to_num(nan=math.inf)
         worst = max(worst, float(off.max()))
     return worst
+
+
+def _is_rounded(stored: Tensor, exact: Tensor, kind: torch.dtype) -> bool:
+    """Whether each number is the exact one, rounded to the nearest of ``kind``."""
+    return all(torch.equal(b.to(kind).to(a.dtype), a) for a, b in _pieces(stored, exact))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces so small that what is made of one takes the memory of the one before."""
+    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)

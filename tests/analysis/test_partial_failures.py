@@ -15,7 +15,7 @@ from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
 from normconvert.tracing.model_copy import copy_model
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.equivalence import check
 from tests.support.small_models import D, Model, PreNorm, converted, plan_of, verdict
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from normconvert.benchmark.timing import Spread
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 from tools.benchmarks.gpu import conversion, pages
 from tools.benchmarks.gpu.__main__ import main

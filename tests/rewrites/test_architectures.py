@@ -10,8 +10,9 @@ import torch
 from normconvert.options import Options
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.tracing.probes import verification_inputs
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.equivalence import tolerance_for
-from normconvert.verification.probe_runs import algebra_model, plain_experts
+from normconvert.verification.probe_runs import plain_experts
 from tests.support.equivalence import compare_models
 from tests.support.zoo_cases import COMPLETE, NONE, PARTIAL, NamedCase, named_cases
 

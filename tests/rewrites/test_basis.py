@@ -25,7 +25,7 @@ from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.rewrites.registry import REWRITES
 from normconvert.sources import open_source
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import IMAGE, MODELS, built, logits, skeleton
 from tests.support.equivalence import check

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_graph
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 D = 8

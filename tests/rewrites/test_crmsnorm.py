@@ -17,8 +17,9 @@ from normconvert.runtime import CRMSNorm
 from normconvert.tracing.graph import trace
 from normconvert.tracing.model_graph import trace_model
 from normconvert.tracing.probes import verification_inputs
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.equivalence import tolerance_for
-from normconvert.verification.probe_runs import algebra_model, plain_experts
+from normconvert.verification.probe_runs import plain_experts
 from tests.support.equivalence import compare_models
 from tests.support.zoo_cases import named_cases
 

@@ -20,7 +20,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.crmsnorm import plan_crmsnorm
 from normconvert.runtime import CRMSNorm
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.equivalence import differences, on_meta, randomise
 from tests.support.random_networks import Case, Network, describe, runnable_inputs
 

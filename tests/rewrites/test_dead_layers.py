@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 D = 16

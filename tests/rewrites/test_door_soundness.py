@@ -24,7 +24,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.doors import with_doors
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.equivalence import TOLERANCE, distance, randomise
 from tests.support.random_networks import VOCAB, Case, Network, Step, describe
 

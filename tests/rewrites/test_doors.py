@@ -17,8 +17,8 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.runtime import Center
 from normconvert.tracing.output_paths import tensors_in
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.equivalence import tolerance_for
-from normconvert.verification.probe_runs import algebra_model
 from tests.support.zoo_cases import NamedCase, named_cases
 
 CASES = named_cases()
@@ -208,3 +208,11 @@ def test_a_wrong_door_fails_the_verification(tmp_path: Path) -> None:
     errors = compare_models(truth, algebra_model(truth, plan), verification_inputs(case.skeleton()))
     wrong = {probe for (probe, _), value in errors.items() if value > TOLERANCE}
     assert wrong == {"embeds"}
+
+
+@pytest.mark.parametrize("method", ["rotate", "scale"])
+def test_what_must_come_in_by_a_door_is_said_once(method: str) -> None:
+    plan = plan_model(CASES["gpt_neox"].skeleton(), Options(power="2"), method)
+    said = [note for note in plan.notes if "inputs_embeds" in note]
+    assert plan.untraced_doors
+    assert len(said) == 1, said

@@ -21,8 +21,8 @@ from normconvert.report.document import report_document
 from normconvert.report.html import html_report
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.exits import HEADLESS
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.moved_exits import kept_exits, movements
-from normconvert.verification.probe_runs import algebra_model
 from normconvert.wording.words import EXACT
 from tests.support.perturb import perturb, settle
 from tests.support.zoo_cases import named_cases

@@ -12,7 +12,7 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_graph
 from normconvert.tracing.graph import merge, trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 
 
 class Shown(nn.Module):

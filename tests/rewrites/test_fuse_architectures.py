@@ -16,7 +16,8 @@ from torch import nn
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.probes import verification_inputs
-from normconvert.verification.probe_runs import algebra_model, run_model
+from normconvert.verification.algebra import algebra_model
+from normconvert.verification.probe_runs import run_model
 from tests.support.perturb import perturb, settle
 
 TOLERANCE = 1e-10

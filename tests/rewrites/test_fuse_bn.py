@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.fused_networks import Branches, Chain, bn, fused
 from tests.support.perturb import perturb
 

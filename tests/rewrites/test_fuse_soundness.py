@@ -17,7 +17,7 @@ from normconvert.errors import TraceError
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.fused_networks import with_signs
 from tests.support.perturb import perturb
 from tests.support.random_convnets import Network

@@ -19,7 +19,7 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_graph
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.equivalence import Inputs, distance, on_meta, randomise
 from tests.support.random_networks import Case, Network, describe, runnable_inputs
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normconvert.options import Options
 from normconvert.rewrites.planning import plan_model
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}

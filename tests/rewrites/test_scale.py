@@ -19,7 +19,7 @@ from normconvert.options import Options, powers_in
 from normconvert.report.loading import how_to_load
 from normconvert.rewrites.planning import difference, plan_model, planned
 from normconvert.runtime import apply_module_edits
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import MODELS, built, logits, skeleton
 

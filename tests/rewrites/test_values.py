@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import normconvert
 from normconvert.options import Options
 from normconvert.rewrites.planning import difference, plan_model, planned
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.basis import check_basis
 from tests.support.basis_models import built, logits, skeleton
 

@@ -12,7 +12,7 @@ from normconvert.options import Options
 from normconvert.rewrites.planning import difference
 from normconvert.rewrites.registry import REWRITES
 from normconvert.tracing.graph import trace
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.equivalence import Inputs, Outcome, differences, on_meta, randomise
 
 

@@ -21,7 +21,7 @@ from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.runtime import RMSNorm
 from normconvert.tracing.graph import trace
 from normconvert.tracing.probes import Probe
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.probe_runs import run_model
 from normconvert.verification.run_comparison import compare_runs
 

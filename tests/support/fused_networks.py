@@ -13,7 +13,7 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.graph import trace
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 IMAGE = (2, 6, 9, 8)

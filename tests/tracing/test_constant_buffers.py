@@ -12,7 +12,7 @@ from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.tracing.constant_buffers import constant_buffers, following_integers
 from normconvert.tracing.graph import trace
 from normconvert.tracing.probes.asking import call_fake
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 

@@ -14,7 +14,7 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.entries import entered, entry_of_part, parts_that_take
 from normconvert.tracing.model_graph import trace_model
-from normconvert.verification.equivalence import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 D = 8

@@ -19,7 +19,7 @@ from normconvert.rewrites.rmsnorm import plan_rmsnorm
 from normconvert.tracing.calls import without_values
 from normconvert.tracing.graph import trace
 from normconvert.tracing.known_values import KnownValues
-from normconvert.verification.probe_runs import algebra_model
+from normconvert.verification.algebra import algebra_model
 from tests.support.perturb import perturb
 
 WIDTH = 12

@@ -18,8 +18,9 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan, Verdict
 from normconvert.tracing.output_paths import tensors_in
 from normconvert.tracing.probes import Probe, verification_inputs
+from normconvert.verification.algebra import algebra_model
 from normconvert.verification.divergence import mean_over_rms
-from normconvert.verification.equivalence import algebra_model, tolerance_for, verify_models
+from normconvert.verification.equivalence import tolerance_for, verify_models
 from normconvert.verification.fidelity import Distance, distance, next_token_loss, ratio
 from tests.support.equivalence import compare_models
 from tests.support.perturb import perturb

@@ -43,7 +43,7 @@ from normconvert.options import Options  # noqa: E402
 from normconvert.report.benchmark import machine_in_words  # noqa: E402
 from normconvert.rewrites.planning import plan_model  # noqa: E402
 from normconvert.tracing.model_graph import trace_model  # noqa: E402
-from normconvert.verification.probe_runs import algebra_model  # noqa: E402
+from normconvert.verification.algebra import algebra_model  # noqa: E402
 from tools.census.fusers import norms_called  # noqa: E402
 from tools.docs.pages import write_section  # noqa: E402
 

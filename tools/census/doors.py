@@ -118,7 +118,8 @@ def census_of(library: str, name: str, method: str) -> Row:
     """Convert one model and call its doors."""
     from normconvert.errors import TraceError
     from normconvert.rewrites.planning import plan_model
-    from normconvert.verification.equivalence import algebra_model, tolerance_for
+    from normconvert.verification.algebra import algebra_model
+    from normconvert.verification.equivalence import tolerance_for
     from tools.census.zoo.case import Skipped
     from tools.census.zoo.fidelity import NOISE, in_float64, with_neighbouring_numbers
     from tools.census.zoo.timm_zoo import timm_case

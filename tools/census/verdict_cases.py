@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normconvert.plan.conversion_plan import Plan
 from normconvert.sources import open_source
-from normconvert.verification.probe_runs import named_tensors
+from normconvert.verification.algebra import named_tensors
 from tests.support.perturb import perturb
 
 FLOATS = {

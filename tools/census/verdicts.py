@@ -32,7 +32,8 @@ from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.equivalence import Fidelity, algebra_model, tolerance_for, verify_models
+from normconvert.verification.algebra import algebra_model
+from normconvert.verification.equivalence import Fidelity, tolerance_for, verify_models
 from tests.support.perturb import perturb
 from tools.census.verdict_cases import FLOATS, MUTATIONS, Case, cases
 

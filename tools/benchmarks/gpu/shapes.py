@@ -18,7 +18,8 @@ from normconvert.plan.edits import apply_edits
 from normconvert.rewrites.planning import plan_model
 from normconvert.runtime import apply_module_edits
 from normconvert.tracing.model_graph import trace_model
-from normconvert.verification.probe_runs import default_dtype, named_tensors
+from normconvert.verification.algebra import named_tensors
+from normconvert.verification.probe_runs import default_dtype
 
 RMSNORM, FOLDED, CRMSNORM = "rmsnorm", "rmsnorm --fold", "crmsnorm"
 CONVERSIONS: dict[str, tuple[str, Options]] = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normconvert.tracing.probes import Probe, verification_inputs
-from normconvert.verification.equivalence import algebra_model, changed_outputs, tolerance_for
+from normconvert.verification.algebra import algebra_model
+from normconvert.verification.equivalence import changed_outputs, tolerance_for
 from normconvert.verification.fidelity import is_shifted
 from normconvert.verification.probe_runs import Run, in_one_basis, run_model
 from normconvert.verification.run_comparison import compare_runs
