@@ -384,7 +384,7 @@ def _fidelity(request: Conversion, source: Source, plan: Plan, folder: Path, lim
         original=lambda: source.load(dtype=dtype, device=device),
         converted=partial(reopened, dtype=dtype),
         exact=partial(reopened, dtype=torch.float64),
-        from_files=True,
+        from_files=not source.is_pickle,  # whose tensors are read once, for all models
         level=level,
         told=say,
         probes=probes,

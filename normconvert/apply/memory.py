@@ -20,7 +20,10 @@ def memory(size: int) -> Tensor:
     """``size`` bytes; zeros, or anything."""
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
-    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # torch says how much there was to be
+        return torch.empty(size, dtype=torch.uint8)
     # Only advice: a kernel that cannot take it gives ordinary pages.
     with suppress(OSError):
         held.madvise(mmap.MADV_HUGEPAGE)

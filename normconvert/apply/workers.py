@@ -27,13 +27,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_order(makes: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each function gives, without gradients, in their order; :data:`WORKERS` of them run at a time.
+def in_order(makes: Iterable[Callable[[], T]], workers: int = WORKERS) -> Iterator[T]:
+    """What each function gives, without gradients, in their order; as many as there are ``workers`` run at a time.
 
     No more than that many results wait to be taken. What a function raises is raised when its turn comes.
     """
     waiting: deque[Future[T]] = deque()
-    count = min(WORKERS, os.cpu_count() or 1)
+    count = min(workers, os.cpu_count() or 1)
 
     def without_gradients(make: Callable[[], T]) -> T:
         with torch.no_grad():  # torch keeps it by thread

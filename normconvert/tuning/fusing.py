@@ -86,7 +86,7 @@ def fuse_folder(
         truth=lambda: source.load(dtype=torch.float64, device=device),
         algebra=None,
         plan=plan,
-        from_files=True,
+        from_files=not source.is_pickle,
         original=lambda: source.load(dtype=dtype, device=device),
         converted=lambda: load(folder, dtype=dtype, device=device, trust_remote_code=original.trust_remote_code),
         probes=verification_inputs(source.skeleton(), seed=0, tokenizer=original.tokenizer()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 
 import torch
@@ -17,18 +17,23 @@ from normconvert.plan.edits import Edit, apply_edits, edited_shape, refuse_overs
 from normconvert.rewrites.ties import set_as_taken, switches
 from normconvert.tracing.model_copy import copy_model
 
-See = Callable[[str, Tensor | None], Callable[[Tensor], None]]
-"""Called with the name of a tensor and what it is (None: it is new), and what that returns with the edited one.
+Seen = Callable[[str, Tensor], None]
+"""Called with each edited tensor, by several threads."""
 
-By several threads.
-"""
-
+AT_A_TIME = 8
+"""Tensors that are edited side by side, if there are as many cores: what comes of them stays in memory in any case."""
 SMALL = 1 << 17
 """Elements of a tensor that is kept as it was, for other tensors' edits, where it is edited in its own memory."""
 
 
 def algebra_model(
-    truth: nn.Module, plan: Plan, *, share: bool = False, spend: bool = False, seen: See | None = None
+    truth: nn.Module,
+    plan: Plan,
+    *,
+    share: bool = False,
+    spend: bool = False,
+    others: Iterable[Tensor] = (),
+    seen: Seen | None = None,
 ) -> nn.Module:
     """A copy of the float64 model with the plan's tensor edits and module edits applied.
 
@@ -37,6 +42,7 @@ def algebra_model(
         plan: names of tensors as in ``truth.state_dict()``.
         share: parameters that the plan leaves as they are stay those of `truth` itself, in no memory of their own.
         spend: so do those that it edits, where that can be: `truth` is good for nothing afterwards.
+        others: what is in use beside `truth`: memory of these is not spent.
         seen: told of each edited tensor.
 
     Raises:
@@ -56,19 +62,34 @@ def algebra_model(
     largest = max((tensor.numel() for tensor in source.values()), default=0)
     for name, edits in plan.tensors.items():
         refuse_oversized(name, edits, largest)
-    replay = _Replay(source, plan.tensors, spend, seen)
+    replay = _Replay(source, plan.tensors, seen)
+    if spend:
+        replay.spend(others)
     for names in replay.rounds:
-        for name, value in in_order(partial(replay.edited, name) for name in names):
+        for name, value in in_order((partial(replay.edited, name) for name in names), AT_A_TIME):
             # Untied or new: nobody else has it.
-            if _is_made(plan.tensors[name], "copy") or name not in target:
+            if _begins_with(plan.tensors[name], "copy") or name not in target:
                 _set_parameter(model, name, value)
             else:
                 target[name].data = value  # the shared Parameter itself: every name that is tied to it sees the edit
     return model.eval()
 
 
-def _is_made(edits: Sequence[Edit], *how: str) -> bool:
-    return bool(edits) and edits[0]["op"] in how
+def _begins_with(edits: Sequence[Edit], *ops: str) -> bool:
+    return bool(edits) and edits[0]["op"] in ops
+
+
+def _takes_nothing(edits: Sequence[Edit]) -> bool:
+    """Whether the edits make a tensor without what it was."""
+    return _begins_with(edits, "copy", "new") and "part" not in edits[0]
+
+
+def place_of(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None if it has none that could be shared, as a sparse one."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 class _Replay:
@@ -78,31 +99,26 @@ class _Replay:
         rounds: names, to be done in one round after the other; within one, in any order.
     """
 
-    def __init__(
-        self, source: Mapping[str, Tensor], plan: Mapping[str, Sequence[Edit]], spend: bool, seen: See | None
-    ) -> None:
+    def __init__(self, source: Mapping[str, Tensor], plan: Mapping[str, Sequence[Edit]], seen: Seen | None) -> None:
         self._source, self._plan, self._seen = source, plan, seen
         self._kept: dict[str, Tensor] = {}
         self._in_place: Set[str] = frozenset()
         self.rounds: tuple[Sequence[str], ...] = (list(plan),)
-        if spend:
-            self._spend()
 
     def edited(self, name: str) -> tuple[str, Tensor]:
         """The name of a tensor, and what the plan makes of it."""
         edits, old = self._plan[name], self._old(name)
-        tell = self._seen(name, self._source.get(name)) if self._seen is not None else None
         try:
-            own = old if name in self._in_place or _is_made(edits, "copy", "new") else in_float64(old)
+            own = old if name in self._in_place or _takes_nothing(edits) else in_float64(old)
             value = apply_edits(own, edits, self._lookup, own=True).to(old.device)
         except (RuntimeError, ValueError, IndexError) as error:
             raise self._unfit(name, error) from error
-        if tell is not None:
-            tell(value)
+        if self._seen is not None:
+            self._seen(name, value)
         return name, value
 
     def _old(self, name: str) -> Tensor:
-        if name not in self._source and _is_made(self._plan[name], "copy", "new"):
+        if name not in self._source and _begins_with(self._plan[name], "copy", "new"):
             return torch.empty(0)
         return self._tensor(name)
 
@@ -119,34 +135,34 @@ class _Replay:
     def _unfit(self, name: str, error: Exception) -> InputError:
         return InputError(f"the plan does not fit the tensor {name!r}: {error}")
 
-    def _spend(self) -> None:
-        """Decide which tensors are edited where they lie, such that no edit reads what another one has written."""
+    def spend(self, others: Iterable[Tensor]) -> None:
+        """Edit tensors where they lie, if that can be so that no edit reads what another one has written.
+
+        Args:
+            others: tensors whose memory is left as it is.
+        """
+        places = {name: place_of(tensor) for name, tensor in self._source.items()}
         reads = {name: self._reads(name) for name in self._plan}
         read = set().union(*reads.values())
         self._kept = {name: self._source[name].clone() for name in read if self._source[name].numel() <= SMALL}
-        large = {self._place(name) for name in read if name not in self._kept}
+        large = {places[name] for name in read if name not in self._kept}
         # Those that read large tensors are done before any of these is written to.
-        first = [name for name, those in reads.items() if any(self._place(other) in large for other in those)]
+        first = [name for name, those in reads.items() if any(places[other] in large for other in those)]
         self.rounds = (first, [name for name in self._plan if name not in set(first)])
         # Of memory that several share each may be edited otherwise, or not at all.
-        holders = Counter(self._place(name) for name in dict.fromkeys(self._names()))
-        written = [name for name, edits in self._plan.items() if not _is_made(edits, "copy", "new")]
-        edited = Counter(self._place(name) for name in written)
+        written = [name for name, edits in self._plan.items() if not _takes_nothing(edits)]
+        edited = Counter(places[name] for name in written)
+        holders = Counter(place_of(tensor) for tensor in {id(t): t for t in self._source.values()}.values())
+        holders.update(place_of(tensor) for tensor in others)
         self._in_place = {
             name
             for name in written
-            if holders[self._place(name)] == edited[self._place(name)] == 1
-            and (name not in first or self._place(name) not in large)
+            if places[name] is not None
+            and holders[places[name]] == edited[places[name]] == 1
+            and (name not in first or places[name] not in large)
             and self._source[name].dtype == torch.float64
             and self._source[name].is_contiguous()
         }
-
-    def _names(self) -> list[str]:
-        """A name for each tensor: tied ones are one."""
-        return list({id(tensor): name for name, tensor in self._source.items()}.values())
-
-    def _place(self, name: str) -> int:
-        return self._source[name].untyped_storage().data_ptr()
 
     def _reads(self, name: str) -> set[str]:
         """The tensors that the edits of one look up."""

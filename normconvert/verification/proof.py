@@ -17,7 +17,7 @@ from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
 from normconvert.tracing.model_copy import copy_model
 from normconvert.tracing.probes import Probe
-from normconvert.verification.algebra import See, algebra_model, named_tensors
+from normconvert.verification.algebra import Seen, algebra_model, named_tensors, place_of
 from normconvert.verification.divergence import first_divergence
 from normconvert.verification.lazy_weights import LazyWeight
 from normconvert.verification.moved_exits import kept_exits, movements
@@ -123,18 +123,19 @@ def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
         raise InputError(f"cannot verify: in float64 the original model runs on none of the probes ({reason})")
     if edited.algebra is None and edited.plan is None:
         return Proof(truth_run)
-    if edited.again is not None:
+    original = _Original(truth, edited.again if edited.algebra is None else None)
+    if original.spent:
         _keep_apart(truth_run, truth)
-    model, stored = _edited_model(truth, edited)
-    original = _Original(truth if edited.algebra is not None or edited.again is None else None, edited.again)
+    model, stored, algebra = _edited_model(truth, edited)
     del truth
     with kept_exits(model, exits, example) as after:
         run = test.run(model, "the result in float64", truth_run)
     distances = compare_runs(truth_run, run, test.shifted)
     far = run.failures or any(not d.relative <= test.tolerance for d in distances.values())
-    if far and stored is not None and edited.reload is not None and edited.plan is not None:
+    if far and stored is not None and edited.reload is not None:
         model = edited.reload()
-        with_exact_weights(model, _applied(original.take(), edited.plan), None)
+        # The edited model of before, in no memory of its own: an original that is loaded again may be another one.
+        with_exact_weights(model, lambda seen: algebra, None)
         run = test.run(model, "the result in float64, loaded again", truth_run)
         distances = compare_runs(truth_run, run, test.shifted)
     cannot = {name: why for name, why in run.failures.items() if name in truth_run.outputs}
@@ -146,31 +147,41 @@ def prove(truth: nn.Module, edited: Edited, test: Test) -> Proof:
     worst = max(distances, key=excess)
     # A model that stops on a probe parts there from the other, and runs no second time.
     far = excess(worst) > 1.0 and worst[0] not in cannot
-    module = _where_they_part(original.take(), model, worst[0], truth_run, test) if far else None
+    module = _where_they_part(original, model, worst[0], truth_run, test) if far else None
     return Proof(truth_run, distances, tolerances, worst, module, cannot, stored, movements(exits, before, after))
 
 
-def _where_they_part(truth: nn.Module, model: nn.Module, name: str, run: Run, test: Test) -> str | None:
+def _where_they_part(original: _Original, model: nn.Module, name: str, run: Run, test: Test) -> str | None:
     """The module from which on the two models differ on a probe; ``run`` is the original's."""
-    probe = next(p for p in test.probes if p.name == name)
+    probe, truth = next(p for p in test.probes if p.name == name), original.take()
+    if original.spent:  # what is loaded again may be another model, as one that draws random numbers
+        before = Run({name: run.outputs[name]}, constants=run.constants)
+        now = run_model(truth, [probe], dtype=test.dtype, seed=test.seed, like=before)
+        if any(not d.relative <= test.tolerance for d in compare_runs(before, now).values()):
+            return None
     with default_dtype(run.constants[name]):
         return first_divergence(truth, model, inputs_of(probe, test.dtype, truth), test.tolerance)
 
 
 def _keep_apart(run: Run, model: nn.Module) -> None:
     """Give outputs memory of their own: some models return a parameter itself, or a view of one."""
-    places = {tensor.untyped_storage().data_ptr() for tensor in named_tensors(model).values()}
+    places = {place_of(tensor) for tensor in named_tensors(model).values()}
     for outputs in run.outputs.values():
         for name, value in outputs.items():
-            if value.untyped_storage().data_ptr() in places:
+            if place_of(value) in places:
                 outputs[name] = value.clone()
 
 
 class _Original:
-    """The original in float64; made again when it is asked for, if the edited model has taken its memory."""
+    """The original in float64.
 
-    def __init__(self, model: nn.Module | None, again: Maker | None) -> None:
-        self._model, self._again = model, again
+    Attributes:
+        spent: the edited model takes its memory, and it is loaded again when it is asked for.
+    """
+
+    def __init__(self, model: nn.Module, again: Maker | None) -> None:
+        self.spent = again is not None
+        self._model, self._again = None if self.spent else model, again
 
     def take(self) -> nn.Module:
         """The model, as it is run."""
@@ -181,17 +192,22 @@ class _Original:
         return self._model
 
 
-def _edited_model(truth: nn.Module, edited: Edited) -> tuple[nn.Module, Stored | None]:
+def _edited_model(truth: nn.Module, edited: Edited) -> tuple[nn.Module, Stored | None, nn.Module]:
+    """The edited model as it is to be run, how far the files' weights are from it, and the plan's own model."""
     if edited.algebra is not None:
-        return edited.algebra(), None
-    applied = _applied(truth, edited.plan or Plan(""), spend=edited.again is not None)
+        model = edited.algebra()
+        return model, None, model
+    plan, spend = edited.plan or Plan(""), edited.again is not None
+    others = () if edited.converted is None else named_tensors(edited.converted).values()
+
+    def applied(seen: Seen | None) -> nn.Module:
+        return algebra_model(truth, plan, share=True, spend=spend, others=others, seen=seen)
+
     if edited.converted is None:
-        return applied(None), None
-    return edited.converted, with_exact_weights(edited.converted, applied, truth)
-
-
-def _applied(truth: nn.Module, plan: Plan, spend: bool = False) -> Callable[[See | None], nn.Module]:
-    return lambda seen: algebra_model(truth, plan, share=True, spend=spend, seen=seen)
+        model = applied(None)
+        return model, None, model
+    stored, model = with_exact_weights(edited.converted, applied, truth)
+    return edited.converted, stored, model
 
 
 def _tolerances(original: _Original, run: Run, distances: Distances, test: Test) -> dict[tuple[str, str], float]:
@@ -203,6 +219,8 @@ def _tolerances(original: _Original, run: Run, distances: Distances, test: Test)
     if any(isinstance(p, LazyWeight) for p in truth.parameters()):
         return {}
     probes = [probe for probe in test.probes if any(probe.name == name for name, _ in off)]
+    if original.spent:  # what is loaded again may be another model: it is held against itself
+        run = run_model(truth, probes, dtype=test.dtype, seed=test.seed, like=run)
     reach = dict.fromkeys(off, 0.0)
     for draw in (1, 2):
         with moved(truth, draw, WHOLE):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from normconvert.verification.algebra import See, named_tensors
+from normconvert.verification.algebra import Seen, named_tensors
 
 ALLOWED = 0.51
 """Units: half of one for the rounding, and a little for a file that is rounded to one dtype and read in another."""
@@ -42,49 +42,46 @@ class Stored:
         return self.units <= ALLOWED
 
 
-def with_exact_weights(converted: nn.Module, edited: Callable[[See], nn.Module], original: nn.Module | None) -> Stored:
+def with_exact_weights(
+    converted: nn.Module, edited: Callable[[Seen | None], nn.Module], original: nn.Module | None
+) -> tuple[Stored, nn.Module]:
     """Give ``converted`` the tensors of the edited model, each after it was compared; the loaded ones are freed.
 
     Args:
         converted: as it was loaded from the files, in any dtype; in float64 afterwards.
-        edited: makes the original in float64 with the plan's edits; calls what it is given with each tensor as it was
-            and as it is edited, so that the loaded ones can go one by one.
+        edited: makes the original in float64 with the plan's edits; calls what it is given with each edited tensor, so
+            that the loaded ones can go one by one.
         original: in float64, without the edits; None leaves the comparison out. `edited` may use it up.
+
+    Returns:
+        The distance, and the edited model, in the same memory.
     """
-    mine, stored = named_tensors(converted), set(converted.state_dict())
-    before = named_tensors(original) if original is not None else {}
+    mine = named_tensors(converted)
+    # Before anything is edited: it is asked what the original's numbers are.
+    kinds = {} if original is None else _kinds_of(converted, named_tensors(original))
     worst, lock = Stored(), threading.Lock()
 
-    def see(name: str, was: Tensor | None) -> Callable[[Tensor], None]:
+    def replace(name: str, exact: Tensor) -> None:
+        nonlocal worst
         value = mine.get(name)
-        if value is None or not value.is_floating_point():
-            return lambda exact: None
-        loaded: Tensor = value
-        compared = original is not None and name in stored
-        kinds = _kinds(loaded.dtype, was) if compared else []
+        if value is None or exact.shape != value.shape or not value.is_floating_point():
+            return
+        if name in kinds:
+            units = _units(value.detach(), exact.detach(), kinds[name])
+            with lock:  # the edited tensors come from several threads
+                if not units <= worst.units:
+                    worst = Stored(units, name)
+        value.data = exact.data
 
-        def replace(exact: Tensor) -> None:
-            nonlocal worst
-            if exact.shape != loaded.shape:
-                return
-            if compared:
-                units = _units(loaded.detach(), exact.detach(), kinds)
-                with lock:  # the edited tensors come from several threads
-                    if not units <= worst.units:
-                        worst = Stored(units, name)
-            loaded.data = exact.data
-
-        return replace
-
-    model = edited(see)
+    model = edited(replace)
     theirs = named_tensors(model)
     for name, value in mine.items():
-        if name in theirs and value.data_ptr() != theirs[name].data_ptr():
-            see(name, before.get(name))(theirs[name])
+        if name in theirs:
+            replace(name, theirs[name])
         if value.is_floating_point():
             value.data = value.data.double()
     _plain_tensors(converted, model)
-    return worst
+    return worst, model
 
 
 def _plain_tensors(converted: nn.Module, edited: nn.Module) -> None:
@@ -97,15 +94,22 @@ def _plain_tensors(converted: nn.Module, edited: nn.Module) -> None:
                 setattr(module, name, other)
 
 
-def _kinds(stored: torch.dtype, original: Tensor | None) -> list[torch.dtype]:
-    """The dtype that a tensor is stored in, and those that it may have in the files, as the original's numbers have it.
+def _kinds_of(model: nn.Module, original: Mapping[str, Tensor]) -> dict[str, list[torch.dtype]]:
+    """Name of what is compared -> its dtype, and those that it may have in the files: the original's numbers have them.
 
     Tensors keep their own dtype in the files, and it may be a coarser one than that of the model.
     """
-    if original is None:
-        return [stored]
-    others = [kind for kind in (torch.bfloat16, torch.float16, torch.float32) if _coarser(kind, stored)]
-    return [stored, *(kind for kind in others if _is_rounded(original, original, kind))]
+    found: dict[str, list[torch.dtype]] = {}
+    tensors = named_tensors(model)
+    for name in tensors.keys() & model.state_dict().keys():
+        stored, was = tensors[name].dtype, original.get(name)
+        if not stored.is_floating_point:
+            continue
+        found[name] = [stored]
+        if was is not None and was.is_floating_point():
+            kinds = [kind for kind in (torch.bfloat16, torch.float16, torch.float32) if _coarser(kind, stored)]
+            found[name] += [kind for kind in kinds if _is_rounded(was, was, kind)]
+    return found
 
 
 def _coarser(kind: torch.dtype, other: torch.dtype) -> bool:
@@ -118,7 +122,8 @@ def _smallest(kind: torch.dtype) -> float:
 
 def _units(stored: Tensor, exact: Tensor, kinds: Sequence[torch.dtype]) -> float:
     """The largest distance of a stored number from the exact one, in units of the coarsest dtype at that number."""
-    if _is_rounded(stored, exact, stored.dtype):
+    dense = stored.layout is exact.layout is torch.strided
+    if (dense and stored.data_ptr() == exact.data_ptr()) or _is_rounded(stored, exact, stored.dtype):
         return 0.0
     eps, tiny = max(torch.finfo(kind).eps for kind in kinds), max(map(_smallest, kinds))
     noise = 2.0 * NOISE * float(exact.abs().max()) + tiny
@@ -139,4 +144,5 @@ def _is_rounded(stored: Tensor, exact: Tensor, kind: torch.dtype) -> bool:
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors of one shape in pieces so small that what is made of one takes the memory of the one before."""
-    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in tensors), strict=True)
+    dense = (tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense() for tensor in tensors)
+    return zip(*(tensor.reshape(-1).split(BLOCK) for tensor in dense), strict=True)

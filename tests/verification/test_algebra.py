@@ -17,10 +17,12 @@ from normconvert.options import Options
 from normconvert.plan.conversion_plan import Plan
 from normconvert.rewrites.planning import plan_model
 from normconvert.tracing.probes import Probe
+from normconvert.verification import proof
 from normconvert.verification.algebra import algebra_model, named_tensors
 from normconvert.verification.equivalence import verify_models
 from normconvert.verification.proof import Edited, prove
 from normconvert.verification.proof import Test as Setting
+from normconvert.verification.stored_weights import with_exact_weights
 from tests.support.basis_models import MODELS, built, skeleton
 from tests.support.perturb import perturb
 
@@ -154,9 +156,8 @@ class ReturnsItsWeight(nn.Module):
 def test_an_output_that_is_a_parameter_is_still_the_original_s() -> None:
     model = ReturnsItsWeight().double()
     wrong = Plan("rmsnorm", tensors={"table": [{"op": "center", "axis": 0}]})
-    setting = Setting((Probe("x", {"x": torch.randn(3, SIZE)}, True),), torch.float64, 0, frozenset(), 1e-10)
     for again in (None, lambda: copy.deepcopy(model)):
-        found = prove(copy.deepcopy(model), Edited(plan=wrong, again=again), setting)
+        found = prove(copy.deepcopy(model), Edited(plan=wrong, again=again), setting())
         assert found.worst is not None
         assert found.distances[found.worst].relative > 0.1
 
@@ -179,6 +180,118 @@ def test_a_wrong_plan_is_found_and_located_by_the_original_made_again() -> None:
     assert not fidelity.passed
     assert fidelity.worst_module == "transformer.h.1.mlp.c_fc"
     assert made[0] == 2
+
+
+def setting(tolerance: float = 1e-10) -> Setting:
+    torch.manual_seed(1)
+    return Setting((Probe("x", {"x": torch.randn(3, SIZE)}, True),), torch.float64, 0, frozenset(), tolerance)
+
+
+class Noisy(nn.Module):
+    """Each one that is made adds other numbers, as buffers that no checkpoint holds may."""
+
+    def __init__(self, kind: torch.dtype = torch.float64, eps: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.kind, self.eps = nn.Linear(SIZE, SIZE), kind, eps
+        torch.seed()
+        self.register_buffer("noise", torch.randn(SIZE), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Remembers the dtype in which it was loaded.
+        return self.map(x.to(self.kind).to(self.map.weight.dtype)) * (1.0 + self.eps) + self.noise
+
+
+CENTRED = Plan("rmsnorm", tensors={"map.weight": [{"op": "times", "exponent": 0}]})
+
+
+@pytest.mark.parametrize("eps", [0.0, 3e-9])
+def test_an_original_that_is_another_one_when_it_is_made_again_widens_no_tolerance(eps: float) -> None:
+    def again() -> nn.Module:
+        return Noisy().double()
+
+    edited = Edited(plan=CENTRED, converted=Noisy(eps=eps).double(), again=again)
+    found = prove(again(), edited, setting())
+    assert found.worst is not None
+    assert (found.distances[found.worst].relative > 1e-10) == (eps > 0.0)
+    assert not found.tolerances
+
+
+def test_what_is_loaded_again_in_float64_has_the_numbers_of_the_original_that_was_run() -> None:
+    edited = Edited(
+        plan=CENTRED, converted=Noisy(torch.float32), reload=lambda: Noisy().double(), again=lambda: Noisy().double()
+    )
+    found = prove(Noisy().double(), edited, setting())
+    assert found.worst is not None
+    assert found.distances[found.worst].relative <= 1e-15
+
+
+def test_memory_of_the_result_is_not_the_original_s_to_spend() -> None:
+    truth = Noisy().double()
+    plan = Plan("rmsnorm", tensors={"map.weight": [{"op": "times", "exponent": 1}]})
+    # A module of a file of the user's may hand the same parameter to all models.
+    converted = Noisy().double()
+    converted.map.weight = truth.map.weight
+    found = prove(truth, Edited(plan=plan, converted=converted, again=lambda: Noisy().double()), setting())
+    assert found.stored is not None
+    assert not found.stored.passed
+
+
+def test_what_dtype_numbers_have_is_asked_before_they_are_edited() -> None:
+    original, converted = Noisy(), Noisy()
+    original.map.weight.data = original.map.weight.data.bfloat16().double()
+    exact = original.map.weight.detach() / 3.0
+    converted.map.weight.data = exact.bfloat16().float()  # stored in bfloat16, read by a model in float32
+    original.double()
+
+    def edited(seen: Any) -> nn.Module:
+        original.map.weight.data.div_(3.0)
+        seen("map.weight", original.map.weight.data)
+        return original
+
+    stored, _ = with_exact_weights(converted, edited, original)
+    assert stored.passed, stored
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("spend", [False, True])
+def test_a_tensor_without_memory_of_its_own_kind_is_in_no_way(persistent: bool, spend: bool) -> None:
+    def make() -> nn.Module:
+        model = ReturnsItsWeight().double()
+        sparse = torch.eye(SIZE, dtype=torch.float64).to_sparse()
+        model.register_buffer("links", sparse, persistent=persistent)
+        model.load_state_dict(kept, strict=False)
+        return model
+
+    kept = ReturnsItsWeight().double().state_dict()
+    plan = Plan("rmsnorm", tensors={"map.weight": [{"op": "times", "exponent": 0}]})
+    found = prove(make(), Edited(plan=plan, converted=make(), again=make if spend else None), setting())
+    assert found.stored is not None
+    assert found.stored.units == 0.0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle"])
+def test_tensors_that_a_source_holds_itself_are_not_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config = hf.GPTNeoXConfig(
+        vocab_size=101, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96
+    )
+    model: Any = perturb(hf.GPTNeoXForCausalLM(config))
+    model.save_pretrained(tmp_path / "a")
+    if kind == "pickle":
+        (tmp_path / "a" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "a" / "pytorch_model.bin")
+    spent: list[bool] = []
+
+    def noting(*given: Any, spend: bool, **options: Any) -> nn.Module:
+        spent.append(spend)
+        return algebra_model(*given, spend=spend, **options)
+
+    monkeypatch.setattr(proof, "algebra_model", noting)
+    convert(str(tmp_path / "a"), tmp_path / "b", "rotate")
+    verify(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert spent == [kind == "safetensors"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

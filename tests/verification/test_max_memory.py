@@ -138,6 +138,15 @@ def test_each_weight_is_read_once_for_all_probes(tmp_path: Path, monkeypatch: py
     assert len(read) == len(source.tensors) - 1  # the table of positions is read by rows; the tied head is the table
 
 
+def test_no_table_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = save(gpt2(), tmp_path / "a")
+    normconvert.convert(a, tmp_path / "b", verify=False)
+    read = count(monkeypatch)
+    assert verify(a, tmp_path / "b", max_memory=MUCH).passed
+    assert read
+    assert not [name for name in read if name.endswith("wpe.weight")]
+
+
 def test_a_large_head_is_applied_by_rows_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
