@@ -184,7 +184,9 @@ def test_a_wrong_plan_is_found_and_located_by_the_original_made_again() -> None:
 
 def setting(tolerance: float = 1e-10) -> Setting:
     torch.manual_seed(1)
-    return Setting((Probe("x", {"x": torch.randn(3, SIZE)}, True),), torch.float64, 0, frozenset(), tolerance)
+    return Setting(
+        (Probe("x", {"x": torch.randn(3, SIZE, dtype=torch.float64)}, True),), torch.float64, 0, frozenset(), tolerance
+    )
 
 
 class Noisy(nn.Module):
