@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ import torch
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import DTYPES, FLOATING, read_header, torch_dtype, write_header
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import Edit, edited_shape, limited
-from normconvert.plan.vectors import names_in
+from normconvert.plan.edits import Edit, edited_shape, limited, referred
 from normconvert.sources import Source
 
 PICKLE_SHARD = 5 * 10**9  # the shard size for sources that are pickles; safetensors keep theirs
 SINGLE = "model.safetensors"
-REFERENCES = ("by", "weight", "from", "like")  # keys of an edit that name another tensor
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,6 @@ class Layout:
     index: tuple[str, dict[str, Any]] | None
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
-
-
-def referred(row: Edit) -> Iterator[str]:
-    """Names of the tensors that an edit reads besides the one it edits."""
-    for key in REFERENCES:
-        if key in row:
-            yield from names_in(row[key])
 
 
 def can_stream(source: Source, plan: Plan) -> bool:

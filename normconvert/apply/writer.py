@@ -29,6 +29,7 @@ from normconvert.apply.workers import WORKERS, one_thread
 from normconvert.errors import InputError
 from normconvert.files.safetensors_file import read_tensor, torch_dtype
 from normconvert.files.tensor_info import TensorInfo
+from normconvert.plan.edits import SMALL
 from normconvert.sources import Source
 
 Progress = Callable[[str, int, int], None]
@@ -36,7 +37,6 @@ Progress = Callable[[str, int, int], None]
 
 COPY = 1 << 26  # bytes copied at a time, between two looks at progress and errors
 PIECE = 1 << 19  # elements of rows that are read, edited and written at once: they stay in the cache
-SMALL = 1 << 17  # elements of a looked-up tensor that is kept: vectors, which many edits share
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ An edit with ``part``: [dimension, start, stop] is one of that part of the tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from torch import Tensor
 
 from normconvert.errors import InputError
 from normconvert.plan.rotations import rotated
-from normconvert.plan.vectors import evaluate, with_limits
+from normconvert.plan.vectors import evaluate, names_in, with_limits
 from normconvert.runtime import BASES, compress
 
 Edit = Mapping[str, Any]
 Lookup = Callable[[str], Tensor]
 """Returns a *source* tensor (not edited) by its name in the model, in any floating dtype."""
 
+REFERENCES = ("by", "weight", "from", "like")
+"""Keys of an edit that name other tensors."""
+SMALL = 1 << 17
+"""Elements of a tensor that is kept while others are edited: vectors, which many edits look up."""
 BLOCK = 1 << 18
 """Elements of a large tensor that are turned into float64 at a time: they stay in the cache, or nearly."""
 
@@ -305,6 +309,13 @@ def apply_edits(tensor: Tensor, edits: Sequence[Edit], lookup: Lookup, *, own: b
         else:
             value = EDITS[edit["op"]](value, edit, lookup)
     return value
+
+
+def referred(edit: Edit) -> Iterator[str]:
+    """Names of the tensors that an edit reads besides the one it edits."""
+    for key in REFERENCES:
+        if key in edit:
+            yield from names_in(edit[key])
 
 
 def edited_shape(

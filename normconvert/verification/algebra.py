@@ -13,7 +13,7 @@ from normconvert.apply.memory import in_float64
 from normconvert.apply.workers import in_order
 from normconvert.errors import InputError
 from normconvert.plan.conversion_plan import Plan
-from normconvert.plan.edits import Edit, apply_edits, edited_shape, refuse_oversized
+from normconvert.plan.edits import SMALL, Edit, apply_edits, referred, refuse_oversized
 from normconvert.rewrites.ties import set_as_taken, switches
 from normconvert.tracing.model_copy import copy_model
 
@@ -22,8 +22,6 @@ Seen = Callable[[str, Tensor], None]
 
 AT_A_TIME = 8
 """Tensors that are edited side by side, if there are as many cores: what comes of them stays in memory in any case."""
-SMALL = 1 << 17
-"""Elements of a tensor that is kept as it was, for other tensors' edits, where it is edited in its own memory."""
 
 
 def algebra_model(
@@ -88,7 +86,7 @@ def place_of(tensor: Tensor) -> int | None:
     """Where a tensor's memory begins; None if it has none that could be shared, as a sparse one."""
     try:
         return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # NotImplementedError is one
         return None
 
 
@@ -112,7 +110,7 @@ class _Replay:
             own = old if name in self._in_place or _takes_nothing(edits) else in_float64(old)
             value = apply_edits(own, edits, self._lookup, own=True).to(old.device)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise self._unfit(name, error) from error
+            raise InputError(f"the plan does not fit the tensor {name!r}: {error}") from error
         if self._seen is not None:
             self._seen(name, value)
         return name, value
@@ -132,9 +130,6 @@ class _Replay:
     def _lookup(self, name: str) -> Tensor:
         return self._kept[name] if name in self._kept else self._tensor(name)
 
-    def _unfit(self, name: str, error: Exception) -> InputError:
-        return InputError(f"the plan does not fit the tensor {name!r}: {error}")
-
     def spend(self, others: Iterable[Tensor]) -> None:
         """Edit tensors where they lie, if that can be so that no edit reads what another one has written.
 
@@ -142,7 +137,8 @@ class _Replay:
             others: tensors whose memory is left as it is.
         """
         places = {name: place_of(tensor) for name, tensor in self._source.items()}
-        reads = {name: self._reads(name) for name in self._plan}
+        # What the model does not have is refused when it is looked up.
+        reads = {name: {n for row in rows for n in referred(row)} & places.keys() for name, rows in self._plan.items()}
         read = set().union(*reads.values())
         self._kept = {name: self._source[name].clone() for name in read if self._source[name].numel() <= SMALL}
         large = {places[name] for name in read if name not in self._kept}
@@ -150,7 +146,7 @@ class _Replay:
         first = [name for name, those in reads.items() if any(places[other] in large for other in those)]
         self.rounds = (first, [name for name in self._plan if name not in set(first)])
         # Of memory that several share each may be edited otherwise, or not at all.
-        written = [name for name, edits in self._plan.items() if not _takes_nothing(edits)]
+        written = [name for name, edits in self._plan.items() if name in places and not _takes_nothing(edits)]
         edited = Counter(places[name] for name in written)
         holders = Counter(place_of(tensor) for tensor in {id(t): t for t in self._source.values()}.values())
         holders.update(place_of(tensor) for tensor in others)
@@ -163,20 +159,6 @@ class _Replay:
             and self._source[name].dtype == torch.float64
             and self._source[name].is_contiguous()
         }
-
-    def _reads(self, name: str) -> set[str]:
-        """The tensors that the edits of one look up."""
-        found: set[str] = set()
-
-        def shape_of(other: str) -> Sequence[int]:
-            found.add(other)
-            return self._tensor(other).shape
-
-        try:
-            edited_shape(self._old(name).shape, self._plan[name], shape_of)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise self._unfit(name, error) from error
-        return found
 
 
 def _shared(model: nn.Module, changed: Set[int]) -> dict[int, Tensor]:
